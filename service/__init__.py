@@ -1,0 +1,1 @@
+"""A bundle answers requests. Nothing here imports torch."""

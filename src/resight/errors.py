@@ -1,0 +1,162 @@
+"""Every error a user of resight can meet.
+
+    ReIDError
+    ├── InputError                 what was handed in cannot be used; the caller can mend it
+    │   ├── ImageError
+    │   │   ├── ImageUndecodableError
+    │   │   ├── ImageTooLargeError
+    │   │   └── ImageTooSmallError
+    │   ├── SiteError              a folder of crops is missing, empty or lacks what is needed
+    │   ├── WeightsError           initial weights do not fit the encoder
+    │   ├── RecipeError            a recipe or setting is unknown or out of range
+    │   └── LimitError             a count or size outside its published limits
+    ├── FormatError                a file of ours is damaged, altered or newer than this program
+    │   ├── CheckpointError
+    │   ├── BundleError
+    │   └── StoreError
+    ├── TrainingError              the adaptation cannot go on (no cluster, one cluster, NaN)
+    ├── SpaceMismatchError         features of two embedding spaces would be compared
+    ├── NotFoundError
+    │   ├── CollectionNotFoundError
+    │   └── EntryNotFoundError
+    ├── AlreadyExistsError
+    │   ├── CollectionExistsError
+    │   └── EntryExistsError
+    ├── ConflictError              a compare-and-swap was lost
+    ├── CollectionNotEmptyError
+    ├── OverloadedError            try again after `retry_after_s`
+    ├── DeadlineError              the caller's deadline passed before the work was done
+    ├── UnavailableError           starting, draining, or the server cannot be reached
+    ├── StorageFullError
+    └── StartupError               a port or a data folder is taken
+
+Messages say what was expected, what was found and what to do next. `field` names the part of a
+request at fault (``requests[3].image.data``), `facts` carries figures a program can read.
+"""
+
+from __future__ import annotations
+
+
+class ReIDError(Exception):
+    """Root of the tree. ``facts`` are machine-readable details such as limits and ids."""
+
+    def __init__(self, message: str, *, field: str = "", **facts: object) -> None:
+        super().__init__(message)
+        self.field = field
+        self.facts: dict[str, str] = {name: str(value) for name, value in facts.items()}
+
+
+class InputError(ReIDError):
+    """What was handed in cannot be used."""
+
+
+class ImageError(InputError):
+    """An image cannot be used as a crop."""
+
+
+class ImageUndecodableError(ImageError):
+    """Not a JPEG, PNG or WebP still image, or damaged."""
+
+
+class ImageTooLargeError(ImageError):
+    """More bytes or pixels than the limit; nothing was decoded."""
+
+
+class ImageTooSmallError(ImageError):
+    """A side shorter than the limit."""
+
+
+class SiteError(InputError):
+    """A folder of crops is missing, empty or lacks what is needed."""
+
+
+class WeightsError(InputError):
+    """Initial weights cannot be read or do not fit the encoder."""
+
+
+class RecipeError(InputError):
+    """A recipe, or one of its settings, is unknown or out of range."""
+
+
+class LimitError(InputError):
+    """A count or size outside its published limits."""
+
+
+class FormatError(ReIDError):
+    """A file of ours is damaged, altered or of another version."""
+
+
+class CheckpointError(FormatError):
+    """A checkpoint cannot be read or does not fit."""
+
+
+class BundleError(FormatError):
+    """A bundle is damaged, altered or fails its own probes."""
+
+
+class StoreError(FormatError):
+    """A crop store or gallery store is damaged or of another version."""
+
+
+class TrainingError(ReIDError):
+    """The adaptation cannot go on."""
+
+
+class SpaceMismatchError(ReIDError):
+    """Features of two embedding spaces would be compared."""
+
+
+class NotFoundError(ReIDError):
+    """Something named does not exist."""
+
+
+class CollectionNotFoundError(NotFoundError):
+    """No collection of that name."""
+
+
+class EntryNotFoundError(NotFoundError):
+    """No entry of that id in the collection."""
+
+
+class AlreadyExistsError(ReIDError):
+    """Something of that name exists."""
+
+
+class CollectionExistsError(AlreadyExistsError):
+    """A collection of that name exists."""
+
+
+class EntryExistsError(AlreadyExistsError):
+    """An entry of that id exists in the collection."""
+
+
+class ConflictError(ReIDError):
+    """Somebody changed it first."""
+
+
+class CollectionNotEmptyError(ReIDError):
+    """A collection that still has entries is deleted only by force."""
+
+
+class OverloadedError(ReIDError):
+    """The queue is full; nothing was started."""
+
+    def __init__(self, message: str, *, retry_after_s: float, **facts: object) -> None:
+        super().__init__(message, **facts)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineError(ReIDError):
+    """The caller's deadline passed before the work was done."""
+
+
+class UnavailableError(ReIDError):
+    """The server is starting, draining or out of reach."""
+
+
+class StorageFullError(ReIDError):
+    """The disk has no room for the write; nothing was acknowledged."""
+
+
+class StartupError(ReIDError):
+    """The server cannot start: a port or a data folder is taken."""

@@ -1,0 +1,1 @@
+"""Unlabelled crops become a better model."""
