@@ -121,32 +121,23 @@ def _reduce(channels: int) -> nn.Sequential:
     return nn.Sequential(ConvLayer(channels, channels), nn.AvgPool2d(2))
 
 
-def resnet_trunk(name: str) -> nn.Module:
-    """Torchvision's ResNet without pooling and classifier, its last stage de-strided (total stride 16)."""
-    net = getattr(torchvision.models, name)(weights=None)
-    first = net.layer4[0]
-    for conv in (first.conv1, first.conv2, first.downsample[0]):
-        if conv.stride == (2, 2):  # conv2 of a bottleneck, conv1 of a basic block, and the shortcut
-            conv.stride = (1, 1)
-    net.avgpool = nn.Identity()
-    net.fc = nn.Identity()
-    net.forward = None  # replaced below: torchvision's flattens the map
-    return ResNetTrunk(net)
-
-
 class ResNetTrunk(nn.Module):
-    """The stages of a torchvision ResNet under their own names."""
+    """Torchvision's ResNet without pooling and classifier, its last stage de-strided: total stride 16."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
-        for name in ("conv1", "bn1", "maxpool", "layer1", "layer2", "layer3", "layer4"):
-            self.add_module(name, getattr(net, name))
+        net = torchvision.models.get_model(name, weights=None)
+        for stage in ("conv1", "bn1", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            self.add_module(stage, getattr(net, stage))
+        for module in self.layer4.modules():
+            if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
+                module.stride = (1, 1)  # the strided 3x3 and the shortcut of the first block
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> feature map (B, C, H/16, W/16)."""
         x = self.maxpool(torch.relu_(self.bn1(self.conv1(images))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return x
+        features: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return features
 
 
 def build_backbone(name: str) -> tuple[nn.Module, int]:
@@ -158,5 +149,5 @@ def build_backbone(name: str) -> tuple[nn.Module, int]:
     if name in OSNET_CHANNELS:
         return OSNet(OSNET_CHANNELS[name]), OSNET_CHANNELS[name][-1]
     if name in RESNET_CHANNELS:
-        return resnet_trunk(name), RESNET_CHANNELS[name]
+        return ResNetTrunk(name), RESNET_CHANNELS[name]
     raise ValueError(f"unknown backbone {name!r}: expected one of {', '.join(BACKBONES)}")
