@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, also after a power cut."""
+"""All or nothing on disk: a reader finds the old file or folder or the new one, never half of one."""
 
 from __future__ import annotations
 
@@ -11,61 +11,85 @@ from pathlib import Path
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old content or the new, never a part.
+    """Write a file under a temporary name beside it, flush it to the disk and rename it into place.
 
     Raises:
-        OSError: no room or no right to write; the old content stands.
+        OSError: the disk refused; whatever stood at ``path`` is untouched.
     """
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temp = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        temp.chmod(0o666 & ~_umask())  # mkstemp makes it private; a plain open() would not
+        temp.replace(path)
     except BaseException:
-        os.unlink(name)
+        temp.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync_folder(path.parent)
 
 
 @contextmanager
-def temporary_folder(final: Path) -> Iterator[Path]:
-    """A new folder beside ``final`` to build its content in; whatever is left of it is removed at the end."""
+def staged_folder(final: Path) -> Iterator[Path]:
+    """Give an empty folder beside ``final`` to fill; when the block ends well, it becomes ``final``.
+
+    When the block raises, the temporary folder is removed and ``final`` is as it was.
+    """
     final.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}."))
-    folder.chmod(0o755)  # mkdtemp makes 0700, which a service under another user could not read
+    temp = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        temp.chmod(0o777 & ~_umask())
+        yield temp
+        replace_folder(temp, final)
+    except BaseException:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise
 
 
-def replace_folder(folder: Path, final: Path) -> None:
-    """Put a finished folder in the place of ``final``.
+def replace_folder(temp: Path, final: Path) -> None:
+    """Flush every file below ``temp`` to the disk and rename ``temp`` to ``final``, on the same file system.
 
-    The content is on disk before the first rename. A crash between the two renames leaves the old
-    folder beside it under a name ending in ``.old``.
+    A folder already standing at ``final`` is first moved aside and removed last, so that a crash
+    at any point leaves the old one or the new one whole (a crash between the two renames leaves the
+    old one under its hidden name ``.NAME.old``).
 
     Raises:
-        OSError: no room or no right to write; the old folder stands.
+        OSError: the disk refused; the old folder is put back.
     """
-    for file in folder.rglob("*"):
-        _sync(file)
-    _sync(folder)
+    for path in sorted(temp.rglob("*"), reverse=True):
+        sync_folder(path) if path.is_dir() else _sync_file(path)
+    sync_folder(temp)
     old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
     if final.exists():
-        os.replace(final, old)
-    os.replace(folder, final)
-    _sync(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    try:
+        temp.rename(final)
+    except OSError:
+        if old.exists():
+            old.rename(final)
+        raise
+    sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    """Flush a file or folder to disk."""
+def sync_folder(path: Path) -> None:
+    """Flush a folder's list of names: without it a rename may not survive a power cut."""
+    _sync_file(path)
+
+
+def _sync_file(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _umask() -> int:
+    """The process's file mode mask; the only way to read it is to set it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
