@@ -28,28 +28,23 @@ def write_atomic(path: Path, data: bytes) -> None:
     except BaseException:
         temp.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    _sync(path.parent)  # the rename itself
 
 
 @contextmanager
-def staged_folder(final: Path) -> Iterator[Path]:
-    """Give an empty folder beside ``final`` to fill; when the block ends well, it becomes ``final``.
-
-    When the block raises, the temporary folder is removed and ``final`` is as it was.
-    """
+def temporary_folder(final: Path) -> Iterator[Path]:
+    """A new folder beside ``final`` to build its content in; whatever is left of it is removed at the end."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    temp = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:
-        temp.chmod(0o777 & ~_umask())
-        yield temp
-        replace_folder(temp, final)
-    except BaseException:
-        shutil.rmtree(temp, ignore_errors=True)
-        raise
+        folder.chmod(0o777 & ~_umask())  # mkdtemp makes it private; a service under another user must read it
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def replace_folder(temp: Path, final: Path) -> None:
-    """Flush every file below ``temp`` to the disk and rename ``temp`` to ``final``, on the same file system.
+def replace_folder(folder: Path, final: Path) -> None:
+    """Flush every file below ``folder`` to the disk and rename it to ``final``, on the same file system.
 
     A folder already standing at ``final`` is first moved aside and removed last, so that a crash
     at any point leaves the old one or the new one whole (a crash between the two renames leaves the
@@ -58,29 +53,25 @@ def replace_folder(temp: Path, final: Path) -> None:
     Raises:
         OSError: the disk refused; the old folder is put back.
     """
-    for path in sorted(temp.rglob("*"), reverse=True):
-        sync_folder(path) if path.is_dir() else _sync_file(path)
-    sync_folder(temp)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        _sync(path)
+    _sync(folder)
     old = final.with_name(f".{final.name}.old")
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     try:
-        temp.rename(final)
+        folder.rename(final)
     except OSError:
         if old.exists():
             old.rename(final)
         raise
-    sync_folder(final.parent)
+    _sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def sync_folder(path: Path) -> None:
-    """Flush a folder's list of names: without it a rename may not survive a power cut."""
-    _sync_file(path)
-
-
-def _sync_file(path: Path) -> None:
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from resight.atomic import staged_folder
+from resight.atomic import replace_folder, temporary_folder
 from resight.errors import AlreadyExistsError, BundleError
 from resight.image import ImageSpec
 from resight.manifest import MANIFEST_FILE, SCHEMA_VERSION, Artefact, FileEntry, Manifest, from_json, to_json
@@ -179,10 +179,11 @@ def write_bundle(
         evaluation=dict(evaluation or {}),
         versions=dict(versions or {}),
     )
-    with staged_folder(path) as temp:
+    with temporary_folder(path) as temp:
         for file, data in (files | {MANIFEST_FILE: to_json(manifest)}).items():
             (temp / file).write_bytes(data)
         open_bundle(temp).probes()
+        replace_folder(temp, path)
     return Bundle(path, manifest)
 
 
