@@ -15,6 +15,7 @@
     │   ├── BundleError
     │   └── StoreError
     ├── TrainingError              the adaptation cannot go on (no cluster, one cluster, NaN)
+    ├── ModelError                 the served model failed on this input
     ├── SpaceMismatchError         features of two embedding spaces would be compared
     ├── NotFoundError
     │   ├── CollectionNotFoundError
@@ -24,6 +25,7 @@
     │   └── EntryExistsError
     ├── ConflictError              a compare-and-swap was lost
     ├── CollectionNotEmptyError
+    ├── DeleteCapError             a deletion would take more than the caller allowed
     ├── OverloadedError            try again after `retry_after_s`
     ├── DeadlineError              the caller's deadline passed before the work was done
     ├── UnavailableError           starting, draining, or the server cannot be reached
@@ -102,6 +104,10 @@ class TrainingError(ReIDError):
     """The adaptation cannot go on."""
 
 
+class ModelError(ReIDError):
+    """The served model failed on this input, or answered what is no feature."""
+
+
 class SpaceMismatchError(ReIDError):
     """Features of two embedding spaces would be compared."""
 
@@ -136,6 +142,10 @@ class ConflictError(ReIDError):
 
 class CollectionNotEmptyError(ReIDError):
     """A collection that still has entries is deleted only by force."""
+
+
+class DeleteCapError(ReIDError):
+    """A deletion would take more entries than the caller allowed; nothing was deleted."""
 
 
 class OverloadedError(ReIDError):

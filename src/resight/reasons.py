@@ -1,0 +1,136 @@
+"""Errors on the wire: one table names each leaf of the tree, and two functions cross the border.
+
+Every status carries ``ErrorInfo{reason, domain, metadata}`` (AIP-193), the request's field at fault
+as ``BadRequest``, and one more detail where gRPC's conventions have one: ``ResourceInfo`` for what
+is missing or exists, ``PreconditionFailure``, ``RetryInfo``. Server and client share this table.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2 as details
+from google.rpc import status_pb2
+
+from resight import errors
+from resight.errors import OverloadedError, ReIDError, UnavailableError
+
+DOMAIN = "resight.v1"
+MAX_MESSAGE = 1024  # characters; gRPC refuses trailers over 8 KiB, and the details repeat the message
+
+
+class Wire(NamedTuple):
+    """How a leaf is told to the other side."""
+
+    code: grpc.StatusCode
+    reason: str
+
+
+WIRE: dict[type[ReIDError], Wire] = {
+    errors.InputError: Wire(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT"),
+    errors.ImageUndecodableError: Wire(grpc.StatusCode.INVALID_ARGUMENT, "IMAGE_UNDECODABLE"),
+    errors.ImageTooLargeError: Wire(grpc.StatusCode.INVALID_ARGUMENT, "IMAGE_TOO_LARGE"),
+    errors.ImageTooSmallError: Wire(grpc.StatusCode.INVALID_ARGUMENT, "IMAGE_TOO_SMALL"),
+    errors.SiteError: Wire(grpc.StatusCode.INVALID_ARGUMENT, "SITE_UNUSABLE"),
+    errors.WeightsError: Wire(grpc.StatusCode.INVALID_ARGUMENT, "WEIGHTS_UNUSABLE"),
+    errors.RecipeError: Wire(grpc.StatusCode.INVALID_ARGUMENT, "RECIPE_INVALID"),
+    errors.LimitError: Wire(grpc.StatusCode.INVALID_ARGUMENT, "LIMIT_EXCEEDED"),
+    errors.CheckpointError: Wire(grpc.StatusCode.DATA_LOSS, "CHECKPOINT_DAMAGED"),
+    errors.BundleError: Wire(grpc.StatusCode.DATA_LOSS, "BUNDLE_DAMAGED"),
+    errors.StoreError: Wire(grpc.StatusCode.DATA_LOSS, "STORE_DAMAGED"),
+    errors.TrainingError: Wire(grpc.StatusCode.FAILED_PRECONDITION, "TRAINING_FAILED"),
+    errors.ModelError: Wire(grpc.StatusCode.INTERNAL, "MODEL_FAILED"),
+    errors.SpaceMismatchError: Wire(grpc.StatusCode.FAILED_PRECONDITION, "EMBEDDING_SPACE_MISMATCH"),
+    errors.CollectionNotFoundError: Wire(grpc.StatusCode.NOT_FOUND, "COLLECTION_NOT_FOUND"),
+    errors.EntryNotFoundError: Wire(grpc.StatusCode.NOT_FOUND, "ENTRY_NOT_FOUND"),
+    errors.CollectionExistsError: Wire(grpc.StatusCode.ALREADY_EXISTS, "COLLECTION_EXISTS"),
+    errors.EntryExistsError: Wire(grpc.StatusCode.ALREADY_EXISTS, "ENTRY_EXISTS"),
+    errors.ConflictError: Wire(grpc.StatusCode.ABORTED, "CONCURRENT_UPDATE"),
+    errors.CollectionNotEmptyError: Wire(grpc.StatusCode.FAILED_PRECONDITION, "COLLECTION_NOT_EMPTY"),
+    errors.DeleteCapError: Wire(grpc.StatusCode.FAILED_PRECONDITION, "DELETE_CAP_EXCEEDED"),
+    errors.OverloadedError: Wire(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
+    errors.DeadlineError: Wire(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_PASSED"),
+    errors.UnavailableError: Wire(grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
+    errors.StorageFullError: Wire(grpc.StatusCode.RESOURCE_EXHAUSTED, "STORAGE_FULL"),
+    errors.StartupError: Wire(grpc.StatusCode.UNAVAILABLE, "STARTUP_FAILED"),
+}
+_LEAF_OF_REASON = {wire.reason: leaf for leaf, wire in WIRE.items()}
+_LEAF_OF_CODE: dict[int, type[ReIDError]] = {
+    grpc.StatusCode.UNAVAILABLE.value[0]: errors.UnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED.value[0]: errors.DeadlineError,
+    # Without our details this is the transport's own limit on message size or calls in flight.
+    grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]: errors.LimitError,
+    grpc.StatusCode.INVALID_ARGUMENT.value[0]: errors.InputError,
+}
+
+
+def to_status(error: ReIDError, *, field: str = "") -> status_pb2.Status:
+    """Tell an error to the other side.
+
+    Args:
+        error: any error of the tree.
+        field: where the item stands in the request (``requests[3]``); the error's own field follows it.
+
+    Raises:
+        KeyError: the error's class has no line in the table.
+    """
+    code, reason = WIRE[type(error)]
+    message = str(error)[:MAX_MESSAGE]
+    at = ".".join(part for part in (field, error.field) if part)
+    parts: list[Message] = [details.ErrorInfo(reason=reason, domain=DOMAIN, metadata=error.facts)]
+    if at:
+        violation = details.BadRequest.FieldViolation(field=at, description=message)
+        parts.append(details.BadRequest(field_violations=[violation]))
+    if isinstance(error, errors.NotFoundError | errors.AlreadyExistsError):
+        kind, _, _ = reason.lower().partition("_")
+        name = error.facts.get(kind, "")
+        parts.append(details.ResourceInfo(resource_type=kind, resource_name=name, description=message))
+    if code is grpc.StatusCode.FAILED_PRECONDITION:
+        failure = details.PreconditionFailure.Violation(type=reason, subject=at, description=message)
+        parts.append(details.PreconditionFailure(violations=[failure]))
+    retry_after_s = _retry_after_s(error)
+    if retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(retry_after_s * 1e9))
+        parts.append(details.RetryInfo(retry_delay=delay))
+    status = status_pb2.Status(code=code.value[0], message=message)
+    for part in parts:
+        packed = any_pb2.Any()
+        packed.Pack(part)
+        status.details.append(packed)
+    return status
+
+
+def _retry_after_s(error: ReIDError) -> float | None:
+    if isinstance(error, OverloadedError):
+        return error.retry_after_s
+    return 1.0 if isinstance(error, UnavailableError) else None  # a drain or a warm-up takes seconds
+
+
+def from_status(status: status_pb2.Status) -> ReIDError:
+    """Make of a status the leaf it was told from, with the server's message, field, facts and delay.
+
+    A status without our ``ErrorInfo`` (gRPC's own, or a proxy's) becomes the leaf nearest to its code.
+    """
+    info, field, retry_after_s = details.ErrorInfo(), "", 1.0
+    for packed in status.details:
+        bad, retry = details.BadRequest(), details.RetryInfo()
+        if packed.Is(details.ErrorInfo.DESCRIPTOR):
+            packed.Unpack(info)
+        elif packed.Unpack(bad):
+            field = bad.field_violations[0].field if bad.field_violations else ""
+        elif packed.Unpack(retry):
+            retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
+    known = _LEAF_OF_REASON.get(info.reason) if info.domain == DOMAIN else None
+    leaf = known or _LEAF_OF_CODE.get(status.code, ReIDError)
+    facts = dict(info.metadata)
+    error = (
+        OverloadedError(status.message, retry_after_s=retry_after_s, field=field)
+        if leaf is OverloadedError
+        else leaf(status.message, field=field)
+    )
+    error.facts = facts
+    return error
