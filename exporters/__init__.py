@@ -1,1 +1,1 @@
-"""A checkpoint becomes a bundle."""
+"""A checkpoint becomes a bundle; see `resight.exporters.export`."""

@@ -1,0 +1,149 @@
+"""Checkpoint to bundle: graph, files, parity, manifest. The one entry point of the exporters."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy
+import onnx
+import onnxruntime
+import torch
+from resight.exporters.graph import ServingGraph
+from resight.exporters.to_onnx import to_onnx
+from resight.exporters.verify import run_torch, verify_bundle, verify_graph
+
+from resight.bundle import Bundle, Graph, open_bundle, space_id, write_bundle
+from resight.checkpoint import load_checkpoint
+from resight.errors import BundleError
+from resight.model import Encoder
+from resight.probes import make_probes
+
+STEPS = ("reference features", "graph", "parity", "files")
+Progress = Callable[[str], None]
+"""Called with one of `STEPS` as it begins."""
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    *,
+    name: str | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Make a bundle of a checkpoint folder.
+
+    Args:
+        checkpoint: what `resight adapt` wrote.
+        out: the bundle folder to make.
+        name: of the model; ``out``'s own name by default, spelled as names are.
+        evaluation: figures to carry along.
+        replace: whether a bundle at ``out`` gives way.
+        progress: told which step begins.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another architecture.
+        BundleError: the exported graph does not reproduce the encoder.
+        AlreadyExistsError: something stands at ``out``.
+    """
+    loaded = load_checkpoint(checkpoint)
+    origin = loaded.provenance
+    return export_encoder(
+        loaded.encoder,
+        out,
+        name=name or spell_name(out.name),
+        training={
+            "recipe": dict(origin.recipe),
+            "config": loaded.encoder.config.to_json(),
+            "stage": origin.stage,
+            "epoch": origin.epoch,
+            "store_fingerprint": origin.store_fingerprint,
+            "initial_weights": dict(origin.initial_weights),
+        },
+        weights_licence=origin.initial_weights.get("licence") or "unknown",
+        evaluation=evaluation,
+        replace=replace,
+        progress=progress,
+    )
+
+
+def export_encoder(
+    encoder: Encoder,
+    out: Path,
+    *,
+    name: str,
+    training: Mapping[str, Any],
+    weights_licence: str,
+    evaluation: Mapping[str, Any] | None = None,
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Make a bundle of an encoder in memory, which is left as it is.
+
+    Raises:
+        BundleError: a weight is not finite, or the exported graph does not reproduce the encoder.
+        AlreadyExistsError: something stands at ``out``.
+    """
+    tell = progress or (lambda step: None)
+    encoder = copy.deepcopy(encoder).cpu().float().eval()
+    broken = [key for key, tensor in encoder.state_dict().items() if not tensor.isfinite().all()]
+    if broken:
+        raise BundleError(f"weights {', '.join(broken[:3])} are not finite: adapt again from sound weights")
+    image = encoder.config.image
+    tell("reference features")
+    probes = make_probes(image, run_torch(encoder))
+    tell("graph")
+    model = to_onnx(ServingGraph(encoder), image)
+    tell("parity")
+    parity = verify_graph(model, probes, what="the ONNX graph")
+    tell("files")
+    write_bundle(
+        out,
+        name=name,
+        space_id=encoder_space_id(encoder),
+        image=image,
+        graphs=[Graph(model, parity)],
+        probes=probes,
+        weights_licence=weights_licence,
+        training=training,
+        evaluation=evaluation,
+        versions={
+            "numpy": numpy.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+            "resight": version("resight"),
+            "torch": torch.__version__,
+        },
+        replace=replace,
+    )
+    bundle = open_bundle(out)
+    verify_bundle(bundle)
+    return bundle
+
+
+def encoder_space_id(encoder: Encoder) -> str:
+    """Name an encoder's embedding space by its config and every tensor its global feature depends on.
+
+    Two exports of one checkpoint share it, whatever the precision or the version of the exporter.
+    """
+    config = encoder.config
+    digest = hashlib.sha256(f"{config.backbone} {config.pooling} {config.embedding_dim}".encode())
+    parts = {"mean": encoder.mean, "std": encoder.std}
+    for key, tensor in encoder.state_dict().items():
+        if key.startswith(("backbone.", "heads.global.")) and not key.endswith("num_batches_tracked"):
+            parts[key] = tensor
+    for key in sorted(parts):
+        digest.update(key.encode() + b"\0" + parts[key].detach().cpu().float().contiguous().numpy().tobytes())
+    return space_id(digest.digest(), config.image, encoder.feature_dim)
+
+
+def spell_name(text: str) -> str:
+    """Turn a folder's name into a model's: ``My Site (2)`` becomes ``my-site-2``."""
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")[:63] or "model"

@@ -1,0 +1,47 @@
+"""The graph a bundle carries: bytes of RGB in, unit vectors out, nothing left for the caller to get wrong."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from resight.model import Encoder
+
+
+class ServingGraph(nn.Module):
+    """An encoder's global head with normalisation and L2 inside; the local heads stay behind.
+
+    The division by the standard deviation is folded into the first convolution (exact: it is linear).
+    The mean is subtracted, not folded: a convolution pads with zeros, and zero means "average colour" only
+    after the subtraction.
+    """
+
+    mean: Tensor
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        source = copy.deepcopy(encoder).cpu().float().eval()
+        self.backbone = source.backbone
+        self.head = source.heads["global"]
+        self.register_buffer("mean", source.mean)
+        first = next(module for module in self.backbone.modules() if isinstance(module, nn.Conv2d))
+        assert first.in_channels == 3, "the trunk's first convolution must be the one that sees the image"
+        with torch.no_grad():
+            first.weight /= source.std.view(1, 3, 1, 1)
+        self.requires_grad_(False)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed images.
+
+        Args:
+            images: uint8 (N, H, W, 3) RGB, fitted by `resight.image.fit`.
+
+        Returns:
+            float32 (N, D), unit rows.
+        """
+        pixels = images.permute(0, 3, 1, 2).float() - self.mean  # (N, 3, H, W)
+        features: Tensor = self.head(self.backbone(pixels))  # (N, D)
+        return features / features.norm(dim=1, keepdim=True).clamp_min(1e-12)

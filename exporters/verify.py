@@ -1,0 +1,83 @@
+"""Parity: the same probes through torch and through each exported form, at batch 1 and 7."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+
+from resight.bundle import Bundle
+from resight.errors import BundleError
+from resight.image import Pixels
+from resight.model import Encoder
+from resight.probes import MIN_COSINE, Parity, Probes, Run, check_probes, measure_parity
+
+
+def run_torch(encoder: Encoder) -> Run:
+    """The reference: the encoder itself on the CPU, in eval mode and fp32."""
+
+    def run(pixels: Pixels) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            features: NDArray[np.float32] = encoder.embed(encoder.normalise(torch.from_numpy(pixels))).numpy()
+        return features
+
+    return run
+
+
+def run_onnx(model: bytes) -> Run:
+    """An ONNX model in onnxruntime on the CPU, as the service would run it.
+
+    Raises:
+        BundleError: onnxruntime does not accept it.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only: warnings about unused initialisers are not the user's
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no common root of their own
+        raise BundleError(f"onnxruntime {onnxruntime.__version__} does not accept the graph: {error}") from error
+    name = session.get_inputs()[0].name
+
+    def run(pixels: Pixels) -> NDArray[np.float32]:
+        features: NDArray[np.float32] = session.run(None, {name: pixels})[0]
+        return features
+
+    return run
+
+
+def verify_graph(model: bytes, probes: Probes, *, what: str, min_cosine: float = MIN_COSINE) -> Parity:
+    """Compare an ONNX model with the reference features of the probes.
+
+    Raises:
+        BundleError: the smallest cosine similarity is below ``min_cosine``.
+    """
+    parity = measure_parity(probes, run_onnx(model))
+    if parity.min_cosine < min_cosine:
+        raise BundleError(
+            f"{what} differs from the torch model: min cosine {parity.min_cosine:.6f}, max difference "
+            f"{parity.max_abs_diff:.2e} over {len(probes.jpegs)} probes, expected a cosine of at least {min_cosine}"
+        )
+    return parity
+
+
+def verify_bundle(bundle: Bundle) -> dict[str, Parity]:
+    """Run every ONNX form of a bundle, read from its files, on the bundle's own probes.
+
+    Returns:
+        Parity by file name.
+
+    Raises:
+        BundleError: a form does not reproduce what its manifest says, or this machine's decoder differs.
+    """
+    probes = bundle.probes()
+    found = {}
+    for artefact in bundle.manifest.artefacts:
+        if artefact.runtime == "onnx":
+            run = run_onnx(bundle.read(artefact.precision, artefact.runtime))
+            # fp32 meets the common bar; a quantised form meets what was measured at export, less kernel noise.
+            least = MIN_COSINE if artefact.precision == "fp32" else artefact.min_cosine - 1e-3
+            found[artefact.file] = check_probes(
+                probes, bundle.manifest.image, run, what=artefact.file, min_cosine=least
+            )
+    return found
