@@ -1,0 +1,229 @@
+"""What is read from the gallery's database: functions of a connection, each one short read.
+
+Expired entries are left out everywhere, from the instant they expire.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resight.errors import CollectionNotFoundError, EntryNotFoundError, StoreError
+from resight.service.entries import Collection, Entry, Filter, Space, now_us
+from resight.service.runtime import Feature
+
+log = logging.getLogger(__name__)
+
+Keys = NDArray[np.int64]
+"""int64 (N,): the store's numbers of entries, ascending, which is the order of enrolment."""
+
+_ENTRY = (
+    "e.key, e.entry_id, e.subject_id, e.camera_id, e.track_id, e.capture_us, e.expire_us, "
+    "(SELECT json_group_object(name, value) FROM label WHERE entry = e.key) AS labels, "
+    "e.quality, e.shot_count, e.created_us"
+)
+_COLLECTION = (
+    "SELECT c.name, s.space_id, s.model_id, s.dim, c.ttl_us, c.keep_crops, c.key, c.revision, "
+    "(SELECT count(*) FROM entry e WHERE e.collection = c.key AND (e.expire_us IS NULL OR e.expire_us > ?)) "
+    "FROM collection c JOIN space s USING (space_id) "
+)
+
+
+class Where(NamedTuple):
+    """A condition on ``entry e`` and its values."""
+
+    sql: str
+    values: list[Any]
+
+
+class Change(NamedTuple):
+    """What the index takes in: entries that came, entries that went, and the revision reached."""
+
+    added: Keys
+    features: Feature
+    removed: Keys
+    revision: int
+
+
+def where(key: int, filters: Filter) -> Where:
+    """The condition of living entries of a collection that pass a filter."""
+    parts, values = ["e.collection = ?", "(e.expire_us IS NULL OR e.expire_us > ?)"], [key, now_us()]  # type: list[str], list[Any]
+    for column, wanted, verb in (
+        ("camera_id", filters.camera_ids, "IN"),
+        ("camera_id", filters.exclude_camera_ids, "NOT IN"),
+        ("track_id", filters.track_ids, "IN"),
+        ("track_id", filters.exclude_track_ids, "NOT IN"),
+        ("subject_id", filters.subject_ids, "IN"),
+        ("entry_id", filters.exclude_entry_ids, "NOT IN"),
+    ):
+        if wanted:  # json_each: one statement whatever the list's length, so SQLite's cache of them works
+            parts.append(f"e.{column} {verb} (SELECT value FROM json_each(?))")
+            values.append(json.dumps(wanted))
+    for condition, bound in (
+        ("e.capture_us >= ?", filters.start_us),
+        ("e.capture_us < ?", filters.end_us),
+        ("e.quality >= ?", filters.min_quality),
+    ):
+        if bound is not None:
+            parts.append(condition)
+            values.append(bound)
+    for name, value in filters.labels:
+        parts.append("EXISTS (SELECT 1 FROM label l WHERE l.entry = e.key AND l.name = ? AND l.value = ?)")
+        values += [name, value]
+    return Where(" AND ".join(parts), values)
+
+
+def _collection(row: Sequence[Any]) -> Collection:
+    name, space_id, model_id, dim, ttl_us, keep_crops, key, revision, count = row
+    return Collection(name, Space(space_id, model_id, dim), ttl_us, bool(keep_crops), key, revision, count)
+
+
+def _entry(row: Sequence[Any]) -> Entry:
+    return Entry(*row[1:7], json.loads(row[7]), *row[8:])
+
+
+def collection(connection: sqlite3.Connection, name: str) -> Collection:
+    """One collection by name.
+
+    Raises:
+        CollectionNotFoundError: no such one.
+    """
+    row = connection.execute(_COLLECTION + "WHERE c.name = ?", (now_us(), name)).fetchone()
+    if row is None:
+        raise CollectionNotFoundError(
+            f"no collection {name!r} here: create it first, or see which there are with ListCollections",
+            field="collection_id",
+            collection=name,
+        )
+    return _collection(row)
+
+
+def collections(connection: sqlite3.Connection, *, after: str = "", limit: int = 1000) -> list[Collection]:
+    """Collections by name, from the one after ``after``."""
+    rows = connection.execute(_COLLECTION + "WHERE c.name > ? ORDER BY c.name LIMIT ?", (now_us(), after, limit))
+    return [_collection(row) for row in rows.fetchall()]
+
+
+def revision(connection: sqlite3.Connection, key: int) -> int:
+    """The last committed write of a collection; -1 when it is gone."""
+    row = connection.execute("SELECT revision FROM collection WHERE key = ?", (key,)).fetchone()
+    return -1 if row is None else int(row[0])
+
+
+def entry(connection: sqlite3.Connection, found_in: Collection, entry_id: str) -> tuple[int, Entry]:
+    """One living entry by id, with its key.
+
+    Raises:
+        EntryNotFoundError: no such one, or expired.
+    """
+    living = where(found_in.key, Filter())
+    row = connection.execute(
+        f"SELECT {_ENTRY} FROM entry e WHERE {living.sql} AND e.entry_id = ?", (*living.values, entry_id)
+    ).fetchone()
+    if row is None:
+        raise EntryNotFoundError(
+            f"no entry {entry_id!r} in collection {found_in.name}: it was never enrolled, was deleted or has expired",
+            field="entry_id",
+            entry=entry_id,
+            collection=found_in.name,
+        )
+    return row[0], _entry(row)
+
+
+def entries(
+    connection: sqlite3.Connection, key: int, filters: Filter, *, after: int, limit: int
+) -> list[tuple[int, Entry]]:
+    """Living entries in order of enrolment, from the one after key ``after``."""
+    passing = where(key, filters)
+    rows = connection.execute(
+        f"SELECT {_ENTRY} FROM entry e WHERE {passing.sql} AND e.key > ? ORDER BY e.key LIMIT ?",
+        (*passing.values, after, limit),
+    )
+    return [(row[0], _entry(row)) for row in rows.fetchall()]
+
+
+def count(connection: sqlite3.Connection, key: int, filters: Filter) -> int:
+    """How many living entries pass a filter."""
+    passing = where(key, filters)
+    return int(connection.execute(f"SELECT count(*) FROM entry e WHERE {passing.sql}", passing.values).fetchone()[0])
+
+
+def any_expired(connection: sqlite3.Connection) -> bool:
+    """Whether something waits to be purged."""
+    return connection.execute("SELECT 1 FROM entry WHERE expire_us <= ? LIMIT 1", (now_us(),)).fetchone() is not None
+
+
+def candidates(connection: sqlite3.Connection, key: int, filters: Filter) -> Keys:
+    """The keys of living entries that pass a filter, ascending."""
+    passing = where(key, filters)
+    rows = connection.execute(f"SELECT e.key FROM entry e WHERE {passing.sql}", passing.values).fetchall()
+    return np.sort(np.fromiter((row[0] for row in rows), np.int64, len(rows)))
+
+
+def confirmed(connection: sqlite3.Connection, key: int, keys: Keys, filters: Filter) -> dict[int, Entry]:
+    """Those of ``keys`` that live, belong to the collection and pass the filter: the check before a hit leaves."""
+    passing = where(key, filters)
+    rows = connection.execute(
+        f"SELECT {_ENTRY} FROM entry e WHERE e.key IN (SELECT value FROM json_each(?)) AND {passing.sql}",
+        (json.dumps(keys.tolist()), *passing.values),
+    )
+    return {row[0]: _entry(row) for row in rows.fetchall()}
+
+
+def feature(connection: sqlite3.Connection, key: int, space: Space) -> Feature:
+    """The stored feature of an entry.
+
+    Raises:
+        StoreError: it is missing or damaged.
+    """
+    rows = connection.execute(
+        "SELECT entry, vector, crc32 FROM feature WHERE entry = ? AND space_id = ?", (key, space.space_id)
+    ).fetchall()
+    _, features = _features(rows, space)
+    if len(features) != 1:
+        raise StoreError("the stored feature of this entry is damaged: delete the entry and enrol it again")
+    vector: Feature = features[0]
+    return vector
+
+
+def changes(connection: sqlite3.Connection, key: int, space: Space, since: int) -> Change:
+    """What happened to a collection after revision ``since``; with -1, all that it holds."""
+    connection.execute("BEGIN")  # the revision and the rows must be of one instant
+    try:
+        reached = revision(connection, key)
+        if since < 0:
+            chosen, values = "SELECT key FROM entry WHERE collection = ?", (key,)  # type: str, tuple[int, ...]
+            gone: list[tuple[int]] = []
+        else:
+            chosen, values = "SELECT entry FROM change WHERE collection = ? AND revision > ? AND NOT deleted", (key, since)
+            gone = connection.execute(
+                "SELECT entry FROM change WHERE collection = ? AND revision > ? AND deleted", (key, since)
+            ).fetchall()
+        rows = connection.execute(
+            f"SELECT entry, vector, crc32 FROM feature WHERE entry IN ({chosen}) AND space_id = ? ORDER BY entry",
+            (*values, space.space_id),
+        ).fetchall()
+    finally:
+        connection.execute("COMMIT")
+    added, features = _features(rows, space)
+    removed = np.sort(np.fromiter((row[0] for row in gone), np.int64, len(gone)))
+    return Change(added, features, removed, reached)
+
+
+def _features(rows: Sequence[tuple[int, bytes, int]], space: Space) -> tuple[Keys, Feature]:
+    """Rows to keys and float32 (N, D); a damaged one is left out and reported, so that the others can be served."""
+    good = [row for row in rows if len(row[1]) == 4 * space.dim and zlib.crc32(row[1]) == row[2]]
+    if len(good) < len(rows):
+        intact = {row[0] for row in good}
+        damaged = [row[0] for row in rows if row[0] not in intact]
+        log.error("damaged features are left out of searches; entries by key: %s", damaged[:20])
+    keys = np.fromiter((row[0] for row in good), np.int64, len(good))
+    packed = np.frombuffer(b"".join(row[1] for row in good), "<f4")
+    return keys, packed.reshape(len(good), space.dim).astype(np.float32, copy=False)

@@ -1,0 +1,127 @@
+"""Everything a server can be told, in one frozen value: flags before environment before file before defaults.
+
+The environment prefix is ``RESIGHT_`` (``RESIGHT_MAX_BATCH=16``); the file is TOML with the same names.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from resight.errors import RecipeError
+from resight.image import MAX_BYTES, MAX_PIXELS
+
+MIB = 1024 * 1024
+
+
+class Settings(BaseSettings):
+    """What `resight.service.app.run` needs. Times in seconds, sizes in bytes or pixels.
+
+    Attributes:
+        bundle: folder of the model to serve.
+        data: folder of the gallery; made when missing, held by one server at a time.
+        listen: ``HOST:PORT``; port 0 takes a free one, told in ``server.json``.
+        insecure_listen: listen off loopback although nobody is authenticated.
+        reflection: answer ``grpc.reflection.v1``; None = only on loopback.
+        provider: where the model runs.
+        precision: which of the bundle's graphs.
+        inference_threads: of onnxruntime; 0 = its own choice (one per core).
+        decode_threads: crops decoded at once; each holds at most ``max_image_pixels`` of RGB.
+        max_batch: crops of one inference.
+        batch_delay_s: wait for more crops when the model is idle; 0 batches what gathers while it is busy.
+        max_queue: crops admitted and not yet answered (8 batches).
+        max_rpcs: calls in flight; times ``max_message_bytes`` this is the fence on memory.
+        max_message_bytes: 64 crops of 100 KB fit.
+        deadline_s: for a lone item when the client set none.
+        batch_deadline_s: the same for batches.
+        drain_delay_s: between turning NOT_SERVING and refusing calls, for load balancers to notice.
+        drain_grace_s: for calls in flight to end.
+        purge_interval_s: how often expired entries leave the disk (they leave the answers at once).
+        quick_check_s: at most this long is the database checked at start.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="RESIGHT_", frozen=True, extra="forbid")
+
+    bundle: Path
+    data: Path
+    listen: str = Field(default="127.0.0.1:50051", pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\[\]]+):\d{1,5}$")
+    insecure_listen: bool = False
+    reflection: bool | None = None
+    provider: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    inference_threads: int = Field(default=0, ge=0, le=256)
+    decode_threads: int = Field(default=min(8, os.cpu_count() or 1), ge=1, le=64)
+    max_batch: int = Field(default=32, ge=1, le=1024)
+    batch_delay_s: float = Field(default=0.0, ge=0.0, le=1.0)
+    max_queue: int = Field(default=256, ge=1, le=65536)
+    max_rpcs: int = Field(default=256, ge=1, le=65536)
+    max_message_bytes: int = Field(default=8 * MIB, ge=64 * 1024, le=256 * MIB)
+    max_image_bytes: int = Field(default=MAX_BYTES, ge=1024, le=64 * MIB)
+    max_image_pixels: int = Field(default=MAX_PIXELS, ge=256, le=89_478_485)  # Pillow's own warning begins there
+    max_batch_items: int = Field(default=64, ge=1, le=1024)
+    max_shots: int = Field(default=32, ge=1, le=1024)
+    max_top_k: int = Field(default=1000, ge=1, le=10_000)
+    deadline_s: float = Field(default=10.0, gt=0.0)
+    batch_deadline_s: float = Field(default=60.0, gt=0.0)
+    drain_delay_s: float = Field(default=0.0, ge=0.0)
+    drain_grace_s: float = Field(default=10.0, ge=0.0)
+    purge_interval_s: float = Field(default=60.0, gt=0.0)
+    quick_check_s: float = Field(default=5.0, ge=0.0)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then environment; `load_settings` puts the file below them."""
+        return init_settings, env_settings
+
+    @property
+    def host(self) -> str:
+        """The listening host, without brackets."""
+        return self.listen.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        """The listening port; 0 = any."""
+        return int(self.listen.rpartition(":")[2])
+
+
+def load_settings(*, config: Path | None = None, **flags: Any) -> Settings:
+    """Join flags, environment and file.
+
+    Args:
+        config: a TOML file with names of `Settings`.
+        **flags: from the command line; None = not given.
+
+    Raises:
+        RecipeError: an unknown name, a missing one or a value out of range.
+    """
+
+    class WithFile(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], *args: Any, **sources: Any
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            above = Settings.settings_customise_sources(settings_cls, *args, **sources)
+            return (*above, TomlConfigSettingsSource(settings_cls, config)) if config else above
+
+    try:
+        return WithFile(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(
+            f"setting {name}: {first['msg']}, found {first['input']!r}: see `resight serve --help` and docs/operations.md",
+            field=name,
+        ) from error
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"settings file {config} cannot be read as TOML: {error}") from error
