@@ -12,9 +12,9 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from resight.errors import ImageTooLargeError, ImageTooSmallError, ImageUndecodableError
+from resight.errors import ImageError, ImageTooLargeError, ImageTooSmallError, ImageUndecodableError
 
 Pixels = NDArray[np.uint8]
 """uint8 array (H, W, 3), RGB."""
@@ -70,9 +70,17 @@ def decode(data: bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIX
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as header:
             _check_header(header, max_pixels)
-            image = ImageOps.exif_transpose(header).convert("RGB")
-            return np.asarray(image)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            image = ImageOps.exif_transpose(header)
+            if "transparency" in image.info:
+                image = image.convert("RGBA")  # Pillow warns when palette transparency goes straight to RGB
+            return np.array(image.convert("RGB"))  # a copy: Pillow's own buffer is read-only, which torch warns of
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageTooLargeError(
+            f"image claims far over {max_pixels} pixels ({error}): send the crop of one person", max_pixels=max_pixels
+        ) from error
+    except Exception as error:  # on hostile bytes Pillow raises whatever its parsers meet: struct.error, KeyError, ...
         kind = "empty" if not data else f"{len(data)} bytes beginning {data[:4].hex()}"
         raise ImageUndecodableError(
             f"expected a complete JPEG, PNG or WebP image, found {kind} that cannot be decoded: send the file again",
@@ -96,10 +104,12 @@ def _check_header(header: Image.Image, max_pixels: int) -> None:
             found_height=height,
             min_side=MIN_SIDE,
         )
-    if getattr(header, "n_frames", 1) > 1 or header.mode not in _EIGHT_BIT_MODES:
+    # A JPEG with a second picture inside (a phone's gain map or depth map, "MPO") is a still: its first one counts.
+    frames = 1 if header.format == "MPO" else getattr(header, "n_frames", 1)
+    if frames > 1 or header.mode not in _EIGHT_BIT_MODES:
         raise ImageUndecodableError(
-            f"expected a still image of 8 bits a channel, found mode {header.mode} with "
-            f"{getattr(header, 'n_frames', 1)} frames: convert it to JPEG"
+            f"expected a still image of 8 bits a channel, found mode {header.mode} with {frames} frames: "
+            "convert it to JPEG"
         )
 
 
@@ -116,4 +126,4 @@ def fit(image: Pixels, spec: ImageSpec) -> Pixels:
     if image.shape[:2] == (spec.height, spec.width):
         return image
     resized = Image.fromarray(image).resize((spec.width, spec.height), _FILTERS[spec.filter])
-    return np.asarray(resized)
+    return np.array(resized)
