@@ -114,10 +114,18 @@ def check_name(name: str, what: str) -> None:
 
 
 def to_json(manifest: Manifest) -> bytes:
-    """Spell a manifest canonically, with the SHA-256 of its own body."""
+    """Spell a manifest canonically, with the SHA-256 of its own body.
+
+    Raises:
+        BundleError: training, evaluation or versions hold what JSON cannot say, such as NaN or a path.
+    """
     body = asdict(manifest)
-    body["artefacts"] = list(body["artefacts"])
-    return _spell(body | {"manifest_sha256": hashlib.sha256(_spell(body)).hexdigest()})
+    try:
+        return _spell(body | {"manifest_sha256": hashlib.sha256(_spell(body)).hexdigest()})
+    except (TypeError, ValueError) as error:
+        raise BundleError(
+            f"{MANIFEST_FILE}: training, evaluation and versions must be plain JSON values, found: {error}"
+        ) from error
 
 
 def from_json(data: bytes) -> Manifest:
