@@ -1,0 +1,48 @@
+"""The command line: `resight COMMAND --help` explains each command with an example."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from resight.cli_demo import demo
+from resight.cli_export import export
+from resight.cli_gallery import gallery, search
+from resight.cli_serve import serve
+from resight.cli_train import adapt, builtin_weights, evaluate
+from resight.errors import ReIDError
+
+app = typer.Typer(
+    help="Person re-identification that adapts itself to a site, without labels, and serves.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+for command in (demo, adapt, evaluate, export, serve, search):
+    app.command()(command)
+app.command(hidden=True)(builtin_weights)
+app.add_typer(gallery, name="gallery")
+
+
+def main() -> None:
+    """Run a command; errors a user can mend end with one sentence and exit status 1."""
+    console = Console(stderr=True)
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False, markup=False)]
+    )
+    try:
+        app()
+    except ReIDError as error:
+        console.print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("stopped; `--resume` goes on where a command has it")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

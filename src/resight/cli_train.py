@@ -1,0 +1,126 @@
+"""`resight adapt`, `resight evaluate` and the command that made the built-in weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from resight.model import Encoder
+    from resight.training.crops import CropStore
+    from resight.training.neighbours import Floats
+
+log = logging.getLogger(__name__)
+
+SITE_HELP = "Market-1501 folder, plain folder (one sub-folder a camera) or crop store."
+SiteOption = Annotated[Path, typer.Option("--site", help=SITE_HELP)]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+WEIGHTS_HELP = "'builtin', 'resnet18', 'resnet50', a .pth or .onnx file, or a checkpoint folder."
+
+
+def adapt(
+    site: SiteOption,
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to write; the teacher goes to OUT-teacher.")],
+    init: Annotated[str, typer.Option(help=f"Initial weights: {WEIGHTS_HELP}")] = "builtin",
+    recipe: Annotated[str, typer.Option(help="Method: purify, supervised.")] = "purify",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each stage; the recipe's by default.")] = None,
+    iters: Annotated[int | None, typer.Option(min=1, help="Batches an epoch; the recipe's by default.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every stream of chance.")] = 1,
+    device: DeviceOption = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished epoch.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Adapt a model to a site's unlabelled crops.
+
+    Example: `resight adapt --site crops/ --init builtin --recipe purify --out site-model`
+    """
+    from resight.training.adapt import Adaptation, usable_rows
+    from resight.training.adapt import adapt as run_adaptation
+    from resight.training.crops import check_crops
+    from resight.training.datasets import open_site
+    from resight.training.epoch import Run, require_device
+    from resight.training.recipe import load_recipe
+    from resight.training.runlog import RunLog
+    from resight.weights import load_weights
+
+    require_device(device)
+    method = load_recipe(recipe).with_schedule(epochs=epochs, iters=iters)
+    opened = open_site(site)
+    initial = load_weights(init)
+    store = usable_rows(opened.train, check_crops(opened.train))
+    console = Console(stderr=True)
+    console.print(f"{len(store)} crops from {len(store.camera_names)} cameras of {opened.name}, recipe {method.name}")
+    folder = out.with_name(f"{out.name}-log")
+    with RunLog(folder, console=console, append=resume) as runlog:
+        plan = Adaptation(Run(store, method, seed, device, runlog), initial, out)
+        checkpoint = run_adaptation(plan, resume=resume)
+    last = dict(checkpoint.provenance.history[-1])
+    console.print(f"wrote {out}; figures and TensorBoard files in {folder}. Next: resight export {out} --out BUNDLE")
+    if json_file:
+        json_file.write_text(json.dumps({"checkpoint": str(out), "last_epoch": last}, indent=2) + "\n")
+
+
+def evaluate(
+    model: Annotated[str, typer.Option(help=f"Bundle folder, or weights: {WEIGHTS_HELP}")],
+    site: SiteOption,
+    device: DeviceOption = "cpu",
+    json_file: JsonOption = None,
+) -> None:
+    """Measure a model on a site whose persons are known: mAP, rank-1, -5, -10 and mINP in percent.
+
+    Example: `resight evaluate --model site-model --site market/ --json figures.json`
+    """
+    from resight.training.datasets import open_site
+    from resight.training.epoch import require_device
+    from resight.training.evaluate import evaluate_site, percentages
+
+    require_device(device)
+    opened = open_site(site)
+    score = evaluate_site(opened, lambda store: _embed(model, store, device))
+    figures = percentages(score)
+    table = Table("mAP", "rank-1", "rank-5", "rank-10", "mINP", title=f"{model} on {opened.name}")
+    table.add_row(*(f"{value:.2f}" for value in figures.values()))
+    Console().print(table)
+    if json_file:
+        json_file.write_text(json.dumps({**figures, "valid_queries": score.valid_queries}, indent=2) + "\n")
+
+
+def _embed(model: str, store: CropStore, device: str) -> Floats:
+    """Features of a store by whatever kind of model this is."""
+    import numpy as np
+
+    from resight.bundle import is_bundle, open_bundle
+    from resight.training.features import extract, read_batches
+    from resight.weights import load_weights
+
+    if not is_bundle(Path(model)):
+        encoder: Encoder = load_weights(model).encoder.to(device)
+        return extract(encoder, store, device=device, local=False)[0]
+    from resight.service.runtime import OnnxRuntime
+
+    bundle = open_bundle(Path(model))
+    runtime = OnnxRuntime(bundle)
+    batches = np.array_split(np.arange(len(store)), -(-len(store) // 32))
+    return np.concatenate([runtime.embed(pixels) for _, pixels in read_batches(store, batches, bundle.manifest.image)])
+
+
+def builtin_weights(
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
+    site: Annotated[Path, typer.Option(help="Where the synthetic people are drawn.")] = Path("builtin-site"),
+    seed: Annotated[int, typer.Option(min=0)] = 1,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Train the weights that ship with resight, from nothing but people drawn by code (docs/weights.md).
+
+    Example: `resight builtin-weights --out src/resight/weights/builtin`
+    """
+    from resight.training.builtin import train_builtin
+
+    train_builtin(out, site, seed=seed, device=device, console=Console(stderr=True))

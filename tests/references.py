@@ -1,0 +1,77 @@
+"""Slow, loop-written versions of the fast routines, as their papers state them."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating]
+
+
+def dense_jaccard(features: Floats, k1: int, k2: int) -> NDArray[np.float64]:
+    """k-reciprocal Jaccard distance, dense (N, N), steps 1-6 of the k-reciprocal encoding one crop at a time."""
+    x = features.astype(np.float64)
+    n = len(x)
+    similarity = x @ x.T
+    np.fill_diagonal(similarity, 2.0)
+    ranks = np.argsort(-similarity, axis=1, kind="stable")[:, : min(k1, n)]
+    lists = [list(row) for row in ranks]
+
+    def reciprocal(i: int, k: int) -> set[int]:
+        return {j for j in lists[i][: k + 1] if i in lists[j][: k + 1]}
+
+    weights = np.zeros((n, n))
+    for i in range(n):
+        base = reciprocal(i, k1)
+        widened = set(base)
+        for candidate in base:
+            half = reciprocal(candidate, round(k1 / 2))
+            if len(half & base) > 2 / 3 * len(half):
+                widened |= half
+        members = sorted(widened)
+        raw = np.exp([-(2 - 2 * float(x[i] @ x[j])) for j in members])
+        weights[i, members] = raw / raw.sum()
+    if k2 > 1:
+        weights = np.stack([weights[lists[i][:k2]].mean(0) for i in range(n)])
+    distance = np.zeros((n, n))
+    for i in range(n):
+        for j in range(n):
+            shared = np.minimum(weights[i], weights[j]).sum()
+            distance[i, j] = max(0.0, 1 - shared / (2 - shared))
+    return distance
+
+
+def sequential_update(centroids: Floats, features: Floats, labels: NDArray[np.int64], momentum: float) -> Floats:
+    """The memory update one sample after the other."""
+    out = centroids.astype(np.float64).copy()
+    for feature, label in zip(features.astype(np.float64), labels, strict=True):
+        mixed = momentum * out[label] + (1 - momentum) * feature
+        out[label] = mixed / np.linalg.norm(mixed)
+    return out
+
+
+def contrast(features: Floats, centroids: Floats, labels: NDArray[np.int64], temperature: float) -> float:
+    """Mean of -log softmax over clusters, sample by sample."""
+    total = 0.0
+    for feature, label in zip(features, labels, strict=True):
+        logits = [float(feature @ centroid) / temperature for centroid in centroids]
+        peak = max(logits)
+        total += peak + float(np.log(sum(np.exp(value - peak) for value in logits))) - logits[label]
+    return total / len(features)
+
+
+def dense_silhouette(distance: Floats, labels: NDArray[np.int64]) -> float:
+    """Mean silhouette over all crops; outliers (-1) are clusters of one and score 0."""
+    n = len(labels)
+    names = [f"out{i}" if label < 0 else f"c{label}" for i, label in enumerate(labels)]
+    clusters = {name: [j for j in range(n) if names[j] == name] for name in names}
+    scores = []
+    for i in range(n):
+        mates = [j for j in clusters[names[i]] if j != i]
+        if not mates:
+            scores.append(0.0)
+            continue
+        a = float(np.mean([distance[i, j] for j in mates]))
+        b = min(float(np.mean([distance[i, j] for j in rows])) for name, rows in clusters.items() if name != names[i])
+        scores.append((b - a) / max(a, b))
+    return float(np.mean(scores))

@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+from resight.image import ImageSpec
+from resight.model import Encoder, EncoderConfig
+from resight.training.optimizer import make_optimizer, pack_state, rate, set_rate, unpack_state
+from resight.training.recipe import Recipe
+
+LP = Recipe("lp", epochs=50, lr_steps=(0.4, 0.8), lr=3.5e-4)
+
+
+@pytest.mark.parametrize("round_, expected", [(0, 3.5e-4), (19, 3.5e-4), (20, 3.5e-5), (39, 3.5e-5), (40, 3.5e-6), (50, 3.5e-6)])
+def test_lp_table_of_rates(round_: int, expected: float) -> None:
+    # A student's round -1 is round 0 here: 3.5e-4 for -1..18, 3.5e-5 for 19..38, 3.5e-6 for 39..49.
+    assert rate(LP, round_) == pytest.approx(expected)
+
+
+def train(encoder: Encoder, optimizer: torch.optim.Adam, steps: range) -> None:
+    encoder.train()
+    for step in steps:
+        images = torch.randn(4, 3, 64, 32, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        encoder(images).whole.square()[:, :7].sum().backward()
+        optimizer.step()
+
+
+def test_packed_state_continues_exactly() -> None:
+    torch.manual_seed(0)
+    whole = Encoder(EncoderConfig(embedding_dim=32, image=ImageSpec(64, 32)))
+    optimizer = make_optimizer(whole, LP)
+    train(whole, optimizer, range(2))
+    resumed = Encoder(whole.config)
+    resumed.load_state_dict(whole.state_dict())
+    second = make_optimizer(resumed, LP)
+    unpack_state(second, {name: tensor.clone() for name, tensor in pack_state(optimizer).items()})
+    for encoder, stepper in ((whole, optimizer), (resumed, second)):
+        set_rate(stepper, LP, 30)
+        train(encoder, stepper, range(2, 4))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_neck_biases_are_not_trained() -> None:
+    encoder = Encoder(EncoderConfig(embedding_dim=32, image=ImageSpec(64, 32)))
+    trained = {id(parameter) for group in make_optimizer(encoder, LP).param_groups for parameter in group["params"]}
+    assert not any(id(head.neck.bias) in trained for head in encoder.heads.values())

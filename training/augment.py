@@ -1,0 +1,84 @@
+"""Training-time augmentation, on whole batches (SpCL, Cluster Contrast, LP, O2CAP use these values).
+
+Flip, pad and crop act on uint8 pixels; random erasing (Zhong et al., AAAI 2020) acts after
+normalisation and fills with the ImageNet mean, as the released codes do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from resight.image import Pixels
+from resight.model import IMAGENET_MEAN
+
+
+@dataclass(frozen=True)
+class AugmentSettings:
+    """Probabilities and sizes; the defaults are those of LP and O2CAP.
+
+    Attributes:
+        flip: probability of a horizontal flip.
+        pad: zero pixels added on each side before a random crop back to size, at 256 x 128; scaled with the height.
+        erase: probability that a rectangle is erased.
+        erase_area: smallest and largest share of the image erased.
+        erase_aspect: smallest height / width of the rectangle; the largest is its inverse.
+    """
+
+    flip: float = 0.5
+    pad: int = 10
+    erase: float = 0.5
+    erase_area: tuple[float, float] = (0.02, 0.40)
+    erase_aspect: float = 0.3
+
+
+def shift_and_flip(images: Pixels, settings: AugmentSettings, rng: np.random.Generator) -> Pixels:
+    """Flip and pad-crop a batch.
+
+    Args:
+        images: uint8 (B, H, W, 3).
+        settings: see `AugmentSettings`.
+        rng: the only source of chance.
+
+    Returns:
+        uint8 (B, H, W, 3), a new array.
+    """
+    batch, height, width, _ = images.shape
+    pad = round(settings.pad * height / 256)
+    padded = np.zeros((batch, height + 2 * pad, width + 2 * pad, 3), np.uint8)
+    padded[:, pad : pad + height, pad : pad + width] = images
+    flips = rng.random(batch) < settings.flip
+    offsets = rng.integers(0, 2 * pad + 1, (batch, 2))
+    out = np.empty_like(images)
+    for row, (flip, (top, left)) in enumerate(zip(flips, offsets, strict=True)):
+        crop = padded[row, top : top + height, left : left + width]
+        out[row] = crop[:, ::-1] if flip else crop
+    return out
+
+
+def erase(images: Tensor, settings: AugmentSettings, rng: np.random.Generator) -> Tensor:
+    """Erase one rectangle in some images of a normalised batch, in place.
+
+    Args:
+        images: float32 (B, 3, H, W), normalised.
+        settings: see `AugmentSettings`.
+        rng: the only source of chance.
+
+    Returns:
+        The same tensor.
+    """
+    height, width = images.shape[2:]
+    fill = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
+    for row in np.flatnonzero(rng.random(len(images)) < settings.erase):
+        for _ in range(100):  # the released codes' number of attempts to find a rectangle that fits
+            area = rng.uniform(*settings.erase_area) * height * width
+            aspect = rng.uniform(settings.erase_aspect, 1 / settings.erase_aspect)
+            tall, wide = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+            if 0 < tall < height and 0 < wide < width:
+                top, left = rng.integers(0, height - tall + 1), rng.integers(0, width - wide + 1)
+                images[row, :, top : top + tall, left : left + wide] = fill
+                break
+    return images

@@ -1,0 +1,196 @@
+"""Pseudo labels: DBSCAN on the sparse Jaccard graph, its eps chosen without labels, its health in figures.
+
+Letters: N crops, K clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from sklearn.cluster import DBSCAN
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+from resight.errors import TrainingError
+from resight.training.neighbours import Floats, Ints, encode_reciprocal, jaccard_graph
+
+OUTLIER = -1
+EPS_GRID = tuple(round(0.30 + 0.05 * step, 2) for step in range(9))  # 0.30-0.70: the range published eps lie in
+LARGEST_SHARE_LIMIT = 0.5  # one cluster holding half of a site is a collapse, not a person
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    """How features become labels; see the recipes for the sources of the values.
+
+    Attributes:
+        k1: neighbours of the k-reciprocal sets.
+        k2: neighbours of the local query expansion.
+        eps: DBSCAN radius in (0, 1), or "auto" (see `choose_eps`).
+        min_samples: DBSCAN core size.
+        local_weight: LP's lambda_1, the share of each local view in the fused distance; 0 uses the global view alone.
+    """
+
+    k1: int = 30
+    k2: int = 6
+    eps: float | Literal["auto"] = "auto"
+    min_samples: int = 4
+    local_weight: float = 0.15
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Labels and where they come from.
+
+    Attributes:
+        labels: int64 (N,), 0..K-1, -1 for outliers.
+        eps: radius used.
+        silhouette: mean over all crops in [-1, 1], outliers counting 0.
+    """
+
+    labels: Ints
+    eps: float
+    silhouette: float
+
+    @property
+    def count(self) -> int:
+        """K, the number of clusters."""
+        return int(self.labels.max(initial=OUTLIER)) + 1
+
+    def health(self, persons: Ints | None = None) -> dict[str, float]:
+        """Figures that tell a good clustering from a collapsed one.
+
+        Args:
+            persons: true persons (N,), only where known, for NMI and ARI among the clustered crops;
+                they are measured, never trained on.
+        """
+        inliers = self.labels != OUTLIER
+        sizes = np.bincount(self.labels[inliers], minlength=1)
+        figures = {
+            "clusters": float(self.count),
+            "outlier_share": float(1 - inliers.mean()),
+            "largest_share": float(sizes.max() / len(self.labels)),
+            "eps": self.eps,
+            "silhouette": self.silhouette,
+        }
+        if persons is not None and inliers.any():
+            figures["nmi"] = float(normalized_mutual_info_score(persons[inliers], self.labels[inliers]))
+            figures["ari"] = float(adjusted_rand_score(persons[inliers], self.labels[inliers]))
+        return figures
+
+
+def cluster(views: Sequence[Floats], settings: ClusterSettings, *, device: str = "cpu") -> Clustering:
+    """Cluster crops by the fused Jaccard distance of their views (LP, section 3.3 of its released code).
+
+    Args:
+        views: float32 (N, D) unit rows of the global view, then of the local ones.
+        settings: see `ClusterSettings`.
+        device: where neighbours are searched.
+
+    Raises:
+        TrainingError: no cluster, or one that holds more than half of all crops.
+    """
+    weights = _view_weights(len(views), settings.local_weight)
+    used = [(view, weight) for view, weight in zip(views, weights, strict=True) if weight > 0]
+    encoded = [encode_reciprocal(view, k1=settings.k1, k2=settings.k2, device=device) for view, _ in used]
+    longest = max(EPS_GRID) if settings.eps == "auto" else settings.eps
+    graph = jaccard_graph(encoded, [weight for _, weight in used], max_distance=longest)
+    if settings.eps == "auto":
+        found = choose_eps(graph, settings.min_samples)
+    else:
+        labels = scan(graph, settings.eps, settings.min_samples)
+        found = Clustering(labels, settings.eps, silhouette(graph, labels))
+    return _refuse_collapse(found)
+
+
+def _view_weights(count: int, local_weight: float) -> list[float]:
+    """(1 - 2 l, l, l) for three views: they sum to 1, so the fused distance stays in [0, 1]."""
+    return [1 - (count - 1) * local_weight, *[local_weight] * (count - 1)]
+
+
+def scan(graph: sparse.csr_matrix, eps: float, min_samples: int) -> Ints:
+    """DBSCAN on a precomputed sparse graph; distances not stored count as longer than any eps."""
+    # scikit-learn thresholds and sorts in place where it may: it gets a copy
+    labels = DBSCAN(eps=eps, min_samples=min_samples, metric="precomputed").fit_predict(graph.copy())
+    return np.asarray(labels, np.int64)
+
+
+def choose_eps(graph: sparse.csr_matrix, min_samples: int) -> Clustering:
+    """The eps of `EPS_GRID` whose clusters have the highest mean silhouette, outliers counting 0.
+
+    Too small an eps leaves outliers, which add nothing; too large a one merges people, whose silhouettes
+    fall. No label is read. docs/method.md shows the figure beside the true agreement.
+    """
+    tried = []
+    for eps in EPS_GRID:
+        labels = scan(graph, eps, min_samples)
+        tried.append(Clustering(labels, eps, silhouette(graph, labels)))
+    return max(tried, key=lambda found: found.silhouette)
+
+
+def silhouette(graph: sparse.csr_matrix, labels: Ints) -> float:
+    """Mean silhouette (Rousseeuw 1987) on a sparse distance graph; pairs not stored are 1 apart.
+
+    For crop i, a is the mean distance to the rest of its cluster and b the smallest mean distance to
+    another cluster; s = (b - a) / max(a, b). Outliers form clusters of one and score 0.
+
+    Args:
+        graph: CSR (N, N) of distances below 1, diagonal included.
+        labels: int64 (N,), -1 for outliers.
+    """
+    n = len(labels)
+    labels = labels.copy()
+    alone = labels == OUTLIER
+    labels[alone] = np.arange(alone.sum()) + labels.max(initial=OUTLIER) + 1
+    sizes = np.bincount(labels)
+    closeness = graph.copy()
+    closeness.data = 1 - closeness.data
+    members = sparse.csr_matrix((np.ones(n, np.float32), (np.arange(n), labels)), (n, len(sizes)))
+    sums = (closeness @ members).tocsr()  # (N, K): summed closeness of each crop to each cluster
+    row = np.repeat(np.arange(n), np.diff(sums.indptr))
+    own = sums.indices == labels[row]
+    inside, outside = np.zeros(n), np.zeros(n)
+    inside[row[own]] = (sums.data[own] - 1) / np.maximum(sizes[labels[row[own]]] - 1, 1)  # without itself
+    np.maximum.at(outside, row[~own], sums.data[~own] / sizes[sums.indices[~own]])
+    a, b = 1 - inside, 1 - outside
+    scores = np.where(sizes[labels] > 1, (b - a) / np.maximum(np.maximum(a, b), 1e-12), 0.0)
+    return float(scores.mean())
+
+
+def _refuse_collapse(found: Clustering) -> Clustering:
+    """Stop before training on labels that mean nothing."""
+    figures = found.health()
+    if found.count == 0:
+        raise TrainingError(
+            f"no cluster among {len(found.labels)} crops at eps {found.eps}: expected at least two persons with "
+            "several crops each; give more crops, or initial weights that suit the site better",
+            clusters=0,
+        )
+    if found.count == 1 or figures["largest_share"] > LARGEST_SHARE_LIMIT:
+        raise TrainingError(
+            f"{figures['largest_share']:.0%} of {len(found.labels)} crops fell into one cluster of {found.count} at eps "
+            f"{found.eps}: expected many persons; lower eps in the recipe, or check that the crops show different people",
+            clusters=found.count,
+        )
+    return found
+
+
+def centroids(features: Floats, labels: Ints) -> NDArray[np.float32]:
+    """Mean feature of each cluster, made unit length.
+
+    Args:
+        features: float32 (N, D).
+        labels: int64 (N,), 0..K-1 all present, -1 for outliers.
+
+    Returns:
+        float32 (K, D) unit rows.
+    """
+    inliers = np.flatnonzero(labels != OUTLIER)
+    order = inliers[np.argsort(labels[inliers], kind="stable")]
+    starts = np.searchsorted(labels[order], np.arange(labels.max(initial=OUTLIER) + 1))
+    sums = np.add.reduceat(features[order], starts, axis=0)
+    return np.asarray(sums / np.linalg.norm(sums, axis=1, keepdims=True), np.float32)
