@@ -26,7 +26,8 @@ def generate(out: Path) -> None:
     """
     protos = sorted(str(path.relative_to(HERE)) for path in HERE.glob("resight/v1/*.proto"))
     arguments = [f"-I{include}" for include in INCLUDES] + [f"--{plugin}_out={out}" for plugin in PLUGINS]
-    plugins = [f"--plugin=protoc-gen-{name}={Path(sys.executable).parent / f'protoc-gen-{name}'}" for name in PLUGINS[2:]]
+    scripts = Path(sys.executable).parent
+    plugins = [f"--plugin=protoc-gen-{name}={scripts / f'protoc-gen-{name}'}" for name in PLUGINS[2:]]
     subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *plugins, *arguments, *protos], check=True)
 
 

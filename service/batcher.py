@@ -11,15 +11,15 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
+from resight.service.runtime import Feature, Runtime
 
 from resight.errors import DeadlineError, ModelError, OverloadedError, ReIDError
 from resight.image import Pixels
-from resight.service.runtime import Feature, Runtime
 
 log = logging.getLogger(__name__)
 

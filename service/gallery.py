@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from uuid import uuid4
 
 import numpy as np
-
-from resight.errors import InputError, LimitError, ReIDError, SpaceMismatchError
 from resight.service import reads, writes
 from resight.service.embedder import Embedded, Embedder, Timings, all_embedded, combined
 from resight.service.entries import Collection, Enrolled, Enrolment, Entry, Filter, Space
@@ -23,6 +21,8 @@ from resight.service.runtime import Feature
 from resight.service.searcher import Searcher
 from resight.service.settings import Settings
 from resight.service.store import Store
+
+from resight.errors import InputError, LimitError, ReIDError, SpaceMismatchError
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Gallery:
             )
         if new.ttl_us is None and not allow_unlimited:
             raise InputError(
-                "entries are people and must expire: set default_ttl, or allow_unlimited_retention to keep them for good",
+                "entries are people and must expire: set default_ttl, or allow_unlimited_retention to keep them",
                 field="collection.default_ttl",
             )
         if new.ttl_us is not None and new.ttl_us <= 0:
@@ -165,7 +165,7 @@ class Gallery:
             )
         if not 1 <= len(source.images) <= self._settings.max_shots:
             raise LimitError(
-                f"1 to {self._settings.max_shots} shots make one feature, found {len(source.images)}: send the best ones",
+                f"1 to {self._settings.max_shots} shots make a feature, found {len(source.images)}: send the best ones",
                 field="shots.images",
                 max_shots=self._settings.max_shots,
             )
@@ -216,7 +216,7 @@ class Gallery:
         """Take expired entries off the disk, forget old requests and what the index has taken in."""
         while await self._store.read(reads.any_expired):
             await self._store.erase(writes.purge)
-        held = await self._store.read(reads.collections)
+        held = await self._store.read(reads.collections, limit=-1)
         for collection in held:
             self.searcher.follow(collection)
         await self._store.write(writes.forget, self.searcher.revisions())

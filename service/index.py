@@ -9,7 +9,6 @@ from __future__ import annotations
 import faiss
 import numpy as np
 from numpy.typing import NDArray
-
 from resight.service.reads import Keys
 from resight.service.runtime import Feature
 
@@ -78,9 +77,7 @@ class ExactIndex:
         copy: Feature = self._vectors()[np.searchsorted(self._keys, keys)]
         return copy
 
-    def search(
-        self, queries: Feature, k: int, *, among: Keys | None = None
-    ) -> list[tuple[Keys, NDArray[np.float32]]]:
+    def search(self, queries: Feature, k: int, *, among: Keys | None = None) -> list[tuple[Keys, NDArray[np.float32]]]:
         """The k nearest rows of each query, exactly.
 
         Args:
@@ -126,9 +123,7 @@ class ExactIndex:
                 return [found[found >= 0] for found in rows]
             fetch = min(fetch * 4, count)
 
-    def _exact(
-        self, query: Feature, rows: NDArray[np.int64], k: int
-    ) -> tuple[Keys, NDArray[np.float32]]:
+    def _exact(self, query: Feature, rows: NDArray[np.int64], k: int) -> tuple[Keys, NDArray[np.float32]]:
         """Order rows by a similarity summed row by row, which does not depend on its neighbours."""
         rows = np.sort(rows)
         similarities = np.clip((self._vectors()[rows] * query).sum(axis=1), -1.0, 1.0)

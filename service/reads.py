@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
-from resight.errors import CollectionNotFoundError, EntryNotFoundError, StoreError
 from resight.service.entries import Collection, Entry, Filter, Space, now_us
 from resight.service.runtime import Feature
+
+from resight.errors import CollectionNotFoundError, EntryNotFoundError, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +202,10 @@ def changes(connection: sqlite3.Connection, key: int, space: Space, since: int) 
             chosen, values = "SELECT key FROM entry WHERE collection = ?", (key,)  # type: str, tuple[int, ...]
             gone: list[tuple[int]] = []
         else:
-            chosen, values = "SELECT entry FROM change WHERE collection = ? AND revision > ? AND NOT deleted", (key, since)
+            chosen, values = (
+                "SELECT entry FROM change WHERE collection = ? AND revision > ? AND NOT deleted",
+                (key, since),
+            )
             gone = connection.execute(
                 "SELECT entry FROM change WHERE collection = ? AND revision > ? AND deleted", (key, since)
             ).fetchall()

@@ -93,7 +93,7 @@ class OnnxRuntime:
         log.info("probes passed bundle=%s provider=%s min_cosine=%.6f", self.name, self.provider, found.min_cosine)
 
     def _check_provider(self, provider: str) -> None:
-        """onnxruntime falls back to the CPU with a warning when a GPU's libraries are missing; we do not."""
+        """Onnxruntime falls back to the CPU with a warning when a GPU's libraries are missing; we do not."""
         if self._session.get_providers()[0] != PROVIDERS[provider]:
             raise StartupError(
                 f"provider {provider} could not be started, onnxruntime chose {self._session.get_providers()[0]}: "

@@ -120,7 +120,7 @@ def load_settings(*, config: Path | None = None, **flags: Any) -> Settings:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         raise RecipeError(
-            f"setting {name}: {first['msg']}, found {first['input']!r}: see `resight serve --help` and docs/operations.md",
+            f"setting {name}: {first['msg']}, found {first['input']!r}: see docs/operations.md",
             field=name,
         ) from error
     except (OSError, ValueError) as error:

@@ -16,8 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from resight.errors import ReIDError, UnavailableError
 from resight.service.schema import connect, open_database, translated
+
+from resight.errors import ReIDError, UnavailableError
 
 log = logging.getLogger(__name__)
 

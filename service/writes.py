@@ -10,6 +10,9 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 
+from resight.service import reads
+from resight.service.entries import Collection, Enrolled, Enrolment, Filter, now_us
+
 from resight.errors import (
     CollectionExistsError,
     CollectionNotEmptyError,
@@ -19,8 +22,6 @@ from resight.errors import (
     EntryNotFoundError,
     InputError,
 )
-from resight.service import reads
-from resight.service.entries import Collection, Enrolled, Enrolment, Filter, now_us
 
 REQUEST_MEMORY_US = 24 * 3600 * 1_000_000  # how long a replay is recognised
 PURGE_AT_ONCE = 1000  # entries of one transaction, so that enrolments do not wait for a large purge
@@ -80,7 +81,9 @@ def enrol(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> E
     """
     if reads.revision(connection, into.key) < 0:
         raise CollectionNotFoundError(
-            f"collection {into.name} was deleted meanwhile: create it again", field="collection_id", collection=into.name
+            f"collection {into.name} was deleted meanwhile: create it again",
+            field="collection_id",
+            collection=into.name,
         )
     if new.request_id and (replayed := _replayed(connection, into, new)):
         return replayed
@@ -90,11 +93,11 @@ def enrol(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> E
         expire_us = now + into.ttl_us
     entry = replace(new.entry, created_us=now, expire_us=expire_us)
     _make_room(connection, into, new)
+    row = (into.key, entry.entry_id, entry.subject_id, entry.camera_id, entry.track_id, entry.capture_us, expire_us)
     cursor = connection.execute(
         "INSERT INTO entry (collection, entry_id, subject_id, camera_id, track_id, capture_us, expire_us, quality, "
         "shot_count, created_us) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (into.key, entry.entry_id, entry.subject_id, entry.camera_id, entry.track_id, entry.capture_us, expire_us)
-        + (entry.quality, entry.shot_count, now),
+        (*row, entry.quality, entry.shot_count, now),
     )
     key = cursor.lastrowid
     vector = new.feature.astype("<f4").tobytes()
@@ -116,7 +119,8 @@ def enrol(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> E
 def _replayed(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> Enrolled | None:
     """The answer of the first call with this request_id, if there was one."""
     row = connection.execute(
-        "SELECT r.digest, r.revision, e.entry_id FROM request r LEFT JOIN entry e ON e.key = r.entry WHERE request_id = ?",
+        "SELECT r.digest, r.revision, e.entry_id FROM request r LEFT JOIN entry e ON e.key = r.entry "
+        "WHERE request_id = ?",
         (new.request_id,),
     ).fetchone()
     if row is None:
@@ -180,7 +184,7 @@ def delete_entries(
     keys = reads.candidates(connection, found_in.key, filters).tolist()
     if cap is not None and len(keys) > cap:
         raise DeleteCapError(
-            f"{len(keys)} entries pass the filter, at most {cap} may be deleted: narrow the filter or raise max_deletes",
+            f"{len(keys)} entries pass the filter, at most {cap} may go: narrow the filter or raise max_deletes",
             field="max_deletes",
             matched_count=len(keys),
         )

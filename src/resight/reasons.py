@@ -1,4 +1,4 @@
-"""Errors on the wire: one table names each leaf of the tree, and two functions cross the border.
+"""Errors on the wire: one table names each leaf of the tree, and two functions cross over.
 
 Every status carries ``ErrorInfo{reason, domain, metadata}`` (AIP-193), the request's field at fault
 as ``BadRequest``, and one more detail where gRPC's conventions have one: ``ResourceInfo`` for what
@@ -30,6 +30,7 @@ class Wire(NamedTuple):
 
 
 WIRE: dict[type[ReIDError], Wire] = {
+    errors.ReIDError: Wire(grpc.StatusCode.INTERNAL, "INTERNAL"),
     errors.InputError: Wire(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT"),
     errors.ImageUndecodableError: Wire(grpc.StatusCode.INVALID_ARGUMENT, "IMAGE_UNDECODABLE"),
     errors.ImageTooLargeError: Wire(grpc.StatusCode.INVALID_ARGUMENT, "IMAGE_TOO_LARGE"),
@@ -44,8 +45,10 @@ WIRE: dict[type[ReIDError], Wire] = {
     errors.TrainingError: Wire(grpc.StatusCode.FAILED_PRECONDITION, "TRAINING_FAILED"),
     errors.ModelError: Wire(grpc.StatusCode.INTERNAL, "MODEL_FAILED"),
     errors.SpaceMismatchError: Wire(grpc.StatusCode.FAILED_PRECONDITION, "EMBEDDING_SPACE_MISMATCH"),
+    errors.NotFoundError: Wire(grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
     errors.CollectionNotFoundError: Wire(grpc.StatusCode.NOT_FOUND, "COLLECTION_NOT_FOUND"),
     errors.EntryNotFoundError: Wire(grpc.StatusCode.NOT_FOUND, "ENTRY_NOT_FOUND"),
+    errors.AlreadyExistsError: Wire(grpc.StatusCode.ALREADY_EXISTS, "ALREADY_EXISTS"),
     errors.CollectionExistsError: Wire(grpc.StatusCode.ALREADY_EXISTS, "COLLECTION_EXISTS"),
     errors.EntryExistsError: Wire(grpc.StatusCode.ALREADY_EXISTS, "ENTRY_EXISTS"),
     errors.ConflictError: Wire(grpc.StatusCode.ABORTED, "CONCURRENT_UPDATE"),
@@ -73,11 +76,8 @@ def to_status(error: ReIDError, *, field: str = "") -> status_pb2.Status:
     Args:
         error: any error of the tree.
         field: where the item stands in the request (``requests[3]``); the error's own field follows it.
-
-    Raises:
-        KeyError: the error's class has no line in the table.
     """
-    code, reason = WIRE[type(error)]
+    code, reason = next(WIRE[kind] for kind in type(error).__mro__ if kind in WIRE)
     message = str(error)[:MAX_MESSAGE]
     at = ".".join(part for part in (field, error.field) if part)
     parts: list[Message] = [details.ErrorInfo(reason=reason, domain=DOMAIN, metadata=error.facts)]

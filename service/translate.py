@@ -1,0 +1,243 @@
+"""Between the wire and our values: every request checked field by field, every answer spelled out.
+
+A field absent on the wire is an empty string, or None for a number or time.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import struct
+from collections.abc import Collection as Container
+from collections.abc import Sequence
+
+from google.protobuf import duration_pb2, timestamp_pb2
+from resight.service.embedder import Timings
+from resight.service.entries import Collection, Entry, Filter, Hit, Space
+from resight.service.gallery import Crops, Given
+from resight.service.runtime import Feature
+from resight.service.searcher import Found
+from resight.v1 import common_pb2, gallery_pb2, search_pb2
+
+from resight.errors import InputError, LimitError
+
+MAX_ID = 256  # characters of an entry, subject, camera or track id
+MAX_LABELS, MAX_LABEL_NAME, MAX_LABEL_VALUE = 16, 63, 256
+MAX_LISTED = 1000  # values of one list in a filter
+MAX_US = 253_402_300_800_000_000  # the year 10000, where google.protobuf.Timestamp ends
+
+
+def _identity(value: str, field: str) -> str:
+    """An id as it came, when it is one."""
+    if len(value) > MAX_ID or not value.isprintable():
+        raise InputError(
+            f"an id has at most {MAX_ID} printable characters, found {len(value)}: {value[:40]!r}", field=field
+        )
+    return value
+
+
+def _identities(values: Container[str], field: str) -> tuple[str, ...]:
+    if len(values) > MAX_LISTED:
+        raise LimitError(
+            f"at most {MAX_LISTED} values in one list, found {len(values)}: ask in parts",
+            field=field,
+            max_listed=MAX_LISTED,
+        )
+    return tuple(_identity(value, f"{field}[{number}]") for number, value in enumerate(values))
+
+
+def _micros(time: timestamp_pb2.Timestamp, field: str) -> int:
+    micros = time.seconds * 1_000_000 + time.nanos // 1000
+    if not (abs(micros) < MAX_US and 0 <= time.nanos < 1_000_000_000):
+        raise InputError(f"expected a time from year 1 to 9999, found {time.seconds} s {time.nanos} ns", field=field)
+    return micros
+
+
+def _labels(labels: dict[str, str], field: str) -> dict[str, str]:
+    if len(labels) > MAX_LABELS:
+        raise LimitError(
+            f"at most {MAX_LABELS} labels, found {len(labels)}: leave some out", field=field, max_labels=MAX_LABELS
+        )
+    for name, value in labels.items():
+        if not (1 <= len(name) <= MAX_LABEL_NAME and len(value) <= MAX_LABEL_VALUE):
+            raise InputError(
+                f"a label's name has 1-{MAX_LABEL_NAME} characters and its value at most {MAX_LABEL_VALUE}, found "
+                f"{name[:80]!r}: {len(name)} and {len(value)}",
+                field=field,
+            )
+    return labels
+
+
+def entry(message: gallery_pb2.Entry) -> Entry:
+    """What a caller may tell of an entry; the output-only fields are left to the server."""
+    if not 0.0 <= message.quality <= 1.0:
+        raise InputError(f"quality is 0..1, found {message.quality}", field="entry.quality")
+    return Entry(
+        entry_id=_identity(message.entry_id, "entry.entry_id"),
+        subject_id=_identity(message.subject_id, "entry.subject_id"),
+        camera_id=_identity(message.camera_id, "entry.camera_id"),
+        track_id=_identity(message.track_id, "entry.track_id"),
+        capture_us=_micros(message.capture_time, "entry.capture_time") if message.HasField("capture_time") else None,
+        expire_us=_micros(message.expire_time, "entry.expire_time") if message.HasField("expire_time") else None,
+        labels=_labels(dict(message.labels), "entry.labels"),
+        quality=message.quality,
+    )
+
+
+def filters(message: gallery_pb2.EntryFilter) -> Filter:
+    """A filter, checked."""
+    window = message.capture_window
+    start_us = _micros(window.start_time, "filter.capture_window.start_time") if window.HasField("start_time") else None
+    end_us = _micros(window.end_time, "filter.capture_window.end_time") if window.HasField("end_time") else None
+    if start_us is not None and end_us is not None and start_us >= end_us:
+        raise InputError("end_time is exclusive and must be after start_time", field="filter.capture_window")
+    return Filter(
+        camera_ids=_identities(message.camera_ids, "filter.camera_ids"),
+        exclude_camera_ids=_identities(message.exclude_camera_ids, "filter.exclude_camera_ids"),
+        start_us=start_us,
+        end_us=end_us,
+        track_ids=_identities(message.track_ids, "filter.track_ids"),
+        exclude_track_ids=_identities(message.exclude_track_ids, "filter.exclude_track_ids"),
+        subject_ids=_identities(message.subject_ids, "filter.subject_ids"),
+        labels=tuple(sorted(_labels(dict(message.labels), "filter.labels").items())),
+        min_quality=message.min_quality if message.HasField("min_quality") else None,
+    )
+
+
+def source(message: gallery_pb2.EnrollEntryRequest | search_pb2.SearchRequest, kind: str) -> Crops | Given:
+    """What a feature is made from: the ``image``, ``shots`` or ``embedding`` that is set."""
+    if kind == "embedding":
+        return Given(message.embedding.float32_le, message.embedding.space_id)
+    if kind == "image":
+        return Crops((message.image.data,), ("image.data",))
+    images = tuple(image.data for image in message.shots.images)
+    return Crops(images, tuple(f"shots.images[{number}].data" for number in range(len(images))))
+
+
+def ttl_us(message: gallery_pb2.Collection) -> int | None:
+    """``default_ttl`` in microseconds; None = absent."""
+    ttl = message.default_ttl
+    if not message.HasField("default_ttl"):
+        return None
+    if not abs(ttl.seconds) < MAX_US // 1_000_000:
+        raise InputError(f"default_ttl is out of range: {ttl.seconds} s", field="collection.default_ttl")
+    return ttl.seconds * 1_000_000 + ttl.nanos // 1000
+
+
+def page_token(after: int | str) -> str:
+    """The opaque cursor after which the next page begins."""
+    raw = struct.pack(">q", after) if isinstance(after, int) else after.encode()
+    return base64.urlsafe_b64encode(raw).decode().rstrip("=")
+
+
+def _unpack_token(token: str) -> bytes:
+    try:
+        return base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
+    except (binascii.Error, ValueError) as error:
+        raise _bad_token(token) from error
+
+
+def _bad_token(token: str) -> InputError:
+    return InputError(
+        f"page_token {token[:40]!r} is none of ours: pass next_page_token of the page before, or none",
+        field="page_token",
+    )
+
+
+def key_of_token(token: str) -> int:
+    """The entry key a page token stands for; 0 = from the beginning."""
+    if not token:
+        return 0
+    raw = _unpack_token(token)
+    if len(raw) != 8:
+        raise _bad_token(token)
+    return int(struct.unpack(">q", raw)[0])
+
+
+def name_of_token(token: str) -> str:
+    """The collection name a page token stands for; empty = from the beginning."""
+    try:
+        return _unpack_token(token).decode()
+    except UnicodeDecodeError as error:
+        raise _bad_token(token) from error
+
+
+def _timestamp(micros: int) -> timestamp_pb2.Timestamp:
+    return timestamp_pb2.Timestamp(seconds=micros // 1_000_000, nanos=micros % 1_000_000 * 1000)
+
+
+def entry_message(entry: Entry) -> gallery_pb2.Entry:
+    """An entry for the wire."""
+    message = gallery_pb2.Entry(
+        entry_id=entry.entry_id,
+        subject_id=entry.subject_id,
+        camera_id=entry.camera_id,
+        track_id=entry.track_id,
+        labels=entry.labels,
+        quality=entry.quality,
+        shot_count=entry.shot_count,
+        create_time=_timestamp(entry.created_us),
+    )
+    if entry.capture_us is not None:
+        message.capture_time.CopyFrom(_timestamp(entry.capture_us))
+    if entry.expire_us is not None:
+        message.expire_time.CopyFrom(_timestamp(entry.expire_us))
+    return message
+
+
+def space_message(space: Space) -> common_pb2.EmbeddingSpace:
+    """A space for the wire."""
+    return common_pb2.EmbeddingSpace(space_id=space.space_id, model_id=space.model_id, dim=space.dim)
+
+
+def feature_message(feature: Feature, space: Space) -> common_pb2.Embedding:
+    """A feature for the wire."""
+    return common_pb2.Embedding(float32_le=feature.astype("<f4").tobytes(), space_id=space.space_id)
+
+
+def timings_message(timings: Timings, search_ns: int = 0) -> common_pb2.Timings:
+    """Timings for the wire."""
+    return common_pb2.Timings(
+        decode_ns=timings.decode_ns, queue_ns=timings.queue_ns, infer_ns=timings.infer_ns, search_ns=search_ns
+    )
+
+
+def collection_message(collection: Collection, indexed_revision: int) -> gallery_pb2.Collection:
+    """A collection for the wire."""
+    kept = gallery_pb2.CROP_RETENTION_STORE if collection.keep_crops else gallery_pb2.CROP_RETENTION_NONE
+    message = gallery_pb2.Collection(
+        collection_id=collection.name,
+        space=space_message(collection.space),
+        crop_retention=kept,
+        entry_count=collection.entry_count,
+        revision=collection.revision,
+        indexed_revision=indexed_revision,
+    )
+    if collection.ttl_us is not None:
+        seconds, micros = divmod(collection.ttl_us, 1_000_000)
+        message.default_ttl.CopyFrom(duration_pb2.Duration(seconds=seconds, nanos=micros * 1000))
+    return message
+
+
+def hits_message(hits: Sequence[Hit], space: Space) -> list[search_pb2.Hit]:
+    """Hits for the wire, features where they were asked for."""
+    return [
+        search_pb2.Hit(
+            entry=entry_message(hit.entry),
+            score=common_pb2.Score(cosine=hit.similarity),
+            embedding=None if hit.feature is None else feature_message(hit.feature, space),
+        )
+        for hit in hits
+    ]
+
+
+def search_message(found: Found, space: Space, *, quality: float, timings: Timings) -> search_pb2.SearchResponse:
+    """The answer to one search for the wire."""
+    return search_pb2.SearchResponse(
+        hits=hits_message(found.hits, space),
+        space=space_message(space),
+        searched_revision=found.revision,
+        exact=True,  # the index is exact, and a filter is applied before the k best are taken
+        query_quality=quality,
+        timings=timings_message(timings, found.search_ns),
+    )
