@@ -14,8 +14,13 @@ import signal
 from collections.abc import AsyncIterator
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH
+from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # missing in the stubs
 from grpc_reflection.v1alpha import reflection
+
+from resight.bundle import open_bundle
+from resight.errors import StartupError
 from resight.service.embedder import Embedder
 from resight.service.folder import DataFolder
 from resight.service.gallery import Gallery
@@ -35,9 +40,6 @@ from resight.v1 import (
     search_pb2,
     search_pb2_grpc,
 )
-
-from resight.bundle import open_bundle
-from resight.errors import StartupError
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ async def run(settings: Settings) -> None:
 class Server:
     """A server that answers at ``address``."""
 
-    def __init__(self, grpc_server: grpc.aio.Server, status: health.aio.HealthServicer, address: str) -> None:
+    def __init__(self, grpc_server: grpc.aio.Server, status: health.HealthServicer, address: str) -> None:
         self.address = address
         self._server, self._status = grpc_server, status
 
@@ -140,15 +142,15 @@ def _load(settings: Settings) -> OnnxRuntime:
     )
 
 
-async def _add_standard_services(server: grpc.aio.Server, settings: Settings) -> health.aio.HealthServicer:
+async def _add_standard_services(server: grpc.aio.Server, settings: Settings) -> health.HealthServicer:
     """Health for the whole and for each service; reflection where it is wanted."""
-    status = health.aio.HealthServicer()
+    status = health.HealthServicer()
     for name in ("", *SERVICES):
         await status.set(name, health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
     reflected = _is_loopback(settings.host) if settings.reflection is None else settings.reflection
     if reflected:
-        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        reflection.enable_server_reflection((*SERVICES, HEALTH, reflection.SERVICE_NAME), server)
     return status
 
 

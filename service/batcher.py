@@ -16,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-from resight.service.runtime import Feature, Runtime
 
 from resight.errors import DeadlineError, ModelError, OverloadedError, ReIDError
 from resight.image import Pixels
+from resight.service.runtime import Feature, Runtime
 
 log = logging.getLogger(__name__)
 
@@ -172,10 +172,11 @@ class Batcher:
                 return [_model_error(f"the model failed on it ({type(error).__name__})", error)]
             log.warning("a batch of %d failed, each crop is tried alone: %s", len(images), error)
             return [self._infer([image])[0] for image in images]
-        finite = np.isfinite(features).all(axis=1)
         return [
-            feature if good else _model_error("the model answered numbers that are not finite", None)
-            for feature, good in zip(features, finite, strict=True)
+            feature
+            if np.isfinite(feature).all()
+            else _model_error("the model answered numbers that are not finite", None)
+            for feature in features
         ]
 
 

@@ -13,13 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+
+from resight.errors import ImageError, InputError, ReIDError
+from resight.image import Pixels, decode, fit
 from resight.service.batcher import Batcher, expired
 from resight.service.quality import quality
 from resight.service.runtime import Feature, Runtime
 from resight.service.settings import Settings
-
-from resight.errors import ImageError, InputError, ReIDError
-from resight.image import Pixels, decode, fit
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from uuid import uuid4
 
 import numpy as np
+
+from resight.errors import InputError, LimitError, ReIDError, SpaceMismatchError
 from resight.service import reads, writes
 from resight.service.embedder import Embedded, Embedder, Timings, all_embedded, combined
 from resight.service.entries import Collection, Enrolled, Enrolment, Entry, Filter, Space
@@ -21,8 +23,6 @@ from resight.service.runtime import Feature
 from resight.service.searcher import Searcher
 from resight.service.settings import Settings
 from resight.service.store import Store
-
-from resight.errors import InputError, LimitError, ReIDError, SpaceMismatchError
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ import grpc
 from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
-from resight.service.settings import Settings
 
 from resight.errors import DeadlineError, LimitError, ReIDError
 from resight.reasons import DOMAIN, to_status
+from resight.service.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def check_batch(count: int, settings: Settings, field: str) -> None:
         )
 
 
-class ErrorGuard(grpc.aio.ServerInterceptor):
+class ErrorGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
     """Ends calls after their deadline and answers every error as ``google.rpc.Status``.
 
     What nobody foresaw becomes INTERNAL with a correlation id that the log has too, and nothing else:
@@ -61,7 +61,7 @@ class ErrorGuard(grpc.aio.ServerInterceptor):
         if handler is None or handler.unary_unary is None:
             return handler
         method = str(handler_call_details.method)
-        inner: Callable[[Any, grpc.aio.ServicerContext[Any, Any]], Awaitable[Any]] = handler.unary_unary
+        inner: Any = handler.unary_unary
         batch = method.rpartition("/")[2].startswith("Batch")
         default_s = self._settings.batch_deadline_s if batch else self._settings.deadline_s
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import faiss
 import numpy as np
 from numpy.typing import NDArray
+
 from resight.service.reads import Keys
 from resight.service.runtime import Feature
 
@@ -106,13 +107,16 @@ class ExactIndex:
         """One bit a row: ten times as fast to ask as a set of numbers."""
         chosen = np.zeros(len(self), bool)
         chosen[rows] = True
-        return faiss.IDSelectorBitmap(np.packbits(chosen, bitorder="little"))
+        bits = np.packbits(chosen, bitorder="little")
+        return faiss.IDSelectorBitmap(bits)  # type: ignore[call-arg,arg-type]  # faiss types its C++ signature only
 
     def _fetch(
         self, index: faiss.IndexFlatIP, queries: Feature, k: int, count: int, selector: faiss.IDSelector | None
     ) -> list[NDArray[np.int64]]:
         """Rows of ``index`` that hold the k nearest of each query, with all that may tie with the last one."""
-        parameters = None if selector is None else faiss.SearchParameters(sel=selector)
+        parameters = faiss.SearchParameters()
+        if selector is not None:
+            parameters.sel = selector
         fetch = min(k + SPARE, count)
         while True:
             similarities, rows = index.search(queries, fetch, params=parameters)

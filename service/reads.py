@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from resight.service.entries import Collection, Entry, Filter, Space, now_us
-from resight.service.runtime import Feature
 
 from resight.errors import CollectionNotFoundError, EntryNotFoundError, StoreError
+from resight.service.entries import Collection, Entry, Filter, Space, now_us
+from resight.service.runtime import Feature
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,10 @@ def _collection(row: Sequence[Any]) -> Collection:
 
 
 def _entry(row: Sequence[Any]) -> Entry:
-    return Entry(*row[1:7], json.loads(row[7]), *row[8:])
+    _, entry_id, subject, camera, track, capture_us, expire_us, labels, quality, shots, created_us = row
+    return Entry(
+        entry_id, subject, camera, track, capture_us, expire_us, json.loads(labels), quality, shots, created_us
+    )
 
 
 def collection(connection: sqlite3.Connection, name: str) -> Collection:

@@ -9,6 +9,9 @@ from importlib.metadata import version
 from typing import Any
 
 import grpc
+
+from resight.errors import InputError, LimitError, ReIDError
+from resight.reasons import to_status
 from resight.service import translate
 from resight.service.embedder import Embedded, Embedder, Timings, all_embedded
 from resight.service.entries import Collection, Space
@@ -24,9 +27,6 @@ from resight.v1 import (
     search_pb2,
     search_pb2_grpc,
 )
-
-from resight.errors import InputError, LimitError, ReIDError
-from resight.reasons import to_status
 
 Context = grpc.aio.ServicerContext[Any, Any]
 DEFAULT_TOP_K = 10

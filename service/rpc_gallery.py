@@ -6,15 +6,15 @@ import hashlib
 from typing import Any
 
 import grpc
+
+from resight.errors import InputError, ReIDError
+from resight.reasons import to_status
 from resight.service import translate
 from resight.service.entries import Collection, Enrolled
 from resight.service.gallery import DEFAULT_PAGE, MAX_PAGE, EnrolRequest, Gallery
 from resight.service.guard import check_batch, deadline_of
 from resight.service.settings import Settings
 from resight.v1 import gallery_pb2, gallery_pb2_grpc
-
-from resight.errors import InputError, ReIDError
-from resight.reasons import to_status
 
 Context = grpc.aio.ServicerContext[Any, Any]
 MAX_REQUEST_ID = 128  # a UUID has 36
@@ -101,8 +101,8 @@ class GalleryServicer(gallery_pb2_grpc.GalleryServiceServicer):
         for number, early in enumerate(outcomes):
             outcome = early or next(made)
             if isinstance(outcome, ReIDError):
-                error = to_status(outcome, field=f"requests[{number}]")
-                results.append(gallery_pb2.EnrollResult(error=error))
+                status = to_status(outcome, field=f"requests[{number}]")
+                results.append(gallery_pb2.EnrollResult(error=status))
             else:
                 revision = max(revision, outcome.revision)
                 results.append(gallery_pb2.EnrollResult(entry=translate.entry_message(outcome.entry)))

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+
+from resight.errors import CollectionNotFoundError
 from resight.service import reads
 from resight.service.entries import Collection, Filter, Hit
 from resight.service.index import ExactIndex, tune_thread
 from resight.service.runtime import Feature
 from resight.service.schema import translated
 from resight.service.store import Store
-
-from resight.errors import CollectionNotFoundError
 
 log = logging.getLogger(__name__)
 

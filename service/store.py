@@ -16,13 +16,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from resight.service.schema import connect, open_database, translated
-
 from resight.errors import ReIDError, UnavailableError
+from resight.service.schema import connect, open_database, translated
 
 log = logging.getLogger(__name__)
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 GROUP = 256  # writes of one commit: above it the flush is a small part of the cost
 SCRUB_LATER_S = 0.5
 READERS = 2

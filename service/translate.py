@@ -12,14 +12,14 @@ from collections.abc import Collection as Container
 from collections.abc import Sequence
 
 from google.protobuf import duration_pb2, timestamp_pb2
+
+from resight.errors import InputError, LimitError
 from resight.service.embedder import Timings
 from resight.service.entries import Collection, Entry, Filter, Hit, Space
 from resight.service.gallery import Crops, Given
 from resight.service.runtime import Feature
 from resight.service.searcher import Found
 from resight.v1 import common_pb2, gallery_pb2, search_pb2
-
-from resight.errors import InputError, LimitError
 
 MAX_ID = 256  # characters of an entry, subject, camera or track id
 MAX_LABELS, MAX_LABEL_NAME, MAX_LABEL_VALUE = 16, 63, 256

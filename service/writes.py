@@ -10,9 +10,6 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 
-from resight.service import reads
-from resight.service.entries import Collection, Enrolled, Enrolment, Filter, now_us
-
 from resight.errors import (
     CollectionExistsError,
     CollectionNotEmptyError,
@@ -22,6 +19,8 @@ from resight.errors import (
     EntryNotFoundError,
     InputError,
 )
+from resight.service import reads
+from resight.service.entries import Collection, Enrolled, Enrolment, Filter, now_us
 
 REQUEST_MEMORY_US = 24 * 3600 * 1_000_000  # how long a replay is recognised
 PURGE_AT_ONCE = 1000  # entries of one transaction, so that enrolments do not wait for a large purge
@@ -100,6 +99,7 @@ def enrol(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> E
         (*row, entry.quality, entry.shot_count, now),
     )
     key = cursor.lastrowid
+    assert key is not None
     vector = new.feature.astype("<f4").tobytes()
     connection.execute(
         "INSERT INTO feature VALUES (?, ?, ?, ?)", (key, into.space.space_id, vector, zlib.crc32(vector))

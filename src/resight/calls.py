@@ -55,7 +55,7 @@ def call(method: Callable[..., T], request: Message, *, address: str, timeout_s:
 def pause(error: ReIDError, number: int) -> float:
     """How long to wait before the next try, in seconds: what the server asked for, and jitter."""
     asked_s = error.retry_after_s if isinstance(error, OverloadedError) else 0.0
-    return asked_s + random.uniform(0.5, 1.0) * FIRST_PAUSE_S * 2**number
+    return asked_s + random.uniform(0.5, 1.0) * FIRST_PAUSE_S * 2.0**number
 
 
 def _translated(failure: grpc.RpcError, address: str) -> ReIDError:

@@ -151,8 +151,8 @@ class DeleteCapError(ReIDError):
 class OverloadedError(ReIDError):
     """The queue is full; nothing was started."""
 
-    def __init__(self, message: str, *, retry_after_s: float, **facts: object) -> None:
-        super().__init__(message, **facts)
+    def __init__(self, message: str, *, retry_after_s: float, field: str = "", **facts: object) -> None:
+        super().__init__(message, field=field, **facts)
         self.retry_after_s = retry_after_s
 
 
