@@ -14,13 +14,13 @@ import numpy
 import onnx
 import onnxruntime
 import torch
-from resight.exporters.graph import ServingGraph
-from resight.exporters.to_onnx import to_onnx
-from resight.exporters.verify import run_torch, verify_bundle, verify_graph
 
 from resight.bundle import Bundle, Graph, open_bundle, space_id, write_bundle
 from resight.checkpoint import load_checkpoint
 from resight.errors import BundleError
+from resight.exporters.graph import ServingGraph
+from resight.exporters.to_onnx import to_onnx
+from resight.exporters.verify import run_torch, verify_bundle, verify_graph
 from resight.model import Encoder
 from resight.probes import make_probes
 

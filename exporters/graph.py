@@ -44,4 +44,5 @@ class ServingGraph(nn.Module):
         """
         pixels = images.permute(0, 3, 1, 2).float() - self.mean  # (N, 3, H, W)
         features: Tensor = self.head(self.backbone(pixels))  # (N, D)
-        return features / features.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        length: Tensor = features.norm(dim=1, keepdim=True)
+        return features / length.clamp_min(1e-12)

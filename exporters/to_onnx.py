@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import onnx
 import torch
-from resight.exporters.graph import ServingGraph
 
 from resight.errors import BundleError
+from resight.exporters.graph import ServingGraph
 from resight.image import ImageSpec
 
 INPUT, OUTPUT = "images", "features"
@@ -32,9 +34,7 @@ def to_onnx(graph: ServingGraph, image: ImageSpec) -> bytes:
         BundleError: the result is not a self-contained standard ONNX model of that form.
     """
     example = torch.zeros((2, image.height, image.width, 3), dtype=torch.uint8)  # a batch of 1 would be fixed
-    with warnings.catch_warnings(), torch.no_grad():
-        # The exporter's own deprecations are not about this model; a wrong graph is caught by the probes.
-        warnings.simplefilter("ignore")
+    with _quiet_exporter(), torch.no_grad():
         program: Any = torch.onnx.export(
             graph,
             (example,),
@@ -52,6 +52,25 @@ def to_onnx(graph: ServingGraph, image: ImageSpec) -> bytes:
     operators = sorted({node.op_type for node in model.graph.node})
     log.info("onnx nodes=%d bytes=%d operators=%s", len(model.graph.node), model.ByteSize(), ",".join(operators))
     return model.SerializeToString(deterministic=True)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keep the exporter's pass-by-pass log and its own deprecations away from the user.
+
+    Nothing is lost: a wrong graph is caught by the checker and the probes.
+    """
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript", "torch.onnx", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def check_onnx(model: onnx.ModelProto, image: ImageSpec) -> None:
