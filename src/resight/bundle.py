@@ -30,6 +30,7 @@ __all__ = [
     "Parity",
     "Probes",
     "check_probes",
+    "is_bundle",
     "open_bundle",
     "space_id",
     "write_bundle",
@@ -159,7 +160,7 @@ def write_bundle(
         OSError: the disk refused; ``path`` is as it was.
     """
     if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
-        if not replace or not (path / MANIFEST_FILE).is_file():
+        if not replace or not is_bundle(path):
             raise AlreadyExistsError(f"expected a new folder for the bundle, found {path}: choose another or remove it")
     files = {graph.file: graph.data for graph in graphs} | {PROBES_FILE: to_npz(probes)}
     digests = {file: hashlib.sha256(data).hexdigest() for file, data in files.items()}
@@ -185,6 +186,11 @@ def write_bundle(
         open_bundle(temp).probes()
         replace_folder(temp, path)
     return Bundle(path, manifest)
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a folder looks like a bundle (it may still be damaged)."""
+    return (path / MANIFEST_FILE).is_file()
 
 
 def open_bundle(path: Path | str) -> Bundle:
