@@ -128,18 +128,27 @@ class Gallery:
             CollectionNotFoundError: no such collection.
         """
         into = await self.collection(name)
-        outcomes = await asyncio.gather(*(self._enrol(into, request, deadline) for request in requests))
+        made = await asyncio.gather(*(self._made(into, request, deadline) for request in requests))
+        # Handed to the writer in the order of the request, so that this is the order of enrolment.
+        outcomes = await asyncio.gather(*(self._stored(into, new) for new in made))
         self.searcher.follow(into)
         return list(outcomes)
 
-    async def _enrol(self, into: Collection, request: EnrolRequest, deadline: float) -> Enrolled | ReIDError:
+    async def _made(self, into: Collection, request: EnrolRequest, deadline: float) -> Enrolment | ReIDError:
         try:
             made = await self.feature(into, request.source, deadline)
-            crops = request.source.images if isinstance(request.source, Crops) else ()
-            entry = replace(request.entry, entry_id=request.entry.entry_id or uuid4().hex, shot_count=len(crops))
-            if crops:
-                entry = replace(entry, quality=made.quality)
-            new = Enrolment(entry, made.feature, crops, request.replace, request.request_id, request.digest)
+        except ReIDError as error:
+            return error
+        crops = request.source.images if isinstance(request.source, Crops) else ()
+        entry = replace(request.entry, entry_id=request.entry.entry_id or uuid4().hex, shot_count=len(crops))
+        if crops:
+            entry = replace(entry, quality=made.quality)
+        return Enrolment(entry, made.feature, crops, request.replace, request.request_id, request.digest)
+
+    async def _stored(self, into: Collection, new: Enrolment | ReIDError) -> Enrolled | ReIDError:
+        if isinstance(new, ReIDError):
+            return new
+        try:
             return await self._store.write(writes.enrol, into, new)
         except ReIDError as error:
             return error

@@ -91,6 +91,8 @@ def filters(message: gallery_pb2.EntryFilter) -> Filter:
     end_us = _micros(window.end_time, "filter.capture_window.end_time") if window.HasField("end_time") else None
     if start_us is not None and end_us is not None and start_us >= end_us:
         raise InputError("end_time is exclusive and must be after start_time", field="filter.capture_window")
+    if message.HasField("min_quality") and not 0.0 <= message.min_quality <= 1.0:
+        raise InputError(f"min_quality is 0..1, found {message.min_quality}", field="filter.min_quality")
     return Filter(
         camera_ids=_identities(message.camera_ids, "filter.camera_ids"),
         exclude_camera_ids=_identities(message.exclude_camera_ids, "filter.exclude_camera_ids"),

@@ -1,0 +1,457 @@
+"""Every call of the API, against a real server over a socket."""
+
+import io
+import itertools
+from datetime import UTC, datetime, timedelta
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf.json_format import MessageToDict
+from google.rpc import error_details_pb2 as details
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_status import rpc_status
+from PIL import Image
+from serving import DIM, features_by_hand, jpeg
+
+from resight.client import Client, EntryId, GivenFeature, NewEntry, Query, Where
+from resight.errors import (
+    CollectionExistsError,
+    CollectionNotEmptyError,
+    CollectionNotFoundError,
+    DeadlineError,
+    DeleteCapError,
+    EntryExistsError,
+    EntryNotFoundError,
+    ImageTooLargeError,
+    ImageTooSmallError,
+    ImageUndecodableError,
+    InputError,
+    LimitError,
+    ReIDError,
+    SpaceMismatchError,
+)
+from resight.service.app import SERVICES
+from resight.v1 import (
+    common_pb2,
+    embedding_pb2,
+    embedding_pb2_grpc,
+    gallery_pb2,
+    gallery_pb2_grpc,
+    search_pb2,
+    search_pb2_grpc,
+)
+
+
+def encoded(image: Image.Image, kind: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def bad_crops() -> dict[str, tuple[bytes, type[ReIDError]]]:
+    return {
+        "empty": (b"", ImageUndecodableError),
+        "text": (b"not a picture at all", ImageUndecodableError),
+        "truncated": (jpeg(1)[:700], ImageUndecodableError),
+        "1x1": (encoded(Image.new("RGB", (1, 1))), ImageTooSmallError),
+        "9000x9000": (encoded(Image.new("RGB", (9000, 9000))), ImageTooLargeError),
+    }
+
+
+@pytest.fixture
+def channel(address):
+    with grpc.insecure_channel(address) as made:
+        yield made
+
+
+def rich(call) -> tuple[grpc.StatusCode, dict[str, object]]:
+    """Run a call that fails: its code and its details by short name."""
+    with pytest.raises(grpc.RpcError) as failure:
+        call()
+    found = {}
+    for packed in rpc_status.from_call(failure.value).details:
+        name = packed.TypeName().rpartition(".")[2]
+        message = getattr(details, name)()
+        packed.Unpack(message)
+        found[name] = message
+    return failure.value.code(), found
+
+
+def test_a_feature_over_the_wire_equals_the_one_computed_offline(client):
+    crops = [jpeg(person, size=size) for person, size in ((1, (48, 96)), (2, (32, 64)), (3, (200, 150)))]
+    expected = features_by_hand(crops)
+    for crop, feature in zip(crops, expected, strict=True):
+        assert float(client.embed(crop) @ feature) >= 0.99999
+    for outcome, feature in zip(client.embed_batch(crops), expected, strict=True):
+        assert float(outcome @ feature) >= 0.99999
+        assert abs(float(np.linalg.norm(outcome)) - 1) < 1e-5
+
+
+def test_embed_tells_space_quality_and_times(channel, bundle):
+    stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+    reply = stub.Embed(embedding_pb2.EmbedRequest(image=common_pb2.ImageCrop(data=jpeg(1))))
+    assert (reply.space.space_id, reply.space.dim) == (bundle.manifest.space_id, DIM)
+    assert reply.embedding.space_id == reply.space.space_id
+    assert 0 < reply.quality <= 1
+    assert reply.timings.decode_ns > 0 and reply.timings.infer_ns > 0
+
+
+def test_a_crop_that_tells_nothing_has_no_quality_but_a_feature(channel):
+    stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+    black = encoded(Image.new("RGB", (64, 128)))
+    reply = stub.Embed(embedding_pb2.EmbedRequest(image=common_pb2.ImageCrop(data=black)))
+    assert reply.quality == 0 and len(reply.embedding.float32_le) == 4 * DIM
+
+
+def test_one_bad_crop_never_fails_its_neighbours(client, bad_crops):
+    crops = [jpeg(1), *(data for data, _ in bad_crops.values()), jpeg(2)]
+    outcomes = client.embed_batch(crops)
+    for (name, (_, kind)), outcome in zip(bad_crops.items(), outcomes[1:-1], strict=True):
+        assert type(outcome) is kind, name
+    assert [outcome.field for outcome in outcomes[1:-1]] == [f"images[{n}].data" for n in range(1, 6)]
+    expected = features_by_hand([jpeg(1), jpeg(2)])
+    assert float(outcomes[0] @ expected[0]) > 0.9999 and float(outcomes[-1] @ expected[1]) > 0.9999
+
+
+def test_bad_crops_in_enrol_and_search_are_named_too(client, collection, bad_crops):
+    for data, kind in bad_crops.values():
+        with pytest.raises(kind):
+            client.enrol(collection, NewEntry(data))
+        with pytest.raises(kind):
+            client.search(collection, data)
+    outcomes = client.enrol_batch(
+        collection, [NewEntry(jpeg(1), "a"), NewEntry(bad_crops["text"][0], "b"), NewEntry([jpeg(1), b"x"], "c")]
+    )
+    assert outcomes[0].entry_id == "a"
+    assert (type(outcomes[1]), outcomes[1].field) == (ImageUndecodableError, "requests[1].image.data")
+    assert (type(outcomes[2]), outcomes[2].field) == (ImageUndecodableError, "requests[2].shots.images[1].data")
+    found = client.search_batch(collection, [Query(b"x"), Query(jpeg(1), top_k=1)])
+    assert type(found[0]) is ImageUndecodableError and found[1].hits[0].entry.entry_id == "a"
+    assert client.collection(collection).entry_count == 1
+
+
+def test_an_entry_comes_back_as_it_was_told(client, collection):
+    seen = datetime(2026, 3, 1, 12, 30, 15, 250_000, tzinfo=UTC)
+    gone = datetime.now(UTC).replace(microsecond=0) + timedelta(days=2)
+    new = NewEntry([jpeg(1, 0), jpeg(1, 1)], "e", "anna", "door", "t7", seen, gone, {"hat": "röd"})
+    entry = client.enrol(collection, new)
+    assert entry == client.get_entry(collection, "e")
+    assert (entry.subject_id, entry.camera_id, entry.track_id) == ("anna", "door", "t7")
+    assert (entry.capture_time, entry.expire_time, entry.labels) == (seen, gone, {"hat": "röd"})
+    assert entry.shot_count == 2 and 0 < entry.quality < 1
+    assert client.enrol(collection, NewEntry(jpeg(2))).entry_id not in ("", "e")
+
+
+def test_shots_are_joined_by_their_quality(client, collection, channel):
+    shots = [jpeg(1, 0), jpeg(1, 1), jpeg(2, 0, size=(20, 24))]
+    reply = embedding_pb2_grpc.EmbeddingServiceStub(channel).BatchEmbed(
+        embedding_pb2.BatchEmbedRequest(images=[common_pb2.ImageCrop(data=shot) for shot in shots])
+    )
+    weights = [result.quality for result in reply.results]
+    mean = sum(w * feature for w, feature in zip(weights, features_by_hand(shots), strict=True))
+    client.enrol(collection, NewEntry(shots, "joined"))
+    stored, _ = client.get_feature(collection, "joined")
+    assert float(stored @ mean) / np.linalg.norm(mean) > 0.9999
+    assert client.search(collection, shots, top_k=1).hits[0].similarity > 0.9999
+
+
+def test_the_four_kinds_of_query_find_the_same_person(client, collection, bundle):
+    client.enrol_batch(collection, [NewEntry(jpeg(p, s), f"{p}-{s}", f"p{p}") for p in range(8) for s in range(3)])
+    space = bundle.manifest.space_id
+    feature = client.embed(jpeg(3, 9))
+    for source in (jpeg(3, 9), [jpeg(3, 9), jpeg(3, 8)], GivenFeature(feature * 7, space), EntryId("3-0")):
+        answer = client.search(collection, source, top_k=2, with_features=True)
+        assert [hit.entry.subject_id for hit in answer.hits] == ["p3", "p3"], source
+        assert answer.exact and answer.space_id == space
+        assert answer.revision == client.collection(collection).revision
+        for hit in answer.hits:
+            stored, _ = client.get_feature(collection, hit.entry.entry_id)
+            assert np.array_equal(stored, hit.feature)
+    assert "3-0" not in {hit.entry.entry_id for hit in client.search(collection, EntryId("3-0"), top_k=99).hits}
+
+
+def test_a_feature_of_another_length_or_space_is_refused(client, collection, bundle, channel):
+    space, feature = bundle.manifest.space_id, client.embed(jpeg(1))
+    with pytest.raises(InputError, match="128 bytes, found 124"):
+        client.search(collection, GivenFeature(feature[:-1], space))
+    with pytest.raises(InputError, match="finite"):
+        client.enrol(collection, NewEntry(GivenFeature(feature * np.nan, space)))
+    with pytest.raises(InputError, match="above 0"):
+        client.enrol(collection, NewEntry(GivenFeature(feature * 0, space)))
+    for wrong in ("", "f" * 32):
+        with pytest.raises(SpaceMismatchError) as refused:
+            client.search(collection, GivenFeature(feature, wrong))
+        assert refused.value.facts == {"expected_space_id": space, "found_space_id": wrong}
+    stub = search_pb2_grpc.SearchServiceStub(channel)
+    request = search_pb2.SearchRequest(collection_id=collection, embedding=common_pb2.Embedding(space_id="other"))
+    code, found = rich(lambda: stub.Search(request))
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert found["ErrorInfo"].reason == "EMBEDDING_SPACE_MISMATCH" and "PreconditionFailure" in found
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 1001, 1_000_000])
+def test_top_k_has_published_limits(client, collection, top_k):
+    with pytest.raises(LimitError, match=r"1\.\.1000") as refused:
+        client.search(collection, jpeg(1), top_k=top_k)
+    assert refused.value.field == "top_k" and refused.value.facts == {"max_top_k": "1000"}
+    assert client.info().limits["max_top_k"] == 1000
+
+
+def test_top_k_left_out_is_ten_and_large_ones_give_what_there_is(client, collection):
+    client.enrol_batch(collection, [NewEntry(jpeg(p)) for p in range(14)])
+    assert len(client.search(collection, jpeg(1)).hits) == 10
+    assert len(client.search(collection, jpeg(1), top_k=1000).hits) == 14
+    above = client.search(collection, jpeg(1), top_k=1000, min_similarity=0.5).hits
+    assert 0 < len(above) < 14 and all(hit.similarity >= 0.5 for hit in above)
+
+
+def test_filters_equal_brute_force(client, collection):
+    """Every filter alone and in pairs, for each way the index is asked."""
+    rng = np.random.default_rng(5)
+    day = datetime(2026, 1, 1, tzinfo=UTC)
+    new = [
+        NewEntry(
+            jpeg(number % 17, number),
+            entry_id=f"e{number:03d}",
+            subject_id=["", "anna", "bo"][rng.integers(3)],
+            camera_id=["", "c1", "c2", "c3"][rng.integers(4)],
+            track_id=["", "t1", "t2"][rng.integers(3)],
+            capture_time=None if number % 7 == 0 else day + timedelta(minutes=int(rng.integers(1000))),
+            labels={"hat": ["red", "blue"][rng.integers(2)]} if number % 3 else {},
+        )
+        for number in range(120)
+    ]
+    assert all(not isinstance(outcome, ReIDError) for outcome in client.enrol_batch(collection, new))
+    held = list(client.entries(collection, page_size=50))
+    assert [entry.entry_id for entry in held] == sorted(entry.entry_id for entry in held) and len(held) == 120
+    features = {entry.entry_id: client.get_feature(collection, entry.entry_id).vector for entry in held}
+    window = (day + timedelta(minutes=200), day + timedelta(minutes=700))
+    median = sorted(entry.quality for entry in held)[60]
+    singles = {
+        "none": (Where(), lambda e: True),
+        "camera": (Where(camera_ids=["c1", "c2"]), lambda e: e.camera_id in ("c1", "c2")),
+        "not camera": (Where(exclude_camera_ids=["c1"]), lambda e: e.camera_id != "c1"),
+        "window": (
+            Where(start=window[0], end=window[1]),
+            lambda e: e.capture_time and window[0] <= e.capture_time < window[1],
+        ),
+        "track": (Where(track_ids=["t1"]), lambda e: e.track_id == "t1"),
+        "not track": (Where(exclude_track_ids=["t1", "t2"]), lambda e: e.track_id == ""),
+        "subject": (Where(subject_ids=["anna"]), lambda e: e.subject_id == "anna"),
+        "labels": (Where(labels={"hat": "red"}), lambda e: e.labels.get("hat") == "red"),
+        "quality": (Where(min_quality=median), lambda e: e.quality >= median),
+        "nothing": (Where(camera_ids=["nowhere"]), lambda e: False),
+    }
+    cases = list(singles.values())
+    for (a, keep_a), (b, keep_b) in itertools.combinations(singles.values(), 2):
+        joined = {name: getattr(a, name) or getattr(b, name) for name in Where.__dataclass_fields__}
+        if not any(getattr(a, name) and getattr(b, name) for name in Where.__dataclass_fields__):
+            cases.append((Where(**joined), lambda e, x=keep_a, y=keep_b: x(e) and y(e)))
+    query = client.embed(jpeg(4, 999))
+    queries = [Query(jpeg(4, 999), k, where) for where, _ in cases for k in (3, 200)]
+    answers = client.search_batch(collection, queries)
+    for asked, answer, (_, keep) in zip(queries, answers, [case for case in cases for _ in range(2)], strict=True):
+        scored = [(-float((features[e.entry_id] * query).sum()), n) for n, e in enumerate(held) if keep(e)]
+        expected = [held[n].entry_id for _, n in sorted(scored)][: asked.top_k]
+        assert [hit.entry.entry_id for hit in answer.hits] == expected, asked.where
+    for where, keep in cases[:10]:
+        assert [e.entry_id for e in client.entries(collection, where=where)] == [e.entry_id for e in held if keep(e)]
+        alone = client.search(collection, jpeg(4, 999), top_k=5, where=where)
+        assert alone.hits == client.search_batch(collection, [Query(jpeg(4, 999), 5, where)])[0].hits
+
+
+def test_copies_of_one_crop_are_found_in_order_of_enrolment(client, collection):
+    client.enrol_batch(collection, [NewEntry(jpeg(1), f"copy{number:02d}") for number in range(30)])
+    names = [hit.entry.entry_id for hit in client.search(collection, jpeg(1), top_k=12).hits]
+    assert names == [f"copy{number:02d}" for number in range(12)]
+
+
+def test_deleted_entries_are_gone_from_every_answer(client, collection):
+    client.enrol_batch(collection, [NewEntry(jpeg(p), f"e{p}", camera_id=f"c{p % 2}") for p in range(10)])
+    client.delete_entry(collection, "e3")
+    assert "e3" not in {hit.entry.entry_id for hit in client.search(collection, jpeg(3), top_k=10).hits}
+    with pytest.raises(EntryNotFoundError):
+        client.get_entry(collection, "e3")
+    with pytest.raises(EntryNotFoundError):
+        client.delete_entry(collection, "e3")
+    client.delete_entry(collection, "e3", allow_missing=True)
+    odd = Where(camera_ids=["c1"])
+    assert client.delete_entries(collection, odd, dry_run=True) == 4
+    with pytest.raises(DeleteCapError) as refused:
+        client.delete_entries(collection, odd, max_deletes=3)
+    assert refused.value.facts == {"matched_count": "4"}
+    assert client.collection(collection).entry_count == 9
+    assert client.delete_entries(collection, odd, max_deletes=4) == 4
+    assert {hit.entry.camera_id for hit in client.search(collection, jpeg(3), top_k=10).hits} == {"c0"}
+    with pytest.raises(InputError, match="empty filter"):
+        client.delete_entries(collection, Where())
+
+
+def test_collections_are_made_listed_and_dropped(client, bundle):
+    with pytest.raises(InputError, match="must expire"):
+        client.create_collection("made-here")
+    made = client.create_collection("made-here", ttl=timedelta(hours=1.5), keep_crops=True)
+    assert (made.ttl, made.keep_crops, made.entry_count) == (timedelta(hours=1.5), True, 0)
+    assert (made.space_id, made.feature_dim, made.model) == (bundle.manifest.space_id, DIM, "tiny-0")
+    with pytest.raises(CollectionExistsError):
+        client.create_collection("made-here", ttl=timedelta(hours=1))
+    entry = client.enrol("made-here", NewEntry(jpeg(1)))
+    assert entry.expire_time - entry.create_time == timedelta(hours=1.5)
+    assert "made-here" in {found.name for found in client.collections()}
+    with pytest.raises(CollectionNotEmptyError):
+        client.delete_collection("made-here")
+    client.delete_collection("made-here", force=True)
+    for call in (client.collection, client.delete_collection, lambda name: client.search(name, jpeg(1))):
+        with pytest.raises(CollectionNotFoundError) as refused:
+            call("made-here")
+        assert refused.value.facts["collection"] == "made-here"
+    for name in ("", "Upper", "1st", "a" * 64, "a/b", "ü"):
+        with pytest.raises(InputError, match="1-63"):
+            client.create_collection(name, ttl=timedelta(hours=1))
+
+
+def test_lists_come_in_pages(client, collection, channel):
+    client.enrol_batch(collection, [NewEntry(jpeg(p), f"e{p}") for p in range(7)])
+    stub = gallery_pb2_grpc.GalleryServiceStub(channel)
+    request = gallery_pb2.ListEntriesRequest(collection_id=collection, page_size=3)
+    sizes, names = [], []
+    while True:
+        page = stub.ListEntries(request)
+        sizes.append(len(page.entries))
+        names += [entry.entry_id for entry in page.entries]
+        if not page.next_page_token:
+            break
+        request.page_token = page.next_page_token
+        client.delete_entry(collection, page.entries[0].entry_id)  # a cursor survives it, an offset would not
+    assert sizes == [3, 3, 1] and names == [f"e{p}" for p in range(7)]
+    for bad in ("%%%", "AAAA", "é"):
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.ListEntries(gallery_pb2.ListEntriesRequest(collection_id=collection, page_token=bad))
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    one = stub.ListCollections(gallery_pb2.ListCollectionsRequest(page_size=1))
+    assert len(one.collections) == 1
+
+
+def test_an_id_that_is_taken_is_refused_or_replaced(client, collection):
+    client.enrol(collection, NewEntry(jpeg(1), "e", "anna"))
+    with pytest.raises(EntryExistsError) as refused:
+        client.enrol(collection, NewEntry(jpeg(2), "e", "bo"))
+    assert refused.value.facts["entry"] == "e"
+    client.enrol(collection, NewEntry(jpeg(2), "e", "bo", replace=True))
+    hits = client.search(collection, jpeg(2), top_k=5).hits
+    assert [(hit.entry.subject_id, round(hit.similarity, 3)) for hit in hits] == [("bo", 1.0)]
+
+
+def test_a_replayed_enrolment_answers_the_same_and_stores_nothing(client, collection, channel):
+    stub = gallery_pb2_grpc.GalleryServiceStub(channel)
+    request = NewEntry(jpeg(1), subject_id="anna").message(collection, "request-1-" + collection)
+    first, second = stub.EnrollEntry(request), stub.EnrollEntry(request)
+    assert (first.entry, first.revision) == (second.entry, second.revision)
+    assert (first.replayed, second.replayed) == (False, True)
+    assert client.collection(collection).entry_count == 1
+    request.entry.subject_id = "bo"
+    code, found = rich(lambda: stub.EnrollEntry(request))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert found["BadRequest"].field_violations[0].field == "request_id"
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda r: r.ClearField("source"), "source"),
+        (lambda r: setattr(r.entry, "entry_id", "x" * 257), "entry.entry_id"),
+        (lambda r: setattr(r.entry, "camera_id", "a\nb"), "entry.camera_id"),
+        (lambda r: setattr(r.entry, "quality", 1.5), "entry.quality"),
+        (lambda r: setattr(r.entry.capture_time, "seconds", 10**15), "entry.capture_time"),
+        (lambda r: r.entry.labels.update({str(n): "" for n in range(17)}), "entry.labels"),
+        (lambda r: r.entry.labels.update({"x" * 64: ""}), "entry.labels"),
+        (lambda r: setattr(r, "request_id", "x" * 129), "request_id"),
+    ],
+)
+def test_a_bad_field_is_named(channel, collection, change, field):
+    request = NewEntry(jpeg(1)).message(collection, "")
+    change(request)
+    code, found = rich(lambda: gallery_pb2_grpc.GalleryServiceStub(channel).EnrollEntry(request))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert found["BadRequest"].field_violations[0].field == field
+    assert found["ErrorInfo"].domain == "resight.v1"
+
+
+def test_batches_have_a_size(channel, collection, client):
+    embedding = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+    for count in (0, 65):
+        images = [common_pb2.ImageCrop(data=b"x")] * count
+        code, found = rich(lambda images=images: embedding.BatchEmbed(embedding_pb2.BatchEmbedRequest(images=images)))
+        assert code is grpc.StatusCode.INVALID_ARGUMENT and found["ErrorInfo"].reason == "LIMIT_EXCEEDED"
+    with pytest.raises(LimitError, match="shots"):
+        client.enrol(collection, NewEntry([jpeg(1)] * 33))
+    with pytest.raises(LimitError, match="shots"):
+        client.search(collection, [])
+    search = search_pb2_grpc.SearchServiceStub(channel)
+    two = [search_pb2.SearchRequest(collection_id=name, entry_id="e") for name in (collection, "other")]
+    assert (
+        rich(lambda: search.BatchSearch(search_pb2.BatchSearchRequest(requests=two)))[0]
+        is grpc.StatusCode.INVALID_ARGUMENT
+    )
+
+
+def test_more_than_a_batch_is_sent_in_parts_in_order(client, collection):
+    outcomes = client.enrol_batch(collection, [NewEntry(jpeg(n % 5, n), f"e{n:03d}") for n in range(150)])
+    assert [entry.entry_id for entry in outcomes] == [f"e{n:03d}" for n in range(150)]
+    assert len(client.embed_batch([jpeg(1)] * 70)) == 70
+    assert len(client.search_batch(collection, [Query(jpeg(1), 1)] * 70)) == 70
+
+
+def test_a_message_over_the_limit_is_refused_by_the_transport(client):
+    with pytest.raises(LimitError):
+        client.embed(b"x" * (9 * 1024 * 1024))
+    with pytest.raises(ImageTooLargeError):
+        client.embed(b"x" * (3 * 1024 * 1024))
+    assert client.embed(jpeg(1)).shape == (DIM,)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), -0.1, 1.1])
+def test_a_quality_outside_its_range_is_refused(client, collection, wrong):
+    with pytest.raises(InputError, match="min_quality"):
+        list(client.entries(collection, where=Where(min_quality=wrong)))
+    with pytest.raises(InputError, match="min_cosine"):
+        client.search(collection, jpeg(1), min_similarity=wrong - 1.2 if wrong < 0 else wrong)
+
+
+def test_health_of_the_whole_and_of_each_service(channel):
+    stub = health_pb2_grpc.HealthStub(channel)
+    for name in ("", *SERVICES):
+        reply = stub.Check(health_pb2.HealthCheckRequest(service=name))
+        assert reply.status == health_pb2.HealthCheckResponse.SERVING
+    with pytest.raises(grpc.RpcError) as refused:
+        stub.Check(health_pb2.HealthCheckRequest(service="resight.v1.Nothing"))
+    assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_reflection_lists_the_services_on_loopback(channel):
+    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    (reply,) = stub.ServerReflectionInfo(iter([request]))
+    assert set(SERVICES) <= {service.name for service in reply.list_services_response.service}
+
+
+def test_info_publishes_the_limits(client, bundle):
+    info = client.info()
+    assert (info.space_id, info.feature_dim, info.provider) == (bundle.manifest.space_id, DIM, "cpu-fp32")
+    assert info.limits["max_batch_items"] == 64 and info.limits["max_image_pixels"] == 4_000_000
+    assert min(info.limits.values()) > 0
+
+
+def test_answers_are_plain_enough_for_json(channel, collection, client):
+    client.enrol(collection, NewEntry(jpeg(1), "e"))
+    stub = search_pb2_grpc.SearchServiceStub(channel)
+    reply = stub.Search(search_pb2.SearchRequest(collection_id=collection, entry_id="e"))
+    assert MessageToDict(reply)["exact"] is True
+
+
+def test_a_deadline_ends_the_call(address):
+    with Client(address, timeout_s=1e-4) as hasty, pytest.raises(DeadlineError):
+        hasty.embed(jpeg(1))
