@@ -24,7 +24,6 @@ import torch
 from resight.checkpoint import Checkpoint, Provenance, is_checkpoint, load_checkpoint, write_checkpoint
 from resight.errors import CheckpointError, SiteError
 from resight.model import Encoder
-from resight.training.crops import CropStore
 from resight.training.epoch import Run, Stage, train_epoch
 from resight.training.features import read_batches, to_input
 from resight.training.optimizer import make_optimizer, pack_state, set_rate, unpack_state
@@ -85,7 +84,9 @@ def _check(plan: Adaptation, resume: bool) -> None:
         raise SiteError(f"recipe {recipe.name!r} trains with persons, and the store names none: take recipe 'purify'")
     least = 2 * recipe.cluster.min_samples
     if len(store) < least:
-        raise SiteError(f"{len(store)} usable crops are too few to adapt to: expected at least {least}, better thousands")
+        raise SiteError(
+            f"{len(store)} usable crops are too few to adapt to: expected at least {least}, better thousands"
+        )
     taken = [folder for folder in map(plan.folder, ("teacher", "student")) if folder.exists()]
     if taken and not resume:
         raise CheckpointError(f"{taken[0]} exists: choose another --out, remove it, or go on with --resume")
@@ -144,17 +145,3 @@ def _find_last_epoch(plan: Adaptation, folder: Path, stage: Stage) -> Checkpoint
                 "resume with the same arguments, or choose another --out"
             )
     return found
-
-
-def usable_rows(store: CropStore, unreadable: Mapping[int, str]) -> CropStore:
-    """The store without the crops that cannot be decoded, each named in the log.
-
-    Raises:
-        SiteError: nothing is left.
-    """
-    for row, reason in unreadable.items():
-        log.warning("left out %s: %s", store.paths[row], reason)
-    rows = np.setdiff1d(np.arange(len(store)), np.fromiter(unreadable, np.int64, len(unreadable)))
-    if not len(rows):
-        raise SiteError(f"none of the {len(store)} crops under {store.root} can be decoded: expected JPEG, PNG or WebP")
-    return store.subset(rows)

@@ -48,13 +48,13 @@ class Clustering:
 
     Attributes:
         labels: int64 (N,), 0..K-1, -1 for outliers.
-        eps: radius used.
-        silhouette: mean over all crops in [-1, 1], outliers counting 0.
+        eps: radius used; None where the labels are true persons.
+        silhouette: mean over all crops in [-1, 1], outliers counting 0; 0 where the labels are true persons.
     """
 
     labels: Ints
-    eps: float
-    silhouette: float
+    eps: float | None = None
+    silhouette: float = 0.0
 
     @property
     def count(self) -> int:
@@ -74,9 +74,9 @@ class Clustering:
             "clusters": float(self.count),
             "outlier_share": float(1 - inliers.mean()),
             "largest_share": float(sizes.max() / len(self.labels)),
-            "eps": self.eps,
-            "silhouette": self.silhouette,
         }
+        if self.eps is not None:
+            figures |= {"eps": self.eps, "silhouette": self.silhouette}
         if persons is not None and inliers.any():
             figures["nmi"] = float(normalized_mutual_info_score(persons[inliers], self.labels[inliers]))
             figures["ari"] = float(adjusted_rand_score(persons[inliers], self.labels[inliers]))
@@ -172,8 +172,9 @@ def _refuse_collapse(found: Clustering) -> Clustering:
         )
     if found.count == 1 or figures["largest_share"] > LARGEST_SHARE_LIMIT:
         raise TrainingError(
-            f"{figures['largest_share']:.0%} of {len(found.labels)} crops fell into one cluster of {found.count} at eps "
-            f"{found.eps}: expected many persons; lower eps in the recipe, or check that the crops show different people",
+            f"{figures['largest_share']:.0%} of {len(found.labels)} crops fell into one cluster of {found.count} at "
+            f"eps {found.eps}: expected many persons; lower eps in the recipe, or check that the crops show different "
+            "people",
             clusters=found.count,
         )
     return found

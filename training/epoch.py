@@ -6,7 +6,6 @@ Letters: N crops, B batch, D feature size, K clusters.
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -130,7 +129,7 @@ def _label(run: Run, views: list[Floats]) -> Clustering:
     """Pseudo labels by clustering, or true ones where the recipe asks for them."""
     if run.recipe.labels == "persons":
         _, labels = np.unique(run.store.persons, return_inverse=True)
-        return Clustering(labels.astype(np.int64), eps=math.nan, silhouette=math.nan)
+        return Clustering(labels.astype(np.int64))
     return cluster(views, run.recipe.cluster, device=run.device)
 
 
@@ -142,21 +141,32 @@ def _memories(views: list[Floats], clustering: Clustering, momentum: float, devi
     ]
 
 
-def _batches(run: Run, stage: Stage, epoch: int, labels: Ints, iters: int, spec: Encoder) -> Iterator[tuple[Ints, Pixels]]:
+def _batches(
+    run: Run, stage: Stage, epoch: int, labels: Ints, iters: int, spec: Encoder
+) -> Iterator[tuple[Ints, Pixels]]:
     """`iters` augmented batches, prepared in the background."""
     sampling, moving, _ = run.chance(stage, epoch)
     rows = camera_batches(
         labels, run.store.cameras, batch=run.recipe.batch, instances=run.recipe.instances, rng=sampling
     )
     return read_batches(
-        run.store, itertools.islice(rows, iters), spec.config.image,
+        run.store,
+        itertools.islice(rows, iters),
+        spec.config.image,
         then=lambda pixels: shift_and_flip(pixels, run.recipe.augment, moving),
     )
 
 
 def _train_batches(
-    run: Run, stage: Stage, epoch: int, encoder: Encoder, teacher: Encoder | None,
-    optimizer: torch.optim.Optimizer, labels: Ints, memories: list[ClusterMemory], iters: int,
+    run: Run,
+    stage: Stage,
+    epoch: int,
+    encoder: Encoder,
+    teacher: Encoder | None,
+    optimizer: torch.optim.Optimizer,
+    labels: Ints,
+    memories: list[ClusterMemory],
+    iters: int,
 ) -> dict[str, float]:
     """The optimisation itself. Returns the mean of each loss term."""
     recipe = run.recipe

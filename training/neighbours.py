@@ -56,9 +56,7 @@ def nearest(features: Floats, k: int, *, device: str = "cpu", chunk: int = 2048)
     return found
 
 
-def encode_reciprocal(
-    features: Floats, *, k1: int, k2: int, device: str = "cpu"
-) -> ReciprocalEncoding:
+def encode_reciprocal(features: Floats, *, k1: int, k2: int, device: str = "cpu") -> ReciprocalEncoding:
     """Weights over k-reciprocal neighbours (methods of LP, O2CAP, Cluster Contrast, SpCL).
 
     Reciprocal sets of k1 entries are widened by the half-size sets (round(k1/2) + 1 entries) of their
@@ -95,7 +93,7 @@ def _membership(columns: Ints) -> sparse.csr_matrix:
 
 
 def _reciprocal(ranks: Ints) -> sparse.csr_matrix:
-    """j is in row i when each is in the other's list."""
+    """J is in row i when each is in the other's list."""
     listed = _membership(ranks)
     return listed.multiply(listed.T).tocsr()
 

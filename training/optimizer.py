@@ -38,7 +38,9 @@ def set_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, round_: int) -> f
 def pack_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Moments and step counts as "<parameter index>.<name>" -> tensor."""
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": torch.as_tensor(value) for index, slots in state.items() for name, value in slots.items()}
+    return {
+        f"{index}.{name}": torch.as_tensor(value) for index, slots in state.items() for name, value in slots.items()
+    }
 
 
 def unpack_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

@@ -79,7 +79,9 @@ class Recipe:
         }
         wrong = [name for name, holds in bounds.items() if not holds]
         if wrong:
-            raise RecipeError(f"recipe {self.name!r}: {', '.join(wrong)} out of range; see docs/method.md", field=wrong[0])
+            raise RecipeError(
+                f"recipe {self.name!r}: {', '.join(wrong)} out of range; see docs/method.md", field=wrong[0]
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, every default resolved."""
@@ -103,7 +105,9 @@ def load_recipe(name: str) -> Recipe:
         RecipeError: no such recipe, an unknown key or a value out of range.
     """
     if name not in recipe_names():
-        raise RecipeError(f"unknown recipe {name!r}{_nearest(name, recipe_names())}: expected one of {', '.join(recipe_names())}")
+        raise RecipeError(
+            f"unknown recipe {name!r}{_nearest(name, recipe_names())}: expected one of {', '.join(recipe_names())}"
+        )
     text = (resources.files("resight.training") / "recipes" / f"{name}.toml").read_text()
     return parse_recipe(name, tomllib.loads(text))
 

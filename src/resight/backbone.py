@@ -84,8 +84,9 @@ class OSBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, h, w) -> (B, out, h, w)."""
         stem = self.conv1(x)
-        streams = (self.conv2a(stem), self.conv2b(stem), self.conv2c(stem), self.conv2d(stem))
-        mixed = torch.stack([self.gate(stream) for stream in streams]).sum(0)
+        # Summed one by one: stacking them costs onnxruntime an eighth of the whole graph's time.
+        mixed = self.gate(self.conv2a(stem)) + self.gate(self.conv2b(stem))
+        mixed = mixed + self.gate(self.conv2c(stem)) + self.gate(self.conv2d(stem))
         shortcut = x if self.downsample is None else self.downsample(x)
         return torch.relu_(self.conv3(mixed) + shortcut)
 

@@ -108,7 +108,9 @@ def load_checkpoint(path: Path, *, device: str = "cpu") -> Checkpoint:
         stored = index["provenance"]
         provenance = Provenance(**{**stored, "history": tuple(stored["history"])})
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path / INDEX_FILE} does not describe an encoder ({error}): export or adapt it again") from error
+        raise CheckpointError(
+            f"{path / INDEX_FILE} does not describe an encoder ({error}): export or adapt it again"
+        ) from error
     encoder = Encoder(config)
     tensors = _read_tensors(path / MODEL_FILE)
     fit_state(encoder, tensors, source=str(path / MODEL_FILE))
@@ -126,7 +128,9 @@ def _read_index(path: Path) -> dict[str, Any]:
     try:
         index = json.loads((path / INDEX_FILE).read_text())
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is no checkpoint: {INDEX_FILE} is missing; expected a folder `resight adapt` wrote") from error
+        raise CheckpointError(
+            f"{path} is no checkpoint: {INDEX_FILE} is missing; expected a folder `resight adapt` wrote"
+        ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / INDEX_FILE} cannot be read ({error}): the checkpoint is damaged") from error
     version = index.get("schema_version") if isinstance(index, dict) else None

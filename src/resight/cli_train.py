@@ -41,9 +41,9 @@ def adapt(
 
     Example: `resight adapt --site crops/ --init builtin --recipe purify --out site-model`
     """
-    from resight.training.adapt import Adaptation, usable_rows
+    from resight.training.adapt import Adaptation
     from resight.training.adapt import adapt as run_adaptation
-    from resight.training.crops import check_crops
+    from resight.training.crops import usable_crops
     from resight.training.datasets import open_site
     from resight.training.epoch import Run, require_device
     from resight.training.recipe import load_recipe
@@ -54,7 +54,7 @@ def adapt(
     method = load_recipe(recipe).with_schedule(epochs=epochs, iters=iters)
     opened = open_site(site)
     initial = load_weights(init)
-    store = usable_rows(opened.train, check_crops(opened.train))
+    store = usable_crops(opened.train)
     console = Console(stderr=True)
     console.print(f"{len(store)} crops from {len(store.camera_names)} cameras of {opened.name}, recipe {method.name}")
     folder = out.with_name(f"{out.name}-log")

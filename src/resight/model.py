@@ -33,7 +33,6 @@ class EncoderConfig:
         backbone: one of `resight.backbone.BACKBONES`.
         pooling: "gem" (LP, section 3.2 of the released code: p learnable, initially 3) or "avg" (OSNet, O2CAP).
         embedding_dim: outputs of a linear layer between pooling and neck; 0 means none (BNNeck of LP and O2CAP).
-        activation: "relu" where the initial weights were trained with one behind the neck (torchreid's OSNet).
         image: input size and resize filter.
 
     Raises:
@@ -43,14 +42,13 @@ class EncoderConfig:
     backbone: str = "osnet_x0_25"
     pooling: Literal["avg", "gem"] = "avg"
     embedding_dim: int = 512
-    activation: Literal["none", "relu"] = "none"
     image: ImageSpec = field(default_factory=ImageSpec)
 
     def __post_init__(self) -> None:
         if self.backbone not in BACKBONES:
             raise ValueError(f"unknown backbone {self.backbone!r}: expected one of {', '.join(BACKBONES)}")
-        if self.pooling not in ("avg", "gem") or self.activation not in ("none", "relu"):
-            raise ValueError(f"unknown pooling {self.pooling!r} or activation {self.activation!r}")
+        if self.pooling not in ("avg", "gem"):
+            raise ValueError(f"unknown pooling {self.pooling!r}: expected avg or gem")
         if not 0 <= self.embedding_dim <= 8192:
             raise ValueError(f"embedding_dim must be 0 (none) to 8192, found {self.embedding_dim}")
 
@@ -107,11 +105,10 @@ class Head(nn.Module):
         self.embedding = nn.Linear(channels, dim) if config.embedding_dim else nn.Identity()
         self.neck = nn.BatchNorm1d(dim)
         self.neck.bias.requires_grad_(False)  # BNNeck: features stay centred around the origin
-        self.activation = nn.ReLU() if config.activation == "relu" else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, D)."""
-        out: Tensor = self.activation(self.neck(self.embedding(self.pool(features))))
+        out: Tensor = self.neck(self.embedding(self.pool(features)))
         return out
 
 

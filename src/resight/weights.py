@@ -101,8 +101,8 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise WeightsError(
-            f"{path} is no state dict that can be read safely ({str(error).splitlines()[0]}): save it with "
-            "torch.save(model.state_dict(), path)"
+            f"{path} is no state dict that can be read safely ({str(error).partition(chr(10))[0] or 'it is empty'}): "
+            "save it with torch.save(model.state_dict(), path)"
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -113,7 +113,9 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
 def _from_state_dict(state: dict[str, Tensor], path: Path) -> InitialWeights:
     """Tell the architecture by its tensors, never by the file's name."""
     name = _recognise(state, path)
-    return InitialWeights(_build(name, state, str(path)), _describe(path, path.name, "unknown: see where the file came from"))
+    return InitialWeights(
+        _build(name, state, str(path)), _describe(path, path.name, "unknown: see where the file came from")
+    )
 
 
 def _recognise(state: Mapping[str, Tensor], path: Path) -> str:
@@ -175,7 +177,9 @@ def _read_onnx(path: Path) -> dict[str, Tensor]:
         stored = {item.name: torch.from_numpy(onnx.numpy_helper.to_array(item).copy()) for item in graph.initializer}
     except Exception as error:  # onnx lets protobuf's and its own errors through, whatever they are
         raise WeightsError(f"{path} is no ONNX file with its weights inside ({error})") from error
-    state = {name: value for name, value in stored.items() if name.partition(".")[0] in ("conv2", "conv3", "conv4", "fc")}
+    state = {
+        name: value for name, value in stored.items() if name.partition(".")[0] in ("conv2", "conv3", "conv4", "fc")
+    }
     for node in graph.node:
         if node.op_type == "Conv" and len(node.input) == 3 and node.input[1] not in state:
             scope = _module_path(node.name)
@@ -186,7 +190,7 @@ def _read_onnx(path: Path) -> dict[str, Tensor]:
 
 
 def _module_path(node: str) -> str:
-    """"/conv2/conv2.0/conv1/conv/Conv" -> "conv2.0.conv1.conv": the exporter repeats a sequence's name."""
+    """Module behind a node: /conv2/conv2.0/conv1/conv/Conv is conv2.0.conv1.conv; sequences repeat their name."""
     path: list[str] = []
     for part in node.strip("/").split("/")[:-1]:
         repeated = next((i for i in range(len(path)) if part.startswith(".".join(path[i:]) + ".")), len(path))
@@ -227,7 +231,9 @@ def restore_batch_norm(encoder: Encoder, batches: Iterable[Tensor]) -> None:
 
     def collect(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         values = inputs[0].double().transpose(0, 1).flatten(1)  # (C, B*h*w)
-        moments[norm] += torch.stack([torch.full((len(values),), values.shape[1]), values.sum(1), values.square().sum(1)])  # type: ignore[index]
+        moments[norm] += torch.stack(
+            [torch.full((len(values),), values.shape[1]), values.sum(1), values.square().sum(1)]
+        )  # type: ignore[index]
 
     hooks = [norm.register_forward_pre_hook(collect) for norm in norms]
     for images in batches:

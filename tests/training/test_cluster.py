@@ -4,7 +4,7 @@ from references import dense_jaccard, dense_silhouette
 from sklearn.cluster import DBSCAN
 
 from resight.errors import TrainingError
-from resight.training.cluster import ClusterSettings, Clustering, centroids, choose_eps, cluster, scan, silhouette
+from resight.training.cluster import Clustering, ClusterSettings, centroids, choose_eps, cluster, scan, silhouette
 from resight.training.neighbours import encode_reciprocal, jaccard_graph
 
 
@@ -14,7 +14,7 @@ def people(count: int, each: int, *, spread: float, seed: int = 0) -> tuple[np.n
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32), np.repeat(np.arange(count), each)
 
 
-def graph_of(rows: np.ndarray, max_distance: float = 0.7):  # noqa: ANN201 - a scipy matrix
+def graph_of(rows: np.ndarray, max_distance: float = 0.7):
     return jaccard_graph([encode_reciprocal(rows, k1=12, k2=3)], [1.0], max_distance=max_distance)
 
 

@@ -37,7 +37,9 @@ def test_distillation_of_unit_vectors_with_cosine_0_8_is_0_4() -> None:
 def test_distillation_is_twice_one_minus_cosine_on_average() -> None:
     rng = torch.Generator().manual_seed(1)
     f, t = (functional.normalize(torch.randn(13, 7, generator=rng)) for _ in range(2))
-    assert distillation(f, t).item() == pytest.approx(np.mean([2 - 2 * float(a @ b) for a, b in zip(f, t, strict=True)]))
+    assert distillation(f, t).item() == pytest.approx(
+        np.mean([2 - 2 * float(a @ b) for a, b in zip(f, t, strict=True)])
+    )
 
 
 def test_lp_weighs_its_views_with_0_8_and_twice_0_2() -> None:

@@ -15,7 +15,9 @@ def test_hand_example_of_two_samples_in_order() -> None:
     assert memory.centroids[0].tolist() == pytest.approx([0.9941, 0.1084], abs=1e-4)
 
 
-@pytest.mark.parametrize("batch, clusters, momentum", [(1, 1, 0.1), (15, 4, 0.1), (64, 8, 0.2), (33, 33, 0.5), (7, 1, 0.0)])
+@pytest.mark.parametrize(
+    "batch, clusters, momentum", [(1, 1, 0.1), (15, 4, 0.1), (64, 8, 0.2), (33, 33, 0.5), (7, 1, 0.0)]
+)
 def test_update_equals_one_sample_after_the_other(batch: int, clusters: int, momentum: float) -> None:
     rng = np.random.default_rng(batch)
     centroids = functional.normalize(torch.from_numpy(rng.normal(size=(clusters, 6))).float())

@@ -9,7 +9,9 @@ from resight.training.recipe import Recipe
 LP = Recipe("lp", epochs=50, lr_steps=(0.4, 0.8), lr=3.5e-4)
 
 
-@pytest.mark.parametrize("round_, expected", [(0, 3.5e-4), (19, 3.5e-4), (20, 3.5e-5), (39, 3.5e-5), (40, 3.5e-6), (50, 3.5e-6)])
+@pytest.mark.parametrize(
+    "round_, expected", [(0, 3.5e-4), (19, 3.5e-4), (20, 3.5e-5), (39, 3.5e-5), (40, 3.5e-6), (50, 3.5e-6)]
+)
 def test_lp_table_of_rates(round_: int, expected: float) -> None:
     # A student's round -1 is round 0 here: 3.5e-4 for -1..18, 3.5e-5 for 19..38, 3.5e-6 for 39..49.
     assert rate(LP, round_) == pytest.approx(expected)

@@ -25,20 +25,32 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
         load_recipe("purfy")
 
 
-@pytest.mark.parametrize("values, word", [
-    ({"epoch": 3}, "did you mean 'epochs'"),
-    ({"cluster": {"min_sample": 1}}, "did you mean 'min_samples'"),
-    ({"augment": {"blur": 1}}, "no setting 'blur'"),
-])
+@pytest.mark.parametrize(
+    "values, word",
+    [
+        ({"epoch": 3}, "did you mean 'epochs'"),
+        ({"cluster": {"min_sample": 1}}, "did you mean 'min_samples'"),
+        ({"augment": {"blur": 1}}, "no setting 'blur'"),
+    ],
+)
 def test_unknown_keys_are_refused(values: dict, word: str) -> None:
     with pytest.raises(RecipeError, match=word):
         parse_recipe("mine", values)
 
 
-@pytest.mark.parametrize("values", [
-    {"epochs": 0}, {"batch": 1}, {"lr": 2.0}, {"temperature": 0.0}, {"momentum": 1.5}, {"cluster": {"eps": 1.0}},
-    {"cluster": {"local_weight": 0.5}}, {"instances": 100},
-])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"epochs": 0},
+        {"batch": 1},
+        {"lr": 2.0},
+        {"temperature": 0.0},
+        {"momentum": 1.5},
+        {"cluster": {"eps": 1.0}},
+        {"cluster": {"local_weight": 0.5}},
+        {"instances": 100},
+    ],
+)
 def test_values_out_of_range_are_refused(values: dict) -> None:
     with pytest.raises(RecipeError, match="out of range"):
         parse_recipe("mine", values)

@@ -7,7 +7,9 @@ from resight.errors import TrainingError
 from resight.training.sampler import camera_batches
 
 
-def draw(labels: np.ndarray, cameras: np.ndarray, *, batch: int, instances: int, count: int, seed: int = 0) -> list[np.ndarray]:
+def draw(
+    labels: np.ndarray, cameras: np.ndarray, *, batch: int, instances: int, count: int, seed: int = 0
+) -> list[np.ndarray]:
     batches = camera_batches(labels, cameras, batch=batch, instances=instances, rng=np.random.default_rng(seed))
     return list(itertools.islice(batches, count))
 

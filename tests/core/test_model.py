@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from resight.backbone import BACKBONES
+from resight.image import ImageSpec
+from resight.model import Encoder, EncoderConfig, GeM
+
+SMALL = ImageSpec(64, 32)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("embedding_dim", [0, 48])
+def test_three_unit_views_of_every_backbone(backbone: str, embedding_dim: int) -> None:
+    encoder = Encoder(EncoderConfig(backbone, "gem", embedding_dim, SMALL)).eval()
+    with torch.inference_mode():
+        views = encoder(torch.randn(2, 3, 64, 32))
+    for view in views:
+        assert view.shape == (2, encoder.feature_dim)
+        assert view.norm(dim=1).tolist() == pytest.approx([1, 1], abs=1e-5)
+    assert encoder.feature_dim == (embedding_dim or encoder.channels)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_total_stride_is_16_so_a_256x128_crop_gives_a_16x8_map(backbone: str) -> None:
+    encoder = Encoder(EncoderConfig(backbone)).eval()
+    with torch.inference_mode():
+        assert encoder.backbone(torch.randn(1, 3, 256, 128)).shape == (1, encoder.channels, 16, 8)
+
+
+def test_local_views_see_their_half_only_and_leave_an_odd_row_out() -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(EncoderConfig("osnet_x0_25", "avg", 0, ImageSpec(80, 32))).eval()  # map of 5 rows
+    features = torch.rand(1, encoder.channels, 5, 2)
+    encoder.backbone = torch.nn.Identity()  # type: ignore[assignment]
+    before = encoder(features)
+    features[:, :, 4] += 1  # the odd row
+    after = encoder(features)
+    assert torch.equal(before.upper, after.upper) and torch.equal(before.lower, after.lower)
+    assert not torch.equal(before.whole, after.whole)
+    features[:, :, 3] += 1
+    assert torch.equal(before.upper, encoder(features).upper) and not torch.equal(before.lower, encoder(features).lower)
+
+
+def test_embed_is_the_global_view() -> None:
+    encoder = Encoder(EncoderConfig(image=SMALL)).eval()
+    images = torch.randn(3, 3, 64, 32)
+    with torch.inference_mode():
+        assert torch.allclose(encoder.embed(images), encoder(images).whole, atol=1e-6)
+
+
+def test_gem_equals_its_formula_and_p_1_is_the_mean() -> None:
+    maps = torch.rand(2, 4, 3, 2)
+    slow = torch.tensor(
+        [[sum(max(float(v), 1e-6) ** 3 for v in channel.flatten()) / 6 for channel in crop] for crop in maps]
+    )
+    assert torch.allclose(GeM()(maps), slow ** (1 / 3), atol=1e-6)
+    assert torch.allclose(GeM(1.0)(maps), maps.mean((2, 3)), atol=1e-6)
+
+
+def test_normalise_uses_imagenet_statistics() -> None:
+    encoder = Encoder(EncoderConfig(image=SMALL))
+    pixels = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
+    pixels[..., 1] = 255
+    out = encoder.normalise(pixels)[0, :, 0, 0]
+    assert out.tolist() == pytest.approx([-0.485 / 0.229, (1 - 0.456) / 0.224, -0.406 / 0.225], rel=1e-5)
+
+
+@pytest.mark.parametrize("values", [{"backbone": "vgg"}, {"pooling": "max"}, {"embedding_dim": -1}])
+def test_impossible_configs_are_refused(values: dict) -> None:
+    with pytest.raises(ValueError):
+        EncoderConfig(**values)
+
+
+def test_config_survives_json() -> None:
+    config = EncoderConfig("resnet18", "gem", 0, ImageSpec(128, 64, "bilinear"))
+    assert EncoderConfig.from_json(config.to_json()) == config

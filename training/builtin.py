@@ -1,0 +1,65 @@
+"""The weights that ship with resight: OSNet x0.25, trained with labels on people drawn by code.
+
+They owe nobody a licence, and they have never seen the cameras of the demo's site. docs/weights.md has
+the command, the time it takes and the figures it reached.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from resight.checkpoint import Provenance, load_checkpoint, write_checkpoint
+from resight.image import ImageSpec
+from resight.model import Encoder, EncoderConfig
+from resight.training.adapt import Adaptation, adapt
+from resight.training.epoch import Run
+from resight.training.evaluate import evaluate_site, percentages
+from resight.training.features import extract
+from resight.training.recipe import load_recipe
+from resight.training.runlog import RunLog
+from resight.training.synthetic import SiteSettings, render_site
+from resight.weights import InitialWeights
+
+SOURCE = SiteSettings("source", train_persons=700, test_persons=60, strangers=20, cameras=16, visits=(3, 6), crops=4)
+ENCODER = EncoderConfig("osnet_x0_25", "gem", 256, ImageSpec(128, 64))  # the size people are drawn at
+LICENCE = "Apache-2.0"
+
+
+def train_builtin(out: Path, site: Path, *, seed: int, device: str, console: Console) -> dict[str, float]:
+    """Draw the source world, train with its labels, write the weights.
+
+    Args:
+        out: checkpoint folder to write; replaced if it is one.
+        site: folder for the drawn crops; must not exist or be empty.
+        seed: of the people, the cameras and the training.
+        device: where to train.
+        console: where progress goes.
+
+    Returns:
+        Figures on other people seen by the same cameras, in percent.
+    """
+    source = render_site(site, SOURCE, seed=seed)
+    torch.manual_seed(seed)  # the only initialisation by chance in resight
+    initial = InitialWeights(Encoder(ENCODER).eval(), {"name": "random", "sha256": "", "licence": LICENCE})
+    with tempfile.TemporaryDirectory() as folder, RunLog(Path(folder) / "log", console=console) as log:
+        plan = Adaptation(
+            Run(source.train, load_recipe("supervised"), seed, device, log), initial, Path(folder) / "run"
+        )
+        trained = adapt(plan)
+        encoder = load_checkpoint(plan.out, device=device).encoder
+    figures = percentages(evaluate_site(source, lambda store: extract(encoder, store, device=device, local=False)[0]))
+    kept = trained.provenance
+    # One line of history is enough to ship.
+    final = {**kept.history[-1], **{f"source_{name}": value for name, value in figures.items()}}
+    source_of = {"name": "resight builtin", "sha256": "", "licence": LICENCE}
+    write_checkpoint(
+        out,
+        trained.encoder,
+        Provenance(kept.recipe, "initial", kept.epoch, kept.store_fingerprint, source_of, (final,)),
+    )
+    console.print(figures)
+    return figures

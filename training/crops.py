@@ -1,0 +1,239 @@
+"""The crop store: JPEGs and one table. Row i is sample i in everything made from it.
+
+On disk a folder holds the crops anywhere below it and `index.parquet` with the columns `path, camera, time_s,
+track, person, split`; docs/crop-store.md is the format. Training never reads `person`.
+
+Letters: N crops, C cameras.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import ArrayLike, NDArray
+
+from resight.atomic import write_atomic
+from resight.errors import ImageError, SiteError, StoreError
+from resight.image import MAX_BYTES, decode
+
+log = logging.getLogger(__name__)
+
+INDEX_FILE = "index.parquet"
+SCHEMA_VERSION = 1
+VERSION_KEY = b"resight.crop_store.schema_version"
+UNKNOWN = -1
+SPLITS = ("train", "query", "gallery")
+SCHEMA = pa.schema(
+    [
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("camera", pa.string(), nullable=False),
+        pa.field("time_s", pa.float64()),
+        pa.field("track", pa.int64()),
+        pa.field("person", pa.int64()),
+        pa.field("split", pa.string(), nullable=False),
+    ],
+    metadata={VERSION_KEY: str(SCHEMA_VERSION).encode()},
+)
+
+
+@dataclass(frozen=True)
+class CropStore:
+    """Crops in a fixed order.
+
+    Attributes:
+        root: folder the paths start from.
+        paths: N relative POSIX paths.
+        cameras: int64 (N,), 0..C-1, into `camera_names`.
+        camera_names: C names; all splits of a site share them.
+        times_s: float64 (N,), seconds on the site's clock, NaN where unknown.
+        tracks: int64 (N,), -1 where unknown.
+        persons: int64 (N,), -1 where unknown, 0 a stranger to every query (Market-1501's distractors).
+
+    Raises:
+        StoreError: lengths differ, a camera is not named, or a path leaves the root.
+    """
+
+    root: Path
+    paths: tuple[str, ...]
+    cameras: NDArray[np.int64]
+    camera_names: tuple[str, ...]
+    times_s: NDArray[np.float64]
+    tracks: NDArray[np.int64]
+    persons: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        lengths = {name: len(getattr(self, name)) for name in ("cameras", "times_s", "tracks", "persons")}
+        if any(length != len(self.paths) for length in lengths.values()):
+            raise StoreError(f"a crop store needs one value a crop, found {len(self.paths)} paths and {lengths}")
+        if len(self.paths) and not 0 <= self.cameras.min() <= self.cameras.max() < len(self.camera_names):
+            raise StoreError(f"cameras must index the {len(self.camera_names)} camera names, found others")
+        for path in self.paths:
+            parts = PurePosixPath(path).parts
+            if path.startswith("/") or "\\" in path or ".." in parts or not parts:
+                raise StoreError(f"path {path!r} leaves the store: expected one relative to its folder, without '..'")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, row: int) -> bytes:
+        """The encoded bytes of one crop.
+
+        Raises:
+            StoreError: the file is missing, larger than 2 MiB or a link out of the store.
+        """
+        path = self.root / self.paths[row]
+        try:
+            if path.is_symlink() and not path.resolve().is_relative_to(self.root.resolve()):
+                raise StoreError(f"{path} is a link that leaves the store: copy the crop into it")
+            with path.open("rb") as file:
+                return file.read(MAX_BYTES + 1)  # one more than `decode` accepts: it says what is wrong
+        except OSError as error:
+            raise StoreError(f"crop {path} cannot be read ({error.strerror}): restore it or make the index again") from error
+
+    def subset(self, rows: ArrayLike) -> CropStore:
+        """Some rows, in the order given; cameras keep their numbers."""
+        chosen = np.asarray(rows, np.int64)
+        columns: dict[str, Any] = {
+            name: getattr(self, name)[chosen] for name in ("cameras", "times_s", "tracks", "persons")
+        }
+        return replace(self, paths=tuple(self.paths[row] for row in chosen), **columns)
+
+    @property
+    def has_persons(self) -> bool:
+        """Whether somebody said who is on every crop."""
+        return len(self) > 0 and bool((self.persons != UNKNOWN).all())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over rows and file sizes: equal stores on two machines have equal fingerprints."""
+        digest = hashlib.sha256()
+        for row, path in enumerate(self.paths):
+            size = (self.root / path).stat().st_size
+            digest.update(f"{path}\0{self.camera_names[self.cameras[row]]}\0{size}\n".encode())
+        return digest.hexdigest()
+
+
+def write_store(root: Path, store: CropStore, splits: Sequence[str]) -> None:
+    """Write the index of crops that stand under ``root`` already, replacing an earlier one in one step.
+
+    Args:
+        root: folder of the store.
+        store: its rows, with paths relative to ``root``.
+        splits: "train", "query" or "gallery" for each row.
+
+    Raises:
+        StoreError: a split has another name, or there is not one for each row.
+    """
+    if len(splits) != len(store) or not set(splits) <= set(SPLITS):
+        raise StoreError(f"expected one of {', '.join(SPLITS)} for each of {len(store)} crops, found {len(splits)}: {set(splits)}")
+    table = pa.table(
+        {
+            "path": list(store.paths),
+            "camera": [store.camera_names[camera] for camera in store.cameras],
+            "time_s": pa.array(store.times_s, from_pandas=True),
+            "track": pa.array(store.tracks, mask=store.tracks == UNKNOWN),
+            "person": pa.array(store.persons, mask=store.persons == UNKNOWN),
+            "split": list(splits),
+        },
+        schema=SCHEMA,
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    write_atomic(root / INDEX_FILE, buffer.getvalue())
+
+
+def is_store(root: Path) -> bool:
+    """Whether a folder has an index."""
+    return (root / INDEX_FILE).is_file()
+
+
+def open_store(root: Path) -> dict[str, CropStore]:
+    """Read a crop store: one `CropStore` per split that has rows, all with the same camera names.
+
+    Raises:
+        StoreError: no index, a damaged one, one of another schema version, or rows that make no sense.
+    """
+    table = _read_index(root)
+    columns = {name: table.column(name) for name in SCHEMA.names}
+    camera_names, cameras = np.unique(np.asarray(columns["camera"].to_pylist(), dtype=str), return_inverse=True)
+    whole = CropStore(
+        root,
+        tuple(columns["path"].to_pylist()),
+        cameras.astype(np.int64),
+        tuple(camera_names.tolist()),
+        columns["time_s"].fill_null(np.nan).to_numpy(),
+        columns["track"].fill_null(UNKNOWN).to_numpy(),
+        columns["person"].fill_null(UNKNOWN).to_numpy(),
+    )
+    splits = np.asarray(columns["split"].to_pylist(), dtype=str)
+    strange = set(splits) - set(SPLITS)
+    if strange:
+        raise StoreError(f"{root / INDEX_FILE} has splits {sorted(strange)}: expected {', '.join(SPLITS)}")
+    return {split: whole.subset(np.flatnonzero(splits == split)) for split in SPLITS if (splits == split).any()}
+
+
+def _read_index(root: Path) -> pa.Table:
+    """The table, its schema checked."""
+    path = root / INDEX_FILE
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError as error:
+        raise StoreError(f"{root} is no crop store: {INDEX_FILE} is missing") from error
+    except (pa.ArrowException, OSError) as error:
+        raise StoreError(f"{path} is damaged ({error}): make the index again") from error
+    version = (table.schema.metadata or {}).get(VERSION_KEY, b"none").decode(errors="replace")
+    if version != str(SCHEMA_VERSION):
+        raise StoreError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}: use the resight that wrote it")
+    missing = [name for name in SCHEMA.names if name not in table.schema.names]
+    if missing:
+        raise StoreError(f"{path} misses the columns {', '.join(missing)}: make the index again, as docs/crop-store.md says")
+    for field in SCHEMA:
+        column = table.column(field.name)
+        if column.type != field.type or (column.null_count and not field.nullable):
+            raise StoreError(f"{path}: column {field.name} must be {field}, found {column.type} with {column.null_count} nulls")
+    return table
+
+
+def check_crops(store: CropStore, *, progress: Callable[[int], None] = lambda done: None) -> Mapping[int, str]:
+    """Decode every crop once and tell which cannot be used.
+
+    Returns:
+        row -> reason, in the order of the rows; empty when all is well.
+    """
+
+    def problem(row: int) -> str:
+        try:
+            decode(store.read(row))
+        except (ImageError, StoreError) as error:
+            return str(error)
+        finally:
+            progress(1)
+        return ""
+
+    with ThreadPoolExecutor(thread_name_prefix="check") as pool:
+        return {row: reason for row, reason in enumerate(pool.map(problem, range(len(store)))) if reason}
+
+
+def usable_crops(store: CropStore, *, progress: Callable[[int], None] = lambda done: None) -> CropStore:
+    """The store without the crops that cannot be decoded, each named in the log with its reason.
+
+    Raises:
+        SiteError: nothing is left.
+    """
+    unreadable = check_crops(store, progress=progress)
+    for row, reason in unreadable.items():
+        log.warning("left out %s: %s", store.paths[row], reason)
+    if len(unreadable) == len(store):
+        raise SiteError(f"none of the {len(store)} crops under {store.root} can be decoded: expected JPEG, PNG or WebP files")
+    return store.subset([row for row in range(len(store)) if row not in unreadable])
