@@ -93,7 +93,7 @@ class Batcher:
         """
         if error := expired(deadline):
             raise error
-        wait_s = self._admitted / self._runtime.max_batch * self._batch_s
+        wait_s = self._admitted / self._runtime.max_batch * (self._batch_s + self._delay_s)
         retry_s = max(MIN_RETRY_S, wait_s)
         if self._admitted + count > self._max_queue:
             raise OverloadedError(

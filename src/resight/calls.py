@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +19,11 @@ from resight.reasons import from_status
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 
-TRIES = 5
-FIRST_PAUSE_S = 0.1  # doubled at each try: 0.1 to 0.8 s, 1.5 s in all, a restart's length
+TRIES = 5  # while nobody answers; an overloaded server is asked until the time is up
+FIRST_PAUSE_S, LAST_PAUSE_S = (
+    0.1,
+    0.8,
+)  # doubled at each try: 1.5 s in all for a server that is away, a restart's length
 MAX_ITEMS = 64  # the server's default limit on a batch
 MAX_BYTES = 7 * 1024 * 1024  # of the server's 8 MiB, leaving room for what is not image
 
@@ -38,24 +42,27 @@ def call(method: Callable[..., T], request: Message, *, address: str, timeout_s:
         ReIDError: the leaf the server named; `UnavailableError` and `DeadlineError` also from gRPC itself.
     """
     deadline = time.monotonic() + timeout_s
-    for number in range(TRIES):
+    for number in itertools.count():
         try:
             return method(request, timeout=max(0.0, deadline - time.monotonic()))
         except grpc.RpcError as failure:
             error = _translated(failure, address)
-        if not retry or number == TRIES - 1 or not isinstance(error, OverloadedError | UnavailableError):
-            raise error
         pause_s = pause(error, number)
-        if time.monotonic() + pause_s >= deadline:
+        if not retry or pause_s is None or time.monotonic() + pause_s >= deadline:
             raise error
         time.sleep(pause_s)
     raise AssertionError("unreachable")
 
 
-def pause(error: ReIDError, number: int) -> float:
-    """How long to wait before the next try, in seconds: what the server asked for, and jitter."""
-    asked_s = error.retry_after_s if isinstance(error, OverloadedError) else 0.0
-    return asked_s + random.uniform(0.5, 1.0) * FIRST_PAUSE_S * 2.0**number
+def pause(error: ReIDError, number: int) -> float | None:
+    """How long to wait after failure ``number``, from 0: what the server asked for, and jitter, in seconds.
+
+    None = another try would not help.
+    """
+    jitter_s = random.uniform(0.5, 1.0) * min(FIRST_PAUSE_S * 2.0**number, LAST_PAUSE_S)
+    if isinstance(error, OverloadedError):
+        return error.retry_after_s + jitter_s
+    return jitter_s if isinstance(error, UnavailableError) and number < TRIES - 1 else None
 
 
 def _translated(failure: grpc.RpcError, address: str) -> ReIDError:

@@ -12,6 +12,7 @@ harm are, while the server is overloaded or away; that includes enrolments, whic
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -38,7 +39,7 @@ from resight.answers import (
     Source,
     Where,
 )
-from resight.calls import TRIES, call, chunks, outcome, pause
+from resight.calls import call, chunks, outcome, pause
 from resight.errors import OverloadedError, ReIDError, UnavailableError
 from resight.v1 import (
     admin_pb2,
@@ -194,12 +195,14 @@ class Client:
         messages = [entry.message("", str(uuid4())) for entry in entries]
         out: list[Entry | ReIDError] = []
         for part in chunks(messages):
+            deadline = time.monotonic() + self._timeout_s * BATCH_FACTOR
             done = self._enrol_part(collection, part)
-            for number in range(TRIES - 1):
+            for number in itertools.count():
                 refused = [(at, error) for at, error in enumerate(done) if isinstance(error, OverloadedError)]
-                if not refused:
+                pause_s = max((pause(error, number) or 0.0 for _, error in refused), default=0.0)
+                if not refused or time.monotonic() + pause_s >= deadline:
                     break
-                time.sleep(max(pause(error, number) for _, error in refused))
+                time.sleep(pause_s)
                 again = self._enrol_part(collection, [part[at] for at, _ in refused])
                 for (at, _), result in zip(refused, again, strict=True):
                     done[at] = result

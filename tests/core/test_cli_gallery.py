@@ -1,0 +1,105 @@
+"""The commands, as a user runs them, against a real server."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from serving import ServerProcess, jpeg, make_bundle
+from typer.testing import CliRunner, Result
+
+from resight.cli_gallery import gallery, search
+from resight.errors import CollectionNotEmptyError, EntryNotFoundError, InputError, UnavailableError
+
+app = typer.Typer()
+app.command()(search)
+app.add_typer(gallery, name="gallery")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("cli")
+    process = ServerProcess(make_bundle(folder / "bundle").path, folder / "data")
+    yield process.wait_ready()
+    assert process.end() == 0
+
+
+@pytest.fixture
+def run(server, monkeypatch):
+    monkeypatch.setenv("RESIGHT_SERVER", server)
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def invoke(*arguments: str, fails: bool = False) -> Result:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        if not fails:
+            assert result.exit_code == 0, (result.output, result.exception)
+        return result
+
+    return invoke
+
+
+@pytest.fixture
+def crops(tmp_path: Path) -> Path:
+    folder = tmp_path / "crops"
+    folder.mkdir()
+    for person in range(4):
+        for shot in range(2):
+            (folder / f"p{person}-{shot}.jpg").write_bytes(jpeg(person, shot))
+    return folder
+
+
+def test_the_road_of_a_gallery(run, crops, tmp_path):
+    assert "created lobby" in run("gallery", "create", "lobby", "--ttl", "30d", "--keep-crops").output
+    assert "enrolled 8 of 8" in run("gallery", "enrol", "lobby", crops, "--camera", "door").output
+    run("gallery", "enrol", "lobby", crops / "p1-0.jpg", "--camera", "hall", "--subject", "anna", "--replace")
+    answer = tmp_path / "answer.json"
+    shown = run("search", crops / "p1-1.jpg", "--collection", "lobby", "--top-k", "2", "--json", answer).output
+    assert "p1-1.jpg" in shown and "p1-0.jpg" in shown and "anna" in shown
+    hits = json.loads(answer.read_text())["hits"]
+    assert [hit["entry"]["entry_id"] for hit in hits] == ["p1-1.jpg", "p1-0.jpg"]
+    run("search", crops / "p1-1.jpg", "--collection", "lobby", "--exclude-camera", "door", "--json", answer)
+    assert [hit["entry"]["camera_id"] for hit in json.loads(answer.read_text())["hits"]] == ["hall"]
+    assert "30 days" in run("gallery", "list").output
+    assert "anna" in run("gallery", "get", "lobby", "p1-0.jpg").output
+    listed = tmp_path / "entries.json"
+    run("gallery", "entries", "lobby", "--camera", "door", "--limit", "3", "--json", listed)
+    assert [entry["entry_id"] for entry in json.loads(listed.read_text())] == ["p0-0.jpg", "p0-1.jpg", "p1-1.jpg"]
+    assert "would delete 7" in run("gallery", "delete", "lobby", "--camera", "door", "--dry-run").output
+    assert "deleted 1" in run("gallery", "delete", "lobby", "--subject", "anna").output
+    assert "deleted 2" in run("gallery", "delete", "lobby", "p0-0.jpg", "p0-1.jpg").output
+    assert isinstance(run("gallery", "drop", "lobby", fails=True).exception, CollectionNotEmptyError)
+    assert "dropped lobby" in run("gallery", "drop", "lobby", "--force").output
+
+
+def test_a_bad_crop_is_reported_and_the_others_are_enrolled(run, crops):
+    (crops / "text.jpg").write_text("not a picture")
+    run("gallery", "create", "hall", "--keep-forever")
+    result = run("gallery", "enrol", "hall", crops, fails=True)
+    assert result.exit_code == 1
+    assert "enrolled 8 of 9" in result.output and "text.jpg" in result.output and "cannot be decoded" in result.output
+    run("gallery", "drop", "hall", "--force")
+
+
+def test_what_cannot_be_done_is_an_error_of_ours(run, tmp_path):
+    run("gallery", "create", "yard", "--keep-forever")
+    for arguments, kind in (
+        (("gallery", "create", "other"), InputError),
+        (("gallery", "create", "other", "--ttl", "soon"), InputError),
+        (("gallery", "get", "yard", "nobody"), EntryNotFoundError),
+        (("gallery", "delete", "yard"), InputError),
+        (("gallery", "delete", "yard", "a", "--camera", "b"), InputError),
+        (("gallery", "enrol", "yard", tmp_path), InputError),
+        (("search", tmp_path / "missing.jpg", "--collection", "yard"), InputError),
+        (("gallery", "list", "--server", "127.0.0.1:1"), UnavailableError),
+    ):
+        result = run(*arguments, fails=True)
+        assert result.exit_code == 1 and type(result.exception) is kind, (arguments, result.exception)
+    run("gallery", "drop", "yard")
+
+
+def test_every_command_shows_an_example(run):
+    commands = [("search",), *(("gallery", c.name or c.callback.__name__) for c in gallery.registered_commands)]
+    assert len(commands) == 8
+    for command in commands:
+        assert "Example:" in run(*command, "--help").output
