@@ -5,17 +5,19 @@ The environment prefix is ``RESIGHT_`` (``RESIGHT_MAX_BATCH=16``); the file is T
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from resight.errors import RecipeError
 from resight.image import MAX_BYTES, MAX_PIXELS
 
 MIB = 1024 * 1024
+PREFIX = "RESIGHT_"
 
 
 class Settings(BaseSettings):
@@ -44,7 +46,7 @@ class Settings(BaseSettings):
         quick_check_s: at most this long is the database checked at start.
     """
 
-    model_config = SettingsConfigDict(env_prefix="RESIGHT_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
     bundle: Path
     data: Path
@@ -84,6 +86,12 @@ class Settings(BaseSettings):
         """Flags, then environment; `load_settings` puts the file below them."""
         return init_settings, env_settings
 
+    @model_validator(mode="after")
+    def _a_batch_fits_the_queue(self) -> Self:
+        if self.max_queue < self.max_batch_items:
+            raise ValueError(f"max_queue must hold a batch of max_batch_items={self.max_batch_items}")
+        return self
+
     @property
     def host(self) -> str:
         """The listening host, without brackets."""
@@ -105,6 +113,8 @@ def load_settings(*, config: Path | None = None, **flags: Any) -> Settings:
     Raises:
         RecipeError: an unknown name, a missing one or a value out of range.
     """
+    if config is not None and not config.is_file():
+        raise RecipeError(f"settings file {config} is not there: name a TOML file with --config, or leave it out")
 
     class WithFile(Settings):
         @classmethod
@@ -119,9 +129,13 @@ def load_settings(*, config: Path | None = None, **flags: Any) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(
-            f"setting {name}: {first['msg']}, found {first['input']!r}: see docs/operations.md",
-            field=name,
-        ) from error
+        if first["type"] == "missing":
+            told = f"setting {name} is missing: give --{name}, {PREFIX}{name.upper()} or a line in the --config file"
+        elif first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, Settings.model_fields, 1)
+            told = f"there is no setting {name}{f', did you mean {near[0]}?' if near else ''}: see docs/operations.md"
+        else:
+            told = f"setting {name}: {first['msg']}, found {first['input']!r}: see docs/operations.md"
+        raise RecipeError(told, field=name) from error
     except (OSError, ValueError) as error:
         raise RecipeError(f"settings file {config} cannot be read as TOML: {error}") from error

@@ -15,7 +15,7 @@ from google.protobuf import duration_pb2, timestamp_pb2
 
 from resight.errors import InputError, LimitError
 from resight.service.embedder import Timings
-from resight.service.entries import Collection, Entry, Filter, Hit, Space
+from resight.service.entries import Collection, Entry, Filter, Hit, Space, now_us
 from resight.service.gallery import Crops, Given
 from resight.service.runtime import Feature
 from resight.service.searcher import Found
@@ -72,13 +72,16 @@ def entry(message: gallery_pb2.Entry) -> Entry:
     """What a caller may tell of an entry; the output-only fields are left to the server."""
     if not 0.0 <= message.quality <= 1.0:
         raise InputError(f"quality is 0..1, found {message.quality}", field="entry.quality")
+    expire_us = _micros(message.expire_time, "entry.expire_time") if message.HasField("expire_time") else None
+    if expire_us is not None and expire_us <= now_us():
+        raise InputError("expire_time has passed: give a later one, or none", field="entry.expire_time")
     return Entry(
         entry_id=_identity(message.entry_id, "entry.entry_id"),
         subject_id=_identity(message.subject_id, "entry.subject_id"),
         camera_id=_identity(message.camera_id, "entry.camera_id"),
         track_id=_identity(message.track_id, "entry.track_id"),
         capture_us=_micros(message.capture_time, "entry.capture_time") if message.HasField("capture_time") else None,
-        expire_us=_micros(message.expire_time, "entry.expire_time") if message.HasField("expire_time") else None,
+        expire_us=expire_us,
         labels=_labels(dict(message.labels), "entry.labels"),
         quality=message.quality,
     )

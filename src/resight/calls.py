@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
-from resight.errors import OverloadedError, ReIDError, UnavailableError
+from resight.errors import LimitError, OverloadedError, ReIDError, UnavailableError
 from resight.reasons import from_status
 
 T = TypeVar("T")
@@ -75,6 +75,8 @@ def _translated(failure: grpc.RpcError, address: str) -> ReIDError:
     if status is not None:
         return from_status(status)
     text = failure.details() or failure.code().name
+    if failure.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
+        return LimitError(f"the server takes no message of this size ({text}): send less at once")
     error = from_status(status_pb2.Status(code=failure.code().value[0], message=text))
     if isinstance(error, UnavailableError):
         return UnavailableError(f"no server answers at {address} ({text}): start one with `resight serve`")

@@ -64,8 +64,8 @@ _LEAF_OF_REASON = {wire.reason: leaf for leaf, wire in WIRE.items()}
 _LEAF_OF_CODE: dict[int, type[ReIDError]] = {
     grpc.StatusCode.UNAVAILABLE.value[0]: errors.UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED.value[0]: errors.DeadlineError,
-    # Without our details this is the transport's own limit on message size or calls in flight.
-    grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]: errors.LimitError,
+    # Without our details this is the transport's own limit on calls in flight.
+    grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]: errors.OverloadedError,
     grpc.StatusCode.INVALID_ARGUMENT.value[0]: errors.InputError,
 }
 

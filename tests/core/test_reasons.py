@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import grpc
 import pytest
 from google.protobuf import any_pb2
@@ -7,6 +10,19 @@ from google.rpc import status_pb2
 from resight import errors
 from resight.errors import ReIDError
 from resight.reasons import WIRE, from_status, to_status
+
+
+# What training, export and start-up raise; a running server does not.
+NEVER_SERVED = {
+    "SiteError",
+    "WeightsError",
+    "RecipeError",
+    "CheckpointError",
+    "BundleError",
+    "TrainingError",
+    "StartupError",
+    "ConflictError",
+}
 
 
 def leaves(kind: type[ReIDError]) -> list[type[ReIDError]]:
@@ -73,7 +89,7 @@ def test_a_long_message_stays_under_grpcs_limit_on_trailers():
     [
         (grpc.StatusCode.UNAVAILABLE, errors.UnavailableError),
         (grpc.StatusCode.DEADLINE_EXCEEDED, errors.DeadlineError),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, errors.LimitError),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, errors.OverloadedError),
         (grpc.StatusCode.UNKNOWN, ReIDError),
     ],
 )
@@ -86,3 +102,12 @@ def test_a_reason_of_another_domain_is_not_ours():
     packed.Pack(details.ErrorInfo(reason="IMAGE_TOO_SMALL", domain="example.com"))
     status = status_pb2.Status(code=grpc.StatusCode.UNAVAILABLE.value[0], details=[packed])
     assert type(from_status(status)) is errors.UnavailableError
+
+
+def test_the_reasons_in_the_docs_are_those_of_the_table():
+    api = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    told = dict(re.findall(r"^\| `([A-Z_]+)` \| ([A-Z_]+) \|", api, re.MULTILINE))
+    real = {wire.reason: wire.code.name for wire in WIRE.values()}
+    assert told.items() <= real.items()
+    by_server = [leaf for leaf in leaves(ReIDError) if leaf.__name__ not in NEVER_SERVED]
+    assert [leaf.__name__ for leaf in by_server if WIRE[leaf].reason not in told] == []

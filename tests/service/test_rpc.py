@@ -367,6 +367,7 @@ def test_a_replayed_enrolment_answers_the_same_and_stores_nothing(client, collec
         (lambda r: setattr(r.entry, "quality", 1.5), "entry.quality"),
         (lambda r: setattr(r.entry.capture_time, "seconds", 10**15), "entry.capture_time"),
         (lambda r: r.entry.labels.update({str(n): "" for n in range(17)}), "entry.labels"),
+        (lambda r: setattr(r.entry.expire_time, "seconds", 1), "entry.expire_time"),
         (lambda r: r.entry.labels.update({"x" * 64: ""}), "entry.labels"),
         (lambda r: setattr(r, "request_id", "x" * 129), "request_id"),
     ],

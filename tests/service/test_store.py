@@ -12,6 +12,7 @@ from resight.errors import (
     EntryNotFoundError,
     InputError,
     ReIDError,
+    StorageFullError,
     StoreError,
     UnavailableError,
 )
@@ -264,6 +265,26 @@ def test_enrolling_into_a_collection_deleted_meanwhile_is_refused(store):
         await store.erase(writes.delete_collection, "lobby", force=False)
         with pytest.raises(CollectionNotFoundError):
             await store.write(writes.enrol, lobby, enrolment(1))
+
+    asyncio.run(body())
+
+
+def test_a_full_disk_refuses_writes_keeps_what_it_has_and_recovers(store):
+    """SQLite's own page limit makes the same error as a full disk."""
+
+    async def body():
+        lobby = await made(store, keep_crops=True)
+        await store.write(writes.enrol, lobby, enrolment(1))
+        pages = await store.read(lambda c: c.execute("PRAGMA page_count").fetchone()[0])
+        await store.write(lambda c: c.execute(f"PRAGMA max_page_count={pages + 2}").fetchall())
+        big = [store.write(writes.enrol, lobby, enrolment(n, crops=(bytes(200_000),))) for n in range(2, 5)]
+        outcomes = await asyncio.gather(*big, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [StorageFullError] * 3
+        assert (await store.read(reads.collection, "lobby")).entry_count == 1
+        await store.erase(writes.delete_entry, lobby, "e1", allow_missing=False)
+        await store.write(lambda c: c.execute("PRAGMA max_page_count=1000000").fetchall())
+        await store.write(writes.enrol, lobby, enrolment(2, crops=(bytes(200_000),)))
+        assert (await store.read(reads.collection, "lobby")).entry_count == 1
 
     asyncio.run(body())
 

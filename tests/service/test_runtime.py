@@ -1,0 +1,85 @@
+import dataclasses
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+from serving import DIM, SPEC, embed_by_hand, graph, make_bundle
+
+from resight.bundle import Graph, Parity, space_id, write_bundle
+from resight.errors import BundleError, StartupError
+from resight.image import ImageSpec
+from resight.probes import make_probes
+from resight.service.runtime import DummyRuntime, OnnxRuntime
+
+
+def pixels(count: int, spec: ImageSpec = SPEC) -> np.ndarray:
+    return np.random.default_rng(count).integers(0, 256, (count, spec.height, spec.width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("count", [1, 7, 32])
+def test_a_bundle_answers_as_by_hand_at_any_batch(bundle, count):
+    runtime = OnnxRuntime(bundle)
+    found = runtime.embed(pixels(count))
+    assert found.dtype == np.float32 and found.shape == (count, DIM)
+    assert np.abs(found - embed_by_hand(pixels(count))).max() < 1e-5
+    assert (runtime.space_id, runtime.feature_dim, runtime.image) == (bundle.manifest.space_id, DIM, SPEC)
+    assert runtime.provider == "cpu-fp32"
+
+
+def test_a_bundle_whose_probes_are_of_another_model_is_refused(tmp_path):
+    with pytest.raises(BundleError, match="other features than the model that was exported"):
+        OnnxRuntime(make_bundle(tmp_path / "b", probes_of=3))
+
+
+def test_a_precision_the_bundle_does_not_have_is_refused(bundle):
+    with pytest.raises(BundleError, match="int8"):
+        OnnxRuntime(bundle, precision="int8")
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="this onnxruntime has CUDA")
+def test_a_provider_that_is_not_there_is_refused_not_replaced(bundle):
+    with pytest.raises(StartupError, match=r"CUDAExecutionProvider.*--provider cpu"):
+        OnnxRuntime(bundle, provider="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("CUDAExecutionProvider" not in ort.get_available_providers(), reason="needs onnxruntime-gpu")
+def test_the_gpu_answers_as_the_cpu(bundle):
+    assert np.abs(OnnxRuntime(bundle, provider="cuda").embed(pixels(7)) - embed_by_hand(pixels(7))).max() < 1e-3
+
+
+def bundle_of(path, data: bytes):
+    return write_bundle(
+        path,
+        name="odd",
+        space_id=space_id(b"odd", SPEC, DIM),
+        image=SPEC,
+        graphs=[Graph(data, Parity(0.0, 1.0))],
+        probes=make_probes(SPEC, embed_by_hand, count=2),
+        weights_licence="none",
+        training={},
+    )
+
+
+def test_bytes_that_are_no_graph_are_refused(tmp_path):
+    with pytest.raises(BundleError, match="onnxruntime cannot load"):
+        OnnxRuntime(bundle_of(tmp_path / "b", graph(0)[:200]))
+
+
+def test_a_graph_of_another_shape_is_refused(tmp_path):
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 64, 32])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3, 64, 32])
+    made = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    with pytest.raises(BundleError, match="expected a graph"):
+        OnnxRuntime(bundle_of(tmp_path / "b", model.SerializeToString()))
+
+
+def test_the_dummy_answers_what_its_docstring_says():
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[:2, :2] = (255, 0, 0)
+    (found,) = DummyRuntime(dataclasses.replace(SPEC, height=16, width=16)).embed(image.repeat(2, 0).repeat(2, 1)[None])
+    expected = np.full((16, 3), -127.5)
+    expected[0, 0] = 127.5
+    assert np.allclose(found, (expected / np.linalg.norm(expected)).reshape(-1))
