@@ -6,22 +6,20 @@ forward. ``turn`` 0 looks the person in the face, pi sees the back, pi/2 the sid
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
-import numpy as np
 from PIL import Image, ImageDraw
 
+from resight.training.brush import MARGIN, Point, capsule, cut, dim, texture
 from resight.training.people import Colour, Person
 
-Point = tuple[float, float]
 Paint = Callable[[ImageDraw.ImageDraw, Colour | int], None]
 # Heights and lengths as shares of stature, after the body proportions of Drillis & Contini (1966), rounded.
 _CHIN_Y, _SHOULDER_Y, _HIP_Y = 0.135, 0.185, 0.50
 _THIGH, _SHIN, _UPPER_ARM, _FOREARM = 0.235, 0.225, 0.17, 0.15
-_MARGIN = 96  # pixels of texture beyond the canvas, so that it can follow the torso
 _FAR = 0.8  # brightness of a limb on the far side: without it an arm melts into the torso
 
 
@@ -78,12 +76,6 @@ def _bound(method: Callable[[int], None], side: int) -> Callable[[], None]:
     return lambda: method(side)
 
 
-def dim(colour: Colour, shade: float) -> Colour:
-    """A colour made darker (shade < 1) or brighter, clipped to 0..255."""
-    red, green, blue = (min(255, int(channel * shade)) for channel in colour)
-    return red, green, blue
-
-
 class _Figure:
     """One person being painted: the projection, and a method for each part."""
 
@@ -120,11 +112,11 @@ class _Figure:
             return paint(self.draw, dim(self.person.upper, shade))
         mask = Image.new("L", self.layer.size)
         paint(ImageDraw.Draw(mask), 255)
-        texture = _texture(self.person, self.layer.size, round(self.scale / 24) * 24, shade)
+        cloth = texture(self.person, self.layer.size, round(self.scale / 24) * 24, shade)
         x, y = self.at(0.0, _SHOULDER_Y)
-        left = min(max(round(_MARGIN + self.layer.width / 2 - x), 0), 2 * _MARGIN)
-        top = min(max(round(_MARGIN - y), 0), 2 * _MARGIN)
-        window = texture.crop((left, top, left + self.layer.width, top + self.layer.height))
+        left = min(max(round(MARGIN + self.layer.width / 2 - x), 0), 2 * MARGIN)
+        top = min(max(round(MARGIN - y), 0), 2 * MARGIN)
+        window = cloth.crop((left, top, left + self.layer.width, top + self.layer.height))
         self.layer.paste(window, (0, 0), mask)
 
     def trunk(self) -> None:
@@ -195,7 +187,7 @@ class _Figure:
         if who.skirt:
             return
         wide = (0.056 * build, 0.044 * build, 0.038 * build)
-        self._limb(self.draw, _cut(joints, who.hem), wide, dim(who.lower, shade))
+        self._limb(self.draw, cut(joints, who.hem), wide, dim(who.lower, shade))
 
     def arm(self, side: int) -> None:
         """One arm: bare, then the sleeve, with a tote in the hand of whoever carries one."""
@@ -222,13 +214,13 @@ class _Figure:
             self.draw.line((x, y, x, y + 0.04 * self.scale), fill=who.bag_colour, width=2)
         self._limb(self.draw, joints, (0.032, 0.026, 0.024), dim(who.skin, shade))
         wide_arm = (0.038 * build, 0.034 * build, 0.031 * build)
-        sleeve = _cut(joints, who.sleeve * 0.94)
+        sleeve = cut(joints, who.sleeve * 0.94)
         self.cloth(lambda draw, ink: self._limb(draw, sleeve, wide_arm, ink), shade)
 
     def _limb(
         self, draw: ImageDraw.ImageDraw, joints: list[Point], radii: tuple[float, float, float], ink: Colour | int
     ) -> None:
-        for start, (a, b) in enumerate(zip(joints, joints[1:], strict=False)):
+        for start, (a, b) in enumerate(itertools.pairwise(joints)):
             capsule(draw, a, b, (radii[start] + radii[start + 1]) / 2 * self.scale, ink)
 
     def head(self) -> None:
@@ -237,7 +229,7 @@ class _Figure:
         x, y = self.at(0.0, 0.072, 0.012)
         wide = r * (0.82 + 0.12 * self.side_on)
         hair, long = who.hair, who.hair_style in ("bob", "long")
-        if long and self.cos < 0.5 or who.hair_style == "bun":
+        if (long and self.cos < 0.5) or who.hair_style == "bun":
             self.ellipse(self.at(0.0, 0.05, -0.05), r * 0.8, r * 0.8, hair)
         if long:
             tail = 0.15 if who.hair_style == "bob" else 0.24
@@ -303,45 +295,3 @@ class _Figure:
         colour = self.person.bag_colour
         self.draw.rounded_rectangle((x - wide, y, x + wide, y + tall), radius=4, fill=colour)
         self.draw.rectangle((x - wide, y, x + wide, y + tall * 0.35), fill=dim(colour, 0.75))
-
-
-def capsule(draw: ImageDraw.ImageDraw, a: Point, b: Point, radius: float, ink: Colour | int) -> None:
-    """A thick line with round ends, from a to b in pixels."""
-    dx, dy = b[0] - a[0], b[1] - a[1]
-    length = math.hypot(dx, dy) or 1.0
-    nx, ny = -dy / length * radius, dx / length * radius
-    draw.polygon([(a[0] + nx, a[1] + ny), (b[0] + nx, b[1] + ny), (b[0] - nx, b[1] - ny), (a[0] - nx, a[1] - ny)], ink)
-    for x, y in (a, b):
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=ink)
-
-
-def _cut(joints: list[Point], share: float) -> list[Point]:
-    """The first ``share`` of a two-part limb, as its joints."""
-    a, b, c = joints
-    if share >= 0.5:
-        t = (share - 0.5) * 2
-        return [a, b, (b[0] + (c[0] - b[0]) * t, b[1] + (c[1] - b[1]) * t)]
-    t = share * 2
-    return [a, (a[0] + (b[0] - a[0]) * t, a[1] + (b[1] - a[1]) * t)]
-
-
-@lru_cache(maxsize=64)
-def _texture(person: Person, size: tuple[int, int], scale: int, shade: float) -> Image.Image:
-    """The cloth of a patterned garment, larger than the canvas by a margin; the shoulder line is at its margin."""
-    wide, tall = size[0] + 2 * _MARGIN, size[1] + 2 * _MARGIN
-    y, x = np.mgrid[0:tall, 0:wide]
-    down, across = (y - _MARGIN) / scale, (x - wide / 2) / scale
-    period = person.pattern_scale
-    rows, columns = (down / period) % 1.0 < 0.42, (across / period) % 1.0 < 0.42
-    match person.pattern:
-        case "stripes":
-            share = rows.astype(np.float32)
-        case "bars":
-            share = columns.astype(np.float32)
-        case "checks":
-            share = (rows.astype(np.float32) + columns) / 2
-        case _:
-            share = (down > 0.11 + person.pattern_scale).astype(np.float32)
-    upper, accent = np.array(person.upper, np.float32), np.array(person.accent, np.float32)
-    cloth = (upper + share[..., None] * (accent - upper)) * shade
-    return Image.fromarray(cloth.astype(np.uint8)).convert("RGBA")

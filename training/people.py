@@ -42,6 +42,7 @@ _LOWER: Mapping[World, Mapping[str, float]] = {
     "site": {"black": 3, "charcoal": 2, "grey": 1, "denim": 3, "navy": 2, "beige": 1.2, "white": 0.4, "brown": 1,
              "olive": 1, "maroon": 0.5},
 }  # fmt: skip
+_SHOES: Mapping[str, float] = {"black": 4, "white": 3, "brown": 2, "red": 1, "grey": 1, "blue": 0.7, "beige": 1}
 _SKINS: Sequence[Colour] = ((244, 208, 178), (226, 178, 140), (198, 146, 106), (150, 102, 70), (98, 66, 46))
 _HAIRS: Sequence[Colour] = (
     (24, 20, 20), (58, 40, 30), (110, 72, 42), (190, 150, 88), (150, 148, 146), (134, 52, 30),
@@ -141,9 +142,6 @@ def _sample_person(rng: np.random.Generator, world: World) -> Person:
         bag_colour=_pick(CLOTH, rng),
         side=1 if rng.random() < 0.5 else -1,
     )
-
-
-_SHOES: Mapping[str, float] = {"black": 4, "white": 3, "brown": 2, "red": 1, "grey": 1, "blue": 0.7, "beige": 1}
 
 
 def _pick(shares: Mapping[str, object], rng: np.random.Generator) -> Colour:

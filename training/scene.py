@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +27,8 @@ BACKDROP = 4  # the wall behind is this many crops wide, so that each crop shows
 
 
 @dataclass(frozen=True)
-class World_:
-    """Ranges a world's cameras are drawn from; chosen by eye on contact sheets and by raw-pixel rank-1."""
+class LookRanges:
+    """From what to what a world's cameras look different; chosen by eye on contact sheets and by raw-pixel rank-1."""
 
     gain: Range  # of each colour channel
     gamma: Range
@@ -42,17 +43,21 @@ class World_:
     quality: Range  # of the JPEG
 
 
-WORLDS: Mapping[World, World_] = {
-    "source": World_((0.9, 1.1), (0.85, 1.15), (0.9, 1.1), (-0.04, 0.04), (0.85, 1.15), (0.2, 0.8), (1, 4), (0.6, 1.0),
-                     (0.0, 0.12), (0.05, 0.2), (85, 95)),
-    "site": World_((0.62, 1.3), (0.6, 1.6), (0.6, 1.05), (-0.1, 0.12), (0.35, 0.9), (0.5, 1.6), (3, 9), (0.4, 0.8),
-                   (0.05, 0.25), (0.15, 0.4), (60, 85)),
+WORLDS: Mapping[World, LookRanges] = {
+    "source": LookRanges(
+        (0.9, 1.1), (0.85, 1.15), (0.9, 1.1), (-0.04, 0.04), (0.85, 1.15), (0.2, 0.8), (1, 4), (0.6, 1.0),
+        (0.0, 0.12), (0.05, 0.2), (85, 95),
+    ),
+    "site": LookRanges(
+        (0.62, 1.3), (0.6, 1.6), (0.6, 1.05), (-0.1, 0.12), (0.35, 0.9), (0.5, 1.6), (3, 9), (0.4, 0.8),
+        (0.05, 0.25), (0.15, 0.4), (60, 85),
+    ),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Camera:
-    """One camera. ``backdrop`` is uint8 (2H, 8W, 3); ``matrix`` (3, 3) mixes linear colour; the rest as `World_`."""
+    """One camera: a draw from `LookRanges`. ``backdrop`` is (2H, 8W) RGB, ``matrix`` (3, 3) mixes its colours."""
 
     matrix: NDArray[np.float32]
     gamma: float
@@ -78,13 +83,16 @@ def make_cameras(count: int, rng: np.random.Generator, *, world: World, height: 
         count: how many.
         rng: source of chance.
         world: whose ranges.
-        height, width: of the crops, in pixels.
+        height: of the crops, in pixels.
+        width: of the crops, in pixels.
     """
     strangers = sample_people(40, rng, world=world)
     return tuple(_make_camera(rng, WORLDS[world], height, width, strangers) for _ in range(count))
 
 
-def _make_camera(rng: np.random.Generator, ranges: World_, height: int, width: int, strangers: tuple[Person, ...]) -> Camera:
+def _make_camera(
+    rng: np.random.Generator, ranges: LookRanges, height: int, width: int, strangers: tuple[Person, ...]
+) -> Camera:
     grey = np.full((3, 3), 1 / 3)
     saturation = rng.uniform(*ranges.saturation)
     matrix = np.diag(rng.uniform(*ranges.gain, 3)) @ (saturation * np.eye(3) + (1 - saturation) * grey)
@@ -125,7 +133,9 @@ def _draw_backdrop(rng: np.random.Generator, height: int, width: int) -> Image.I
     draw.rectangle((0, horizon, width, height), fill=_rgb(floor))
     for _ in range(int(rng.integers(3, 10))):
         x, slope = rng.uniform(-0.2, 1.2) * width, rng.uniform(-1, 1) * width * 0.2
-        draw.line((x, horizon, x + slope, height), fill=_rgb(floor * rng.uniform(0.7, 1.3)), width=int(rng.integers(2, 8)))
+        draw.line(
+            (x, horizon, x + slope, height), fill=_rgb(floor * rng.uniform(0.7, 1.3)), width=int(rng.integers(2, 8))
+        )
     return image.filter(ImageFilter.GaussianBlur(2))
 
 
@@ -202,7 +212,7 @@ def _expose(canvas: Image.Image, camera: Camera, rng: np.random.Generator) -> Pi
     sharp = seen.resize((width, height), Image.Resampling.BILINEAR)
     if camera.blur > 0.3:  # below that no pixel changes by a grey level
         sharp = sharp.filter(ImageFilter.GaussianBlur(camera.blur))
-    values = np.asarray(sharp, np.float32) / 255
+    values: NDArray[np.floating[Any]] = np.asarray(sharp, np.float32) / 255
     across = np.linspace(-1, 1, width, dtype=np.float32)[:, None]
     flicker = rng.uniform(0.92, 1.08)
     values = values * (1 + 0.18 * camera.light * across) * camera.vignette * flicker

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from resight.image import Pixels
 from resight.training.crops import CropStore, write_store
 from resight.training.datasets import Site, open_site
 from resight.training.people import Person, World, sample_people
@@ -98,7 +99,12 @@ def render_site(root: Path, settings: SiteSettings, *, seed: int) -> Site:
 
 
 def _walk(
-    root: Path, rows: _Rows, person: Person, number: int, cameras: tuple[Camera, ...], settings: SiteSettings,
+    root: Path,
+    rows: _Rows,
+    person: Person,
+    number: int,
+    cameras: tuple[Camera, ...],
+    settings: SiteSettings,
     rng: np.random.Generator,
 ) -> None:
     """Let one person pass some cameras; of a test person the first crop at each is a query, the others gallery."""
@@ -122,7 +128,7 @@ def _walk(
             rows.splits.append(split)
 
 
-def _save(path: Path, image: np.ndarray, quality: int) -> None:
+def _save(path: Path, image: Pixels, quality: int) -> None:
     """One JPEG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
