@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ SCHEMA_VERSION = 1
 VERSION_KEY = b"resight.crop_store.schema_version"
 UNKNOWN = -1
 SPLITS = ("train", "query", "gallery")
+COLUMNS = ("cameras", "times_s", "tracks", "persons")  # of a `CropStore`, beside its paths
 SCHEMA = pa.schema(
     [
         pa.field("path", pa.string(), nullable=False),
@@ -47,7 +49,7 @@ SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no truth value to compare by
 class CropStore:
     """Crops in a fixed order.
 
@@ -61,7 +63,7 @@ class CropStore:
         persons: int64 (N,), -1 where unknown, 0 a stranger to every query (Market-1501's distractors).
 
     Raises:
-        StoreError: lengths differ, a camera is not named, or a path leaves the root.
+        StoreError: lengths differ, a camera is not named, a number is out of range, or a path leaves the root.
     """
 
     root: Path
@@ -73,40 +75,45 @@ class CropStore:
     persons: NDArray[np.int64]
 
     def __post_init__(self) -> None:
-        lengths = {name: len(getattr(self, name)) for name in ("cameras", "times_s", "tracks", "persons")}
+        lengths = {name: len(getattr(self, name)) for name in COLUMNS}
         if any(length != len(self.paths) for length in lengths.values()):
             raise StoreError(f"a crop store needs one value a crop, found {len(self.paths)} paths and {lengths}")
         if len(self.paths) and not 0 <= self.cameras.min() <= self.cameras.max() < len(self.camera_names):
             raise StoreError(f"cameras must index the {len(self.camera_names)} camera names, found others")
+        if min(self.tracks.min(initial=0), self.persons.min(initial=0)) < UNKNOWN or np.isinf(self.times_s).any():
+            raise StoreError(
+                f"expected tracks and persons from 0, or {UNKNOWN} for unknown, and times finite, or NaN for unknown: "
+                "found others"
+            )
         for path in self.paths:
-            parts = PurePosixPath(path).parts
-            if path.startswith("/") or "\\" in path or ".." in parts or not parts:
-                raise StoreError(f"path {path!r} leaves the store: expected one relative to its folder, without '..'")
+            _check_path(path)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, row: int) -> bytes:
-        """The encoded bytes of one crop.
+        """The encoded bytes of one crop; of a file over 2 MiB the first part, which `decode` refuses with its limit.
 
         Raises:
-            StoreError: the file is missing, larger than 2 MiB or a link out of the store.
+            StoreError: the file is missing, no regular file, or lies behind a link that leaves the store.
         """
         path = self.root / self.paths[row]
         try:
-            if path.is_symlink() and not path.resolve().is_relative_to(self.root.resolve()):
-                raise StoreError(f"{path} is a link that leaves the store: copy the crop into it")
-            with path.open("rb") as file:
-                return file.read(MAX_BYTES + 1)  # one more than `decode` accepts: it says what is wrong
-        except OSError as error:
-            raise StoreError(f"crop {path} cannot be read ({error.strerror}): restore it or make the index again") from error
+            real = path.resolve(strict=True)
+            if not real.is_relative_to(self.root.resolve()):
+                raise StoreError(f"{path} is behind a link that leaves the store: copy the crop into it")
+            if not real.is_file():  # opening a pipe would wait for ever
+                raise StoreError(f"{path} is no regular file: expected a JPEG, PNG or WebP file")
+            with real.open("rb") as file:
+                return file.read(MAX_BYTES + 1)
+        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+            reason = getattr(error, "strerror", None) or error
+            raise StoreError(f"crop {path} cannot be read ({reason}): restore it or make the index again") from error
 
     def subset(self, rows: ArrayLike) -> CropStore:
         """Some rows, in the order given; cameras keep their numbers."""
         chosen = np.asarray(rows, np.int64)
-        columns: dict[str, Any] = {
-            name: getattr(self, name)[chosen] for name in ("cameras", "times_s", "tracks", "persons")
-        }
+        columns: dict[str, Any] = {name: getattr(self, name)[chosen] for name in COLUMNS}
         return replace(self, paths=tuple(self.paths[row] for row in chosen), **columns)
 
     @property
@@ -116,12 +123,35 @@ class CropStore:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over rows and file sizes: equal stores on two machines have equal fingerprints."""
+        """sha256 over the rows and the crops' bytes: equal stores have equal fingerprints, wherever they stand.
+
+        Raises:
+            StoreError: a crop cannot be read.
+        """
         digest = hashlib.sha256()
         for row, path in enumerate(self.paths):
-            size = (self.root / path).stat().st_size
-            digest.update(f"{path}\0{self.camera_names[self.cameras[row]]}\0{size}\n".encode())
+            camera, time_s = self.camera_names[self.cameras[row]], float(self.times_s[row])
+            crop = hashlib.sha256(self.read(row)).hexdigest()
+            digest.update(repr((path, camera, time_s, int(self.tracks[row]), int(self.persons[row]), crop)).encode())
         return digest.hexdigest()
+
+
+def _check_path(path: str) -> None:
+    """Refuse what is no plain path below the store's folder."""
+    parts = PurePosixPath(path).parts
+    if path.startswith("/") or "\\" in path or "\0" in path or ".." in parts or not parts:
+        raise StoreError(f"path {path!r} leaves the store: expected one relative to its folder, without '..'")
+    if not path.isascii():
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:
+            raise StoreError(f"path {path!r} is not UTF-8: rename the file") from error
+
+
+def camera_order(name: str) -> tuple[Sequence[str | int], str]:
+    """Sort key of camera names that puts c2 before c10; equal only for equal names."""
+    parts = re.split(r"(\d+)", name)  # text and numbers in turn, so that like compares with like
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
 
 
 def write_store(root: Path, store: CropStore, splits: Sequence[str]) -> None:
@@ -133,10 +163,12 @@ def write_store(root: Path, store: CropStore, splits: Sequence[str]) -> None:
         splits: "train", "query" or "gallery" for each row.
 
     Raises:
-        StoreError: a split has another name, or there is not one for each row.
+        StoreError: a split has another name, there is not one for each row, or a crop is listed twice.
     """
     if len(splits) != len(store) or not set(splits) <= set(SPLITS):
-        raise StoreError(f"expected one of {', '.join(SPLITS)} for each of {len(store)} crops, found {len(splits)}: {set(splits)}")
+        found = f"{len(splits)}: {', '.join(sorted(set(splits)))}"
+        raise StoreError(f"expected one of {', '.join(SPLITS)} for each of {len(store)} crops, found {found}")
+    _refuse_repeats(store, root)
     table = pa.table(
         {
             "path": list(store.paths),
@@ -149,7 +181,7 @@ def write_store(root: Path, store: CropStore, splits: Sequence[str]) -> None:
         schema=SCHEMA,
     )
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     write_atomic(root / INDEX_FILE, buffer.getvalue())
 
 
@@ -166,16 +198,19 @@ def open_store(root: Path) -> dict[str, CropStore]:
     """
     table = _read_index(root)
     columns = {name: table.column(name) for name in SCHEMA.names}
-    camera_names, cameras = np.unique(np.asarray(columns["camera"].to_pylist(), dtype=str), return_inverse=True)
+    names = columns["camera"].to_pylist()
+    camera_names = sorted(set(names), key=camera_order)
+    number = {name: index for index, name in enumerate(camera_names)}
     whole = CropStore(
         root,
         tuple(columns["path"].to_pylist()),
-        cameras.astype(np.int64),
-        tuple(camera_names.tolist()),
+        np.array([number[name] for name in names], np.int64),
+        tuple(camera_names),
         columns["time_s"].fill_null(np.nan).to_numpy(),
         columns["track"].fill_null(UNKNOWN).to_numpy(),
         columns["person"].fill_null(UNKNOWN).to_numpy(),
     )
+    _refuse_repeats(whole, root)
     splits = np.asarray(columns["split"].to_pylist(), dtype=str)
     strange = set(splits) - set(SPLITS)
     if strange:
@@ -183,25 +218,43 @@ def open_store(root: Path) -> dict[str, CropStore]:
     return {split: whole.subset(np.flatnonzero(splits == split)) for split in SPLITS if (splits == split).any()}
 
 
+def _refuse_repeats(store: CropStore, root: Path) -> None:
+    """A crop listed twice could stand in two splits and be its own match."""
+    seen: set[str] = set()
+    for path in store.paths:
+        if path in seen:
+            raise StoreError(f"{root / INDEX_FILE} lists {path} twice: expected each crop in one row")
+        seen.add(path)
+
+
 def _read_index(root: Path) -> pa.Table:
     """The table, its schema checked."""
     path = root / INDEX_FILE
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
+        table.validate(full=True)  # invalid UTF-8 among others
     except FileNotFoundError as error:
         raise StoreError(f"{root} is no crop store: {INDEX_FILE} is missing") from error
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise StoreError(f"{path} is damaged ({error}): make the index again") from error
     version = (table.schema.metadata or {}).get(VERSION_KEY, b"none").decode(errors="replace")
     if version != str(SCHEMA_VERSION):
-        raise StoreError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}: use the resight that wrote it")
+        raise StoreError(
+            f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}: use the resight that wrote it, "
+            "or make the index as docs/crop-store.md says"
+        )
     missing = [name for name in SCHEMA.names if name not in table.schema.names]
     if missing:
-        raise StoreError(f"{path} misses the columns {', '.join(missing)}: make the index again, as docs/crop-store.md says")
+        raise StoreError(
+            f"{path} misses the columns {', '.join(missing)}: make the index again, as docs/crop-store.md says"
+        )
     for field in SCHEMA:
         column = table.column(field.name)
         if column.type != field.type or (column.null_count and not field.nullable):
-            raise StoreError(f"{path}: column {field.name} must be {field}, found {column.type} with {column.null_count} nulls")
+            raise StoreError(
+                f"{path}: column {field.name} must be {field.type}{'' if field.nullable else ' without nulls'}, found "
+                f"{column.type} with {column.null_count} nulls: make the index again, as docs/crop-store.md says"
+            )
     return table
 
 
@@ -235,5 +288,7 @@ def usable_crops(store: CropStore, *, progress: Callable[[int], None] = lambda d
     for row, reason in unreadable.items():
         log.warning("left out %s: %s", store.paths[row], reason)
     if len(unreadable) == len(store):
-        raise SiteError(f"none of the {len(store)} crops under {store.root} can be decoded: expected JPEG, PNG or WebP files")
+        raise SiteError(
+            f"none of the {len(store)} crops under {store.root} can be decoded: expected JPEG, PNG or WebP files"
+        )
     return store.subset([row for row in range(len(store)) if row not in unreadable])

@@ -4,7 +4,7 @@
     Market-1501    bounding_box_train/, query/, bounding_box_test/ with names PPPP_cCsS_FFFFFF_BB.jpg or PPPP_cC...
     plain          CAMERA/anything.jpg, CAMERA/PERSON/anything.jpg, or names of Market-1501's pattern in one folder
 
-Symbolic links are not followed; other files are passed over.
+Symbolic links are not followed; hidden files and folders and other kinds of files are passed over.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from typing import NamedTuple
 import numpy as np
 
 from resight.errors import SiteError
-from resight.training.crops import UNKNOWN, CropStore, is_store, open_store
+from resight.training.crops import UNKNOWN, CropStore, camera_order, is_store, open_store
 
 MARKET_FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
-MARKET_NAME = re.compile(r"^(?P<person>-?\d+)_c(?P<camera>\d+)(?:s(?P<sequence>\d+)_(?P<frame>\d+))?")
+MARKET_NAME = re.compile(
+    r"^(?P<person>-1|\d{1,18})_c(?P<camera>\d{1,9})(?:s(?P<sequence>\d{1,9})(?:_(?P<frame>\d{1,9}))?)?(?![0-9A-Za-z])"
+)
 JUNK_PERSON = -1  # Market-1501's boxes that show nobody; dropped everywhere, as every published protocol does
 FRAMES_PER_S = 25.0  # Market-1501's cameras (Zheng et al., ICCV 2015)
 SEQUENCE_S = 1_000_000.0  # sequences of a camera follow each other; their distance in time is not published
@@ -33,9 +35,17 @@ LAYOUTS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Site:
-    """Crops to adapt to and, where people are known, crops to measure with; one numbering of cameras for all."""
+    """Crops to adapt to and, where people are known, crops to measure with; one numbering of cameras for all.
+
+    Attributes:
+        root: the site's folder.
+        train: crops to adapt to.
+        query: crops searched for; None where people or a second camera are unknown. In a plain folder they are
+            among the crops of ``train``: such figures tell one model from another, not how it does on new people.
+        gallery: crops searched in; never one of ``query``.
+    """
 
     root: Path
     train: CropStore
@@ -69,7 +79,8 @@ def open_site(root: Path) -> Site:
     if is_store(root):
         return _from_splits(root, open_store(root))
     if (root / MARKET_FOLDERS["train"]).is_dir():
-        rows = {split: _market_rows(root, folder) for split, folder in MARKET_FOLDERS.items() if (root / folder).is_dir()}
+        folders = {split: folder for split, folder in MARKET_FOLDERS.items() if (root / folder).is_dir()}
+        rows = {split: _market_rows(root, folder) for split, folder in folders.items()}
         return _from_splits(root, _stores(root, rows))
     return _plain_site(root)
 
@@ -82,15 +93,26 @@ def _from_splits(root: Path, splits: dict[str, CropStore]) -> Site:
 
 
 def _images(root: Path, folder: str = ".") -> list[str]:
-    """Relative paths of all image files below a folder, sorted, links left out."""
+    """Relative paths of all image files below a folder, sorted; what is hidden or a link is left out.
+
+    Raises:
+        SiteError: a folder is a link or cannot be listed.
+    """
+    if folder != "." and (root / folder).is_symlink():
+        raise SiteError(f"{root / folder} is a link, and links are not followed: name the real folder as the site")
     found = []
-    for parent, folders, files in os.walk(root / folder, followlinks=False):
-        folders.sort()
+    for parent, folders, files in os.walk(root / folder, onerror=_refuse_unlisted):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             path = Path(parent) / name
             if path.suffix.lower() in SUFFIXES and not name.startswith(".") and not path.is_symlink():
                 found.append(path.relative_to(root).as_posix())
     return found
+
+
+def _refuse_unlisted(error: OSError) -> None:
+    """A folder passed over in silence would be a camera missing in silence."""
+    raise SiteError(f"{error.filename} cannot be listed ({error.strerror}): give its reader the right to") from error
 
 
 def _market_rows(root: Path, folder: str) -> list[_Row]:
@@ -104,8 +126,8 @@ def _market_rows(root: Path, folder: str) -> list[_Row]:
         row = _market_row(path)
         if row is None:
             raise SiteError(
-                f"{root / path}: expected a name such as 0002_c1s1_000451_03.jpg (person, camera, sequence, frame) in a "
-                "Market-1501 folder: rename it, or use one sub-folder for each camera"
+                f"{root / path}: expected a name such as 0002_c1s1_000451_03.jpg (person, camera, sequence, frame) in "
+                "a Market-1501 folder: rename it, or use one sub-folder for each camera"
             )
         if row.person != JUNK_PERSON:
             rows.append(row)
@@ -120,7 +142,7 @@ def _market_row(path: str) -> _Row | None:
     if match is None:
         return None
     time_s = np.nan
-    if match["frame"] is not None:
+    if match["frame"] is not None:  # never without a sequence
         time_s = int(match["sequence"]) * SEQUENCE_S + int(match["frame"]) / FRAMES_PER_S
     return _Row(path, f"c{int(match['camera'])}", time_s, int(match["person"]))
 
@@ -131,7 +153,11 @@ def _plain_site(root: Path) -> Site:
     if not images:
         raise SiteError(f"{root} holds no JPEG, PNG or WebP file: {LAYOUTS}")
     rows = [_plain_row(root, path) for path in images]
-    rows = [row for row in rows if row.person != JUNK_PERSON or "/" in row.path]
+    rows = [row for row in rows if row.person != JUNK_PERSON or "/" in row.path]  # there -1 is yet UNKNOWN
+    if not rows:
+        raise SiteError(
+            f"all {len(images)} crops of {root} are marked as junk (person -1): expected some that show people"
+        )
     numbers = {name: number for number, name in enumerate(sorted(_person_folders(rows)), start=1)}
     store = _stores(root, {"train": [_number_person(row, numbers) for row in rows]})["train"]
     query, gallery = _split_for_measuring(store)
@@ -146,8 +172,8 @@ def _plain_row(root: Path, path: str) -> _Row:
     row = _market_row(path)
     if row is None:
         raise SiteError(
-            f"{root / path} does not tell its camera: put the crops of each camera into a sub-folder of its own (a site "
-            "with one camera has one sub-folder), or use names such as 0002_c1s1_000451_03.jpg"
+            f"{root / path} does not tell its camera: put the crops of each camera into a sub-folder of its own (a "
+            "site with one camera has one sub-folder), or use names such as 0002_c1s1_000451_03.jpg"
         )
     return row
 
@@ -165,22 +191,31 @@ def _number_person(row: _Row, numbers: dict[str, int]) -> _Row:
 
 
 def _split_for_measuring(store: CropStore) -> tuple[CropStore | None, CropStore | None]:
-    """First crop of each (person, camera) as query where another camera has the person, the rest as gallery."""
+    """Query and gallery of a folder that has no such split; none where people or a second camera are unknown.
+
+    The first crop of each (person, camera) with several crops is a query, if another camera has the person; of a
+    person with one crop in each camera only the first is. So each query has a match left in the gallery.
+    """
     if not store.has_persons or len(store.camera_names) < 2:
         return None, None
-    keys = np.stack([store.persons, store.cameras], 1)
-    pairs, first = np.unique(keys, axis=0, return_index=True)
-    cameras_of = dict(zip(*np.unique(pairs[:, 0], return_counts=True), strict=True))
-    query = np.sort([row for row, (person, _) in zip(first, pairs, strict=True) if person > 0 and cameras_of[person] > 1])
-    gallery = np.setdiff1d(np.arange(len(store)), query)
-    if not len(query) or not len(gallery):
+    pairs, first, counts = np.unique(
+        np.stack([store.persons, store.cameras], 1), axis=0, return_index=True, return_counts=True
+    )
+    query: list[int] = []
+    for person in np.unique(pairs[pairs[:, 0] > 0, 0]):  # 0 is a stranger to every query
+        own = pairs[:, 0] == person
+        if own.sum() > 1:
+            several = first[own & (counts > 1)]
+            query.extend(several if len(several) else [first[own].min()])
+    if not query:
         return None, None
-    return store.subset(query), store.subset(gallery)
+    query.sort()
+    return store.subset(query), store.subset(np.setdiff1d(np.arange(len(store)), query))
 
 
 def _stores(root: Path, rows: dict[str, list[_Row]]) -> dict[str, CropStore]:
     """Columns of each split, cameras numbered once over all of them."""
-    names = sorted({row.camera for split in rows.values() for row in split}, key=_natural)
+    names = sorted({row.camera for split in rows.values() for row in split}, key=camera_order)
     number = {name: index for index, name in enumerate(names)}
     return {
         split: CropStore(
@@ -194,8 +229,3 @@ def _stores(root: Path, rows: dict[str, list[_Row]]) -> dict[str, CropStore]:
         )
         for split, part in rows.items()
     }
-
-
-def _natural(name: str) -> tuple[str | int, ...]:
-    """c2 before c10."""
-    return tuple(int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name))

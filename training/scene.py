@@ -220,4 +220,5 @@ def _expose(canvas: Image.Image, camera: Camera, rng: np.random.Generator) -> Pi
     values = np.clip(values, 0, 1) ** camera.gamma
     values = (values - 0.5) * camera.contrast + 0.5 + camera.brightness
     values = 255 * values + rng.standard_normal(values.shape, np.float32) * camera.noise
-    return np.clip(values, 0, 255).astype(np.uint8)
+    pixels: Pixels = np.clip(values, 0, 255).astype(np.uint8)
+    return pixels
