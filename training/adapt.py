@@ -24,7 +24,7 @@ import torch
 from resight.checkpoint import Checkpoint, Provenance, is_checkpoint, load_checkpoint, write_checkpoint
 from resight.errors import CheckpointError, SiteError
 from resight.model import Encoder
-from resight.training.epoch import Run, Stage, train_epoch
+from resight.training.epoch import Run, Stage, require_finite, train_epoch
 from resight.training.features import read_batches, to_input
 from resight.training.optimizer import make_optimizer, pack_state, set_rate, unpack_state
 from resight.weights import InitialWeights, restore_batch_norm
@@ -64,10 +64,11 @@ def adapt(plan: Adaptation, *, resume: bool = False) -> Checkpoint:
 
     Raises:
         SiteError: persons are needed and missing, or there are too few crops.
-        TrainingError: clusters collapsed or a loss is not finite; the last epoch's checkpoint stands.
+        TrainingError: clusters collapsed, or a loss or weight is not finite; the last epoch's checkpoint stands.
         CheckpointError: the output folder is taken, or holds a run with other arguments.
     """
     _check(plan, resume)
+    require_finite(plan.initial.encoder, "initial weights")
     start = copy.deepcopy(plan.initial.encoder).to(plan.run.device, memory_format=torch.channels_last)
     if plan.initial.statistics_missing:
         _restore_statistics(start, plan.run)
@@ -82,6 +83,8 @@ def _check(plan: Adaptation, resume: bool) -> None:
     recipe, store = plan.run.recipe, plan.run.store
     if recipe.labels == "persons" and not store.has_persons:
         raise SiteError(f"recipe {recipe.name!r} trains with persons, and the store names none: take recipe 'purify'")
+    if recipe.labels == "persons" and len(np.unique(store.persons)) < 2:
+        raise SiteError(f"all {len(store)} crops show one person: expected two or more to tell apart")
     least = 2 * recipe.cluster.min_samples
     if len(store) < least:
         raise SiteError(
@@ -90,6 +93,9 @@ def _check(plan: Adaptation, resume: bool) -> None:
     taken = [folder for folder in map(plan.folder, ("teacher", "student")) if folder.exists()]
     if taken and not resume:
         raise CheckpointError(f"{taken[0]} exists: choose another --out, remove it, or go on with --resume")
+    foreign = [folder for folder in taken if not is_checkpoint(folder)]
+    if foreign:
+        raise CheckpointError(f"{foreign[0]} exists and is no checkpoint to resume: choose another --out, or remove it")
 
 
 def _restore_statistics(encoder: Encoder, run: Run) -> None:
@@ -141,7 +147,15 @@ def _find_last_epoch(plan: Adaptation, folder: Path, stage: Stage) -> Checkpoint
         theirs, ours = getattr(found.provenance, what), getattr(mine, what)
         if theirs != ours:
             raise CheckpointError(
-                f"{folder} was made with another {what.replace('_', ' ')} ({theirs}) than asked for now ({ours}): "
+                f"{folder} was made with another {what.replace('_', ' ')} than asked for now ({_difference(theirs, ours)}): "
                 "resume with the same arguments, or choose another --out"
             )
     return found
+
+
+def _difference(theirs: Any, ours: Any, name: str = "") -> str:
+    """Tell what differs between two values, down to the keys of mappings."""
+    if not isinstance(theirs, Mapping) or not isinstance(ours, Mapping):
+        return f"{name} {theirs!r}, now {ours!r}".strip()
+    keys = [key for key in dict.fromkeys([*theirs, *ours]) if theirs.get(key) != ours.get(key)]
+    return "; ".join(_difference(theirs.get(key), ours.get(key), f"{name}.{key}".strip(".")) for key in keys)

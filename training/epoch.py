@@ -74,6 +74,20 @@ def require_device(device: str) -> None:
         ) from error
 
 
+def require_finite(encoder: Encoder, what: str) -> None:
+    """Refuse weights that have run away; one more step can spoil them after a loss that was still finite.
+
+    Raises:
+        TrainingError: names the first tensors that hold NaN or infinity.
+    """
+    broken = [name for name, tensor in encoder.state_dict().items() if not tensor.isfinite().all()]
+    if broken:
+        raise TrainingError(
+            f"{what}: {len(broken)} tensors are not finite ({', '.join(broken[:3])}): start from sound weights, lower "
+            "lr in the recipe, or set precision to fp32; the last epoch's checkpoint stands"
+        )
+
+
 def train_epoch(
     run: Run, stage: Stage, epoch: int, encoder: Encoder, teacher: Encoder | None, optimizer: torch.optim.Optimizer
 ) -> dict[str, float]:
@@ -197,6 +211,7 @@ def _train_batches(
             for name, term in {"loss": loss, "contrast": contrast, "guidance": guidance}.items():
                 sums[name] += term.item() / iters
             advance(1)
+    require_finite(encoder, f"weights after {stage} epoch {epoch}")
     return dict(sums)
 
 

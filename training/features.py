@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from resight.errors import ImageError
 from resight.image import ImageSpec, Pixels, decode, fit
 from resight.model import Encoder
 from resight.training.crops import CropStore
@@ -42,11 +43,17 @@ def read_batches(
         rows and uint8 (B, H, W, 3), in the order of ``rows``.
 
     Raises:
-        ImageError: a crop cannot be decoded; `check_crops` finds those beforehand.
+        ImageError: a crop cannot be decoded, with its path; `check_crops` finds those beforehand.
     """
 
+    def read(row: int) -> Pixels:
+        try:
+            return fit(decode(store.read(row)), spec)
+        except ImageError as error:
+            raise type(error)(f"{store.root / store.paths[row]}: {error}") from error
+
     def load(batch: Ints) -> Pixels:
-        return then(np.stack([fit(decode(store.read(int(row))), spec) for row in batch]))
+        return then(np.stack([read(int(row)) for row in batch]))
 
     # One thread: Pillow alone keeps up with any CPU and `then` stays in order, so chance is repeatable.
     with ThreadPoolExecutor(1, thread_name_prefix="crops") as pool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,8 @@ LINE = ("loss", "clusters", "outlier_share", "eps", "nmi", "images_per_s")
 class RunLog:
     """A context in which epochs and progress are reported.
 
+    Files are opened at the first figures, so that a run that is refused leaves those of an earlier one alone.
+
     Args:
         folder: receives `epochs.jsonl`, the labels and TensorBoard's event files; made if missing.
         console: where progress and one line an epoch go.
@@ -28,9 +32,8 @@ class RunLog:
 
     def __init__(self, folder: Path, *, console: Console, append: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-        self._file = (folder / "epochs.jsonl").open("a" if append else "w", buffering=1)
-        self._board = SummaryWriter(str(folder))
+        self._folder, self._append = folder, append
+        self._opened = ExitStack()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -39,7 +42,6 @@ class RunLog:
             console=console,
             transient=True,
         )
-        self._steps: dict[str, int] = {}
 
     def __enter__(self) -> RunLog:
         self._progress.start()
@@ -49,8 +51,19 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-        self._board.close()
-        self._file.close()
+        self._opened.close()
+
+    @cached_property
+    def _file(self) -> TextIO:
+        path = self._folder / "epochs.jsonl"
+        return self._opened.enter_context(path.open("a" if self._append else "w", buffering=1))
+
+    @cached_property
+    def _board(self) -> SummaryWriter:
+        if not self._append:
+            for earlier in self._folder.glob("events.out.tfevents.*"):
+                earlier.unlink()  # TensorBoard would draw both runs as one
+        return self._opened.enter_context(SummaryWriter(str(self._folder)))
 
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:

@@ -8,6 +8,7 @@ import sys
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 
 from resight.cli_demo import demo
 from resight.cli_export import export
@@ -36,12 +37,9 @@ def main() -> None:
     )
     try:
         app()
-    except ReIDError as error:
-        console.print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
+    except (ReIDError, OSError) as error:  # OSError: a full disk, a folder that may not be written
+        console.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        console.print("stopped; `--resume` goes on where a command has it")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

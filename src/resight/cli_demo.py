@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from resight.cli_json import JsonOption, write_json
+
 
 def demo(
     site: Annotated[Path | None, typer.Option(help="A labelled site; synthetic people are drawn without one.")] = None,
@@ -18,18 +20,14 @@ def demo(
     iters: Annotated[int | None, typer.Option(min=1, help="Batches an epoch; the recipe's by default.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the site and of every stream of chance.")] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Walk the whole road: adapt without labels, export, serve, search, and compare before and after.
 
     Example: `resight demo --site market/ --init osnet_x0_25_msmt17.pth --json figures.json`
     """
-    import json
-
     from rich.console import Console
 
     from resight.demo import Road, walk
 
-    figures = walk(Road(site, init, out, epochs, iters, seed, device, Console(stderr=True)))
-    if json_file:
-        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+    write_json(json_file, walk(Road(site, init, out, epochs, iters, seed, device, Console(stderr=True))))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from resight.cli_json import JsonOption, write_json
 
 
 def export(
@@ -14,14 +15,16 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="Bundle folder to make.")],
     name: Annotated[str | None, typer.Option(help="Name of the model; the folder's own by default.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Let a bundle already there give way.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the parity figures to this file.")] = None,
+    json_file: JsonOption = None,
 ) -> None:
-    """Export a checkpoint to a self-checking bundle for `resight serve`."""
+    """Export a checkpoint to a self-checking bundle for `resight serve`.
+
+    Example: `resight export site-model --out site.bundle`
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 
-    from resight.atomic import write_atomic
     from resight.exporters.export import STEPS, export_checkpoint
 
     console = Console(stderr=True)
@@ -62,12 +65,11 @@ def export(
             }
         )
     Console().print(table)
-    if json_file is not None:
-        result = {
-            "bundle": str(bundle.path),
-            "name": manifest.name,
-            "space_id": manifest.space_id,
-            "feature_dim": manifest.feature_dim,
-            "artefacts": figures,
-        }
-        write_atomic(json_file, (json.dumps(result, indent=2) + "\n").encode())
+    result = {
+        "bundle": str(bundle.path),
+        "name": manifest.name,
+        "space_id": manifest.space_id,
+        "feature_dim": manifest.feature_dim,
+        "artefacts": figures,
+    }
+    write_json(json_file, result)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from resight.cli_json import JsonOption, write_json
 
 if TYPE_CHECKING:
     from resight.model import Encoder
@@ -21,7 +22,6 @@ log = logging.getLogger(__name__)
 SITE_HELP = "Market-1501 folder, plain folder (one sub-folder a camera) or crop store."
 SiteOption = Annotated[Path, typer.Option("--site", help=SITE_HELP)]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
 WEIGHTS_HELP = "'builtin', 'resnet18', 'resnet50', a .pth or .onnx file, or a checkpoint folder."
 
 
@@ -63,8 +63,7 @@ def adapt(
         checkpoint = run_adaptation(plan, resume=resume)
     last = dict(checkpoint.provenance.history[-1])
     console.print(f"wrote {out}; figures and TensorBoard files in {folder}. Next: resight export {out} --out BUNDLE")
-    if json_file:
-        json_file.write_text(json.dumps({"checkpoint": str(out), "last_epoch": last}, indent=2) + "\n")
+    write_json(json_file, {"checkpoint": str(out), "last_epoch": last})
 
 
 def evaluate(
@@ -88,8 +87,7 @@ def evaluate(
     table = Table("mAP", "rank-1", "rank-5", "rank-10", "mINP", title=f"{model} on {opened.name}")
     table.add_row(*(f"{value:.2f}" for value in figures.values()))
     Console().print(table)
-    if json_file:
-        json_file.write_text(json.dumps({**figures, "valid_queries": score.valid_queries}, indent=2) + "\n")
+    write_json(json_file, {**figures, "valid_queries": score.valid_queries})
 
 
 def _embed(model: str, store: CropStore, device: str) -> Floats:

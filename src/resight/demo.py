@@ -80,11 +80,11 @@ def walk(road: Road) -> dict[str, Any]:
     from resight.weights import load_weights
 
     require_device(road.device)
-    _make_room(road.out)
+    initial = load_weights(road.init)  # before an earlier demo's folder gives way
+    _make_room(road)
     with road.step("site"):
         site = _open_site(road)
         evaluation_splits(site)
-    initial = load_weights(road.init)
     before = _measure_initial(road, site, initial)
     with road.step("adapt"):
         store = usable_crops(site.train)
@@ -102,12 +102,16 @@ def walk(road: Road) -> dict[str, Any]:
     return {**figures, "seconds": road.seconds, "report": str(report)}
 
 
-def _make_room(out: Path) -> None:
+def _make_room(road: Road) -> None:
     """An empty folder of the demo's own.
 
     Raises:
-        SiteError: there is a folder that no demo made.
+        SiteError: there is a folder that no demo made, or one that holds what this demo starts from.
     """
+    out = road.out
+    for given in (road.site, Path(road.init)):
+        if given is not None and given.resolve().is_relative_to(out.resolve()) and given.exists():
+            raise SiteError(f"{given} lies in {out}, which this demo empties first: choose another --out")
     if out.exists() and not (out / MARK).is_file():
         if not out.is_dir() or any(out.iterdir()):
             raise SiteError(f"{out} exists and no demo made it: choose another --out, or remove it")

@@ -13,13 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resight.client import Client, NewEntry
-from resight.errors import ReIDError, UnavailableError
+from resight.errors import ImageError, ReIDError, SiteError, UnavailableError
 from resight.ranking import RankingScore, score_rankings
 
 if TYPE_CHECKING:
@@ -96,8 +96,10 @@ def _wait_for_address(process: subprocess.Popen[bytes], announced: Path, log_fil
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise UnavailableError(f"the server ended with status {process.returncode}:\n{_tail(log_file)}")
-        if announced.exists():
-            return str(json.loads(announced.read_text())["address"])
+        with suppress(FileNotFoundError):
+            told = json.loads(announced.read_text())  # written whole or not at all
+            if told["pid"] == process.pid:  # not what a server left that was killed
+                return str(told["address"])
         time.sleep(0.05)
     raise UnavailableError(f"the server was not ready within {START_S:.0f} s:\n{_tail(log_file)}")
 
@@ -111,15 +113,16 @@ def enrol(address: str, gallery: CropStore, advance: Advance) -> None:
     """Enrol every crop of a gallery under its row number.
 
     Raises:
-        ReIDError: the first crop that was refused.
+        SiteError: names the first crop that was refused.
+        ReIDError: the server could not enrol at all.
     """
     with Client(address, timeout_s=60) as client:
         client.create_collection(COLLECTION, unlimited_retention=True)
         for start in range(0, len(gallery), CHUNK):
             part = [_entry(gallery, row) for row in range(start, min(start + CHUNK, len(gallery)))]
-            for outcome in client.enrol_batch(COLLECTION, part):
+            for row, outcome in enumerate(client.enrol_batch(COLLECTION, part), start):
                 if isinstance(outcome, ReIDError):
-                    raise outcome
+                    raise SiteError(f"{gallery.root / gallery.paths[row]} cannot be enrolled: {outcome}") from outcome
             advance(len(part))
 
 
@@ -133,13 +136,17 @@ def search(address: str, query: CropStore, gallery: CropStore, advance: Advance)
     """Search with every query crop, several in flight, and score the answers.
 
     Raises:
+        SiteError: names a query that is no usable crop.
         ReIDError: a search failed, or no query has a match in another camera.
     """
     top_k = min(len(gallery), MAX_TOP_K)
     with Client(address, timeout_s=60) as client, ThreadPoolExecutor(IN_FLIGHT) as pool:
 
         def ask(row: int) -> tuple[list[int], list[float]]:
-            hits = client.search(COLLECTION, query.read(row), top_k=top_k).hits
+            try:
+                hits = client.search(COLLECTION, query.read(row), top_k=top_k).hits
+            except ImageError as error:
+                raise SiteError(f"{query.root / query.paths[row]} cannot be searched for: {error}") from error
             advance(1)
             return [int(hit.entry.entry_id) for hit in hits], [hit.similarity for hit in hits]
 
