@@ -32,7 +32,6 @@ class Collection:
     keep_crops: bool = False
     key: int = 0
     revision: int = 0
-    entry_count: int = 0
 
 
 @dataclass(frozen=True)

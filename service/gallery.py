@@ -111,6 +111,10 @@ class Gallery:
         """Collections by name, from the one after ``after``."""
         return await self._store.read(reads.collections, after=after, limit=limit)
 
+    async def counted(self, found: Sequence[Collection]) -> list[tuple[Collection, int]]:
+        """Collections with the number of their living entries."""
+        return await self._store.read(reads.counted, found)
+
     async def delete_collection(self, name: str, *, force: bool) -> None:
         """Remove a collection and all it holds; raises CollectionNotFoundError, CollectionNotEmptyError."""
         gone = await self._store.erase(writes.delete_collection, name, force=force)

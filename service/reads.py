@@ -30,8 +30,7 @@ _ENTRY = (
     "e.quality, e.shot_count, e.created_us"
 )
 _COLLECTION = (
-    "SELECT c.name, s.space_id, s.model_id, s.dim, c.ttl_us, c.keep_crops, c.key, c.revision, "
-    "(SELECT count(*) FROM entry e WHERE e.collection = c.key AND (e.expire_us IS NULL OR e.expire_us > ?)) "
+    "SELECT c.name, s.space_id, s.model_id, s.dim, c.ttl_us, c.keep_crops, c.key, c.revision "
     "FROM collection c JOIN space s USING (space_id) "
 )
 
@@ -81,8 +80,8 @@ def where(key: int, filters: Filter) -> Where:
 
 
 def _collection(row: Sequence[Any]) -> Collection:
-    name, space_id, model_id, dim, ttl_us, keep_crops, key, revision, count = row
-    return Collection(name, Space(space_id, model_id, dim), ttl_us, bool(keep_crops), key, revision, count)
+    name, space_id, model_id, dim, ttl_us, keep_crops, key, revision = row
+    return Collection(name, Space(space_id, model_id, dim), ttl_us, bool(keep_crops), key, revision)
 
 
 def _entry(row: Sequence[Any]) -> Entry:
@@ -98,7 +97,7 @@ def collection(connection: sqlite3.Connection, name: str) -> Collection:
     Raises:
         CollectionNotFoundError: no such one.
     """
-    row = connection.execute(_COLLECTION + "WHERE c.name = ?", (now_us(), name)).fetchone()
+    row = connection.execute(_COLLECTION + "WHERE c.name = ?", (name,)).fetchone()
     if row is None:
         raise CollectionNotFoundError(
             f"no collection {name!r} here: create it first, or see which there are with ListCollections",
@@ -110,8 +109,13 @@ def collection(connection: sqlite3.Connection, name: str) -> Collection:
 
 def collections(connection: sqlite3.Connection, *, after: str = "", limit: int = 1000) -> list[Collection]:
     """Collections by name, from the one after ``after``."""
-    rows = connection.execute(_COLLECTION + "WHERE c.name > ? ORDER BY c.name LIMIT ?", (now_us(), after, limit))
+    rows = connection.execute(_COLLECTION + "WHERE c.name > ? ORDER BY c.name LIMIT ?", (after, limit))
     return [_collection(row) for row in rows.fetchall()]
+
+
+def counted(connection: sqlite3.Connection, found: Sequence[Collection]) -> list[tuple[Collection, int]]:
+    """Collections with the number of their living entries, which is read row by row."""
+    return [(one, count(connection, one.key, Filter())) for one in found]
 
 
 def revision(connection: sqlite3.Connection, key: int) -> int:
@@ -173,8 +177,8 @@ def candidates(connection: sqlite3.Connection, key: int, filters: Filter) -> Key
 def confirmed(connection: sqlite3.Connection, key: int, keys: Keys, filters: Filter) -> dict[int, Entry]:
     """Those of ``keys`` that live, belong to the collection and pass the filter: the check before a hit leaves."""
     passing = where(key, filters)
-    rows = connection.execute(
-        f"SELECT {_ENTRY} FROM entry e WHERE e.key IN (SELECT value FROM json_each(?)) AND {passing.sql}",
+    rows = connection.execute(  # CROSS: fetch these few by key, whatever index the filter would invite to scan
+        f"SELECT {_ENTRY} FROM json_each(?) j CROSS JOIN entry e ON e.key = j.value WHERE {passing.sql}",
         (json.dumps(keys.tolist()), *passing.values),
     )
     return {row[0]: _entry(row) for row in rows.fetchall()}

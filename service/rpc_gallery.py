@@ -26,8 +26,11 @@ class GalleryServicer(gallery_pb2_grpc.GalleryServiceServicer):
     def __init__(self, gallery: Gallery, settings: Settings) -> None:
         self._gallery, self._settings = gallery, settings
 
-    def _message(self, collection: Collection) -> gallery_pb2.Collection:
-        return translate.collection_message(collection, self._gallery.searcher.revision(collection))
+    async def _messages(self, *found: Collection) -> list[gallery_pb2.Collection]:
+        return [
+            translate.collection_message(collection, count, self._gallery.searcher.revision(collection))
+            for collection, count in await self._gallery.counted(found)
+        ]
 
     async def CreateCollection(
         self, request: gallery_pb2.CreateCollectionRequest, context: Context
@@ -41,14 +44,16 @@ class GalleryServicer(gallery_pb2_grpc.GalleryServiceServicer):
             keep_crops=wanted.crop_retention == gallery_pb2.CROP_RETENTION_STORE,
         )
         made = await self._gallery.create_collection(new, allow_unlimited=request.allow_unlimited_retention)
-        return gallery_pb2.CreateCollectionResponse(collection=self._message(made))
+        (message,) = await self._messages(made)
+        return gallery_pb2.CreateCollectionResponse(collection=message)
 
     async def GetCollection(
         self, request: gallery_pb2.GetCollectionRequest, context: Context
     ) -> gallery_pb2.GetCollectionResponse:
         """One collection."""
         found = await self._gallery.collection(request.collection_id)
-        return gallery_pb2.GetCollectionResponse(collection=self._message(found))
+        (message,) = await self._messages(found)
+        return gallery_pb2.GetCollectionResponse(collection=message)
 
     async def ListCollections(
         self, request: gallery_pb2.ListCollectionsRequest, context: Context
@@ -58,7 +63,7 @@ class GalleryServicer(gallery_pb2_grpc.GalleryServiceServicer):
         after = translate.name_of_token(request.page_token)
         found = await self._gallery.collections(after=after, limit=limit + 1)
         return gallery_pb2.ListCollectionsResponse(
-            collections=[self._message(collection) for collection in found[:limit]],
+            collections=await self._messages(*found[:limit]),
             next_page_token=translate.page_token(found[limit - 1].name) if len(found) > limit else "",
         )
 

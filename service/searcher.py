@@ -66,11 +66,11 @@ class Searcher:
         held = await self._store.read(reads.collections, limit=-1)
         for collection in held:
             started = time.monotonic()
-            await self._run(self._current, collection)
+            index = await self._run(self._current, collection)
             log.info(
                 "index built collection=%s entries=%d seconds=%.2f",
                 collection.name,
-                collection.entry_count,
+                len(index),
                 time.monotonic() - started,
             )
 

@@ -207,14 +207,14 @@ def timings_message(timings: Timings, search_ns: int = 0) -> common_pb2.Timings:
     )
 
 
-def collection_message(collection: Collection, indexed_revision: int) -> gallery_pb2.Collection:
+def collection_message(collection: Collection, entry_count: int, indexed_revision: int) -> gallery_pb2.Collection:
     """A collection for the wire."""
     kept = gallery_pb2.CROP_RETENTION_STORE if collection.keep_crops else gallery_pb2.CROP_RETENTION_NONE
     message = gallery_pb2.Collection(
         collection_id=collection.name,
         space=space_message(collection.space),
         crop_retention=kept,
-        entry_count=collection.entry_count,
+        entry_count=entry_count,
         revision=collection.revision,
         indexed_revision=indexed_revision,
     )

@@ -58,12 +58,13 @@ def delete_collection(connection: sqlite3.Connection, name: str, *, force: bool)
         CollectionNotEmptyError: it has living entries, and ``force`` is not set.
     """
     gone = reads.collection(connection, name)
-    if gone.entry_count and not force:
+    held = reads.count(connection, gone.key, Filter())
+    if held and not force:
         raise CollectionNotEmptyError(
-            f"collection {name} has {gone.entry_count} entries: delete them first, or force it",
+            f"collection {name} has {held} entries: delete them first, or force it",
             field="force",
             collection=name,
-            entry_count=gone.entry_count,
+            entry_count=held,
         )
     connection.execute("DELETE FROM collection WHERE key = ?", (gone.key,))
     return gone

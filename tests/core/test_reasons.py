@@ -11,7 +11,6 @@ from resight import errors
 from resight.errors import ReIDError
 from resight.reasons import WIRE, from_status, to_status
 
-
 # What training, export and start-up raise; a running server does not.
 NEVER_SERVED = {
     "SiteError",
