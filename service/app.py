@@ -53,6 +53,7 @@ SERVICES = tuple(
     )
 )
 STREAMS_PER_CONNECTION = 100
+MAX_ANSWER_BYTES = 64 * 1024 * 1024  # 64 searches of 1000 hits without features take 10 MiB
 KEEPALIVE_MS, MIN_CLIENT_PING_MS = 60_000, 30_000  # gRPC's own 5 minutes send eager clients away
 CONNECTION_AGE_MS, CONNECTION_GRACE_MS = 30 * 60_000, 30_000  # lets DNS load balancing work
 
@@ -179,7 +180,7 @@ def _bind(settings: Settings) -> tuple[grpc.aio.Server, int]:
     options = [
         ("grpc.so_reuseport", 0),  # or a second server would share the port instead of being refused
         ("grpc.max_receive_message_length", settings.max_message_bytes),
-        ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", MAX_ANSWER_BYTES),
         ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.http2.min_ping_interval_without_data_ms", MIN_CLIENT_PING_MS),

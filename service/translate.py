@@ -178,7 +178,7 @@ def entry_message(entry: Entry) -> gallery_pb2.Entry:
         subject_id=entry.subject_id,
         camera_id=entry.camera_id,
         track_id=entry.track_id,
-        labels=entry.labels,
+        labels=entry.labels or None,
         quality=entry.quality,
         shot_count=entry.shot_count,
         create_time=_timestamp(entry.created_us),

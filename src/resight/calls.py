@@ -76,7 +76,7 @@ def _translated(failure: grpc.RpcError, address: str) -> ReIDError:
         return from_status(status)
     text = failure.details() or failure.code().name
     if failure.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
-        return LimitError(f"the server takes no message of this size ({text}): send less at once")
+        return LimitError(f"the server takes no message of this size ({text}): send, or ask for, less at once")
     error = from_status(status_pb2.Status(code=failure.code().value[0], message=text))
     if isinstance(error, UnavailableError):
         return UnavailableError(f"no server answers at {address} ({text}): start one with `resight serve`")
