@@ -147,7 +147,7 @@ def _find_last_epoch(plan: Adaptation, folder: Path, stage: Stage) -> Checkpoint
         theirs, ours = getattr(found.provenance, what), getattr(mine, what)
         if theirs != ours:
             raise CheckpointError(
-                f"{folder} was made with another {what.replace('_', ' ')} than asked for now ({_difference(theirs, ours)}): "
+                f"{folder} was made with another {what.replace('_', ' ')} ({_difference(theirs, ours)}): "
                 "resume with the same arguments, or choose another --out"
             )
     return found

@@ -1,0 +1,89 @@
+"""A site's figures against a slow count by hand."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tiny import random_encoder, without_persons
+
+from resight.errors import ImageError, InputError, SiteError
+from resight.training.crops import CropStore
+from resight.training.datasets import Site, open_site
+from resight.training.evaluate import evaluate_site, evaluation_splits, percentages
+from resight.training.features import extract
+
+
+def embed_by_chance(store: CropStore) -> NDArray[np.float32]:
+    """Persons far apart, cameras a little: right and wrong hits both come up."""
+    rows = []
+    for person, camera, path in zip(store.persons, store.cameras, store.paths, strict=True):
+        own = np.random.default_rng(int(person)).normal(size=16)
+        seen = np.random.default_rng([int(camera), 77]).normal(size=16)
+        noise = np.random.default_rng(list(path.encode())).normal(size=16)
+        rows.append(own + seen + noise)
+    features = np.array(rows, np.float32)
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def by_hand(query: CropStore, gallery: CropStore) -> tuple[float, float]:
+    """mAP and rank-1 by the Market-1501 rule, one query after the other."""
+    queries, others = embed_by_chance(query), embed_by_chance(gallery)
+    precisions, first = [], []
+    for i in range(len(query)):
+        hits = []
+        for j in np.argsort(-(others @ queries[i]), kind="stable"):
+            same = gallery.persons[j] == query.persons[i]
+            if not (same and gallery.cameras[j] == query.cameras[i]):
+                hits.append(bool(same))
+        found, total = 0, 0.0
+        for place, hit in enumerate(hits, 1):
+            if hit:
+                found += 1
+                total += found / place
+        precisions.append(total / found)
+        first.append(hits[0])
+    return float(np.mean(precisions)), float(np.mean(first))
+
+
+def test_figures_are_those_counted_by_hand(tiny_site: Site) -> None:
+    query, gallery = evaluation_splits(tiny_site)
+    score = evaluate_site(tiny_site, embed_by_chance)
+    mean_precision, rank1 = by_hand(query, gallery)
+    assert 0.2 < mean_precision < 0.999  # a count that could go wrong
+    assert score.mAP == pytest.approx(mean_precision, abs=1e-6)
+    assert score.rank(1) == pytest.approx(rank1)
+    assert score.valid_queries == len(query)
+    figures = percentages(score)
+    assert list(figures) == ["mAP", "rank1", "rank5", "rank10", "mINP"]
+    assert figures["mAP"] == pytest.approx(100 * mean_precision, abs=0.0051)
+
+
+def test_a_site_without_query_or_truth_cannot_be_measured(tiny_site: Site) -> None:
+    with pytest.raises(SiteError, match=r"no query and gallery.*resight adapt"):
+        evaluate_site(Site(tiny_site.root, without_persons(tiny_site.train)), embed_by_chance)
+
+
+def test_one_camera_cannot_be_measured(tiny_site: Site) -> None:
+    query, gallery = evaluation_splits(tiny_site)
+    alone = Site(
+        tiny_site.root,
+        tiny_site.train,
+        query.subset(np.flatnonzero(query.cameras == 0)),
+        gallery.subset(np.flatnonzero(gallery.cameras == 0)),
+    )
+    with pytest.raises(InputError, match=r"camera"):
+        evaluate_site(alone, embed_by_chance)
+
+
+def test_a_corrupt_query_is_named(tiny_site: Site, tmp_path: Path) -> None:
+    shutil.copytree(tiny_site.root, tmp_path / "site")
+    site = open_site(tmp_path / "site")
+    query, _ = evaluation_splits(site)
+    (site.root / query.paths[2]).write_text("no image")
+    encoder = random_encoder()
+    with pytest.raises(ImageError, match=query.paths[2]):
+        evaluate_site(site, lambda store: extract(encoder, store, local=False)[0])
