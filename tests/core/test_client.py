@@ -118,9 +118,9 @@ def test_threads_share_a_client(flaky):
     ("count", "size"), [(0, 0), (1, 10), (64, 10), (65, 10), (200, 10), (5, MAX_BYTES // 2), (3, MAX_BYTES * 2)]
 )
 def test_parts_keep_every_item_in_order_and_fit(count, size):
-    items = [common_pb2.ImageCrop(data=bytes(size), crop_id=str(number)) for number in range(count)]
+    items = [common_pb2.ImageCrop(data=number.to_bytes(2) + bytes(size)) for number in range(count)]
     parts = list(chunks(items))
-    assert [item.crop_id for part in parts for item in part] == [str(number) for number in range(count)]
+    assert [int.from_bytes(item.data[:2]) for part in parts for item in part] == list(range(count))
     for part in parts:
         assert 1 <= len(part) <= MAX_ITEMS
         assert len(part) == 1 or sum(item.ByteSize() for item in part) <= MAX_BYTES

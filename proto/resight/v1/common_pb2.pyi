@@ -29,20 +29,16 @@ class ImageCrop(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DATA_FIELD_NUMBER: _builtins.int
-    CROP_ID_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
     """JPEG | PNG | WebP; container sniffed, never trusted from a name"""
-    crop_id: _builtins.str
-    """named in error messages; lets a client pair per-item results"""
     def __init__(
         self,
         *,
         data: _builtins.bytes = ...,
-        crop_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["crop_id", b"crop_id", "data", b"data"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
