@@ -33,6 +33,7 @@ def serve(
     import asyncio
     import logging
 
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells each build it tries
     from resight.service.app import run
     from resight.service.settings import load_settings
 
