@@ -1,0 +1,50 @@
+# Three images from one file: `docker build --target service|gpu-service|training .`
+# hadolint checks this file in the tests.
+
+FROM python:3.12-slim-bookworm AS wheel
+WORKDIR /src
+COPY . .
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+
+# Serves a bundle on the CPU. No torch in it.
+FROM python:3.12-slim-bookworm AS service
+COPY constraints.txt /tmp/constraints.txt
+COPY --from=wheel /wheels /wheels
+RUN pip install --no-cache-dir -c /tmp/constraints.txt "$(ls /wheels/resight-*.whl)[cpu]" && rm -r /wheels
+RUN useradd --uid 10001 --create-home resight && install -d -o 10001 /data
+USER 10001
+ENV RESIGHT_BUNDLE=/bundle RESIGHT_DATA=/data RESIGHT_LISTEN=0.0.0.0:50051
+VOLUME /data
+EXPOSE 50051
+HEALTHCHECK --interval=15s --timeout=5s --start-period=60s \
+    CMD ["python", "-c", "from resight.client import Client; Client().wait_ready(3)"]
+# The container's network is the fence: publish the port on loopback or behind a proxy with TLS (docs/operations.md).
+ENTRYPOINT ["resight", "serve", "--insecure-listen"]
+
+# Serves a bundle on an NVIDIA GPU: onnxruntime-gpu and faiss with cuVS bring CUDA 13 as wheels.
+FROM python:3.12-slim-bookworm AS gpu-service
+COPY constraints.txt /tmp/constraints.txt
+COPY --from=wheel /wheels /wheels
+RUN pip install --no-cache-dir -c /tmp/constraints.txt "$(ls /wheels/resight-*.whl)[gpu]" && rm -r /wheels
+RUN useradd --uid 10001 --create-home resight && install -d -o 10001 /data
+USER 10001
+ENV RESIGHT_BUNDLE=/bundle RESIGHT_DATA=/data RESIGHT_LISTEN=0.0.0.0:50051 RESIGHT_PROVIDER=cuda \
+    NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+VOLUME /data
+EXPOSE 50051
+HEALTHCHECK --interval=15s --timeout=5s --start-period=120s \
+    CMD ["python", "-c", "from resight.client import Client; Client().wait_ready(3)"]
+ENTRYPOINT ["resight", "serve", "--insecure-listen"]
+
+# Adapts and exports.
+FROM python:3.12-slim-bookworm AS training
+COPY constraints.txt /tmp/constraints.txt
+COPY --from=wheel /wheels /wheels
+RUN pip install --no-cache-dir -c /tmp/constraints.txt "$(ls /wheels/resight-*.whl)[cpu,train,export]" && rm -r /wheels
+RUN useradd --uid 10001 --create-home resight && install -d -o 10001 /work
+USER 10001
+WORKDIR /work
+VOLUME /work
+HEALTHCHECK NONE
+ENTRYPOINT ["resight"]
+CMD ["--help"]

@@ -1,0 +1,62 @@
+# One command a task. `make demo` and `make test` install what they need into .venv, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CODE := src training exporters service tests benchmarks
+# Two test processes with one thread each use two cores better than one process with two threads.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.DEFAULT_GOAL := check
+.PHONY: check demo test format lint types spell quick proto bench lock clean help
+
+help:  ## Show what can be made.
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "installing into $(VENV): one to three minutes, most of it torch ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,train,export,dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## The whole road: adapt, export, serve, search. SITE= INIT= JSON= as `resight demo`.
+	@$(BIN)/resight demo $(if $(SITE),--site "$(SITE)") $(if $(INIT),--init "$(INIT)") $(if $(JSON),--json "$(JSON)")
+
+test: $(INSTALLED)  ## Every test; those that need real crops or a GPU are skipped, loudly, where there are none.
+	$(TEST)
+
+check: lint types spell quick  ## Format, lint, types, spelling and the quick tests.
+
+format: $(INSTALLED)  ## Put the code into its form.
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+
+# On an installed copy: mypy cannot see through the package-dir mapping of an editable install.
+types: $(INSTALLED)
+	@rm -rf build/types
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
+	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p resight
+
+spell: $(INSTALLED)
+	$(BIN)/codespell $(CODE) docs README.md CONTRIBUTING.md CHANGELOG.md
+
+quick: $(INSTALLED)
+	$(TEST) -m "not slow and not real"
+
+proto: $(INSTALLED)  ## Generate the Python stubs from proto/resight/v1/*.proto.
+	$(BIN)/python proto/generate.py
+
+bench: $(INSTALLED)  ## Ratios against named peers, each within one run.
+	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+lock: $(INSTALLED)  ## Write the versions now in .venv to constraints.txt.
+	@{ echo "# The versions resight was tested with; \`make\` installs these. Made by \`make lock\`."; \
+	   $(BIN)/pip freeze --exclude-editable | grep -v -iE '^(resight|pip|setuptools)\b' | sort -f; } > constraints.txt.new
+	@mv constraints.txt.new constraints.txt
+
+clean:  ## Remove what was built, not what was installed.
+	rm -rf build dist *.egg-info demo
