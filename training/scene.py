@@ -1,7 +1,7 @@
 """Synthetic cameras: where they hang, what they do to colours, and the crop they deliver of a person.
 
 Two worlds: the cameras of ``source`` are good ones, those of ``site`` differ from them and from each other
-in white balance, contrast, sharpness, view angle and occlusion by ranges that hardly overlap.
+in white balance, contrast, sharpness, view angle and occlusion, by wider ranges.
 
 Letters: H and W of the crop delivered; drawing is done at twice its size.
 """
@@ -45,12 +45,12 @@ class LookRanges:
 
 WORLDS: Mapping[World, LookRanges] = {
     "source": LookRanges(
-        (0.9, 1.1), (0.85, 1.15), (0.9, 1.1), (-0.04, 0.04), (0.85, 1.15), (0.2, 0.8), (1, 4), (0.6, 1.0),
-        (0.0, 0.12), (0.05, 0.2), (85, 95),
+        (0.8, 1.2), (0.75, 1.35), (0.8, 1.1), (-0.06, 0.06), (0.7, 1.2), (0.2, 1.0), (1, 5), (0.5, 1.0),
+        (0.0, 0.15), (0.05, 0.25), (80, 95),
     ),
     "site": LookRanges(
-        (0.62, 1.3), (0.6, 1.6), (0.6, 1.05), (-0.1, 0.12), (0.35, 0.9), (0.5, 1.6), (3, 9), (0.4, 0.8),
-        (0.05, 0.25), (0.15, 0.4), (60, 85),
+        (0.72, 1.28), (0.7, 1.45), (0.7, 1.05), (-0.08, 0.1), (0.5, 0.95), (0.5, 1.3), (3, 7), (0.45, 0.85),
+        (0.05, 0.22), (0.15, 0.35), (60, 85),
     ),
 }  # fmt: skip
 
