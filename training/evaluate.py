@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from resight.errors import SiteError
 from resight.ranking import RankingScore, evaluate_ranking
 from resight.training.crops import CropStore
@@ -32,13 +34,18 @@ def evaluation_splits(site: Site) -> tuple[CropStore, CropStore]:
     """Query and gallery of a site.
 
     Raises:
-        SiteError: it has none, because nobody said who is on its crops.
+        SiteError: it has none, because nobody said who is on its crops, or one camera saw everybody.
     """
     if site.query is None or site.gallery is None:
         raise SiteError(
             f"{site.root} has no query and gallery: measuring needs known persons seen by two cameras or more, in a "
             "Market-1501 folder, a crop store with splits, or folders <camera>/<person>/; to adapt without them "
             "use `resight adapt`"
+        )
+    if len(np.unique(np.concatenate([site.query.cameras, site.gallery.cameras]))) < 2:
+        raise SiteError(
+            f"all query and gallery crops of {site.root} are from one camera: measuring counts matches seen by another "
+            "camera and needs two or more; to adapt to one camera use `resight adapt`"
         )
     return site.query, site.gallery
 
