@@ -20,3 +20,25 @@ def tiny_site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 def tiny_init(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder of a random encoder. Read only."""
     return write_random_checkpoint(tmp_path_factory.mktemp("tiny") / "init")
+
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def _shared(name: str) -> Path:
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}: real crops and weights are not ours to ship; see CONTRIBUTING.md")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real crops, where they stand beside the checkout; the test is skipped where they do not."""
+    return _shared("data/market-subset")
+
+
+@pytest.fixture(scope="session")
+def shared_weights() -> Path:
+    """Real initial weights, likewise."""
+    return _shared("weights")

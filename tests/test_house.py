@@ -192,7 +192,9 @@ def test_containers_run_as_nobody_in_particular_and_the_service_has_no_torch() -
 
 
 def test_the_dockerfile_passes_hadolint() -> None:
-    linted = subprocess.run([Path(sys.executable).parent / "hadolint", ROOT / "Dockerfile"], capture_output=True, text=True)
+    linted = subprocess.run(
+        [Path(sys.executable).parent / "hadolint", ROOT / "Dockerfile"], capture_output=True, text=True
+    )
     assert linted.returncode == 0, linted.stdout
 
 
@@ -209,7 +211,9 @@ def test_compose_publishes_on_loopback_only_and_takes_rights_away() -> None:
 def test_extras_that_exclude_each_other_are_both_there() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {"cpu", "gpu", "train", "export", "milvus", "dev"} <= set(extras)
-    locked = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    locked = {
+        line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    }
     for extra in ("cpu", "train", "export", "dev", "service"):
         for requirement in extras[extra]:
             name = re.split(r"[>=<\[]", requirement)[0].lower()

@@ -24,7 +24,7 @@ import torch
 from resight.checkpoint import Checkpoint, Provenance, is_checkpoint, load_checkpoint, write_checkpoint
 from resight.errors import CheckpointError, SiteError
 from resight.model import Encoder
-from resight.training.epoch import Run, Stage, require_finite, train_epoch
+from resight.training.epoch import STAGES, Run, Stage, require_finite, train_epoch
 from resight.training.features import read_batches, to_input
 from resight.training.optimizer import make_optimizer, pack_state, set_rate, unpack_state
 from resight.weights import InitialWeights, restore_batch_norm
@@ -69,13 +69,19 @@ def adapt(plan: Adaptation, *, resume: bool = False) -> Checkpoint:
     """
     _check(plan, resume)
     require_finite(plan.initial.encoder, "initial weights")
-    start = copy.deepcopy(plan.initial.encoder).to(plan.run.device, memory_format=torch.channels_last)
+    start = _placed(copy.deepcopy(plan.initial.encoder), plan.run.device)
     if plan.initial.statistics_missing:
         _restore_statistics(start, plan.run)
     teacher, history = _train_stage(plan, "teacher", copy.deepcopy(start), None, [], resume)
     if plan.run.recipe.student:
         _train_stage(plan, "student", start, teacher, history, resume)
     return load_checkpoint(plan.out)
+
+
+def _placed(encoder: Encoder, device: str) -> Encoder:
+    """On the device, channels last: twice as fast for OSNet on a CPU."""
+    encoder.to(memory_format=torch.channels_last)
+    return encoder.to(device)
 
 
 def _check(plan: Adaptation, resume: bool) -> None:
@@ -90,7 +96,7 @@ def _check(plan: Adaptation, resume: bool) -> None:
         raise SiteError(
             f"{len(store)} usable crops are too few to adapt to: expected at least {least}, better thousands"
         )
-    taken = [folder for folder in map(plan.folder, ("teacher", "student")) if folder.exists()]
+    taken = [folder for folder in map(plan.folder, STAGES) if folder.exists()]
     if taken and not resume:
         raise CheckpointError(f"{taken[0]} exists: choose another --out, remove it, or go on with --resume")
     foreign = [folder for folder in taken if not is_checkpoint(folder)]
@@ -116,7 +122,7 @@ def _train_stage(
     if resume and is_checkpoint(folder):
         found = _find_last_epoch(plan, folder, stage)
         if found is not None:
-            encoder = found.encoder.to(run.device, memory_format=torch.channels_last)
+            encoder = _placed(found.encoder, run.device)
             history, epoch, state = list(found.provenance.history), found.provenance.epoch + 1, found.resume
             log.info("%s goes on after epoch %d", stage, epoch - 1)
     optimizer = make_optimizer(encoder, run.recipe)

@@ -50,12 +50,12 @@ def shift_and_flip(images: Pixels, settings: AugmentSettings, rng: np.random.Gen
     pad = round(settings.pad * height / 256)
     padded = np.zeros((batch, height + 2 * pad, width + 2 * pad, 3), np.uint8)
     padded[:, pad : pad + height, pad : pad + width] = images
-    flips = rng.random(batch) < settings.flip
+    flips = np.less(rng.random(batch), settings.flip)
     offsets = rng.integers(0, 2 * pad + 1, (batch, 2))
     out = np.empty_like(images)
-    for row, (flip, (top, left)) in enumerate(zip(flips, offsets, strict=True)):
+    for row, (top, left) in enumerate(offsets):
         crop = padded[row, top : top + height, left : left + width]
-        out[row] = crop[:, ::-1] if flip else crop
+        out[row] = crop[:, ::-1] if flips[row] else crop
     return out
 
 

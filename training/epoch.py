@@ -204,7 +204,7 @@ def _train_batches(
                     "fp32; the last epoch's checkpoint stands"
                 )
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             for memory, view in zip(memories, features, strict=False):
                 memory.update(view.detach(), targets)

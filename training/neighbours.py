@@ -162,7 +162,8 @@ def _overlap_block(rows: sparse.csr_matrix, columns: sparse.csc_matrix) -> NDArr
     position = np.arange(ends[-1]) - np.repeat(ends - lengths - first, lengths)
     shared = np.minimum(np.repeat(rows.data, lengths), columns.data[position])
     cell = np.repeat(row_of * n, lengths) + columns.indices[position]
-    return np.bincount(cell, weights=shared, minlength=count * n).reshape(count, n)
+    overlap = np.asarray(np.bincount(cell, weights=shared, minlength=count * n), np.float64)
+    return overlap.reshape(count, n)
 
 
 def _rows_within(similarity: NDArray[np.float64], start: int, max_distance: float) -> sparse.csr_matrix:

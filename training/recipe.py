@@ -45,13 +45,13 @@ class Recipe:
     name: str
     labels: Literal["clusters", "persons"] = "clusters"
     student: bool = True
-    epochs: int = 12
+    epochs: int = 8
     iters: int = 80
     batch: int = 64
-    instances: int = 8
+    instances: int = 4
     lr: float = 3.5e-4
     weight_decay: float = 5e-4
-    lr_steps: tuple[float, ...] = (0.4, 0.8)
+    lr_steps: tuple[float, ...] = (0.7,)
     lr_decay: float = 0.1
     temperature: float = 0.05
     momentum: float = 0.1

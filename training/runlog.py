@@ -63,7 +63,8 @@ class RunLog:
         if not self._append:
             for earlier in self._folder.glob("events.out.tfevents.*"):
                 earlier.unlink()  # TensorBoard would draw both runs as one
-        return self._opened.enter_context(SummaryWriter(str(self._folder)))
+        board: SummaryWriter = self._opened.enter_context(SummaryWriter(str(self._folder)))
+        return board
 
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:

@@ -127,9 +127,9 @@ class ResNetTrunk(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        net = torchvision.models.get_model(name, weights=None)
-        for stage in ("conv1", "bn1", "maxpool", "layer1", "layer2", "layer3", "layer4"):
-            self.add_module(stage, getattr(net, stage))
+        net: torchvision.models.ResNet = torchvision.models.get_model(name, weights=None)
+        self.conv1, self.bn1, self.maxpool = net.conv1, net.bn1, net.maxpool
+        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
         for module in self.layer4.modules():
             if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
                 module.stride = (1, 1)  # the strided 3x3 and the shortcut of the first block

@@ -12,6 +12,7 @@ A file that does not fit gets an error naming the missing and the unexpected ten
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -139,7 +140,7 @@ def _build(name: str, state: Mapping[str, Tensor], source: str) -> Encoder:
         encoder = Encoder(EncoderConfig(name, "avg", dim, TORCHREID_IMAGE))
     else:
         encoder = Encoder(EncoderConfig(name, "gem", 0, IMAGENET_IMAGE))
-    renamed = {}
+    renamed: dict[str, Tensor] = {}
     for key, tensor in state.items():
         layer, _, rest = key.partition(".")
         if layer == "fc" and name in OSNET_CHANNELS:  # torchreid: fc.0 linear, fc.1 batch norm, fc.2 ReLU
@@ -226,23 +227,24 @@ def restore_batch_norm(encoder: Encoder, batches: Iterable[Tensor]) -> None:
         batches: normalised images (B, 3, H, W), a few hundred in all.
     """
     norms = [module for module in encoder.backbone.modules() if isinstance(module, nn.BatchNorm2d)]
-    moments = {norm: torch.zeros(3, norm.num_features, dtype=torch.float64) for norm in norms}  # count, sum, squares
+    moments: defaultdict[nn.Module, list[Tensor]] = defaultdict(list)
 
     def collect(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         values = inputs[0].double().transpose(0, 1).flatten(1)  # (C, B*h*w)
-        moments[norm] += torch.stack(
-            [torch.full((len(values),), values.shape[1]), values.sum(1), values.square().sum(1)]
-        )  # type: ignore[index]
+        count = torch.full_like(values[:, 0], values.shape[1])
+        moments[norm].append(torch.stack([count, values.sum(1), values.square().sum(1)]))  # (3, C)
 
     hooks = [norm.register_forward_pre_hook(collect) for norm in norms]
     for images in batches:
         encoder.backbone(images)
     for hook in hooks:
         hook.remove()
-    for norm, (count, total, squares) in moments.items():
+    for norm in norms:
+        count, total, squares = torch.stack(moments[norm]).sum(0)
         mean = total / count
         variance = (squares / count - mean.square()).clamp(min=0)
-        norm.bias += mean.float()
+        assert norm.running_mean is not None and norm.running_var is not None  # OSNet's norms track statistics
+        norm.bias.add_(mean)
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(variance)
         norm.weight.copy_((variance + norm.eps).sqrt())
