@@ -15,7 +15,7 @@ import onnx
 import onnxruntime
 import torch
 
-from resight.bundle import Bundle, Graph, open_bundle, space_id, write_bundle
+from resight.bundle import Bundle, Graph, open_bundle, require_room, space_id, write_bundle
 from resight.checkpoint import load_checkpoint
 from resight.errors import BundleError
 from resight.exporters.graph import ServingGraph
@@ -92,6 +92,7 @@ def export_encoder(
         AlreadyExistsError: something stands at ``out``.
     """
     tell = progress or (lambda step: None)
+    require_room(out, replace=replace)
     encoder = copy.deepcopy(encoder).cpu().float().eval()
     broken = [key for key, tensor in encoder.state_dict().items() if not tensor.isfinite().all()]
     if broken:

@@ -32,6 +32,7 @@ __all__ = [
     "check_probes",
     "is_bundle",
     "open_bundle",
+    "require_room",
     "space_id",
     "write_bundle",
 ]
@@ -125,6 +126,26 @@ def space_id(weights: bytes, image: ImageSpec, feature_dim: int) -> str:
     return digest.hexdigest()[:32]
 
 
+def require_room(path: Path, *, replace: bool) -> None:
+    """Refuse a folder that a new bundle must not take; worth asking before anything is computed.
+
+    Args:
+        path: folder of the bundle to be.
+        replace: whether a bundle already there gives way.
+
+    Raises:
+        AlreadyExistsError: something stands at ``path``.
+    """
+    if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
+        if not replace:
+            raise AlreadyExistsError(
+                f"expected a new folder for the bundle, found {path}: choose another, remove it, or let a bundle give "
+                "way with --replace"
+            )
+        if not is_bundle(path):
+            raise AlreadyExistsError(f"expected a bundle to replace, found {path}: choose another folder or remove it")
+
+
 def write_bundle(
     path: Path,
     *,
@@ -159,9 +180,7 @@ def write_bundle(
         BundleError: a field is out of range, two graphs share a name, or what was written does not open.
         OSError: the disk refused; ``path`` is as it was.
     """
-    if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
-        if not replace or not is_bundle(path):
-            raise AlreadyExistsError(f"expected a new folder for the bundle, found {path}: choose another or remove it")
+    require_room(path, replace=replace)
     files = {graph.file: graph.data for graph in graphs} | {PROBES_FILE: to_npz(probes)}
     digests = {file: hashlib.sha256(data).hexdigest() for file, data in files.items()}
     manifest = Manifest(

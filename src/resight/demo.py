@@ -74,17 +74,15 @@ def walk(road: Road) -> dict[str, Any]:
     """
     from resight.training.crops import usable_crops
     from resight.training.epoch import require_device
-    from resight.training.evaluate import evaluation_splits, percentages
+    from resight.training.evaluate import percentages
     from resight.training.report import write_report
     from resight.training.story import Outcome, tell
     from resight.weights import load_weights
 
     require_device(road.device)
     initial = load_weights(road.init)  # before an earlier demo's folder gives way
-    _make_room(road)
     with road.step("site"):
         site = _open_site(road)
-        evaluation_splits(site)
     before = _measure_initial(road, site, initial)
     with road.step("adapt"):
         store = usable_crops(site.train)
@@ -121,14 +119,18 @@ def _make_room(road: Road) -> None:
 
 
 def _open_site(road: Road) -> Site:
-    """The given site, or synthetic people seen by cameras the built-in weights do not know."""
+    """The given site, or synthetic people seen by cameras the built-in weights do not know, and room for results."""
     from resight.training.datasets import open_site
+    from resight.training.evaluate import evaluation_splits
     from resight.training.synthetic import demo_site
 
-    if road.site is not None:
-        site = open_site(road.site)
-    else:
+    if road.site is None:
+        _make_room(road)
         site = demo_site(road.out / "site", seed=road.seed)
+    else:
+        site = open_site(road.site)
+        evaluation_splits(site)
+        _make_room(road)  # last: what cannot be walked removes nothing
     road.console.print(
         f"{site.name}: {len(site.train)} unlabelled crops from {len(site.train.camera_names)} cameras; "
         f"{len(site.query or ())} queries, {len(site.gallery or ())} gallery crops of other people to measure with"
