@@ -1,7 +1,7 @@
 """Synthetic cameras: where they hang, what they do to colours, and the crop they deliver of a person.
 
-Two worlds: the cameras of ``source`` are good ones, those of ``site`` differ from them and from each other
-in white balance, contrast, sharpness, view angle and occlusion, by wider ranges.
+Two worlds: the cameras of ``site`` are worse than those of ``source``: duller, noisier, less sharp, hung
+higher, with more standing in the way. Colours differ as much from camera to camera in both.
 
 Letters: H and W of the crop delivered; drawing is done at twice its size.
 """
@@ -49,7 +49,7 @@ WORLDS: Mapping[World, LookRanges] = {
         (0.0, 0.15), (0.05, 0.25), (80, 95),
     ),
     "site": LookRanges(
-        (0.72, 1.28), (0.7, 1.45), (0.7, 1.05), (-0.08, 0.1), (0.5, 0.95), (0.5, 1.3), (3, 7), (0.45, 0.85),
+        (0.8, 1.2), (0.75, 1.35), (0.75, 1.05), (-0.06, 0.08), (0.6, 1.0), (0.5, 1.3), (3, 7), (0.45, 0.85),
         (0.05, 0.22), (0.15, 0.35), (60, 85),
     ),
 }  # fmt: skip
