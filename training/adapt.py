@@ -14,7 +14,7 @@ import copy
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +130,25 @@ def _train_stage(
         unpack_state(optimizer, state)
     while epoch < run.recipe.epochs:
         lr = set_rate(optimizer, run.recipe, epoch - first)
-        figures = {"lr": lr, **train_epoch(run, stage, epoch, encoder, teacher, optimizer)}
+        figures = {"lr": lr, **train_epoch(_settled(run, history), stage, epoch, encoder, teacher, optimizer)}
         history.append({"stage": stage, "epoch": epoch, **figures})
         run.log.epoch(stage, epoch, figures)
         unfinished = pack_state(optimizer) if epoch + 1 < run.recipe.epochs else None
         write_checkpoint(folder, encoder, _provenance(plan, stage, epoch, history), resume=unfinished)
         epoch += 1
     return encoder, history
+
+
+def _settled(run: Run, history: History) -> Run:
+    """The run with the eps its first epoch chose: one for all epochs, as in LP.
+
+    Chosen anew each time it would fall with the distances inside clusters that training has just made, and
+    every epoch would split people further.
+    """
+    if run.recipe.cluster.eps != "auto" or not history or "eps" not in history[0]:
+        return run
+    settings = replace(run.recipe.cluster, eps=float(history[0]["eps"]))
+    return replace(run, recipe=replace(run.recipe, cluster=settings))
 
 
 def _provenance(plan: Adaptation, stage: Stage, epoch: int, history: History) -> Provenance:

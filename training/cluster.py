@@ -30,7 +30,7 @@ class ClusterSettings:
     Attributes:
         k1: neighbours of the k-reciprocal sets.
         k2: neighbours of the local query expansion.
-        eps: DBSCAN radius in (0, 1), or "auto" (see `choose_eps`).
+        eps: DBSCAN radius in (0, 1), or "auto": see `choose_eps`, asked once in the first epoch of a run.
         min_samples: DBSCAN core size.
         local_weight: LP's lambda_1, the share of each local view in the fused distance; 0 uses the global view alone.
     """

@@ -40,12 +40,12 @@ class SiteSettings:
     """
 
     world: World = "site"
-    train_persons: int = 120
+    train_persons: int = 160
     test_persons: int = 60
     strangers: int = 20
-    cameras: int = 5
-    visits: tuple[int, int] = (3, 5)
-    crops: int = 5
+    cameras: int = 6
+    visits: tuple[int, int] = (4, 6)
+    crops: int = 3
     height: int = 128
     width: int = 64
 
@@ -63,7 +63,7 @@ class _Rows:
 
 
 def demo_site(root: Path, *, seed: int) -> Site:
-    """The site of `resight demo`: about 2,000 crops to adapt to, and 60 other people to measure with."""
+    """The site of `resight demo`: about 2,400 crops to adapt to, and 60 other people to measure with."""
     return render_site(root, SiteSettings(), seed=seed)
 
 

@@ -16,7 +16,9 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Folder for everything the demo makes; an earlier demo's gives way.")
     ] = Path("demo"),
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each stage; the recipe's by default.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Epochs of each stage; by default the recipe's, or 4 on drawn people.")
+    ] = None,
     iters: Annotated[int | None, typer.Option(min=1, help="Batches an epoch; the recipe's by default.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the site and of every stream of chance.")] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
