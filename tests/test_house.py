@@ -211,9 +211,8 @@ def test_compose_publishes_on_loopback_only_and_takes_rights_away() -> None:
 def test_extras_that_exclude_each_other_are_both_there() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {"cpu", "gpu", "train", "export", "milvus", "dev"} <= set(extras)
-    locked = {
-        line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
-    }
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    locked = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
     for extra in ("cpu", "train", "export", "dev", "service"):
         for requirement in extras[extra]:
             name = re.split(r"[>=<\[]", requirement)[0].lower()

@@ -106,9 +106,14 @@ def test_teacher_and_student_stand_in_their_folders(unbroken: Path, store: CropS
 
 
 def test_the_rate_follows_the_recipe_in_each_stage(unbroken: Path) -> None:
-    """Steps at 0.4 and 0.8 of 2 epochs fall before rounds 1 and 2; the student's round -1 is its round 0."""
+    """A step at 0.7 of 2 epochs falls before round 1; the student's round -1 is its round 0."""
     lr = PURIFY.lr
-    assert [row["lr"] for row in history(unbroken)] == pytest.approx([lr, lr / 10, lr, lr / 10, lr / 100])
+    assert [row["lr"] for row in history(unbroken)] == pytest.approx([lr, lr / 10, lr, lr / 10, lr / 10])
+
+
+def test_one_eps_is_chosen_in_the_first_epoch_and_kept(unbroken: Path) -> None:
+    assert load_checkpoint(unbroken).provenance.recipe["cluster"]["eps"] == "auto"
+    assert len({row["eps"] for row in history(unbroken)}) == 1
 
 
 def test_figures_are_finite_and_only_the_student_is_guided(unbroken: Path) -> None:

@@ -160,7 +160,7 @@ def test_a_limb_is_cut_where_the_sleeve_ends() -> None:
 
 def test_the_demos_site_is_what_its_figures_were_measured_on() -> None:
     settings = SiteSettings()
-    assert (settings.world, settings.train_persons, settings.test_persons, settings.strangers) == ("site", 120, 60, 20)
-    assert (settings.cameras, settings.visits, settings.crops) == (5, (3, 5), 5)
+    assert (settings.world, settings.train_persons, settings.test_persons, settings.strangers) == ("site", 160, 60, 20)
+    assert (settings.cameras, settings.visits, settings.crops) == (6, (4, 6), 3)
     assert (settings.height, settings.width) == (128, 64)
     assert list(inspect.signature(demo_site).parameters) == ["root", "seed"]
