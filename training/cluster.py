@@ -61,6 +61,12 @@ class Clustering:
         """K, the number of clusters."""
         return int(self.labels.max(initial=OUTLIER)) + 1
 
+    @property
+    def collapsed(self) -> bool:
+        """No cluster, one, or one that holds more than half of all crops: nothing to learn people from."""
+        sizes = np.bincount(self.labels[self.labels != OUTLIER], minlength=1)
+        return self.count < 2 or bool(sizes.max() > LARGEST_SHARE_LIMIT * len(self.labels))
+
     def health(self, persons: Ints | None = None) -> dict[str, float]:
         """Figures that tell a good clustering from a collapsed one.
 
@@ -123,13 +129,14 @@ def choose_eps(graph: sparse.csr_matrix, min_samples: int) -> Clustering:
     """The eps of `EPS_GRID` whose clusters have the highest mean silhouette, outliers counting 0.
 
     Too small an eps leaves outliers, which add nothing; too large a one merges people, whose silhouettes
-    fall. No label is read. docs/method.md shows the figure beside the true agreement.
+    fall. A collapse is chosen only where there is nothing else: one cluster of all crops has no neighbour to be
+    near to. No label is read. docs/method.md shows the figure beside the true agreement.
     """
     tried = []
     for eps in EPS_GRID:
         labels = scan(graph, eps, min_samples)
         tried.append(Clustering(labels, eps, silhouette(graph, labels)))
-    return max(tried, key=lambda found: found.silhouette)
+    return max(tried, key=lambda found: (not found.collapsed, found.silhouette))
 
 
 def silhouette(graph: sparse.csr_matrix, labels: Ints) -> float:
@@ -170,7 +177,7 @@ def _refuse_collapse(found: Clustering) -> Clustering:
             "several crops each; give more crops, or initial weights that suit the site better",
             clusters=0,
         )
-    if found.count == 1 or figures["largest_share"] > LARGEST_SHARE_LIMIT:
+    if found.collapsed:
         raise TrainingError(
             f"{figures['largest_share']:.0%} of {len(found.labels)} crops fell into one cluster of {found.count} at "
             f"eps {found.eps}: expected many persons; lower eps in the recipe, or check that the crops show different "

@@ -51,6 +51,7 @@ def adapt(
     from resight.weights import load_weights
 
     require_device(device)
+    out = out.absolute()  # `.` has no name to put `-teacher` behind
     method = load_recipe(recipe).with_schedule(epochs=epochs, iters=iters)
     opened = open_site(site)
     initial = load_weights(init)

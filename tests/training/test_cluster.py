@@ -94,3 +94,12 @@ def test_centroids_are_the_unit_means_of_their_members() -> None:
 def test_health_without_truth_has_no_agreement_figures() -> None:
     figures = Clustering(np.array([0, 0, 1, -1]), 0.5, 0.2).health()
     assert figures["clusters"] == 2 and figures["outlier_share"] == 0.25 and "nmi" not in figures
+
+
+def test_a_collapse_is_not_chosen_while_people_can_be_told_apart() -> None:
+    near = people(30, 6, spread=0.9, seed=7)[0]
+    chosen = choose_eps(graph_of(near), 4)
+    sound = [eps for eps in (0.3, 0.4, 0.5, 0.6, 0.7) if not Clustering(scan(graph_of(near), eps, 4), eps).collapsed]
+    assert sound and not chosen.collapsed
+    assert Clustering(np.zeros(10, np.int64)).collapsed and Clustering(np.full(10, -1)).collapsed
+    assert not Clustering(np.array([0, 0, 1, 1])).collapsed
