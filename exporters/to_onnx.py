@@ -50,7 +50,7 @@ def to_onnx(graph: ServingGraph, image: ImageSpec) -> bytes:
     _strip(model)
     check_onnx(model, image)
     operators = sorted({node.op_type for node in model.graph.node})
-    log.info("onnx nodes=%d bytes=%d operators=%s", len(model.graph.node), model.ByteSize(), ",".join(operators))
+    log.debug("onnx nodes=%d bytes=%d operators=%s", len(model.graph.node), model.ByteSize(), ",".join(operators))
     return model.SerializeToString(deterministic=True)
 
 

@@ -19,7 +19,7 @@ from resight.training.adapt import Adaptation, adapt
 from resight.training.epoch import Run
 from resight.training.evaluate import evaluate_site, percentages
 from resight.training.features import extract
-from resight.training.recipe import load_recipe
+from resight.training.recipe import Recipe, load_recipe
 from resight.training.runlog import RunLog
 from resight.training.synthetic import SiteSettings, render_site
 from resight.weights import InitialWeights
@@ -29,7 +29,16 @@ ENCODER = EncoderConfig("osnet_x0_25", "gem", 256, ImageSpec(128, 64))  # the si
 LICENCE = "Apache-2.0"
 
 
-def train_builtin(out: Path, site: Path, *, seed: int, device: str, console: Console) -> dict[str, float]:
+def train_builtin(
+    out: Path,
+    site: Path,
+    *,
+    seed: int,
+    device: str,
+    console: Console,
+    settings: SiteSettings = SOURCE,
+    recipe: Recipe | None = None,
+) -> dict[str, float]:
     """Draw the source world, train with its labels, write the weights.
 
     Args:
@@ -38,16 +47,18 @@ def train_builtin(out: Path, site: Path, *, seed: int, device: str, console: Con
         seed: of the people, the cameras and the training.
         device: where to train.
         console: where progress goes.
+        settings: how many people and cameras.
+        recipe: a supervised one; by default the one of that name.
 
     Returns:
         Figures on other people seen by the same cameras, in percent.
     """
-    source = render_site(site, SOURCE, seed=seed)
+    source = render_site(site, settings, seed=seed)
     torch.manual_seed(seed)  # the only initialisation by chance in resight
     initial = InitialWeights(Encoder(ENCODER).eval(), {"name": "random", "sha256": "", "licence": LICENCE})
     with tempfile.TemporaryDirectory() as folder, RunLog(Path(folder) / "log", console=console) as log:
         plan = Adaptation(
-            Run(source.train, load_recipe("supervised"), seed, device, log), initial, Path(folder) / "run"
+            Run(source.train, recipe or load_recipe("supervised"), seed, device, log), initial, Path(folder) / "run"
         )
         trained = adapt(plan)
         encoder = load_checkpoint(plan.out, device=device).encoder

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from resight.errors import SiteError
 from resight.image import Pixels
 from resight.training.crops import CropStore, write_store
 from resight.training.datasets import Site, open_site
@@ -71,13 +72,18 @@ def render_site(root: Path, settings: SiteSettings, *, seed: int) -> Site:
     """Draw a site into a new crop store.
 
     Args:
-        root: folder to write; must not hold crops yet.
+        root: folder to write; must be empty or missing.
         settings: see `SiteSettings`.
         seed: of everything.
 
     Returns:
         The site, with a query and a gallery if there are test persons.
+
+    Raises:
+        SiteError: there is something in the folder already.
     """
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise SiteError(f"{root} is not empty: choose another folder to draw people into, or empty it")
     rng = np.random.default_rng(seed)
     cameras = make_cameras(settings.cameras, rng, world=settings.world, height=settings.height, width=settings.width)
     count = settings.train_persons + settings.test_persons + settings.strangers

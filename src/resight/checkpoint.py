@@ -2,7 +2,7 @@
 
     model.safetensors       the encoder's state dict
     checkpoint.json         schema version, encoder config, recipe, epoch, provenance
-    optimizer.safetensors   moments and random states, only where training may be resumed
+    optimizer.safetensors   moments and step counts, only where training may be resumed
 
 See docs/checkpoint.md.
 """
@@ -54,7 +54,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An encoder in eval mode and where it comes from; ``resume`` holds optimizer and random states."""
+    """An encoder in eval mode and where it comes from; ``resume`` holds the optimizer's state."""
 
     encoder: Encoder
     provenance: Provenance
