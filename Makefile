@@ -37,7 +37,7 @@ lint: $(INSTALLED)
 
 # On an installed copy: mypy cannot see through the package-dir mapping of an editable install.
 types: $(INSTALLED)
-	@rm -rf build/types
+	@rm -rf build  # setuptools would pack what an earlier build left there
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
 	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p resight
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -124,10 +126,21 @@ def test_the_drawn_error_tree_is_the_real_one() -> None:
 
 
 def test_the_wheel_carries_the_tree(tmp_path: Path) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--disable-pip-version-check", "-w", tmp_path, ROOT],
-        check=True, capture_output=True,
-    )  # fmt: skip
+    clean = tmp_path / "tree"  # in the checkout setuptools would pack what an earlier build left in build/
+    shutil.copytree(ROOT, clean, ignore=shutil.ignore_patterns(".*", "build", "demo", "*.egg-info", "__pycache__"))
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--disable-pip-version-check",
+        "-w",
+        tmp_path,
+        clean,
+    ]
+    subprocess.run(command, check=True, capture_output=True)
     [wheel] = tmp_path.glob("resight-*.whl")
     carried = {name for name in zipfile.ZipFile(wheel).namelist() if not name.split("/")[0].endswith(".dist-info")}
     expected = set()
@@ -157,16 +170,31 @@ def test_every_make_target_in_the_docs_exists() -> None:
         assert used <= targets, path
 
 
-def test_every_resight_command_in_the_readme_exists_and_every_command_is_in_it() -> None:
+def test_every_resight_line_in_the_docs_is_a_command_with_such_options() -> None:
+    from typer.main import get_command
+
+    from resight.cli import app
+
+    documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    lines = [line for path in documents for line in shell_lines(path) if line.startswith("resight ")]
+    assert lines
+    for line in lines:
+        command, words = get_command(app), shlex.split(line, comments=True)[1:]
+        while words and hasattr(command, "commands"):
+            assert words[0] in command.commands, line
+            command = command.commands[words.pop(0)]
+        known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+        assert {word for word in words if word.startswith("--")} <= known, line
+
+
+def test_every_command_is_in_the_readme() -> None:
     from typer.main import get_command
 
     from resight.cli import app
 
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    text = (ROOT / "README.md").read_text()
-    used = {line.split()[1] for line in shell_lines(ROOT / "README.md") if line.startswith("resight ")}
-    assert used and used <= set(commands)
-    assert {name for name, command in commands.items() if not command.hidden} <= set(re.findall(r"resight (\w+)", text))
+    named = set(re.findall(r"resight (\w+)", (ROOT / "README.md").read_text()))
+    assert {name for name, command in commands.items() if not command.hidden} <= named
 
 
 def test_every_recipe_is_in_the_readme() -> None:

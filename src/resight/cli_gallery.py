@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
@@ -14,13 +13,13 @@ from rich.console import Console
 from rich.progress import track as progress
 from rich.table import Table
 
+from resight.cli_json import JsonOption, write_json
 from resight.errors import InputError, ReIDError
 
 gallery = typer.Typer(help="Create, fill, list and empty the galleries of a running server.", no_args_is_help=True)
 
 Server = Annotated[str, typer.Option(help="HOST:PORT of the server.", envvar="RESIGHT_SERVER")]
 Name = Annotated[str, typer.Argument(help="Name of the collection.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the answer to this file.")]
 Cameras = Annotated[list[str] | None, typer.Option("--camera", help="Only of this camera; may be repeated.")]
 Subjects = Annotated[list[str] | None, typer.Option("--subject", help="Only of this subject; may be repeated.")]
 Tracks = Annotated[list[str] | None, typer.Option("--track", help="Only of this track; may be repeated.")]
@@ -43,7 +42,7 @@ def search(
     subject: Subjects = None,
     track: Tracks = None,
     min_similarity: Annotated[float | None, typer.Option(help="Leave out entries below it, -1..1.")] = None,
-    json_file: JsonFile = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Find the person of a crop in a gallery.
 
@@ -65,7 +64,7 @@ def search(
     for rank, hit in enumerate(answer.hits, 1):
         table.add_row(str(rank), f"{hit.similarity:.4f}", *_cells(hit.entry)[:4], str(hit.entry.capture_time or ""))
     Console().print(table)
-    _write(json_file, asdict(answer))
+    write_json(json_file, asdict(answer))
 
 
 @gallery.command()
@@ -86,7 +85,7 @@ def create(
 
 
 @gallery.command("list")
-def list_collections(server: Server = DEFAULT_SERVER, json_file: JsonFile = None) -> None:
+def list_collections(server: Server = DEFAULT_SERVER, json_file: JsonOption = None) -> None:
     """Show all collections. Example: `resight gallery list`."""
     from resight.client import Client
 
@@ -100,7 +99,7 @@ def list_collections(server: Server = DEFAULT_SERVER, json_file: JsonFile = None
         kept = "kept" if one.keep_crops else "not kept"
         table.add_row(one.name, str(one.entry_count), lives, kept, one.model, one.space_id[:12])
     Console().print(table)
-    _write(json_file, [asdict(one) for one in found])
+    write_json(json_file, [asdict(one) for one in found])
 
 
 @gallery.command()
@@ -142,7 +141,7 @@ def get(
     name: Name,
     entry_id: Annotated[str, typer.Argument(help="Id of the entry.")],
     server: Server = DEFAULT_SERVER,
-    json_file: JsonFile = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Show one entry. Example: `resight gallery get lobby 0001.jpg`."""
     from resight.client import Client
@@ -153,7 +152,7 @@ def get(
     for field, value in found.items():
         table.add_row(field, "" if value is None else str(value))
     Console().print(table)
-    _write(json_file, found)
+    write_json(json_file, found)
 
 
 @gallery.command()
@@ -164,7 +163,7 @@ def entries(
     track: Tracks = None,
     limit: Annotated[int, typer.Option(help="Show at most so many.", min=1)] = 100,
     server: Server = DEFAULT_SERVER,
-    json_file: JsonFile = None,
+    json_file: JsonOption = None,
 ) -> None:
     """List entries in order of enrolment. Example: `resight gallery entries lobby --camera door`."""
     from itertools import islice
@@ -180,7 +179,7 @@ def entries(
     for entry in found:
         table.add_row(*_cells(entry))
     Console().print(table)
-    _write(json_file, [asdict(entry) for entry in found])
+    write_json(json_file, [asdict(entry) for entry in found])
 
 
 @gallery.command()
@@ -249,8 +248,3 @@ def _duration(text: str) -> timedelta:
 def _cells(entry: Any) -> tuple[str, str, str, str, str, str]:
     expires = "never" if entry.expire_time is None else f"{entry.expire_time:%Y-%m-%d %H:%M}"
     return entry.entry_id, entry.subject_id, entry.camera_id, entry.track_id, f"{entry.quality:.2f}", expires
-
-
-def _write(path: Path | None, value: Any) -> None:
-    if path is not None:
-        path.write_text(json.dumps(value, indent=2, default=str) + "\n")
