@@ -155,3 +155,22 @@ def test_restored_batch_norm_computes_the_same_in_train_mode(shared_weights: Pat
         trained = found.encoder.embed(images)
     assert (before * evaluated).sum(1).min() > 0.99999
     assert (before * trained).sum(1).min() > 0.999
+
+
+def test_torchvision_names_load_from_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = torchvision.models.get_model("resnet18", weights=None)
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    torch.save(net.state_dict(), cache / Path(torchvision.models.ResNet18_Weights.DEFAULT.url).name)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    found = load_weights("resnet18")
+    assert found.encoder.config.backbone == "resnet18" and "ImageNet" in found.source["licence"]
+    assert torch.equal(found.encoder.state_dict()["backbone.layer1.0.conv1.weight"], net.layer1[0].conv1.weight)
+
+
+def test_a_download_that_fails_says_which_file_to_bring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(WeightsError, match=r"put the file resnet18-\w+\.pth there and give its path"):
+        load_weights("resnet18")
