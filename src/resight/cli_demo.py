@@ -17,9 +17,11 @@ def demo(
         Path, typer.Option(help="Folder for everything the demo makes; an earlier demo's gives way.")
     ] = Path("demo"),
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Epochs of each stage; by default the recipe's, or 4 on drawn people.")
+        int | None, typer.Option(min=1, help="Epochs of each stage; by default the recipe's, 4 on drawn people.")
     ] = None,
-    iters: Annotated[int | None, typer.Option(min=1, help="Batches an epoch; the recipe's by default.")] = None,
+    iters: Annotated[
+        int | None, typer.Option(min=1, help="Batches an epoch; by default the recipe's, 64 on drawn people.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the site and of every stream of chance.")] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     json_file: JsonOption = None,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from resight.training.datasets import Site
     from resight.weights import InitialWeights
 
-DRAWN_EPOCHS = 4  # of each stage on the drawn site: it gains most of what 8 do, and a newcomer waits half as long
+DRAWN_EPOCHS, DRAWN_ITERS = 4, 64  # of each stage on drawn people: 2,400 easy crops, and a newcomer who waits
 MARK = ".resight-demo"  # what is in a folder with this file, a later demo may remove
 
 
@@ -161,8 +161,8 @@ def _adapt(road: Road, store: CropStore, initial: InitialWeights) -> Checkpoint:
     from resight.training.recipe import load_recipe
     from resight.training.runlog import RunLog
 
-    epochs = road.epochs or (DRAWN_EPOCHS if road.site is None else None)
-    recipe = load_recipe("purify").with_schedule(epochs=epochs, iters=road.iters)
+    epochs, iters = (DRAWN_EPOCHS, DRAWN_ITERS) if road.site is None else (None, None)
+    recipe = load_recipe("purify").with_schedule(epochs=road.epochs or epochs, iters=road.iters or iters)
     with RunLog(road.out / "log", console=road.console) as runlog:
         run = Run(store, recipe, road.seed, road.device, runlog)
         return adapt(Adaptation(run, initial, road.out / "checkpoint"))
