@@ -41,10 +41,10 @@ FROM python:3.12-slim-bookworm AS training
 COPY constraints.txt /tmp/constraints.txt
 COPY --from=wheel /wheels /wheels
 RUN pip install --no-cache-dir -c /tmp/constraints.txt "$(ls /wheels/resight-*.whl)[cpu,train,export]" && rm -r /wheels
-RUN useradd --uid 10001 --create-home resight && install -d -o 10001 /work
+RUN useradd --uid 10001 --create-home resight && install -d -o 10001 /srv/resight
 USER 10001
-WORKDIR /work
-VOLUME /work
+WORKDIR /srv/resight
+VOLUME /srv/resight
 HEALTHCHECK NONE
 ENTRYPOINT ["resight"]
 CMD ["--help"]
