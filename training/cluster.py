@@ -33,6 +33,7 @@ class ClusterSettings:
         eps: DBSCAN radius in (0, 1), or "auto": see `choose_eps`, asked once in the first epoch of a run.
         min_samples: DBSCAN core size.
         local_weight: LP's lambda_1, the share of each local view in the fused distance; 0 uses the global view alone.
+        centre_cameras: whether each camera's mean feature is taken away before distances are computed.
     """
 
     k1: int = 30
@@ -40,6 +41,7 @@ class ClusterSettings:
     eps: float | Literal["auto"] = "auto"
     min_samples: int = 4
     local_weight: float = 0.15
+    centre_cameras: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,15 @@ class Clustering:
         return figures
 
 
-def cluster(views: Sequence[Floats], settings: ClusterSettings, *, device: str = "cpu") -> Clustering:
+def cluster(
+    views: Sequence[Floats], settings: ClusterSettings, *, cameras: Ints | None = None, device: str = "cpu"
+) -> Clustering:
     """Cluster crops by the fused Jaccard distance of their views (LP, section 3.3 of its released code).
 
     Args:
         views: float32 (N, D) unit rows of the global view, then of the local ones.
         settings: see `ClusterSettings`.
+        cameras: int64 (N,), needed to centre them.
         device: where neighbours are searched.
 
     Raises:
@@ -102,6 +107,8 @@ def cluster(views: Sequence[Floats], settings: ClusterSettings, *, device: str =
     """
     weights = _view_weights(len(views), settings.local_weight)
     used = [(view, weight) for view, weight in zip(views, weights, strict=True) if weight > 0]
+    if settings.centre_cameras and cameras is not None:
+        used = [(centre_cameras(view, cameras), weight) for view, weight in used]
     encoded = [encode_reciprocal(view, k1=settings.k1, k2=settings.k2, device=device) for view, _ in used]
     longest = max(EPS_GRID) if settings.eps == "auto" else settings.eps
     graph = jaccard_graph(encoded, [weight for _, weight in used], max_distance=longest)
@@ -111,6 +118,27 @@ def cluster(views: Sequence[Floats], settings: ClusterSettings, *, device: str =
         labels = scan(graph, settings.eps, settings.min_samples)
         found = Clustering(labels, settings.eps, silhouette(graph, labels))
     return _refuse_collapse(found)
+
+
+def centre_cameras(features: Floats, cameras: Ints) -> Floats:
+    """Take each camera's mean feature away, so that people are compared and not walls and colour casts.
+
+    Cameras see much the same people over time; what all crops of one camera share is therefore the camera's.
+    Rows that are nothing but their camera's mean stay as they are.
+
+    Args:
+        features: float32 (N, D), unit rows.
+        cameras: int64 (N,), any numbers.
+
+    Returns:
+        float32 (N, D), unit rows.
+    """
+    _, number = np.unique(cameras, return_inverse=True)
+    sums = np.zeros((number.max() + 1, features.shape[1]), np.float32)
+    np.add.at(sums, number, features)
+    centred = features - (sums / np.bincount(number)[:, None])[number]
+    length = np.linalg.norm(centred, axis=1, keepdims=True)
+    return np.where(length > 1e-6, centred / np.maximum(length, 1e-6), features).astype(np.float32)
 
 
 def _view_weights(count: int, local_weight: float) -> list[float]:

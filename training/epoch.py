@@ -144,7 +144,7 @@ def _label(run: Run, views: list[Floats]) -> Clustering:
     if run.recipe.labels == "persons":
         _, labels = np.unique(run.store.persons, return_inverse=True)
         return Clustering(labels.astype(np.int64))
-    return cluster(views, run.recipe.cluster, device=run.device)
+    return cluster(views, run.recipe.cluster, cameras=run.store.cameras, device=run.device)
 
 
 def _memories(views: list[Floats], clustering: Clustering, momentum: float, device: str) -> list[ClusterMemory]:

@@ -1,10 +1,21 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from references import dense_jaccard, dense_silhouette
 from sklearn.cluster import DBSCAN
 
 from resight.errors import TrainingError
-from resight.training.cluster import Clustering, ClusterSettings, centroids, choose_eps, cluster, scan, silhouette
+from resight.training.cluster import (
+    Clustering,
+    ClusterSettings,
+    centre_cameras,
+    centroids,
+    choose_eps,
+    cluster,
+    scan,
+    silhouette,
+)
 from resight.training.neighbours import encode_reciprocal, jaccard_graph
 
 
@@ -103,3 +114,26 @@ def test_a_collapse_is_not_chosen_while_people_can_be_told_apart() -> None:
     assert sound and not chosen.collapsed
     assert Clustering(np.zeros(10, np.int64)).collapsed and Clustering(np.full(10, -1)).collapsed
     assert not Clustering(np.array([0, 0, 1, 1])).collapsed
+
+
+def test_centring_takes_each_cameras_mean_away_and_keeps_unit_rows() -> None:
+    rows, _ = people(5, 6, spread=0.4)
+    cameras = np.tile([7, -2, 40], 10)
+    found = centre_cameras(rows, cameras)
+    for row, camera in enumerate(cameras):
+        slow = rows[row] - rows[cameras == camera].mean(0)
+        assert found[row] == pytest.approx(slow / np.linalg.norm(slow), abs=1e-5)
+    alone = centre_cameras(rows[:3], np.array([0, 1, 2]))  # nothing is left of a camera's only crop
+    assert np.array_equal(alone, rows[:3])
+
+
+def test_people_are_found_across_cameras_that_colour_everything() -> None:
+    rows, persons = people(20, 12, spread=0.3, seed=9)
+    cameras = np.tile(np.repeat([0, 1, 2], 4), 20)
+    cast = 1.2 * np.random.default_rng(1).normal(size=(3, rows.shape[1])) / np.sqrt(rows.shape[1]) * 2
+    seen = rows + cast[cameras]
+    seen = (seen / np.linalg.norm(seen, axis=1, keepdims=True)).astype(np.float32)
+    settings = ClusterSettings(k1=12, k2=3)
+    plain = cluster([seen], settings, cameras=cameras).health(persons)
+    centred = cluster([seen], replace(settings, centre_cameras=True), cameras=cameras).health(persons)
+    assert centred["ari"] > plain["ari"] + 0.2 and centred["clusters"] == 20
