@@ -377,11 +377,9 @@ def test_a_collapse_leaves_the_last_checkpoint_to_resume_from(
     out, real = tmp_path / "model", epoch_module.cluster
     calls: list[int] = []
 
-    def collapses_at_third(views: Any, settings: Any, *, device: str) -> Any:
+    def collapses_at_third(views: Any, settings: Any, **given: Any) -> Any:
         calls.append(1)
-        return real(
-            views if len(calls) != 3 else [np.ones_like(view) / 32**0.5 for view in views], settings, device=device
-        )
+        return real(views if len(calls) != 3 else [np.ones_like(view) / 32**0.5 for view in views], settings, **given)
 
     monkeypatch.setattr(epoch_module, "cluster", collapses_at_third)
     with pytest.raises(TrainingError, match=r"one cluster"):
