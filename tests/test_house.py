@@ -26,7 +26,18 @@ FOLDERS = {
 OURS = [path for name, folder in FOLDERS.items() if name != "resight.v1" for path in sorted(folder.rglob("*.py"))]
 TORCH_ROOMS = {"backbone", "model", "weights", "checkpoint"}
 # The command line and the demo start the other rooms, inside their functions; nobody imports them.
-ROADS = {"cli", "cli_demo", "cli_export", "cli_gallery", "cli_json", "cli_serve", "cli_train", "demo", "served"}
+ROADS = {
+    "cli",
+    "cli_demo",
+    "cli_evaluate",
+    "cli_export",
+    "cli_gallery",
+    "cli_json",
+    "cli_serve",
+    "cli_train",
+    "demo",
+    "served",
+}
 HEAVY = ("torch", "torchvision", "faiss", "onnx", "onnxruntime", "sklearn", "scipy")
 
 

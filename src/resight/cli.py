@@ -11,10 +11,11 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from resight.cli_demo import demo
+from resight.cli_evaluate import evaluate
 from resight.cli_export import export
 from resight.cli_gallery import gallery, search
 from resight.cli_serve import serve
-from resight.cli_train import adapt, builtin_weights, evaluate
+from resight.cli_train import adapt, builtin_weights
 from resight.errors import ReIDError
 
 app = typer.Typer(
