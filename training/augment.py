@@ -1,7 +1,8 @@
 """Training-time augmentation, on whole batches (SpCL, Cluster Contrast, LP, O2CAP use these values).
 
 Flip, pad and crop act on uint8 pixels; random erasing (Zhong et al., AAAI 2020) acts after
-normalisation and fills with the ImageNet mean, as the released codes do.
+normalisation and fills with the ImageNet mean, as the released codes do. Chance is drawn for a whole batch
+even where only a part of it is at hand, so that a crop gets the same pixels in whichever process it lands.
 """
 
 from __future__ import annotations
@@ -35,50 +36,60 @@ class AugmentSettings:
     erase_aspect: float = 0.3
 
 
-def shift_and_flip(images: Pixels, settings: AugmentSettings, rng: np.random.Generator) -> Pixels:
-    """Flip and pad-crop a batch.
+def shift_and_flip(
+    images: Pixels, settings: AugmentSettings, rng: np.random.Generator, *, batch: int | None = None, start: int = 0
+) -> Pixels:
+    """Flip and pad-crop a batch, or a part of one.
 
     Args:
         images: uint8 (B, H, W, 3).
         settings: see `AugmentSettings`.
         rng: the only source of chance.
+        batch: crops of the whole batch; these are all of it by default.
+        start: position of the first of these in the batch.
 
     Returns:
         uint8 (B, H, W, 3), a new array.
     """
-    batch, height, width, _ = images.shape
+    count, height, width, _ = images.shape
+    batch = count if batch is None else batch
     pad = round(settings.pad * height / 256)
-    padded = np.zeros((batch, height + 2 * pad, width + 2 * pad, 3), np.uint8)
+    flips = np.less(rng.random(batch), settings.flip)[start:]
+    offsets = rng.integers(0, 2 * pad + 1, (batch, 2))[start:]
+    padded = np.zeros((count, height + 2 * pad, width + 2 * pad, 3), np.uint8)
     padded[:, pad : pad + height, pad : pad + width] = images
-    flips = np.less(rng.random(batch), settings.flip)
-    offsets = rng.integers(0, 2 * pad + 1, (batch, 2))
     out = np.empty_like(images)
-    for row, (top, left) in enumerate(offsets):
+    for row, (top, left) in enumerate(offsets[:count]):
         crop = padded[row, top : top + height, left : left + width]
         out[row] = crop[:, ::-1] if flips[row] else crop
     return out
 
 
-def erase(images: Tensor, settings: AugmentSettings, rng: np.random.Generator) -> Tensor:
-    """Erase one rectangle in some images of a normalised batch, in place.
+def erase(
+    images: Tensor, settings: AugmentSettings, rng: np.random.Generator, *, batch: int | None = None, start: int = 0
+) -> Tensor:
+    """Erase one rectangle in some images of a normalised batch, or of a part of one, in place.
 
     Args:
         images: float32 (B, 3, H, W), normalised.
         settings: see `AugmentSettings`.
         rng: the only source of chance.
+        batch: crops of the whole batch; these are all of it by default.
+        start: position of the first of these in the batch.
 
     Returns:
         The same tensor.
     """
     height, width = images.shape[2:]
     fill = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
-    for row in np.flatnonzero(rng.random(len(images)) < settings.erase):
+    for row in np.flatnonzero(rng.random(len(images) if batch is None else batch) < settings.erase) - start:
         for _ in range(100):  # the released codes' number of attempts to find a rectangle that fits
             area = rng.uniform(*settings.erase_area) * height * width
             aspect = rng.uniform(settings.erase_aspect, 1 / settings.erase_aspect)
             tall, wide = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
             if 0 < tall < height and 0 < wide < width:
                 top, left = rng.integers(0, height - tall + 1), rng.integers(0, width - wide + 1)
-                images[row, :, top : top + tall, left : left + wide] = fill
+                if 0 <= row < len(images):
+                    images[row, :, top : top + tall, left : left + wide] = fill
                 break
     return images

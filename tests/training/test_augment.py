@@ -48,3 +48,18 @@ def test_erasing_fills_one_rectangle_of_the_stated_area_with_the_imagenet_mean()
 def test_about_half_of_the_images_are_erased() -> None:
     images = erase(torch.full((1000, 3, 32, 16), 9.0), AugmentSettings(), np.random.default_rng(3))
     assert 0.42 < (images != 9.0).flatten(1).any(1).float().mean() < 0.58
+
+
+@pytest.mark.parametrize("ends", [(0, 12), (0, 5), (5, 12), (3, 4)])
+def test_a_part_of_a_batch_gets_the_pixels_it_has_in_the_whole(ends: tuple[int, int]) -> None:
+    settings, part = AugmentSettings(pad=16), slice(*ends)
+    images = np.random.default_rng(0).integers(0, 256, (12, 64, 32, 3), np.uint8)
+    moving, alone = np.random.default_rng(1), np.random.default_rng(1)
+    for _ in range(2):  # chance goes on as if the whole batch had been at hand
+        whole = shift_and_flip(images, settings, moving)
+        assert np.array_equal(shift_and_flip(images[part], settings, alone, batch=12, start=ends[0]), whole[part])
+    erasing, alone = np.random.default_rng(2), np.random.default_rng(2)
+    for _ in range(2):
+        tensor = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+        found = erase(tensor[part].clone(), settings, alone, batch=12, start=ends[0])
+        assert torch.equal(found, erase(tensor.clone(), settings, erasing)[part])
