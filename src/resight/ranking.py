@@ -11,7 +11,7 @@ Letters: Q queries, G gallery rows, D feature size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from resight.errors import InputError
 
 Ints = NDArray[np.int64]
+SimilarityRows = Callable[[slice], NDArray[np.floating]]
+"""Some queries -> float (q, G), how similar each gallery row is to each of them; larger is nearer."""
 MAX_RANK = 50  # CMC is reported up to rank 50 at most; papers print ranks 1, 5 and 10
 CHUNK = 256  # queries a step: 256 x 82,161 rows of MSMT17 take 80 MiB a matrix
 
@@ -109,28 +111,82 @@ def evaluate_ranking(
     Raises:
         InputError: lengths do not fit, a feature is not finite, or no query has a match left.
     """
-    truth = _truth(query_persons, gallery_persons, query_cameras, gallery_cameras)
+    truth = truth_of(query_persons, gallery_persons, query_cameras, gallery_cameras)
+    return evaluate_rows(cosine_rows(query_features, gallery_features, truth), truth, chunk=chunk)
+
+
+def evaluate_rows(rows: SimilarityRows, truth: Truth, *, chunk: int = CHUNK) -> RankingScore:
+    """Score the ranking by any similarity; see `evaluate_ranking`.
+
+    Args:
+        rows: similarities of some queries to all gallery rows; called once for each chunk.
+        truth: who is on which image.
+        chunk: queries ranked at once.
+
+    Raises:
+        InputError: no query has a match left.
+    """
+
+    def found() -> Iterator[tuple[Ints, int]]:
+        for part in chunks(truth, chunk):
+            yield from ranked_matches(rows(part), *truth.judge(part))
+
+    return _summarise(found(), truth.gallery)
+
+
+def chunks(truth: Truth, chunk: int) -> Iterator[slice]:
+    """The queries in order, at most ``chunk`` at a time."""
+    queries = len(truth.query_persons)
+    for start in range(0, queries, chunk):
+        yield slice(start, min(start + chunk, queries))
+
+
+def cosine_rows(
+    query_features: NDArray[np.floating], gallery_features: NDArray[np.floating], truth: Truth
+) -> SimilarityRows:
+    """Similarity of unit rows by inner product.
+
+    Args:
+        query_features: (Q, D), unit rows.
+        gallery_features: (G, D), unit rows.
+        truth: for Q and G.
+
+    Raises:
+        InputError: lengths do not fit, or a feature is not finite.
+    """
     queries, gallery = np.asarray(query_features), np.asarray(gallery_features)
     expected = (len(truth.query_persons), truth.gallery)
     if queries.ndim != 2 or gallery.ndim != 2 or (len(queries), len(gallery)) != expected:
-        raise InputError(f"expected {expected} feature rows, found shapes {queries.shape} and {gallery.shape}")
+        raise InputError(
+            f"expected {expected} feature rows, found shapes {queries.shape} and {gallery.shape}; embed each image"
+        )
     if queries.shape[1] != gallery.shape[1] or not (np.isfinite(queries).all() and np.isfinite(gallery).all()):
         raise InputError(
             f"expected finite features of one length, found lengths {queries.shape[1]} and {gallery.shape[1]}, "
             "or NaN among them: compute both sides with one model"
         )
+    return lambda part: queries[part] @ gallery.T
 
-    def found() -> Iterator[tuple[Ints, int]]:
-        for start in range(0, len(queries), chunk):
-            part = slice(start, start + chunk)
-            match, junk = truth.judge(part)
-            distance = -(queries[part] @ gallery.T)  # (q, G)
-            distance[junk] = np.inf  # behind all others: the ranks before them are those after removal
-            order = np.argsort(distance, axis=1, kind="stable")
-            for row in np.take_along_axis(match, order, axis=1):
-                yield np.flatnonzero(row) + 1, int(row.sum())
 
-    return _summarise(found(), len(gallery))
+def ranked_matches(
+    similarity: NDArray[np.floating], match: NDArray[np.bool_], junk: NDArray[np.bool_]
+) -> Iterator[tuple[Ints, int]]:
+    """For each query the 1-based ranks of its matches, rising, and how many there are.
+
+    Args:
+        similarity: (q, G).
+        match: bool (q, G), see `Truth.judge`.
+        junk: bool (q, G), rows taken out before ranking.
+    """
+    distance = np.where(junk, np.inf, -similarity)  # junk behind all others: ranks before it are those after removal
+    order = np.argsort(distance, axis=1, kind="stable")
+    for row in np.take_along_axis(match, order, axis=1):
+        yield np.flatnonzero(row) + 1, int(row.sum())
+
+
+def average_precision(ranks: Ints, matches: int) -> float:
+    """Mean over all matches of the precision where each stands; one that was never found adds 0."""
+    return float((np.arange(1, len(ranks) + 1) / ranks).sum() / matches)
 
 
 def score_rankings(
@@ -157,7 +213,7 @@ def score_rankings(
         InputError: lengths do not fit, a list repeats a row or names one outside the gallery, or no query has a
             match left.
     """
-    truth = _truth(query_persons, gallery_persons, query_cameras, gallery_cameras)
+    truth = truth_of(query_persons, gallery_persons, query_cameras, gallery_cameras)
     if len(rankings) != len(truth.query_persons):
         raise InputError(f"expected {len(truth.query_persons)} ranked lists, one a query, found {len(rankings)}")
 
@@ -173,7 +229,8 @@ def score_rankings(
     return _summarise(found(), truth.gallery)
 
 
-def _truth(*columns: Ints) -> Truth:
+def truth_of(*columns: Ints) -> Truth:
+    """`Truth` of columns of any kind of integer."""
     return Truth(*(np.asarray(column, dtype=np.int64) for column in columns))
 
 
@@ -190,7 +247,7 @@ def _summarise(found: Iterator[tuple[Ints, int]], gallery: int) -> RankingScore:
         if not matches:
             precisions.append(np.nan)
             continue
-        precisions.append(float((np.arange(1, len(ranks) + 1) / ranks).sum() / matches))
+        precisions.append(average_precision(ranks, matches))
         penalties.append(matches / ranks[-1] if len(ranks) == matches else 0.0)
         if len(ranks):
             cmc[ranks[0] - 1 :] += 1

@@ -57,9 +57,10 @@ def made(tiny_site: Site, tiny_init: Path, tmp_path_factory: pytest.TempPathFact
             *["adapt", "--site", tiny_site.root, "--init", tiny_init, "--recipe", "purify", "--out", model],
             *["--epochs", 1, "--iters", 2, "--seed", 4, "--device", "cpu"],
         ],
-        "evaluate": ["evaluate", "--model", model, "--site", tiny_site.root],
+        "evaluate": ["evaluate", "--model", model, "--site", tiny_site.root, "--plot", figures / "plot.png"],
         "export": ["export", model, "--out", bundle],
         "evaluate-bundle": ["evaluate", "--model", bundle, "--site", tiny_site.root],
+        "evaluate-extras": ["evaluate", "--model", bundle, "--site", tiny_site.root, "--flip", "--rerank"],
     }.items():
         done = resight(*command, "--json", figures / f"{name}.json")
         assert done.returncode == 0, f"{command}: {done.stderr}"
@@ -79,9 +80,26 @@ def test_adapt_tells_its_last_epoch(made: Path) -> None:
 
 def test_a_bundle_measures_as_its_checkpoint(made: Path) -> None:
     checkpoint, bundle = told(made, "evaluate"), told(made, "evaluate-bundle")
-    assert set(checkpoint) == {"mAP", "rank1", "rank5", "rank10", "mINP", "valid_queries"}
+    assert list(checkpoint)[:6] == ["mAP", "rank1", "rank5", "rank10", "mINP", "valid_queries"]
     assert 0 < checkpoint["mAP"] <= 100 and checkpoint["valid_queries"] == 18
     assert bundle["mAP"] == pytest.approx(checkpoint["mAP"], abs=0.1)
+
+
+def test_evaluate_tells_what_it_measured_and_how(made: Path, tiny_site: Site) -> None:
+    plain, extras = told(made, "evaluate"), told(made, "evaluate-extras")
+    assert plain["settings"] == {
+        **{"model": str(made / "model"), "site": str(tiny_site.root), "device": "cpu", "flip": False, "rerank": None}
+    }
+    assert (extras["settings"]["flip"], extras["settings"]["rerank"]["k1"]) == (True, 20)
+    assert len(plain["camera_pairs"]) == 9 and plain["open_set"]["nonmated_searches"] == 18
+    assert extras["mAP"] != plain["mAP"]
+    assert (made / "made" / "for it" / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_evaluate_shows_every_table(made: Path, tiny_site: Site) -> None:
+    shown = resight_here("evaluate", "--model", made / "model", "--site", tiny_site.root).stdout
+    for word in ("mAP", "rank-10", "valid queries", "FPIR", "TPIR, rank 1", "cannot resolve it", "cam2", "rows search"):
+        assert word in shown, shown
 
 
 def test_export_tells_its_parity(made: Path) -> None:
@@ -194,6 +212,7 @@ CASES: dict[str, Callable[[dict[str, Any], Path], list[object]]] = {
     "adapt taken": lambda bad, out: adapting(bad["site"], bad["init"], bad["taken"]),
     "evaluate missing": lambda bad, out: measuring(bad["init"], bad["missing"]),
     "evaluate alone": lambda bad, out: measuring(bad["init"], bad["alone"]),
+    "evaluate plot": lambda bad, out: measuring(bad["init"], bad["site"], "--plot", out),
     "evaluate flipped": lambda bad, out: measuring(bad["flipped.bundle"], bad["site"]),
     "evaluate flipped-model": lambda bad, out: measuring(bad["flipped-model"], bad["site"]),
     "evaluate stranger": lambda bad, out: measuring(bad["stranger"], bad["site"]),
@@ -228,6 +247,7 @@ CASES: dict[str, Callable[[dict[str, Any], Path], list[object]]] = {
         ("adapt taken", ["taken exists", "--out"]),
         ("evaluate missing", ["no site at", "expected a crop store"]),
         ("evaluate alone", ["camera"]),
+        ("evaluate plot", ["tells no picture format", ".png"]),
         ("evaluate flipped", ["flipped.bundle", "model.onnx", "SHA-256"]),
         ("evaluate flipped-model", ["model.safetensors is damaged"]),
         ("evaluate stranger", ["resnet18", "missing", "unexpected"]),
