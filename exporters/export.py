@@ -135,10 +135,14 @@ def encoder_space_id(encoder: Encoder) -> str:
     Two exports of one checkpoint share it, whatever the precision or the version of the exporter.
     """
     config = encoder.config
-    digest = hashlib.sha256(f"{config.backbone} {config.pooling} {config.embedding_dim}".encode())
+    shape = f"{config.backbone} {config.pooling} {config.embedding_dim}"
+    heads = "heads." if config.local_share else "heads.global."
+    if config.local_share:  # left out elsewhere: unused parts change nothing
+        shape += f" {config.parts} {config.part_dim} {config.local_share}"
+    digest = hashlib.sha256(shape.encode())
     parts = {"mean": encoder.mean, "std": encoder.std}
     for key, tensor in encoder.state_dict().items():
-        if key.startswith(("backbone.", "heads.global.")) and not key.endswith("num_batches_tracked"):
+        if key.startswith(("backbone.", heads)) and not key.endswith("num_batches_tracked"):
             parts[key] = tensor
     for key in sorted(parts):
         digest.update(key.encode() + b"\0" + parts[key].detach().cpu().float().contiguous().numpy().tobytes())

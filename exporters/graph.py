@@ -11,7 +11,7 @@ from resight.model import Encoder
 
 
 class ServingGraph(nn.Module):
-    """An encoder's global head with normalisation and L2 inside; the local heads stay behind.
+    """An encoder's embedding with normalisation and L2 inside; heads it does not use stay behind.
 
     The division by the standard deviation is folded into the first convolution (exact: it is linear).
     The mean is subtracted, not folded: a convolution pads with zeros, and zero means "average colour" only
@@ -22,14 +22,14 @@ class ServingGraph(nn.Module):
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
-        source = copy.deepcopy(encoder).cpu().float().eval()
-        self.backbone = source.backbone
-        self.head = source.heads["global"]
-        self.register_buffer("mean", source.mean)
-        first = next(module for module in self.backbone.modules() if isinstance(module, nn.Conv2d))
+        self.encoder = copy.deepcopy(encoder).cpu().float().eval()
+        if not encoder.config.local_share:
+            self.encoder.heads = nn.ModuleDict({"global": self.encoder.heads["global"]})
+        self.register_buffer("mean", self.encoder.mean)
+        first = next(module for module in self.encoder.backbone.modules() if isinstance(module, nn.Conv2d))
         assert first.in_channels == 3, "the trunk's first convolution must be the one that sees the image"
         with torch.no_grad():
-            first.weight /= source.std.view(1, 3, 1, 1)
+            first.weight /= self.encoder.std.view(1, 3, 1, 1)
         self.requires_grad_(False)
         self.eval()
 
@@ -43,6 +43,4 @@ class ServingGraph(nn.Module):
             float32 (N, D), unit rows.
         """
         pixels = images.permute(0, 3, 1, 2).float() - self.mean  # (N, 3, H, W)
-        features: Tensor = self.head(self.backbone(pixels))  # (N, D)
-        length: Tensor = features.norm(dim=1, keepdim=True)
-        return features / length.clamp_min(1e-12)
+        return self.encoder.embed(pixels)

@@ -10,7 +10,6 @@ on from its last finished epoch to the result of an unbroken one.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from collections.abc import Mapping
@@ -23,14 +22,19 @@ import torch
 
 from resight.checkpoint import Checkpoint, Provenance, is_checkpoint, load_checkpoint, write_checkpoint
 from resight.errors import CheckpointError, SiteError
-from resight.model import Encoder
-from resight.training.epoch import STAGES, Run, Stage, require_finite, train_epoch
+from resight.model import Encoder, with_parts
+from resight.training.distill import Guide, fit_student
+from resight.training.epoch import Round, train_epoch
 from resight.training.features import read_batches, to_input
 from resight.training.optimizer import make_optimizer, pack_state, set_rate, unpack_state
+from resight.training.run import STAGES, Run, Stage, require_finite
+from resight.training.step import Trainee
 from resight.weights import InitialWeights, restore_batch_norm
 
 log = logging.getLogger(__name__)
 STATISTICS_CROPS = 1024  # taken evenly over the store; each gives a norm hundreds of map positions to average
+
+MOMENTS, KEPT = "optimizer.", "kept."  # names of what training goes on from
 
 History = list[Mapping[str, Any]]
 
@@ -42,12 +46,18 @@ class Adaptation:
     Attributes:
         run: crops, method and device.
         initial: the encoder both stages start from; left as it is.
+        student: what the student starts from instead, of any backbone: distillation into a smaller model.
         out: folder of the result. The teacher stands beside it as `<out>-teacher`, never overwritten.
     """
 
     run: Run
     initial: InitialWeights
     out: Path
+    student: InitialWeights | None = None
+
+    def start(self, stage: Stage) -> InitialWeights:
+        """Where a stage starts."""
+        return self.student if stage == "student" and self.student is not None else self.initial
 
     def folder(self, stage: Stage) -> Path:
         """Where a stage's checkpoint stands."""
@@ -68,14 +78,24 @@ def adapt(plan: Adaptation, *, resume: bool = False) -> Checkpoint:
         CheckpointError: the output folder is taken, or holds a run with other arguments.
     """
     _check(plan, resume)
-    require_finite(plan.initial.encoder, "initial weights")
-    start = _placed(copy.deepcopy(plan.initial.encoder), plan.run.device)
-    if plan.initial.statistics_missing:
-        _restore_statistics(start, plan.run)
-    teacher, history = _train_stage(plan, "teacher", copy.deepcopy(start), None, [], resume)
-    if plan.run.recipe.student:
-        _train_stage(plan, "student", start, teacher, history, resume)
+    recipe = plan.run.recipe
+    teacher, history = _train_stage(plan, "teacher", _start(plan, "teacher"), None, [], resume)
+    if recipe.student:
+        student = _start(plan, "student")
+        if plan.student is not None:
+            student = _placed(fit_student(student, teacher), plan.run.device)
+        _train_stage(plan, "student", student, Guide(teacher), history, resume)
     return load_checkpoint(plan.out)
+
+
+def _start(plan: Adaptation, stage: Stage) -> Encoder:
+    """The stage's initial encoder, a copy in the recipe's shape, ready to be trained."""
+    initial, recipe = plan.start(stage), plan.run.recipe
+    require_finite(initial.encoder, "initial weights")
+    encoder = _placed(with_parts(initial.encoder, recipe.parts, recipe.local_share), plan.run.device)
+    if initial.statistics_missing:
+        _restore_statistics(encoder, plan.run)
+    return encoder
 
 
 def _placed(encoder: Encoder, device: str) -> Encoder:
@@ -112,31 +132,43 @@ def _restore_statistics(encoder: Encoder, run: Run) -> None:
 
 
 def _train_stage(
-    plan: Adaptation, stage: Stage, encoder: Encoder, teacher: Encoder | None, before: History, resume: bool
+    plan: Adaptation, stage: Stage, encoder: Encoder, guide: Guide | None, before: History, resume: bool
 ) -> tuple[Encoder, History]:
     """Label, train and write, `epochs` times. A student has a round -1 on the teacher's labels before."""
     run, folder = plan.run, plan.folder(stage)
-    first = 0 if teacher is None else -1
-    history, epoch = list(before), first
+    first = 0 if guide is None else -1
+    history, now = list(before), Round(stage, first)
     state: Mapping[str, torch.Tensor] = {}
     if resume and is_checkpoint(folder):
         found = _find_last_epoch(plan, folder, stage)
-        if found is not None:
-            encoder = _placed(found.encoder, run.device)
-            history, epoch, state = list(found.provenance.history), found.provenance.epoch + 1, found.resume
-            log.info("%s goes on after epoch %d", stage, epoch - 1)
+        encoder = _placed(found.encoder, run.device)
+        history, state = list(found.provenance.history), found.resume
+        now = Round(stage, found.provenance.epoch + 1, _unpack(state, KEPT))
+        log.info("%s goes on after epoch %d", stage, now.epoch - 1)
     optimizer = make_optimizer(encoder, run.recipe)
     if state:
-        unpack_state(optimizer, state)
-    while epoch < run.recipe.epochs:
-        lr = set_rate(optimizer, run.recipe, epoch - first)
-        figures = {"lr": lr, **train_epoch(_settled(run, history), stage, epoch, encoder, teacher, optimizer)}
-        history.append({"stage": stage, "epoch": epoch, **figures})
-        run.log.epoch(stage, epoch, figures)
-        unfinished = pack_state(optimizer) if epoch + 1 < run.recipe.epochs else None
-        write_checkpoint(folder, encoder, _provenance(plan, stage, epoch, history), resume=unfinished)
-        epoch += 1
+        unpack_state(optimizer, _unpack(state, MOMENTS))
+    trainee = Trainee(encoder, optimizer, guide)
+    while now.epoch < run.recipe.epochs:
+        lr = set_rate(optimizer, run.recipe, now.epoch - first)
+        figures = {"lr": lr, **train_epoch(_settled(run, history), now, trainee)}
+        history.append({"stage": stage, "epoch": now.epoch, **figures})
+        run.log.epoch(stage, now.epoch, figures)
+        is_last = now.epoch + 1 == run.recipe.epochs
+        unfinished = None if is_last else _pack(pack_state(optimizer), MOMENTS) | _pack(now.kept, KEPT)
+        write_checkpoint(folder, encoder, _provenance(plan, stage, now.epoch, history), resume=unfinished)
+        now.epoch += 1
     return encoder, history
+
+
+def _pack(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The same tensors under names that say what they are for."""
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _unpack(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """What `_pack` was given."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _settled(run: Run, history: History) -> Run:
@@ -154,10 +186,10 @@ def _settled(run: Run, history: History) -> Run:
 def _provenance(plan: Adaptation, stage: Stage, epoch: int, history: History) -> Provenance:
     """Everything that made these weights; plain JSON values, so that a run can be told from another."""
     recipe = json.loads(json.dumps({**plan.run.recipe.to_json(), "seed": plan.run.seed}))
-    return Provenance(recipe, stage, epoch, plan.run.store.fingerprint, plan.initial.source, tuple(history))
+    return Provenance(recipe, stage, epoch, plan.run.store.fingerprint, plan.start(stage).source, tuple(history))
 
 
-def _find_last_epoch(plan: Adaptation, folder: Path, stage: Stage) -> Checkpoint | None:
+def _find_last_epoch(plan: Adaptation, folder: Path, stage: Stage) -> Checkpoint:
     """The checkpoint to go on from, if it is this very run's."""
     found = load_checkpoint(folder)
     mine = _provenance(plan, stage, found.provenance.epoch, [])

@@ -1,6 +1,6 @@
-"""Cluster memories: what a batch is contrasted with. Reading is pure, updating is an explicit call.
+"""Memories: what a batch is contrasted with. Reading is pure, updating is an explicit call.
 
-Letters: B batch, D feature size, K clusters.
+Letters: B batch, D feature size, K entries.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 
-class ClusterMemory:
-    """One unit vector per cluster (Cluster Contrast, Dai et al., ACCV 2022).
+class CentroidMemory:
+    """One unit vector per cluster (Cluster Contrast, Dai et al., ACCV 2022) or per camera proxy (O2CAP).
 
     Attributes:
         centroids: float32 (K, D), unit rows. Never half precision: a running mean would drift.
@@ -23,7 +23,7 @@ class ClusterMemory:
         self.momentum = momentum
 
     def similarity(self, features: Tensor) -> Tensor:
-        """Cosines of unit features (B, D) with every cluster: (B, K). Gradients reach the features only."""
+        """Cosines of unit features (B, D) with every entry: (B, K). Gradients reach the features only."""
         return features.float() @ self.centroids.T
 
     @torch.no_grad()
@@ -31,7 +31,7 @@ class ClusterMemory:
         """c_y <- normalise(m c_y + (1 - m) f), one sample after the other in batch order.
 
         The order is part of the method: with m = 0.1 and 16 crops of a cluster the last one makes up 90 % of
-        the result. Clusters do not touch each other, so the i-th samples of all clusters are taken at once.
+        the result. Entries do not touch each other, so the i-th samples of all entries are taken at once.
 
         Args:
             features: (B, D) unit rows.
@@ -39,13 +39,25 @@ class ClusterMemory:
         """
         if self.momentum == 1.0:
             return
-        features = features.float()
-        turn = _occurrence(labels)
-        for i in range(int(turn.max()) + 1):
-            now = turn == i
-            rows = labels[now]
-            mixed = self.momentum * self.centroids[rows] + (1 - self.momentum) * features[now]
-            self.centroids[rows] = functional.normalize(mixed, dim=1)
+        blend(self.centroids, features, labels, momentum=self.momentum)
+
+
+@torch.no_grad()
+def blend(memory: Tensor, features: Tensor, labels: Tensor, *, momentum: float) -> None:
+    """memory[y] <- normalise(m memory[y] + (1 - m) f) in place, as if one sample after the other.
+
+    Args:
+        memory: float32 (K, D).
+        features: (B, D).
+        labels: int64 (B,), 0..K-1.
+        momentum: m.
+    """
+    features = features.float()
+    turn = _occurrence(labels)
+    for i in range(int(turn.max()) + 1):
+        now = turn == i
+        rows = labels[now]
+        memory[rows] = functional.normalize(momentum * memory[rows] + (1 - momentum) * features[now], dim=1)
 
 
 def _occurrence(labels: Tensor) -> Tensor:

@@ -17,49 +17,116 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class ProxySettings:
+    """Camera-aware proxies (O2CAP); the defaults are those of the released code.
+
+    Attributes:
+        offline: weight of the loss by cluster labels.
+        online: weight of the loss by current similarities; 0 leaves it out.
+        positives: proxies pulled to by the online loss, one a camera at most.
+        negatives: most similar other proxies pushed from, in each loss.
+        balance: w, how much the sample itself says in choosing its online positives; its proxy says the rest.
+    """
+
+    offline: float = 1.0
+    online: float = 1.0
+    positives: int = 3
+    negatives: int = 50
+    balance: float = 0.15
+
+
+@dataclass(frozen=True)
+class SelectiveSettings:
+    """Selective contrast; the defaults are those of the released code and its logs.
+
+    Attributes:
+        neighbours: P, positives beside oneself.
+        negatives: N_n, the nearest others behind them.
+        self_share: lambda_t, weight of one's own entry.
+        neighbour_gain: alpha, raises the weight of the neighbours.
+        local_loss: lambda_p, share of the loss on the stripes.
+        camera_penalty: lambda_c, distance added between crops of one camera when neighbours are chosen.
+        warmup_epochs: epochs of instance discrimination before neighbours are trusted.
+    """
+
+    neighbours: int = 7
+    negatives: int = 500
+    self_share: float = 0.5
+    neighbour_gain: float = 1.75
+    local_loss: float = 0.3
+    camera_penalty: float = 0.05
+    warmup_epochs: int = 3
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One method with every value; the TOML files say where each comes from.
 
     Attributes:
         name: the recipe's name.
-        labels: "clusters" (none needed) or "persons" (supervised).
+        labels: "clusters" (none needed), "persons" (supervised) or "none": every crop is its own entry.
+        contrast: what a crop is contrasted with: "clusters", "proxies" (clusters parted by camera) or "instances".
+        sampler: how batches are drawn: "cameras" (K crops of a cluster, partners from other cameras), "balanced" (K
+            crops of a cluster, as even over its cameras as can be), "proxies" (K crops of a proxy) or "all" (shuffled).
+        aggregate: "mean" over the batch, or the sum of each camera's mean ("cameras").
         student: whether a second model is trained under the guidance of the first.
+        parts: horizontal stripes with heads of their own; 2 are LP's upper and lower half.
+        local_share: share of the stripes in the model's feature; 0: the global view alone.
         epochs: rounds of labelling and training, in each stage.
         iters: batches an epoch.
         batch: crops a batch.
-        instances: crops of one cluster in a batch.
-        lr: learning rate of Adam.
-        weight_decay: L2 penalty of Adam.
+        instances: crops of one cluster (or proxy) in a batch.
+        samples_per_bn: crops a batch norm takes its statistics of; 0 for the whole batch.
+        accumulate: parts a batch is computed in, to save memory.
+        optimizer: "adam" or "sgd" (Nesterov, momentum 0.9).
+        lr: learning rate.
+        weight_decay: L2 penalty.
+        warmup: epochs in which the rate grows linearly from a hundredth.
         lr_steps: fractions of the epochs after which the rate is multiplied by lr_decay.
         lr_decay: factor of each step.
         temperature: tau of the contrast.
         momentum: m of the memories.
         local_loss_weight: LP's lambda_2; 0 trains the global view alone.
-        guidance: LP's mu, the weight of distillation in the student.
+        guidance: LP's mu, the weight of feature distillation in the student.
+        relation: weight of relation distillation in the student.
         teacher_batch_norm: "batch" (statistics of the current batch, as released) or "running".
         precision: "auto" (bfloat16 where the device computes it natively), "bf16" or "fp32".
         cluster: how labels are found.
+        proxies: values of contrast "proxies".
+        selective: values of contrast "instances".
         augment: how crops are varied.
     """
 
     name: str
-    labels: Literal["clusters", "persons"] = "clusters"
+    labels: Literal["clusters", "persons", "none"] = "clusters"
+    contrast: Literal["clusters", "proxies", "instances"] = "clusters"
+    sampler: Literal["cameras", "balanced", "proxies", "all"] = "cameras"
+    aggregate: Literal["mean", "cameras"] = "mean"
     student: bool = True
+    parts: int = 2
+    local_share: float = 0.0
     epochs: int = 8
     iters: int = 80
     batch: int = 64
     instances: int = 4
+    samples_per_bn: int = 64
+    accumulate: int = 1
+    optimizer: Literal["adam", "sgd"] = "adam"
     lr: float = 3.5e-4
     weight_decay: float = 5e-4
+    warmup: int = 0
     lr_steps: tuple[float, ...] = (0.7,)
     lr_decay: float = 0.1
     temperature: float = 0.05
     momentum: float = 0.1
     local_loss_weight: float = 0.2
     guidance: float = 1.0
+    relation: float = 0.0
     teacher_batch_norm: Literal["batch", "running"] = "batch"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    proxies: ProxySettings = field(default_factory=ProxySettings)
+    selective: SelectiveSettings = field(default_factory=SelectiveSettings)
     augment: AugmentSettings = field(default_factory=AugmentSettings)
 
     def __post_init__(self) -> None:
@@ -68,11 +135,22 @@ class Recipe:
             "iters": 1 <= self.iters <= 1_000_000,
             "batch": 2 <= self.batch <= 65_536,
             "instances": 1 <= self.instances <= self.batch,
+            "samples_per_bn": self.samples_per_bn == 0 or self.samples_per_bn >= 2,
+            "accumulate": 1 <= self.accumulate <= self.batch,
+            "parts": 2 <= self.parts <= 16,
+            "local_share": 0 <= self.local_share < 1,
             "lr": 0 < self.lr < 1,
+            "warmup": self.warmup >= 0,
             "momentum": 0 <= self.momentum <= 1,
             "temperature": 0 < self.temperature <= 1,
             "local_loss_weight": 0 <= self.local_loss_weight < 1,
             "guidance": self.guidance >= 0,
+            "relation": self.relation >= 0,
+            "proxies.positives": self.proxies.positives >= 1,
+            "proxies.negatives": self.proxies.negatives >= 1,
+            "selective.neighbours": self.selective.neighbours >= 0,
+            "selective.negatives": self.selective.negatives >= 1,
+            "contrast": (self.contrast == "instances") == (self.labels == "none") == (self.sampler == "all"),
             "cluster.eps": self.cluster.eps == "auto" or 0 < float(self.cluster.eps) < 1,
             "cluster.local_weight": 0 <= self.cluster.local_weight < 0.5,
             "cluster.k1": self.cluster.k1 >= 2,
@@ -91,6 +169,19 @@ class Recipe:
         """The same method, longer or shorter; ``None`` keeps a value."""
         return replace(self, epochs=epochs or self.epochs, iters=iters or self.iters)
 
+    def with_student(self) -> Recipe:
+        """The same method with a student of another architecture, guided by features and by relations."""
+        return replace(self, student=True, guidance=self.guidance or 1.0, relation=self.relation or 1.0)
+
+
+SECTIONS: Mapping[str, type[Any]] = {
+    "cluster": ClusterSettings,
+    "proxies": ProxySettings,
+    "selective": SelectiveSettings,
+    "augment": AugmentSettings,
+}
+PUBLISHED = "published"  # the table of a recipe that holds the paper's own schedule
+
 
 def recipe_names() -> list[str]:
     """The recipes that ship with resight."""
@@ -98,8 +189,12 @@ def recipe_names() -> list[str]:
     return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
 
 
-def load_recipe(name: str) -> Recipe:
+def load_recipe(name: str, *, published: bool = False) -> Recipe:
     """Read a recipe by name.
+
+    Args:
+        name: one of `recipe_names`.
+        published: whether the values of its paper replace those chosen for small encoders and machines.
 
     Raises:
         RecipeError: no such recipe, an unknown key or a value out of range.
@@ -109,7 +204,17 @@ def load_recipe(name: str) -> Recipe:
             f"unknown recipe {name!r}{_nearest(name, recipe_names())}: expected one of {', '.join(recipe_names())}"
         )
     text = (resources.files("resight.training") / "recipes" / f"{name}.toml").read_text()
-    return parse_recipe(name, tomllib.loads(text))
+    values = tomllib.loads(text)
+    paper = values.pop(PUBLISHED, None)
+    if published and paper is None:
+        raise RecipeError(f"recipe {name!r} is ours: it has no published values; leave --published out")
+    return parse_recipe(name, _merged(values, paper) if published else values)
+
+
+def _merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with those of another table put over them, section by section."""
+    nested = {key: {**values.get(key, {}), **value} for key, value in over.items() if isinstance(value, Mapping)}
+    return {**values, **over, **nested}
 
 
 def parse_recipe(name: str, values: Mapping[str, Any]) -> Recipe:
@@ -119,9 +224,8 @@ def parse_recipe(name: str, values: Mapping[str, Any]) -> Recipe:
         RecipeError: an unknown key, with the nearest known one, or a value out of range.
     """
     values = dict(values)
-    cluster = _section(ClusterSettings, values.pop("cluster", {}), name)
-    augment = _section(AugmentSettings, values.pop("augment", {}), name)
-    return _section(Recipe, {**values, "name": name, "cluster": cluster, "augment": augment}, name)
+    sections = {key: _section(kind, values.pop(key, {}), name) for key, kind in SECTIONS.items()}
+    return _section(Recipe, {**values, "name": name, **sections}, name)
 
 
 def _section(kind: type[T], values: Mapping[str, Any], recipe: str) -> T:

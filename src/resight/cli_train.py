@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 SITE_HELP = "Market-1501 folder, plain folder (one sub-folder a camera) or crop store."
 SiteOption = Annotated[Path, typer.Option("--site", help=SITE_HELP)]
+METHODS = "purify-camera (best), purify, o2cap, cluster-contrast, selective, supervised"
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 WEIGHTS_HELP = "'builtin', 'resnet18', 'resnet50', a .pth or .onnx file, or a checkpoint folder."
 
@@ -23,7 +24,14 @@ def adapt(
     site: SiteOption,
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write; the teacher goes to OUT-teacher.")],
     init: Annotated[str, typer.Option(help=f"Initial weights: {WEIGHTS_HELP}")] = "builtin",
-    recipe: Annotated[str, typer.Option(help="Method: purify, supervised.")] = "purify",
+    recipe: Annotated[str, typer.Option(help=f"Method: {METHODS}.")] = "purify-camera",
+    student: Annotated[
+        str | None,
+        typer.Option(help="Distil into a student of other weights, for instance osnet_x0_25 or those --init takes."),
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="The schedule of the method's paper instead of a small machine's.")
+    ] = False,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each stage; the recipe's by default.")] = None,
     iters: Annotated[int | None, typer.Option(min=1, help="Batches an epoch; the recipe's by default.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every stream of chance.")] = 1,
@@ -33,28 +41,33 @@ def adapt(
 ) -> None:
     """Adapt a model to a site's unlabelled crops.
 
-    Example: `resight adapt --site crops/ --init builtin --recipe purify --out site-model`
+    Example: `resight adapt --site crops/ --init builtin --out site-model`
+
+    Example: `resight adapt --site crops/ --init resnet50 --student osnet_x0_25 --out small-model`
     """
     from resight.training.adapt import Adaptation
     from resight.training.adapt import adapt as run_adaptation
     from resight.training.crops import usable_crops
     from resight.training.datasets import open_site
-    from resight.training.epoch import Run, require_device
     from resight.training.recipe import load_recipe
+    from resight.training.run import Run, require_device
     from resight.training.runlog import RunLog
     from resight.weights import load_weights
 
     require_device(device)
     out = out.absolute()  # `.` has no name to put `-teacher` behind
-    method = load_recipe(recipe).with_schedule(epochs=epochs, iters=iters)
+    method = load_recipe(recipe, published=published).with_schedule(epochs=epochs, iters=iters)
+    if student is not None:
+        method = method.with_student()
     opened = open_site(site)
     initial = load_weights(init)
+    smaller = load_weights(student) if student is not None else None
     store = usable_crops(opened.train)
     console = Console(stderr=True)
     console.print(f"{len(store)} crops from {len(store.camera_names)} cameras of {opened.name}, recipe {method.name}")
     folder = out.with_name(f"{out.name}-log")
     with RunLog(folder, console=console, append=resume) as runlog:
-        plan = Adaptation(Run(store, method, seed, device, runlog), initial, out)
+        plan = Adaptation(Run(store, method, seed, device, runlog), initial, out, smaller)
         checkpoint = run_adaptation(plan, resume=resume)
     last = dict(checkpoint.provenance.history[-1])
     console.print(f"wrote {out}; figures and TensorBoard files in {folder}. Next: resight export {out} --out BUNDLE")

@@ -1,17 +1,19 @@
 """The encoder: images to unit features of three views.
 
 Backbone, pooling, optional linear embedding and a batch-norm neck (BNNeck, Luo et al., CVPRW 2019),
-once for the whole map (global) and once for its upper and its lower half, as *Learning to
-Purification* does (Lan et al., TIP 2023; the two "local views"). Only the global head is used
-once a model is trained.
+once for the whole map (global) and once for each of its parts: upper and lower half in *Learning to
+Purification* (Lan et al., TIP 2023; the two "local views"). Once a model is trained only the global
+head is used, unless the config gives the parts a share.
 
 Letters: B batch, C channels, D feature size, H and W of an image, h and w of a feature map.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,9 @@ from resight.image import ImageSpec
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in [0, 1], the statistics every initial weight here was trained with
 IMAGENET_STD = (0.229, 0.224, 0.225)
-VIEWS = ("global", "upper", "lower")
+STRIDE = 16  # image rows a map row stands for, in every backbone here
+HALVES = ("upper", "lower")  # LP's two local views
+Views = tuple[Tensor, ...]  # unit features (B, D): the global view, then one per part from top to bottom
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,9 @@ class EncoderConfig:
         pooling: "gem" (LP, section 3.2 of the released code: p learnable, initially 3) or "avg" (OSNet, O2CAP).
         embedding_dim: outputs of a linear layer between pooling and neck; 0 means none (BNNeck of LP and O2CAP).
         image: input size and resize filter.
+        parts: horizontal stripes of equal height with a head of their own; 2 in LP, 8 in selective contrast.
+        part_dim: length of a part's feature; 0: that of the global one.
+        local_share: share of the parts in the squared distance between embeddings; 0: the global view alone.
 
     Raises:
         ValueError: a field is outside what is said above.
@@ -43,6 +50,9 @@ class EncoderConfig:
     pooling: Literal["avg", "gem"] = "avg"
     embedding_dim: int = 512
     image: ImageSpec = field(default_factory=ImageSpec)
+    parts: int = 2
+    part_dim: int = 0
+    local_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.backbone not in BACKBONES:
@@ -51,6 +61,18 @@ class EncoderConfig:
             raise ValueError(f"unknown pooling {self.pooling!r}: expected avg or gem")
         if not 0 <= self.embedding_dim <= 8192:
             raise ValueError(f"embedding_dim must be 0 (none) to 8192, found {self.embedding_dim}")
+        if not (1 <= self.parts <= 16 and 0 <= self.part_dim <= 8192 and 0 <= self.local_share < 1):
+            raise ValueError(
+                f"expected 1 to 16 parts, part_dim 0 to 8192 and local_share in [0, 1), found {self.parts}, "
+                f"{self.part_dim} and {self.local_share}"
+            )
+        if self.image.height // STRIDE < self.parts:
+            raise ValueError(f"{self.parts} parts need a height of {STRIDE * self.parts} at least: {self.image}")
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Names of the heads."""
+        return ("global", *(HALVES if self.parts == 2 else (f"part{i}" for i in range(self.parts))))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `from_json` reads them."""
@@ -64,14 +86,6 @@ class EncoderConfig:
             ValueError, TypeError: unknown, missing or impossible values.
         """
         return cls(**{**values, "image": ImageSpec(**values["image"])})
-
-
-class Views(NamedTuple):
-    """Unit features of the three views, each float32 (B, D)."""
-
-    whole: Tensor
-    upper: Tensor
-    lower: Tensor
 
 
 class GeM(nn.Module):
@@ -98,11 +112,11 @@ class AveragePool(nn.Module):
 class Head(nn.Module):
     """Pooling, optional embedding, batch-norm neck: a map to a vector not yet of unit length."""
 
-    def __init__(self, channels: int, config: EncoderConfig) -> None:
+    def __init__(self, channels: int, config: EncoderConfig, dim: int) -> None:
         super().__init__()
-        dim = config.embedding_dim or channels
         self.pool = GeM() if config.pooling == "gem" else AveragePool()
-        self.embedding = nn.Linear(channels, dim) if config.embedding_dim else nn.Identity()
+        self.embedding = nn.Linear(channels, dim) if dim else nn.Identity()
+        dim = dim or channels
         self.neck = nn.BatchNorm1d(dim)
         self.neck.bias.requires_grad_(False)  # BNNeck: features stay centred around the origin
 
@@ -122,33 +136,87 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.backbone, self.channels = build_backbone(config.backbone)
-        self.heads = nn.ModuleDict({view: Head(self.channels, config) for view in VIEWS})
+        whole, *parts = config.views
+        self.heads = nn.ModuleDict({whole: Head(self.channels, config, config.embedding_dim)})
+        self.heads.update(
+            {part: Head(self.channels, config, config.part_dim or config.embedding_dim) for part in parts}
+        )
         # Buffers outside the state dict: constants of the input contract, not weights.
         self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
     @property
     def feature_dim(self) -> int:
-        """D, the length of a feature."""
-        return self.config.embedding_dim or self.channels
+        """D, the length of an embedding."""
+        whole = self.config.embedding_dim or self.channels
+        parts = self.config.parts * (self.config.part_dim or whole) if self.config.local_share else 0
+        return whole + parts
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) RGB -> float32 (B, 3, H, W) with ImageNet statistics."""
         return (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Views:
-        """Normalised images (B, 3, H, W) -> unit features of all three views.
+        """Normalised images (B, 3, H, W) -> unit features of all views, the global one first.
 
-        With an odd map height the last row is left out of both halves (LP's released code).
+        Rows that do not divide by the parts are left out at the bottom (LP's released code).
         """
         features = self.backbone(images)  # (B, C, h, w)
-        half = features.shape[2] // 2
-        maps = (features, features[:, :, :half], features[:, :, half : 2 * half])
-        return Views(*(unit(self.heads[view](part)) for view, part in zip(VIEWS, maps, strict=True)))
+        return tuple(unit(head(part)) for head, part in zip(self.heads.values(), self._maps(features), strict=True))
+
+    def _maps(self, features: Tensor) -> list[Tensor]:
+        """The whole map and its stripes."""
+        height = features.shape[2] // self.config.parts
+        return [features, *(features[:, :, i * height : (i + 1) * height] for i in range(self.config.parts))]
 
     def embed(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) -> unit features (B, D) of the global view alone."""
-        return unit(self.heads["global"](self.backbone(images)))
+        """Normalised images (B, 3, H, W) -> unit embeddings (B, D), the global view unless `local_share` says more."""
+        if not self.config.local_share:
+            return unit(self.heads["global"](self.backbone(images)))
+        return self.join(self(images))
+
+    def join(self, views: Views) -> Tensor:
+        """Views -> unit embeddings (B, D).
+
+        With local_share l and S parts: [sqrt(1 - l) g, sqrt(l / S) p_1, ...]; its squared distance is the weighed
+        one of the views (selective contrast's distance for ranking, without its camera term).
+        """
+        share = self.config.local_share
+        if not share:
+            return views[0]
+        part = (share / self.config.parts) ** 0.5
+        return torch.cat([(1 - share) ** 0.5 * views[0], *(part * view for view in views[1:])], 1)
+
+
+def with_parts(encoder: Encoder, parts: int, local_share: float) -> Encoder:
+    """The same encoder with other parts, a copy; their features together are as long as the global one.
+
+    Part i begins as the i-th slice of the global head, so that the parts put together are what the global head
+    says, each slice of it on one stripe. Where the global head has no linear layer (ResNet), theirs are random.
+    """
+    config = encoder.config
+    if (config.parts, config.local_share) == (parts, local_share):
+        return copy.deepcopy(encoder)
+    if config.parts == parts:
+        changed = Encoder(replace(config, local_share=local_share))
+        changed.load_state_dict(encoder.state_dict())
+        return changed.train(encoder.training)
+    whole = encoder.heads["global"]
+    dim = (config.embedding_dim or encoder.channels) // parts
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)  # the parts of a ResNet have nothing to begin with: the same chance for everybody
+        changed = Encoder(replace(config, parts=parts, part_dim=dim, local_share=local_share))
+    changed.backbone.load_state_dict(encoder.backbone.state_dict())
+    changed.heads["global"].load_state_dict(whole.state_dict())
+    if config.embedding_dim:
+        for i, name in enumerate(changed.config.views[1:]):
+            changed.heads[name].load_state_dict(_rows_of(whole.state_dict(), slice(i * dim, (i + 1) * dim)))
+    return changed.train(encoder.training)
+
+
+def _rows_of(state: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    """Some outputs of a head; its pooling has none."""
+    return {key: value[rows] if value.ndim and not key.startswith("pool.") else value for key, value in state.items()}
 
 
 def unit(features: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from resight.backbone import OSNET_CHANNELS, RESNET_CHANNELS
 from resight.checkpoint import describe_mismatch, is_checkpoint, load_checkpoint
 from resight.errors import WeightsError
 from resight.image import ImageSpec
-from resight.model import VIEWS, Encoder, EncoderConfig
+from resight.model import Encoder, EncoderConfig
 
 BUILTIN = "builtin"
 TORCHREID_IMAGE = ImageSpec(256, 128, "bilinear")  # torchreid's default transform
@@ -145,7 +145,7 @@ def _build(name: str, state: Mapping[str, Tensor], source: str) -> Encoder:
         layer, _, rest = key.partition(".")
         if layer == "fc" and name in OSNET_CHANNELS:  # torchreid: fc.0 linear, fc.1 batch norm, fc.2 ReLU
             part = {"0": "embedding", "1": "neck"}.get(rest[0], rest[0]) + rest[1:]
-            renamed |= {f"heads.{view}.{part}": tensor for view in VIEWS}
+            renamed |= {f"heads.{view}.{part}": tensor for view in encoder.config.views}
         elif layer not in ("classifier", "fc"):
             renamed[f"backbone.{key}"] = tensor
     expected = encoder.state_dict()

@@ -92,7 +92,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def torch_features(encoder: Encoder, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     with torch.inference_mode():
-        return encoder(encoder.normalise(torch.from_numpy(images))).whole.numpy()
+        return encoder(encoder.normalise(torch.from_numpy(images)))[0].numpy()
 
 
 def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:

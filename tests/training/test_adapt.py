@@ -26,13 +26,18 @@ from resight.checkpoint import Checkpoint, load_checkpoint
 from resight.errors import CheckpointError, SiteError, TrainingError
 from resight.model import Encoder
 from resight.training import epoch as epoch_module
+from resight.training import objective as objective_module
 from resight.training.adapt import Adaptation, adapt
 from resight.training.crops import CropStore, usable_crops
 from resight.training.datasets import Site, open_site
-from resight.training.epoch import Run, train_epoch
+from resight.training.distill import Guide
+from resight.training.epoch import Round, train_epoch
+from resight.training.objective import ClusterObjective, Objective
 from resight.training.optimizer import make_optimizer
 from resight.training.recipe import Recipe, load_recipe
+from resight.training.run import Run, Stage
 from resight.training.runlog import RunLog
+from resight.training.step import Trainee
 from resight.weights import InitialWeights, load_weights
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -119,7 +124,7 @@ def test_one_eps_is_chosen_in_the_first_epoch_and_kept(unbroken: Path) -> None:
 def test_figures_are_finite_and_only_the_student_is_guided(unbroken: Path) -> None:
     for row in history(unbroken):
         assert all(np.isfinite(value) for name, value in row.items() if name != "stage"), row
-        assert (row["guidance"] > 0) == (row["stage"] == "student")
+        assert (row.get("guidance", 0) > 0) == (row["stage"] == "student")
         assert row["clusters"] >= 2 and "nmi" not in row
 
 
@@ -139,10 +144,10 @@ def test_the_student_stage_leaves_the_teachers_files_and_the_start_alone(
     seen: list[dict[str, tuple[bytes, int]]] = []
     real = epoch_module.train_epoch
 
-    def watched(run: Run, stage: epoch_module.Stage, number: int, *rest: Any) -> dict[str, float]:
-        if stage == "student":
+    def watched(run: Run, now: Round, trainee: Trainee) -> dict[str, float]:
+        if now.stage == "student":
             seen.append(contents(tmp_path / "model-teacher"))
-        return real(run, stage, number, *rest)
+        return real(run, now, trainee)
 
     monkeypatch.setattr("resight.training.adapt.train_epoch", watched)
     start = initial()
@@ -155,27 +160,29 @@ def test_the_student_stage_leaves_the_teachers_files_and_the_start_alone(
 def test_round_minus_one_borrows_labels_and_frozen_memories_of_the_teacher(
     store: CropStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[list[epoch_module.ClusterMemory]] = []
-    real = epoch_module._memories
+    made: list[tuple[ClusterObjective, ClusterObjective]] = []
+    real = epoch_module._objective
 
-    def watched(*arguments: Any) -> list[epoch_module.ClusterMemory]:
-        made.append(real(*arguments))
-        made.append(copy.deepcopy(made[-1]))
-        return made[-2]
+    def watched(*arguments: Any) -> Objective:
+        objective = real(*arguments)
+        assert isinstance(objective, ClusterObjective)
+        made.append((objective, copy.deepcopy(objective)))
+        return objective
 
-    monkeypatch.setattr(epoch_module, "_memories", watched)
+    monkeypatch.setattr(epoch_module, "_objective", watched)
     teacher, student = random_encoder(5), random_encoder(6)
     labels, centres = [], []
     with RunLog(tmp_path / "log", console=quiet()) as log:
         run = Run(store, PURIFY, 1, "cpu", log)
-        for number, encoder, guide in ((0, copy.deepcopy(teacher), None), (-1, student, teacher)):
-            stage: epoch_module.Stage = "student" if guide else "teacher"
-            figures = train_epoch(run, stage, number, encoder, guide, make_optimizer(encoder, PURIFY))
+        for number, encoder, guide in ((0, copy.deepcopy(teacher), None), (-1, student, Guide(teacher))):
+            stage: Stage = "student" if guide else "teacher"
+            trainee = Trainee(encoder, make_optimizer(encoder, PURIFY), guide)
+            figures = train_epoch(run, Round(stage, number), trainee)
             labels.append(np.load(tmp_path / "log" / f"{stage}-labels.npy"))
-            centres.append(made[-1][0].centroids)
-            moved = any(
-                not torch.equal(memory.centroids, first.centroids) for memory, first in zip(*made[-2:], strict=True)
-            )
+            after, before = ([memory.centroids for memory in objective.memories] for objective in made[-1])
+            centres.append(before[0])
+            assert len(after) == 3
+            moved = any(not torch.equal(new, old) for new, old in zip(after, before, strict=True))
             assert moved == (guide is None)
             batches = figures["images_per_s"] * figures["train_s"] / PURIFY.batch
             assert round(batches) == PURIFY.iters * (2 if guide else 1)
@@ -242,10 +249,10 @@ def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(
 def test_a_run_interrupted_before_any_round_goes_on(
     store: CropStore, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, number: int
 ) -> None:
-    def interrupted(run: Run, *rest: Any) -> dict[str, float]:
-        if rest[:2] == (stage, number):
+    def interrupted(run: Run, now: Round, trainee: Trainee) -> dict[str, float]:
+        if (now.stage, now.epoch) == (stage, number):
             raise KeyboardInterrupt
-        return train_epoch(run, *rest)
+        return train_epoch(run, now, trainee)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("resight.training.adapt.train_epoch", interrupted)
@@ -393,13 +400,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     tiny_site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    real = epoch_module.weigh_views
+    real = objective_module.weigh_views
 
     def spoilt(*arguments: Any) -> torch.Tensor:
         calls.append(1)
         return real(*arguments) * (float("nan") if len(calls) == 4 else 1)
 
-    monkeypatch.setattr(epoch_module, "weigh_views", spoilt)
+    monkeypatch.setattr(objective_module, "weigh_views", spoilt)
     with pytest.raises(TrainingError, match=r"loss of teacher epoch 1 is nan: lower lr"):
         run_adapt(tiny_site.train, tmp_path / "model", SUPERVISED)
     kept = load_checkpoint(tmp_path / "model")
@@ -474,7 +481,7 @@ def test_an_onnx_start_gets_its_batch_norm_back(store: CropStore, tmp_path: Path
         _restore_statistics(encoder, Run(store, PURIFY, 1, "cpu", log))
     images = torch.rand(8, 3, 64, 32)
     with torch.no_grad():
-        assert torch.allclose(encoder(images).whole, before(images).whole, atol=1e-4)
+        assert torch.allclose(encoder(images)[0], before(images)[0], atol=1e-4)
     assert not torch.equal(encoder.backbone.conv1.bn.running_var, before.backbone.conv1.bn.running_var)
     folded = InitialWeights(before, SOURCE, statistics_missing=True)
     found = run_adapt(store, tmp_path / "model", PURIFY.with_schedule(epochs=1), start=folded)
