@@ -1,6 +1,6 @@
-"""How healthy labels are, without anyone naming a person: cameras a cluster, and what two labellings share.
+"""How healthy labels are, without anyone naming a person: cameras a cluster, tracks kept whole, epochs that agree.
 
-Letters: N crops, K clusters, C cameras.
+Letters: N crops, K clusters, C cameras, T tracks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from scipy.special import gammaln
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from resight.training.cluster import OUTLIER
+from resight.training.crops import UNKNOWN
 from resight.training.neighbours import Ints
+from resight.training.pairs import TrackPairs
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,27 @@ class Stability:
     nmi: float
     moved_share: float
     shared_crops: int
+
+
+@dataclass(frozen=True)
+class TrackAgreement:
+    """Whether clusters keep one passage together and two people apart.
+
+    One cluster of all crops keeps every track whole and confuses every pair; outliers alone do the reverse. Read both.
+
+    Attributes:
+        majority_share: mean over tracks of two crops or more of the share of its crops that lie in its largest
+            cluster, in [0, 1]; outliers lie in none. None without such tracks.
+        whole_share: share of those tracks whose crops all lie in one cluster, in [0, 1].
+        confused_share: share of pairs of tracks that are certainly two persons whose largest cluster is the same, among
+            the pairs of which both have one, in [0, 1]; 0 is right. None without such pairs.
+        compared_pairs: how many pairs of tracks `confused_share` is measured on.
+    """
+
+    majority_share: float | None
+    whole_share: float | None
+    confused_share: float | None
+    compared_pairs: int
 
 
 def camera_mix(labels: Ints, cameras: Ints) -> CameraMix | None:
@@ -99,6 +122,32 @@ def _none_drawn(total: int, marked: Ints, drawn: Ints) -> NDArray[np.float64]:
     kept = np.where(possible, left, n)  # any number without a pole; masked below
     log = gammaln(kept + 1) - gammaln(kept - n + 1) - gammaln(total + 1) + gammaln(total - n + 1)
     return np.where(possible, np.exp(log), 0.0)
+
+
+def track_agreement(labels: Ints, pairs: TrackPairs) -> TrackAgreement:
+    """Compare clusters with what tracks say.
+
+    Args:
+        labels: int64 (N,), any numbers from 0, -1 for outliers.
+        pairs: tracks of the same N crops.
+    """
+    size = np.bincount(pairs.tracks[pairs.tracks != UNKNOWN], minlength=pairs.track_count)
+    both = (labels != OUTLIER) & (pairs.tracks != UNKNOWN)
+    clusters = int(labels.max(initial=OUTLIER)) + 1
+    cell, count = np.unique(pairs.tracks[both] * clusters + labels[both], return_counts=True)
+    largest_last = np.lexsort((-cell, count))  # of equal counts the lowest label
+    most, home = np.zeros(pairs.track_count, np.int64), np.full(pairs.track_count, OUTLIER)
+    track = cell[largest_last] // max(clusters, 1)
+    most[track], home[track] = count[largest_last], cell[largest_last] % max(clusters, 1)  # the last one stays
+    several = size > 1
+    homes = home[pairs.track_pairs]  # (G, 2)
+    compared = (homes != OUTLIER).all(1)
+    return TrackAgreement(
+        float((most / np.maximum(size, 1))[several].mean()) if several.any() else None,
+        float((most == size)[several].mean()) if several.any() else None,
+        float((homes[:, 0] == homes[:, 1])[compared].mean()) if compared.any() else None,
+        int(compared.sum()),
+    )
 
 
 def stability(labels: Ints, previous: Ints) -> Stability | None:

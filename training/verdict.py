@@ -1,0 +1,147 @@
+"""Two judgements of one store become a verdict: may the candidate take the active model's place?
+
+The rule, from the strongest witness to the weakest (docs/judging.md gives the reasons and what was measured):
+
+1. Features that are unusable or all alike, or clusters that collapsed: refuse.
+2. Tracks: AUC and true positives at fixed false ones, differences over the same resampled tracks. What lies wholly
+   below 0 is worse, wholly above it better. Worse alone refuses, better alone promotes, both together decide nothing.
+   Neither: no worse than `TRACK_MARGIN` and clusters that gained promote.
+3. Tracks see one camera at a time, so nothing is promoted whose clusters came apart by camera or fell into outliers.
+4. Without tracks clusters alone: a silhouette that rose promotes, one that fell, or 3, refuses. It is weaker: training
+   pulls its own clusters together, right or wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from resight.training.separation import CONFIDENCE, Estimate
+
+if TYPE_CHECKING:
+    from resight.training.judge import Judgement
+
+Decision = Literal["promote", "refuse", "undecided"]
+MIN_VARIANCE = 0.01  # a mean cosine of 0.99 between any two crops; encoders in docs/judging.md have 0.6 to 0.86
+TRACK_MARGIN = 0.005  # of AUC: a third of what separates 57.7 and 65.5 mAP in docs/judging.md
+SILHOUETTE_STEP = 0.05  # late epochs of one run differ by up to 0.02 (docs/judging.md)
+MIX_FALL = 0.1  # share of its camera mix a clustering may lose
+OUTLIER_RISE = 0.1  # share of all crops that may become outliers
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do with a candidate.
+
+    Attributes:
+        decision: "promote", "refuse" or "undecided"; a cycle keeps the active model unless told to promote.
+        evidence: what decided: "features", "tracks", "clusters", or "none".
+        reasons: in words, with the figures.
+        differences: after minus before of each figure on tracks that both have, with its interval.
+    """
+
+    decision: Decision
+    evidence: Literal["features", "tracks", "clusters", "none"]
+    reasons: tuple[str, ...]
+    differences: Mapping[str, Estimate]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        differences = {name: asdict(estimate) for name, estimate in self.differences.items()}
+        return {**vars(self), "reasons": list(self.reasons), "differences": differences}
+
+
+def compare(before: Judgement, after: Judgement) -> Verdict:
+    """Whether a candidate may take the active model's place, by the rule at the top of this file.
+
+    Args:
+        before: of the active model.
+        after: of the candidate, on the same store with the same seed: both are checked.
+    """
+    one, other = before.separation, after.separation
+    assert (one.digest, one.seed, before.crops) == (other.digest, other.seed, after.crops), "judge one store, one seed"
+    differences = _differences(before, after)
+    broken = _broken(after)
+    if broken:
+        return Verdict("refuse", "features", (f"candidate: {broken}",), differences)
+    if _broken(before):
+        return Verdict("promote", "features", (f"active model: {_broken(before)}", "candidate: sound"), differences)
+    health, gained, lost = _clusters(before, after)
+    if differences:
+        return _by_tracks(differences, health, gained, lost)
+    why = f"no comparison by tracks: {after.separation.missing.get('auc', 'the active model has none')}"
+    if not health:
+        return Verdict("undecided", "none", (why, "no clusters of both to compare"), {})
+    decision: Decision = "refuse" if lost else "promote" if gained else "undecided"
+    return Verdict(decision, "clusters", (*health, why), {})
+
+
+def _differences(before: Judgement, after: Judgement) -> dict[str, Estimate]:
+    """After minus before of each figure both have; the same tracks stand behind each pair of resamples."""
+    one, other = before.separation, after.separation
+    found = {}
+    for name in one.figures.keys() & other.figures.keys():
+        low, high = np.nanquantile(
+            other.resampled[name] - one.resampled[name], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+        )
+        found[name] = Estimate(other.figures[name].value - one.figures[name].value, float(low), float(high))
+    return dict(sorted(found.items()))
+
+
+def _broken(judged: Judgement) -> str:
+    """Why a model must not serve whatever else is said of it; empty for a sound one."""
+    if judged.problem:
+        return judged.problem
+    if judged.variance is not None and judged.variance < MIN_VARIANCE:
+        return f"all crops look alike to it: variance {judged.variance:.2g}, expected {MIN_VARIANCE} or more"
+    clusters = judged.clusters
+    if clusters is not None and clusters.collapsed:
+        return (
+            f"its clusters collapsed: {clusters.clusters}, the largest with {clusters.largest_share:.0%} of all crops"
+        )
+    return ""
+
+
+def _by_tracks(differences: Mapping[str, Estimate], health: list[str], gained: bool, lost: bool) -> Verdict:
+    """Rules 2 and 3."""
+    told = [
+        f"{name} {change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}]" for name, change in differences.items()
+    ]
+    worse = [name for name, change in differences.items() if change.high < 0]
+    better = [name for name, change in differences.items() if change.low > 0]
+    harmless = differences["auc"].low >= -TRACK_MARGIN
+    decision: Decision = "undecided"
+    if worse and better:
+        why = f"better in {', '.join(better)} and worse in {', '.join(worse)}"
+    elif worse:
+        decision, why = "refuse", f"worse in {', '.join(worse)}"
+    elif better and lost:
+        why = f"better in {', '.join(better)}, but its clusters lost what tracks of single cameras cannot show"
+    elif better:
+        decision, why = "promote", f"better in {', '.join(better)}, worse in none"
+    elif harmless and gained and not lost:
+        decision, why = "promote", f"on tracks no worse than {TRACK_MARGIN} in AUC, and its clusters gained"
+    else:
+        why = "neither better nor worse on tracks beyond chance"
+    return Verdict(decision, "tracks", (why, *told, *health), differences)
+
+
+def _clusters(before: Judgement, after: Judgement) -> tuple[list[str], bool, bool]:
+    """Changes in words, whether clusters gained, whether they lost; no words where there is nothing to compare."""
+    one, other = before.clusters, after.clusters
+    if one is None or other is None or one.cameras is None or other.cameras is None:
+        return [], False, False
+    told = [f"outliers {one.outlier_share:.1%} to {other.outlier_share:.1%}"]
+    lost = other.outlier_share > one.outlier_share + OUTLIER_RISE
+    mix = [found.cameras_per_cluster / found.chance_cameras_per_cluster for found in (one.cameras, other.cameras)]
+    told.append(f"cameras a cluster, of what chance gives, {mix[0]:.2f} to {mix[1]:.2f}")
+    lost |= mix[1] < (1 - MIX_FALL) * mix[0]
+    gained = False
+    if one.silhouette is not None and other.silhouette is not None:
+        told.append(f"silhouette {one.silhouette:.3f} to {other.silhouette:.3f}")
+        gained = other.silhouette > one.silhouette + SILHOUETTE_STEP
+        lost |= other.silhouette < one.silhouette - SILHOUETTE_STEP
+    return told, gained and not lost, lost
