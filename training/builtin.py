@@ -16,10 +16,10 @@ from resight.checkpoint import Provenance, load_checkpoint, write_checkpoint
 from resight.image import ImageSpec
 from resight.model import Encoder, EncoderConfig
 from resight.training.adapt import Adaptation, adapt
-from resight.training.run import Run
 from resight.training.evaluate import evaluate_site, percentages
 from resight.training.features import extract
 from resight.training.recipe import Recipe, load_recipe
+from resight.training.run import Run
 from resight.training.runlog import RunLog
 from resight.training.synthetic import SiteSettings, render_site
 from resight.weights import InitialWeights

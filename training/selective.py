@@ -106,7 +106,7 @@ class InstanceObjective:
         count = min(settings.neighbours + settings.negatives, n - 1)
         drawn = torch.from_numpy(self._rng.choice(n, count + 1, replace=False)).to(rows.device).expand(len(rows), -1)
         others = (drawn != rows[:, None]).to(torch.int8)
-        return drawn.gather(1, others.argsort(1, descending=True, stable=True))[:, :count]
+        return drawn.gather(1, others.argsort(dim=1, descending=True, stable=True))[:, :count]
 
     @torch.no_grad()
     def update(self, features: Sequence[Tensor], rows: Tensor) -> None:

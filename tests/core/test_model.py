@@ -3,7 +3,7 @@ import torch
 
 from resight.backbone import BACKBONES
 from resight.image import ImageSpec
-from resight.model import Encoder, EncoderConfig, GeM
+from resight.model import Encoder, EncoderConfig, GeM, with_parts
 
 SMALL = ImageSpec(64, 32)
 
@@ -74,3 +74,39 @@ def test_impossible_configs_are_refused(values: dict) -> None:
 def test_config_survives_json() -> None:
     config = EncoderConfig("resnet18", "gem", 0, ImageSpec(128, 64, "bilinear"))
     assert EncoderConfig.from_json(config.to_json()) == config
+
+
+def test_stripes_put_together_say_what_the_global_head_says_of_them() -> None:
+    torch.manual_seed(1)
+    encoder = Encoder(EncoderConfig("osnet_x0_25", "avg", 32, ImageSpec(128, 64))).eval()
+    striped = with_parts(encoder, 4, 0.5)
+    assert (striped.config.part_dim, striped.feature_dim) == (8, 64) and encoder.config.parts == 2
+    maps = torch.rand(2, encoder.channels, 8, 4)
+    with torch.inference_mode():
+        whole = encoder.heads["global"](maps)
+        joined = torch.cat([striped.heads[f"part{i}"](maps) for i in range(4)], 1)
+    assert torch.allclose(whole, joined, atol=1e-5)
+
+
+def test_joined_views_have_the_weighed_distance_of_the_views() -> None:
+    torch.manual_seed(2)
+    encoder = with_parts(Encoder(EncoderConfig("osnet_x0_25", "gem", 32, SMALL)).eval(), 4, 0.5)
+    images = torch.randn(2, 3, 64, 32)
+    with torch.inference_mode():
+        views, joined = encoder(images), encoder.embed(images)
+    gaps = [float((view[0] - view[1]).square().sum()) for view in views]
+    assert float((joined[0] - joined[1]).square().sum()) == pytest.approx(0.5 * gaps[0] + 0.5 * sum(gaps[1:]) / 4)
+    assert joined.norm(dim=1).tolist() == pytest.approx([1, 1])
+
+
+def test_parts_of_a_backbone_without_a_linear_layer_begin_with_the_same_chance() -> None:
+    encoder = Encoder(EncoderConfig("resnet18", "avg", 0, ImageSpec(128, 64))).eval()
+    one, other = with_parts(encoder, 8, 0.5), with_parts(encoder, 8, 0.5)
+    assert one.config.part_dim == 64 and one.feature_dim == 1024
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+    assert with_parts(encoder, 2, 0.0) is not encoder
+
+
+def test_more_parts_than_map_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="8 parts need a height of 128"):
+        EncoderConfig(image=SMALL, parts=8)

@@ -17,7 +17,18 @@ def test_lp_table_of_rates(round_: int, expected: float) -> None:
     assert rate(LP, round_) == pytest.approx(expected)
 
 
-def train(encoder: Encoder, optimizer: torch.optim.Adam, steps: range) -> None:
+O2CAP = Recipe("o2cap", epochs=50, lr_steps=(0.4, 0.8), lr=3.5e-4, warmup=10)
+
+
+@pytest.mark.parametrize(
+    "epoch, expected",
+    [(0, 3.5e-6), (1, 3.8e-5), (5, 1.77e-4), (9, 3.15e-4), (10, 3.5e-4), (19, 3.5e-4), (20, 3.5e-5), (40, 3.5e-6)],
+)
+def test_o2cap_table_of_rates(epoch: int, expected: float) -> None:
+    assert rate(O2CAP, epoch) == pytest.approx(expected, rel=0.01)
+
+
+def train(encoder: Encoder, optimizer: torch.optim.Optimizer, steps: range) -> None:
     encoder.train()
     for step in steps:
         images = torch.randn(4, 3, 64, 32, generator=torch.Generator().manual_seed(step))
@@ -26,15 +37,18 @@ def train(encoder: Encoder, optimizer: torch.optim.Adam, steps: range) -> None:
         optimizer.step()
 
 
-def test_packed_state_continues_exactly() -> None:
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_packed_state_continues_exactly(kind: str, layout: torch.memory_format) -> None:
+    recipe = Recipe("mine", optimizer=kind)  # type: ignore[arg-type]
     torch.manual_seed(0)
-    whole = Encoder(EncoderConfig(embedding_dim=32, image=ImageSpec(64, 32)))
-    optimizer = make_optimizer(whole, LP)
+    whole = Encoder(EncoderConfig(embedding_dim=32, image=ImageSpec(64, 32))).to(memory_format=layout)
+    optimizer = make_optimizer(whole, recipe)
     train(whole, optimizer, range(2))
-    resumed = Encoder(whole.config)
+    resumed = Encoder(whole.config).to(memory_format=layout)
     resumed.load_state_dict(whole.state_dict())
-    second = make_optimizer(resumed, LP)
-    unpack_state(second, {name: tensor.clone() for name, tensor in pack_state(optimizer).items()})
+    second = make_optimizer(resumed, recipe)
+    unpack_state(second, {name: tensor.contiguous().clone() for name, tensor in pack_state(optimizer).items()})
     for encoder, stepper in ((whole, optimizer), (resumed, second)):
         set_rate(stepper, LP, 30)
         train(encoder, stepper, range(2, 4))

@@ -20,6 +20,40 @@ def test_purify_holds_the_papers_weights() -> None:
     assert (recipe.temperature, recipe.momentum, recipe.cluster.k1, recipe.cluster.k2) == (0.05, 0.1, 30, 6)
 
 
+def test_every_value_of_a_recipe_has_a_comment() -> None:
+    for name in recipe_names():
+        text = (resources.files("resight.training") / "recipes" / f"{name}.toml").read_text()
+        told = False  # a comment holds for the lines below it that have none, where it says so
+        for line in text.splitlines():
+            if "=" not in line.partition("#")[0]:
+                told = "as all of the following" in line
+                continue
+            told = ("as all of the following" in line) or (told and "#" not in line)
+            assert told or "#" in line, f"{name}: {line}"
+
+
+def test_published_values_replace_those_for_small_machines() -> None:
+    lp, cc, o2 = (load_recipe(name, published=True) for name in ("purify", "cluster-contrast", "o2cap"))
+    for recipe in (lp, cc):
+        assert (recipe.epochs, recipe.iters, recipe.batch, recipe.instances) == (50, 200, 256, 16)
+        assert (recipe.samples_per_bn, recipe.lr, recipe.lr_steps, recipe.cluster.eps) == (64, 3.5e-4, (0.4, 0.8), 0.6)
+        assert (recipe.temperature, recipe.momentum) == (0.05, 0.1) and not recipe.cluster.centre_cameras
+    assert (lp.student, cc.student, lp.local_loss_weight, cc.local_loss_weight) == (True, False, 0.2, 0.0)
+    assert (o2.epochs, o2.iters, o2.batch, o2.instances, o2.samples_per_bn) == (50, 400, 32, 4, 32)
+    assert (o2.warmup, o2.sampler, o2.aggregate, o2.temperature, o2.momentum) == (10, "proxies", "cameras", 0.07, 0.2)
+    assert (o2.cluster.k1, o2.cluster.k2, o2.cluster.eps) == (20, 6, 0.5)
+    sc = load_recipe("selective", published=True)
+    assert (sc.batch, sc.optimizer, sc.lr, sc.epochs, sc.selective.warmup_epochs) == (8, "sgd", 1e-3, 50, 3)
+    assert (sc.parts, sc.local_share, sc.selective.local_loss, sc.selective.negatives) == (8, 0.5, 0.3, 500)
+    with pytest.raises(RecipeError, match="leave --published out"):
+        load_recipe("purify-camera", published=True)
+
+
+def test_a_student_of_another_kind_is_guided_by_relations_too() -> None:
+    recipe = load_recipe("o2cap").with_student()
+    assert recipe.student and recipe.guidance == 1.0 and recipe.relation == 1.0
+
+
 def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(RecipeError, match="did you mean 'purify'"):
         load_recipe("purfy")
@@ -49,6 +83,13 @@ def test_unknown_keys_are_refused(values: dict, word: str) -> None:
         {"cluster": {"eps": 1.0}},
         {"cluster": {"local_weight": 0.5}},
         {"instances": 100},
+        {"samples_per_bn": 1},
+        {"accumulate": 0},
+        {"parts": 1},
+        {"labels": "none"},
+        {"contrast": "instances"},
+        {"proxies": {"positives": 0}},
+        {"selective": {"negatives": 0}},
     ],
 )
 def test_values_out_of_range_are_refused(values: dict) -> None:

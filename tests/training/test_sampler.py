@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from resight.errors import TrainingError
-from resight.training.sampler import camera_batches
+from resight.training.sampler import balanced_batches, camera_batches, proxy_batches, shuffled_batches
 
 
 def draw(
@@ -73,3 +73,45 @@ def test_camera_ids_need_not_count_from_zero_and_chance_is_the_seed() -> None:
 def test_only_outliers_is_an_error() -> None:
     with pytest.raises(TrainingError, match="no crop has a label"):
         draw(np.full(5, -1), np.zeros(5, np.int64), batch=4, instances=2, count=1)
+
+
+def test_balanced_batches_are_as_even_over_a_clusters_cameras_as_can_be() -> None:
+    rng = np.random.default_rng(3)
+    labels, cameras = rng.integers(-1, 6, 150), 10 * rng.integers(0, 4, 150)
+    batches = balanced_batches(labels, cameras, batch=16, instances=8, rng=np.random.default_rng(1))
+    for rows in itertools.islice(batches, 20):
+        for block in rows.reshape(2, 8):
+            (label,) = set(labels[block])
+            members = np.flatnonzero(labels == label)
+            assert len(set(block)) == min(8, len(members))
+            held = {camera: int((cameras[members] == camera).sum()) for camera in set(cameras[members])}
+            drawn = {camera: int((cameras[block] == camera).sum()) for camera in held}
+            most = max(drawn.values())
+            assert all(count >= min(most - 1, held[camera]) for camera, count in drawn.items())
+
+
+def test_a_small_cluster_repeats_in_a_balanced_batch_and_a_singleton_fills_its_block() -> None:
+    labels, cameras = np.array([0, 0, 0, 1]), np.array([5, 5, 9, 9])
+    rows = next(balanced_batches(labels, cameras, batch=16, instances=8, rng=np.random.default_rng(0)))
+    blocks = {int(labels[block[0]]): np.bincount(block, minlength=4) for block in rows.reshape(2, 8)}
+    assert sorted(blocks[0][:3]) == [2, 3, 3] and blocks[1].tolist() == [0, 0, 0, 8]
+
+
+def test_proxy_batches_visit_every_proxy_with_equal_shares() -> None:
+    labels = np.repeat(np.arange(6), [1, 2, 3, 4, 9, 30])
+    drawn = list(itertools.islice(proxy_batches(labels, batch=24, instances=4, rng=np.random.default_rng(0)), 30))
+    for rows in drawn:  # 24 = 6 proxies x 4: a batch is a pass
+        assert np.bincount(labels[rows]).tolist() == [4] * 6
+        for label in (3, 4, 5):
+            assert len(set(rows[labels[rows] == label])) == 4  # enough crops: none twice
+    pairs = np.concatenate([rows[labels[rows] == 1] for rows in drawn]).reshape(30, 4)
+    assert len({tuple(sorted(block)) for block in pairs.tolist()}) > 1  # a shuffled list cut short may miss one
+
+
+def test_shuffled_batches_are_passes_without_repeats() -> None:
+    batches = list(itertools.islice(shuffled_batches(23, batch=5, rng=np.random.default_rng(0)), 8))
+    for start in (0, 4):
+        rows = np.concatenate(batches[start : start + 4])
+        assert len(set(rows)) == 20 and rows.max() < 23
+    with pytest.raises(TrainingError, match="3 crops do not fill a batch of 5"):
+        next(shuffled_batches(3, batch=5, rng=np.random.default_rng(0)))
