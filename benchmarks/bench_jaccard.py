@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from sklearn.cluster import DBSCAN
 
 from resight.training.cluster import scan
-from resight.training.neighbours import encode_reciprocal, jaccard_graph, nearest
+from resight.training.jaccard import encode_reciprocal, jaccard_graph
+from resight.training.neighbours import nearest
 
 K1, K2, EPS, MIN_SAMPLES = 30, 6, 0.6, 4
 EACH = 17  # crops a person, as Market-1501's 12,936 of 751

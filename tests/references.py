@@ -8,13 +8,17 @@ from numpy.typing import NDArray
 Floats = NDArray[np.floating]
 
 
-def dense_jaccard(features: Floats, k1: int, k2: int) -> NDArray[np.float64]:
-    """k-reciprocal Jaccard distance, dense (N, N), steps 1-6 of the k-reciprocal encoding one crop at a time."""
+def dense_jaccard(features: Floats, k1: int, k2: int, ranks: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
+    """k-reciprocal Jaccard distance, dense (N, N), steps 1-6 of the k-reciprocal encoding one crop at a time.
+
+    Neighbours (N, k1) are given where ties leave a choice.
+    """
     x = features.astype(np.float64)
     n = len(x)
     similarity = x @ x.T
     np.fill_diagonal(similarity, 2.0)
-    ranks = np.argsort(-similarity, axis=1, kind="stable")[:, : min(k1, n)]
+    if ranks is None:
+        ranks = np.argsort(-similarity, axis=1, kind="stable")[:, : min(k1, n)]
     lists = [list(row) for row in ranks]
 
     def reciprocal(i: int, k: int) -> set[int]:
@@ -33,6 +37,30 @@ def dense_jaccard(features: Floats, k1: int, k2: int) -> NDArray[np.float64]:
         weights[i, members] = raw / raw.sum()
     if k2 > 1:
         weights = np.stack([weights[lists[i][:k2]].mean(0) for i in range(n)])
+    return _jaccard_of(weights)
+
+
+def dense_camera_jaccard(
+    features: Floats, cameras: NDArray[np.int64], k1: tuple[int, int], k2: tuple[int, int]
+) -> NDArray[np.float64]:
+    """Camera-aware Jaccard distance, dense (N, N), one crop at a time; k1 and k2 within and across cameras."""
+    x = features.astype(np.float64)
+    n = len(x)
+    ranked = [sorted(range(n), key=lambda j, i=i: (j != i, -float(x[i] @ x[j]))) for i in range(n)]
+    same = [[j for j in ranked[i] if cameras[j] == cameras[i]] for i in range(n)]
+    other = [[j for j in ranked[i] if cameras[j] != cameras[i]] for i in range(n)]
+    weights = np.zeros((n, n))
+    for i in range(n):
+        members = {j for j in same[i][: k1[0] + 1] if i in same[j][: k1[0] + 1]}
+        members |= {j for j in other[i][: k1[1] + 1] if i in other[j][: k1[1] + 1]}
+        for j in members:
+            weights[i, j] = np.exp(-(2 - 2 * float(x[i] @ x[j])))
+        weights[i] /= weights[i].sum()
+    return _jaccard_of(np.stack([weights[same[i][: k2[0]] + other[i][: k2[1]]].mean(0) for i in range(n)]))
+
+
+def _jaccard_of(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    n = len(weights)
     distance = np.zeros((n, n))
     for i in range(n):
         for j in range(n):

@@ -2,21 +2,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from references import dense_jaccard, dense_silhouette
+from references import dense_camera_jaccard, dense_jaccard, dense_silhouette
+from scipy import sparse
 from sklearn.cluster import DBSCAN
 
 from resight.errors import TrainingError
 from resight.training.cluster import (
     Clustering,
     ClusterSettings,
-    centre_cameras,
     centroids,
     choose_eps,
     cluster,
     scan,
     silhouette,
 )
-from resight.training.neighbours import encode_reciprocal, jaccard_graph
+from resight.training.jaccard import encode_camera_aware, encode_reciprocal, jaccard_graph
 
 
 def people(count: int, each: int, *, spread: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -36,6 +36,48 @@ def test_sparse_labels_are_those_of_the_dense_matrix(eps: float) -> None:
     expected = DBSCAN(eps=eps, min_samples=4, metric="precomputed").fit_predict(dense)
     assert np.array_equal(scan(graph_of(rows), eps, 4), expected)
     assert len(set(expected)) > 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_labels_are_scikit_learns_to_the_bit_ties_and_border_crops_included(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 90))
+    distance = np.round(np.triu(rng.uniform(0, 1, (n, n)), 1) * 20).astype(np.float32) / np.float32(20)
+    distance += distance.T
+    i, j = np.nonzero((distance < 0.7) | np.eye(n, dtype=bool))
+    graph = sparse.csr_matrix((distance[i, j], (i, j)), (n, n))
+    for eps in (0.05, 0.1, 0.15, 0.3, 0.7):  # most are distances themselves
+        for min_samples in (1, 2, 4, 8):
+            expected = DBSCAN(eps=eps, min_samples=min_samples, metric="precomputed").fit_predict(graph.copy())
+            assert np.array_equal(scan(graph, eps, min_samples), expected)
+
+
+def test_a_border_crop_joins_the_first_of_two_clusters_that_reach_it() -> None:
+    # crops 1-4 and 5-8 are two cliques; crop 0 is near one crop of each, too few for a core
+    distance = np.ones((9, 9), np.float32)
+    distance[1:5, 1:5] = distance[5:9, 5:9] = 0.1
+    distance[0, [5, 1]] = distance[[5, 1], 0] = 0.2
+    np.fill_diagonal(distance, 0)
+    labels = scan(sparse.csr_matrix(distance), 0.3, 4)
+    assert labels.tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("eps", [0.4, 0.5, 0.6])
+def test_camera_aware_labels_are_those_of_the_dense_matrix(eps: float) -> None:
+    rows, _ = people(15, 9, spread=0.45)
+    cameras = np.random.default_rng(3).integers(0, 3, len(rows))
+    dense = dense_camera_jaccard(rows, cameras, (5, 20), (2, 4))
+    expected = DBSCAN(eps=eps, min_samples=4, metric="precomputed").fit_predict(dense)
+    encoded = encode_camera_aware(rows, cameras, k1_intra=5, k1_inter=20, k2_intra=2, k2_inter=4)
+    assert np.array_equal(scan(jaccard_graph([encoded], [1.0], max_distance=0.7), eps, 4), expected)
+    if eps == 0.5:
+        found = cluster([rows], ClusterSettings(eps=eps, camera_aware=True), cameras=cameras)
+        assert found.count > 2 and np.array_equal(found.labels, expected)
+
+
+def test_camera_aware_neighbours_without_cameras_are_an_error_that_says_so() -> None:
+    with pytest.raises(TrainingError, match="need the camera of every crop"):
+        cluster([people(5, 6, spread=0.2)[0]], ClusterSettings(camera_aware=True))
 
 
 def test_scanning_leaves_the_graph_as_it_was() -> None:
@@ -114,17 +156,6 @@ def test_a_collapse_is_not_chosen_while_people_can_be_told_apart() -> None:
     assert sound and not chosen.collapsed
     assert Clustering(np.zeros(10, np.int64)).collapsed and Clustering(np.full(10, -1)).collapsed
     assert not Clustering(np.array([0, 0, 1, 1])).collapsed
-
-
-def test_centring_takes_each_cameras_mean_away_and_keeps_unit_rows() -> None:
-    rows, _ = people(5, 6, spread=0.4)
-    cameras = np.tile([7, -2, 40], 10)
-    found = centre_cameras(rows, cameras)
-    for row, camera in enumerate(cameras):
-        slow = rows[row] - rows[cameras == camera].mean(0)
-        assert found[row] == pytest.approx(slow / np.linalg.norm(slow), abs=1e-5)
-    alone = centre_cameras(rows[:3], np.array([0, 1, 2]))  # nothing is left of a camera's only crop
-    assert np.array_equal(alone, rows[:3])
 
 
 def test_people_are_found_across_cameras_that_colour_everything() -> None:

@@ -1,61 +1,90 @@
 import numpy as np
 import pytest
-from references import dense_jaccard
 
-from resight.training.neighbours import encode_reciprocal, jaccard_graph, nearest
+from resight.training import neighbours
+from resight.training.neighbours import NOBODY, nearest, search, search_by_camera
 
 
-def unit_rows(rng: np.random.Generator, people: int, each: int, dim: int, spread: float) -> np.ndarray:
-    centres = rng.normal(size=(people, dim))
-    rows = (centres[:, None] + spread * rng.normal(size=(people, each, dim))).reshape(-1, dim)
+def unit_rows(count: int, dim: int, *, people: int | None = None, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(count, dim))
+    if people:
+        rows = rng.normal(size=(people, dim))[np.arange(count) % people] + 0.5 * rows
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-@pytest.mark.parametrize("count, k, chunk", [(1, 3, 4), (7, 3, 2), (65, 10, 16), (65, 100, 64)])
-def test_nearest_equals_a_full_sort_with_each_row_first(count: int, k: int, chunk: int) -> None:
-    rows = unit_rows(np.random.default_rng(count), count, 1, 5, 0.0)
-    similarity = rows @ rows.T
+def similarity_of(rows: np.ndarray) -> np.ndarray:
+    similarity = rows.astype(np.float64) @ rows.T.astype(np.float64)
     np.fill_diagonal(similarity, 2)
-    expected = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    return similarity
+
+
+@pytest.mark.parametrize(
+    "count, k, chunk", [(1, 3, 4), (2, 30, 64), (7, 3, 2), (65, 10, 16), (65, 100, 64), (300, 30, 65)]
+)
+def test_nearest_equals_a_full_sort_with_each_row_first(count: int, k: int, chunk: int) -> None:
+    rows = unit_rows(count, 5, seed=count)
+    expected = np.argsort(-similarity_of(rows), axis=1, kind="stable")[:, :k]
     assert np.array_equal(nearest(rows, k, chunk=chunk), expected)
 
 
-def test_a_duplicate_crop_never_takes_a_rows_own_first_place() -> None:
-    rows = np.repeat(unit_rows(np.random.default_rng(0), 3, 1, 4, 0.0), 2, axis=0)
-    assert np.array_equal(nearest(rows, 2)[:, 0], np.arange(6))
+def test_any_tile_side_finds_the_same() -> None:
+    rows = unit_rows(1000, 16, people=60)
+    expected = nearest(rows, 30, chunk=1000)
+    for chunk in (64, 100, 128, 511, 512, 2048):
+        assert np.array_equal(nearest(rows, 30, chunk=chunk), expected)
 
 
-@pytest.mark.parametrize("k1, k2", [(30, 6), (20, 6), (15, 1), (6, 2), (200, 3)])
-@pytest.mark.parametrize("chunk", [7, 256])
-def test_sparse_jaccard_equals_the_dense_definition(k1: int, k2: int, chunk: int) -> None:
-    rows = unit_rows(np.random.default_rng(k1 + k2), 17, 7, 12, 0.6)
-    dense = dense_jaccard(rows, k1, k2)
-    graph = jaccard_graph([encode_reciprocal(rows, k1=k1, k2=k2)], [1.0], max_distance=0.7, chunk=chunk)
-    kept = dense <= 0.7 - 1e-6
-    np.fill_diagonal(kept, True)
-    stored = np.full(dense.shape, np.inf)
-    coo = graph.tocoo()
-    stored[coo.row, coo.col] = coo.data
-    assert np.abs(stored[kept] - np.where(np.eye(len(dense), dtype=bool), 0, dense)[kept]).max() < 2e-6
-    assert not (stored[dense > 0.7 + 1e-6] < np.inf).any()
-    assert (graph.diagonal() == 0).all() and graph.nnz >= len(rows)
+def test_similarities_are_those_of_the_neighbours() -> None:
+    rows = unit_rows(150, 8, people=20)
+    found = search(rows, 12, chunk=64)
+    expected = np.einsum("nd,nkd->nk", rows, rows[found.indices])
+    assert found.similarity == pytest.approx(expected, abs=1e-6) and found.similarity.dtype == np.float32
+    assert (np.diff(found.similarity, axis=1) <= 0).all()
 
 
-def test_views_are_fused_before_pruning() -> None:
-    rng = np.random.default_rng(3)
-    views = [unit_rows(rng, 9, 6, 8, 0.5) for _ in range(3)]
-    weights = [0.7, 0.15, 0.15]
-    dense = sum(w * dense_jaccard(view, 10, 3) for w, view in zip(weights, views, strict=True))
-    graph = jaccard_graph([encode_reciprocal(view, k1=10, k2=3) for view in views], weights, max_distance=0.6)
-    coo = graph.tocoo()
-    off = coo.row != coo.col
-    assert off.any()
-    assert np.abs(coo.data[off] - dense[coo.row[off], coo.col[off]]).max() < 2e-6
-    assert off.sum() == (dense <= 0.6).sum() - np.diag(dense <= 0.6).sum()
+@pytest.mark.parametrize("copies, k", [(2, 2), (7, 5), (70, 30)])
+def test_duplicate_crops_are_near_and_never_take_a_rows_own_first_place(copies: int, k: int) -> None:
+    rows = np.repeat(unit_rows(3, 4), copies, axis=0)
+    found = search(rows, k, chunk=64)
+    assert np.array_equal(found.indices[:, 0], np.arange(3 * copies))
+    assert found.similarity == pytest.approx(np.ones_like(found.similarity), abs=1e-6)
+    assert all(len(set(row)) == k for row in found.indices)
 
 
-def test_encodings_are_distributions() -> None:
-    rows = unit_rows(np.random.default_rng(5), 20, 5, 16, 0.4)
-    weights = encode_reciprocal(rows, k1=12, k2=4).weights
-    assert np.abs(np.asarray(weights.sum(1)).ravel() - 1).max() < 1e-5
-    assert (weights.data > 0).all()
+def test_few_entries_of_a_tile_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What makes the search fast: only those that may be among a row's best are gone through."""
+    seen: list[int] = []
+    original = neighbours._pad_rows
+
+    def counting(*arguments):
+        seen.append(len(arguments[0]))
+        return original(*arguments)
+
+    monkeypatch.setattr(neighbours, "_pad_rows", counting)
+    search(unit_rows(4096, 16), 10, chunk=1024)
+    assert sum(seen) < 0.02 * 4096**2
+
+
+@pytest.mark.parametrize("count, chunk", [(90, 64), (300, 128), (300, 2048)])
+@pytest.mark.parametrize("k_intra, k_inter", [(6, 21), (2, 1), (400, 400)])
+def test_neighbours_by_camera_equal_full_sorts(count: int, chunk: int, k_intra: int, k_inter: int) -> None:
+    rows = unit_rows(count, 6, people=30, seed=4)
+    # one camera of a single crop, one of three, numbers that are not 0..C-1
+    cameras = np.random.default_rng(0).choice([-5, 9, 1000], count)
+    cameras[7], cameras[[11, 40, 60]] = 3, 77
+    similarity = similarity_of(rows)
+    intra, inter = search_by_camera(rows, cameras, k_intra, k_inter, chunk=chunk)
+    for i in range(count):
+        order = np.argsort(-similarity[i], kind="stable")
+        for found, allowed, k in ((intra, cameras == cameras[i], k_intra), (inter, cameras != cameras[i], k_inter)):
+            expected = [j for j in order if allowed[j]][:k]
+            assert found.indices[i].tolist() == expected + [NOBODY] * (min(k, count) - len(expected))
+            assert found.similarity[i, 1 : len(expected)] == pytest.approx(similarity[i, expected[1:]], abs=1e-6)
+    assert np.array_equal(intra.indices[:, 0], np.arange(count))
+
+
+def test_a_single_camera_has_nobody_elsewhere() -> None:
+    intra, inter = search_by_camera(unit_rows(9, 4), np.full(9, 3), 4, 4)
+    assert np.array_equal(intra.indices, nearest(unit_rows(9, 4), 4))
+    assert (inter.indices == NOBODY).all() and (inter.similarity == 0).all()
