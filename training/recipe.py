@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from typing import Any, Literal, TypeVar
@@ -14,6 +14,7 @@ from resight.training.augment import AugmentSettings
 from resight.training.cluster import ClusterSettings
 
 T = TypeVar("T")
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Recipe:
         guidance: LP's mu, the weight of feature distillation in the student.
         relation: weight of relation distillation in the student.
         teacher_batch_norm: "batch" (statistics of the current batch, as released) or "running".
-        precision: "auto" (bfloat16 where the device computes it natively), "bf16" or "fp32".
+        precision: "auto" (bfloat16 where the device computes it natively), "bf16", "fp16" (GPUs alone) or "fp32".
         cluster: how labels are found.
         proxies: values of contrast "proxies".
         selective: values of contrast "instances".
@@ -123,7 +124,7 @@ class Recipe:
     guidance: float = 1.0
     relation: float = 0.0
     teacher_batch_norm: Literal["batch", "running"] = "batch"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Precision = "auto"
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     proxies: ProxySettings = field(default_factory=ProxySettings)
     selective: SelectiveSettings = field(default_factory=SelectiveSettings)
@@ -226,6 +227,35 @@ def parse_recipe(name: str, values: Mapping[str, Any]) -> Recipe:
     values = dict(values)
     sections = {key: _section(kind, values.pop(key, {}), name) for key, kind in SECTIONS.items()}
     return _section(Recipe, {**values, "name": name, **sections}, name)
+
+
+def change_recipe(recipe: Recipe, changes: Sequence[str]) -> Recipe:
+    """The recipe with some values replaced, each "key=value" or "section.key=value", the value as TOML writes it.
+
+    Raises:
+        RecipeError: no "=", a value TOML cannot read, an unknown key or a value out of range.
+    """
+    values = recipe.to_json()
+    for change in changes:
+        key, equals, text = change.partition("=")
+        *sections, name = key.strip().split(".")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(
+                f"--set {change!r} cannot be read ({error}): expected KEY=VALUE with a value as in a TOML file, for "
+                "instance iters=40, cluster.eps=0.5 or sampler='\"proxies\"'",
+                field=key,
+            ) from error
+        table = values
+        for section in sections:
+            table = table.get(section)  # type: ignore[assignment]
+            if not isinstance(table, dict):
+                raise RecipeError(f"recipe {recipe.name!r} has no section {section!r}", field=key)
+        if not equals or isinstance(table.get(name), dict):
+            raise RecipeError(f"--set {change!r}: expected KEY=VALUE, for instance cluster.eps=0.5", field=key)
+        table[name] = value
+    return parse_recipe(recipe.name, {key: value for key, value in values.items() if key != "name"})
 
 
 def _section(kind: type[T], values: Mapping[str, Any], recipe: str) -> T:

@@ -32,6 +32,9 @@ def adapt(
     published: Annotated[
         bool, typer.Option("--published", help="The schedule of the method's paper instead of a small machine's.")
     ] = False,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeatable.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each stage; the recipe's by default.")] = None,
     iters: Annotated[int | None, typer.Option(min=1, help="Batches an epoch; the recipe's by default.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every stream of chance.")] = 1,
@@ -43,13 +46,15 @@ def adapt(
 
     Example: `resight adapt --site crops/ --init builtin --out site-model`
 
+    Example: `resight adapt --site crops/ --recipe o2cap --set cluster.eps=0.5 --set iters=40 --out site-model`
+
     Example: `resight adapt --site crops/ --init resnet50 --student osnet_x0_25 --out small-model`
     """
     from resight.training.adapt import Adaptation
     from resight.training.adapt import adapt as run_adaptation
     from resight.training.crops import usable_crops
     from resight.training.datasets import open_site
-    from resight.training.recipe import load_recipe
+    from resight.training.recipe import change_recipe, load_recipe
     from resight.training.run import Run, require_device
     from resight.training.runlog import RunLog
     from resight.weights import load_weights
@@ -59,6 +64,7 @@ def adapt(
     method = load_recipe(recipe, published=published).with_schedule(epochs=epochs, iters=iters)
     if student is not None:
         method = method.with_student()
+    method = change_recipe(method, changes or ())
     opened = open_site(site)
     initial = load_weights(init)
     smaller = load_weights(student) if student is not None else None

@@ -1,10 +1,10 @@
 """Initial weights a user already has, and the ones that ship with resight.
 
-    builtin              our own OSNet x0.25, trained with labels on synthetic people (docs/weights.md)
-    resnet18, resnet50   torchvision's ImageNet weights, by torchvision's own download and cache
-    FILE.pth             a torchreid OSNet or torchvision ResNet state dict (never a pickled module)
-    FILE.onnx            an OSNet export, its batch norms folded into the convolutions
-    FOLDER               a checkpoint of ours
+    builtin, osnet_x0_25  our own OSNet x0.25, trained with labels on synthetic people (docs/weights.md)
+    resnet18, resnet50    torchvision's ImageNet weights, by torchvision's own download and cache
+    FILE.pth              a torchreid OSNet or torchvision ResNet state dict (never a pickled module)
+    FILE.onnx             an OSNet export, its batch norms folded into the convolutions
+    FOLDER                a checkpoint of ours
 
 A file that does not fit gets an error naming the missing and the unexpected tensors.
 """
@@ -30,9 +30,10 @@ from resight.image import ImageSpec
 from resight.model import Encoder, EncoderConfig
 
 BUILTIN = "builtin"
+BUILTIN_BACKBONE = "osnet_x0_25"  # the only weights of this backbone that may be shipped are the built-in ones
 TORCHREID_IMAGE = ImageSpec(256, 128, "bilinear")  # torchreid's default transform
 IMAGENET_IMAGE = ImageSpec(256, 128, "bicubic")  # SpCL, Cluster Contrast, LP and O2CAP
-EXPECTED = "expected 'builtin', 'resnet18', 'resnet50', a .pth or .onnx file, or a checkpoint folder"
+EXPECTED = "expected 'builtin' (an osnet_x0_25), 'resnet18', 'resnet50', a .pth or .onnx file, or a checkpoint folder"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def load_weights(source: str) -> InitialWeights:
         WeightsError: the source does not exist, cannot be read or does not fit an encoder.
         CheckpointError: a checkpoint folder is damaged.
     """
-    if source == BUILTIN:
+    if source in (BUILTIN, BUILTIN_BACKBONE):
         with resources.as_file(resources.files("resight") / "weights" / "builtin") as folder:
             return _from_checkpoint(folder, BUILTIN, "Apache-2.0")
     if source in RESNET_CHANNELS:

@@ -106,7 +106,7 @@ def test_files_that_are_no_state_dict_are_refused_and_never_run(tmp_path: Path, 
 
 @pytest.mark.parametrize("source", ["nowhere.pth", "vgg16", "."])
 def test_unknown_sources_list_what_can_be_given(source: str) -> None:
-    with pytest.raises(WeightsError, match="expected 'builtin', 'resnet18'"):
+    with pytest.raises(WeightsError, match="expected 'builtin'"):
         load_weights(source)
 
 
@@ -174,3 +174,8 @@ def test_a_download_that_fails_says_which_file_to_bring(tmp_path: Path, monkeypa
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(WeightsError, match=r"put the file resnet18-\w+\.pth there and give its path"):
         load_weights("resnet18")
+
+
+def test_the_built_in_weights_are_those_of_their_backbone_too() -> None:
+    one, other = load_weights("builtin"), load_weights("osnet_x0_25")
+    assert other.encoder.config.backbone == "osnet_x0_25" and other.source == one.source

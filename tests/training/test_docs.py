@@ -13,10 +13,9 @@ from PIL import Image
 from resight.backbone import BACKBONES
 from resight.checkpoint import INDEX_FILE, MODEL_FILE, RESUME_FILE, Provenance
 from resight.model import EncoderConfig
-from resight.training.augment import AugmentSettings
-from resight.training.cluster import EPS_GRID, ClusterSettings
+from resight.training.cluster import EPS_GRID
 from resight.training.crops import COLUMNS, SCHEMA, SPLITS, VERSION_KEY, CropStore, open_store
-from resight.training.recipe import Recipe, load_recipe, recipe_names
+from resight.training.recipe import SECTIONS, Recipe, load_recipe, recipe_names
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES = {name: (DOCS / f"{name}.md").read_text() for name in ("crop-store", "checkpoint", "method")}
@@ -40,9 +39,8 @@ def test_every_recipe_is_described(name: str) -> None:
 
 
 def test_every_setting_of_a_recipe_is_described_and_no_other() -> None:
-    sections = {"cluster": ClusterSettings, "augment": AugmentSettings}
-    settings = {entry.name for entry in fields(Recipe)} - {"name", *sections}
-    settings |= {f"{section}.{entry.name}" for section, kind in sections.items() for entry in fields(kind)}
+    settings = {entry.name for entry in fields(Recipe)} - {"name", *SECTIONS}
+    settings |= {f"{section}.{entry.name}" for section, kind in SECTIONS.items() for entry in fields(kind)}
     table = PAGES["method"].split("| setting |")[1]
     assert set(re.findall(r"^\| `([\w.]+)` \|", table, re.MULTILINE)) == settings
 

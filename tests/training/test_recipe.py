@@ -3,7 +3,7 @@ from importlib import resources
 import pytest
 
 from resight.errors import RecipeError
-from resight.training.recipe import load_recipe, parse_recipe, recipe_names
+from resight.training.recipe import change_recipe, load_recipe, parse_recipe, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -103,3 +103,31 @@ def test_a_schedule_changes_nothing_else() -> None:
     assert (short.epochs, short.iters) == (2, 3)
     assert recipe.with_schedule() == recipe
     assert short.with_schedule(epochs=recipe.epochs, iters=recipe.iters) == recipe
+
+
+def test_values_are_changed_one_by_one_as_toml_writes_them() -> None:
+    recipe = load_recipe("o2cap")
+    changed = change_recipe(
+        recipe, ["iters=40", "cluster.eps = 0.5", 'sampler="proxies"', "student=true", "lr_steps=[0.5, 0.9]"]
+    )
+    assert (changed.iters, changed.cluster.eps, changed.sampler, changed.student) == (40, 0.5, "proxies", True)
+    assert changed.lr_steps == (0.5, 0.9) and changed.name == "o2cap" and changed.proxies == recipe.proxies
+    assert change_recipe(recipe, []) == recipe
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ("iters", "KEY=VALUE"),
+        ("iters=many", "cannot be read"),
+        ("epoch=3", "did you mean 'epochs'"),
+        ("cluster.epsilon=0.5", "no setting 'epsilon'"),
+        ("clusters.eps=0.5", "no section 'clusters'"),
+        ("iters.eps=0.5", "no section 'iters'"),
+        ("cluster=3", "KEY=VALUE"),
+        ("lr=2.0", "out of range"),
+    ],
+)
+def test_changes_that_make_no_recipe_are_refused(change: str, word: str) -> None:
+    with pytest.raises(RecipeError, match=word):
+        change_recipe(load_recipe("o2cap"), [change])
