@@ -14,8 +14,9 @@ from markupsafe import Markup
 
 WIDTH, HEIGHT = 340, 190  # viewBox units; the style sheet scales the drawing to its column
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 18, 24
-SERIES_COLOURS = 4  # classes s0..s3 in report.html.j2
+SERIES_COLOURS = 8  # classes s0..s7 in report.html.j2
 
+Point = tuple[float, float, str]  # x, y and the words told for it
 Series = Mapping[str, Sequence[float | None]]
 
 
@@ -82,8 +83,16 @@ def line_chart(title: str, series: Series, stages: Sequence[str], epochs: Sequen
             (x(i), y(v), f"{stages[i]} epoch {epochs[i]}, {name}: {number(v)}") if v is not None else None
             for i, v in enumerate(v if v is not None and math.isfinite(v) else None for v in line)
         ]
-        parts += _line(points, f"s{index % SERIES_COLOURS}")
+        parts += _line(_broken(points, stages), f"s{index % SERIES_COLOURS}")
     return Markup("").join([*parts, Markup("</svg>")])
+
+
+def _broken(points: Sequence[Point | None], stages: Sequence[str]) -> list[Point | None]:
+    """The points with a gap wherever a stage ends: the next one goes on from other weights."""
+    parts: list[Point | None] = []
+    for i, point in enumerate(points):
+        parts += [None, point] if i and stages[i] != stages[i - 1] else [point]
+    return parts
 
 
 def _stage_marks(stages: Sequence[str], xs: Sequence[float]) -> list[Markup]:
@@ -104,7 +113,7 @@ def _stage_marks(stages: Sequence[str], xs: Sequence[float]) -> list[Markup]:
     return parts
 
 
-def _line(points: Sequence[tuple[float, float, str] | None], colour: str) -> list[Markup]:
+def _line(points: Sequence[Point | None], colour: str) -> list[Markup]:
     """Draw one series: a line over each unbroken run of points, then the points with their words."""
     parts: list[Markup] = []
     run: list[str] = []

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
-from resight.training.curves import known, line_chart, number
+from resight.training.charts import EpochRow, charts, group_label, grouped, unchanging
+from resight.training.curves import number
+from resight.training.scatter import EmbeddingMap, panels
 
 Verdict = Literal["right", "wrong", "junk"]
 
@@ -34,12 +35,32 @@ class Crop:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Some crops of one cluster. ``size`` counts all its crops; ``purity`` in [0, 1] where truth exists."""
+    """Some crops of one cluster.
+
+    Attributes:
+        label: its number.
+        size: of all its crops.
+        crops: those shown.
+        cameras: how many see it.
+        silhouette: in [-1, 1], see `resight.training.montage.tightness`.
+        purity: share in [0, 1] of the most frequent true person; None where nobody knows the truth.
+    """
 
     label: int
     size: int
     crops: Sequence[Crop]
+    cameras: int
+    silhouette: float
     purity: float | None = None
+
+
+@dataclass(frozen=True)
+class ClusterGroup:
+    """Clusters chosen for one reason, and how to read them."""
+
+    title: str
+    hint: str
+    clusters: Sequence[Cluster] = ()
 
 
 @dataclass(frozen=True)
@@ -62,57 +83,35 @@ class RankedList:
 
 
 @dataclass(frozen=True)
-class EpochRow:
-    """One epoch of one stage. Shares, NMI and ARI are in [0, 1]; None where a figure does not exist."""
-
-    stage: str
-    epoch: int
-    loss: Mapping[str, float] = field(default_factory=dict)
-    lr: float | None = None
-    clusters: int | None = None
-    outlier_share: float | None = None
-    largest_share: float | None = None
-    nmi: float | None = None
-    ari: float | None = None
-    eps: float | None = None
-    images_per_s: float | None = None
-
-
-@dataclass(frozen=True)
 class Report:
     """Everything the page can show; a part without data is left out.
 
     Attributes:
         title: what was adapted.
         summary: a sentence or two under the title.
+        notes: what is missing on the page, and why.
         before, after: scores in percent under the keys ``mAP, rank1, rank5, rank10, mINP``.
         epochs: training in the order it happened.
-        clusters: example clusters.
+        clusters: example clusters by the reason they are shown.
+        map: where crops lie to one another.
         ranked: example queries with their hits.
         seconds: step -> seconds, in the order of the steps.
         config: the resolved recipe; nested mappings are shown with dotted names.
-        model: facts of the exported model, for instance backbone, feature size, bundle size, parity.
+        model: facts of the model, for instance backbone, feature length, file size; nested mappings likewise.
     """
 
     title: str
     summary: str = ""
+    notes: Sequence[str] = ()
     before: Mapping[str, float] = field(default_factory=dict)
     after: Mapping[str, float] = field(default_factory=dict)
     epochs: Sequence[EpochRow] = ()
-    clusters: Sequence[Cluster] = ()
+    clusters: Sequence[ClusterGroup] = ()
+    map: EmbeddingMap | None = None
     ranked: Sequence[RankedList] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     config: Mapping[str, object] = field(default_factory=dict)
     model: Mapping[str, object] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A drawn chart with the words around it."""
-
-    title: str
-    legend: Sequence[str]
-    svg: Markup
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -141,6 +140,9 @@ def render(report: Report) -> str:
         report=report,
         scores=score_rows(report),
         charts=charts(report.epochs),
+        unchanging=unchanging(report.epochs),
+        epochs=epoch_table(report.epochs),
+        panels=panels(report.map) if report.map is not None else [],
         config=dict(flatten(report.config)),
         model=dict(flatten(report.model)),
     )
@@ -153,32 +155,14 @@ def score_rows(report: Report) -> list[tuple[str, float | None, float | None]]:
     return [row for row in rows if row[1] is not None or row[2] is not None]
 
 
-def charts(epochs: Sequence[EpochRow]) -> list[Chart]:
-    """Draw a chart for each group of figures that has at least one value."""
-    terms = dict.fromkeys(term for row in epochs for term in row.loss)
-    groups: dict[str, dict[str, list[float | None]]] = {
-        "Loss": {term: [row.loss.get(term) for row in epochs] for term in terms},
-        "Clusters": {"clusters": [row.clusters for row in epochs]},
-        "Share of crops, %": {
-            "outliers": [_percent(row.outlier_share) for row in epochs],
-            "largest cluster": [_percent(row.largest_share) for row in epochs],
-        },
-        "Agreement with the true people": {
-            "NMI": [row.nmi for row in epochs],
-            "ARI": [row.ari for row in epochs],
-        },
-        "Clustering radius eps": {"eps": [row.eps for row in epochs]},
-        "Learning rate": {"learning rate": [row.lr for row in epochs]},
-        "Images per second": {"images/s": [row.images_per_s for row in epochs]},
-    }
-    stages, numbers = [row.stage for row in epochs], [row.epoch for row in epochs]
-    drawn = []
-    for title, group in groups.items():
-        series = {name: line for name, line in group.items() if known(line)}
-        if series:
-            legend = list(series) if len(series) > 1 else []
-            drawn.append(Chart(title, legend, line_chart(title, series, stages, numbers)))
-    return drawn
+def epoch_table(epochs: Sequence[EpochRow]) -> tuple[list[str], list[list[str]]]:
+    """Return the names of all figures, and for each epoch its name and every figure as text."""
+    columns = {name: group_label(group, name) for group, names in grouped(epochs).items() for name in names}
+    rows = [
+        [f"{row.stage} {row.epoch}", *(number(row.figures[name]) if name in row.figures else "–" for name in columns)]
+        for row in epochs
+    ]
+    return list(columns.values()), rows
 
 
 def flatten(tree: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
@@ -212,7 +196,3 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share

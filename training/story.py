@@ -1,27 +1,27 @@
-"""From a finished adaptation to what its report shows: example clusters, ranked lists, curves."""
+"""From a finished adaptation to what its report shows. `resight adapt` and `resight demo` tell the same story."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from resight.bundle import Bundle
 from resight.checkpoint import Checkpoint
+from resight.errors import TrainingError
 from resight.served import Served
+from resight.training.album import Album
+from resight.training.charts import EpochRow, epoch_rows, label
 from resight.training.crops import CropStore
 from resight.training.datasets import Site
-from resight.training.neighbours import Ints
-from resight.training.report import Cluster, Crop, EpochRow, Hit, RankedList, Report
-
-EXAMPLES = 9  # queries shown: the most helped, some in the middle, the most harmed
-HITS = 10
-CLUSTERS, CLUSTER_CROPS = 8, 10
-LOSSES = ("loss", "contrast", "guidance")
-COUNTED = ("lr", "clusters", "outlier_share", "largest_share", "nmi", "ari", "eps", "images_per_s")
+from resight.training.embedding_map import map_features
+from resight.training.features import extract
+from resight.training.montage import cluster_groups
+from resight.training.neighbours import Floats, Ints
+from resight.training.ranked import ranked_lists
+from resight.training.report import RankedList, Report, write_report
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class Outcome:
 
     Attributes:
         site: with query and gallery.
-        store: the crops adapted to.
+        store: the N crops adapted to.
         checkpoint: of the student.
-        bundle: exported from it.
+        features: float32 (N, D), unit rows: the student's on ``store``.
+        bundle: exported from the checkpoint.
         before: answers of the initial model's service.
         after: answers of the adapted model's service.
         log: folder of the run's log, with the last labels.
@@ -43,6 +44,7 @@ class Outcome:
     site: Site
     store: CropStore
     checkpoint: Checkpoint
+    features: Floats
     bundle: Bundle
     before: Served
     after: Served
@@ -52,106 +54,190 @@ class Outcome:
 
 
 def tell(outcome: Outcome) -> Report:
-    """Choose the examples and put everything in the report's words."""
+    """The demo's report: an adaptation, and what the running service gained by it."""
+    query, gallery = outcome.site.query, outcome.site.gallery
+    assert query is not None and gallery is not None  # a site without queries is refused before anything is measured
+    album = Album()
     gain = outcome.figures["adapted"]["mAP"] - outcome.figures["initial"]["mAP"]
-    provenance = outcome.checkpoint.provenance
-    return Report(
+    report = tell_adaptation(
+        outcome.store,
+        outcome.checkpoint,
+        last_labels(outcome.log, outcome.checkpoint),
+        outcome.features,
         title=f"{outcome.site.name}: adapted without a label",
-        summary=f"{len(outcome.store)} unlabelled crops changed mAP by {gain:+.1f} points, measured on other people "
-        "through the running service before and after.",
         before=outcome.figures["initial"],
         after=outcome.figures["adapted"],
-        epochs=[_epoch(row) for row in provenance.history],
-        clusters=_clusters(outcome.store, _last_labels(outcome)),
-        ranked=_ranked_lists(outcome),
+        ranked=ranked_lists(query, gallery, outcome.before, outcome.after, album),
+    )
+    return replace(
+        report,
+        summary=f"{len(outcome.store)} unlabelled crops changed mAP by {gain:+.1f} points, measured on other people "
+        "through the running service before and after.",
+        notes=[*report.notes, *album.notes],
         seconds=outcome.seconds,
-        config=provenance.recipe,
-        model=_facts(outcome),
+        model={**report.model, **_bundle_facts(outcome.bundle)},
     )
 
 
-def _epoch(row: Mapping[str, Any]) -> EpochRow:
-    """One line of the history."""
-    counted = {name: row[name] for name in COUNTED if name in row}
-    if "clusters" in counted:
-        counted["clusters"] = int(counted["clusters"])
-    losses = {name: row[name] for name in LOSSES if name in row and (name != "guidance" or row["stage"] == "student")}
-    return EpochRow(stage=row["stage"], epoch=row["epoch"], loss=losses, **counted)
+def tell_adaptation(
+    store: CropStore,
+    checkpoint: Checkpoint,
+    labels: Ints,
+    features: Floats,
+    *,
+    title: str,
+    before: Mapping[str, float] | None = None,
+    after: Mapping[str, float] | None = None,
+    ranked: Sequence[RankedList] = (),
+) -> Report:
+    """An adaptation's report; of truth it needs none.
+
+    Args:
+        store: the N crops adapted to; where it names persons, clusters tell their purity.
+        checkpoint: the result.
+        labels: int64 (N,) of the last epoch, -1 for outliers.
+        features: float32 (N, D), unit rows: the result's on ``store``.
+        title: of the page.
+        before: scores of the initial model in percent, under the keys of `percentages`.
+        after: likewise of the result.
+        ranked: example queries, from `ranked_lists`.
+    """
+    assert len(store) == len(labels) == len(features), (len(store), len(labels), len(features))
+    album = Album()
+    provenance = checkpoint.provenance
+    epochs = epoch_rows(provenance.history)
+    groups = cluster_groups(store, labels, features, album)
+    shown = map_features(store, labels, features)
+    return Report(
+        title=title,
+        summary=_summary(store, labels),
+        notes=[*_missing_parts(store, labels, shown is not None), *album.notes],
+        before=before or {},
+        after=after or {},
+        epochs=epochs,
+        clusters=groups,
+        map=shown,
+        ranked=ranked,
+        seconds=_training_seconds(epochs),
+        config=provenance.recipe,
+        model=_model_facts(checkpoint),
+    )
 
 
-def _facts(outcome: Outcome) -> dict[str, object]:
-    """What one wants to know of the exported model."""
-    manifest, artefact = outcome.bundle.manifest, outcome.bundle.find()
+def write_adaptation_report(
+    path: Path,
+    store: CropStore,
+    checkpoint: Checkpoint,
+    log: Path,
+    *,
+    title: str,
+    device: str = "cpu",
+    before: Mapping[str, float] | None = None,
+    after: Mapping[str, float] | None = None,
+    ranked: Sequence[RankedList] = (),
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Embed the crops with the result, read its last labels and write the page.
+
+    Args:
+        path: of the HTML file.
+        store: the crops adapted to.
+        checkpoint: the result.
+        log: folder of the run's log.
+        title: of the page.
+        device: where the crops are embedded.
+        before: see `tell_adaptation`.
+        after: see `tell_adaptation`.
+        ranked: see `tell_adaptation`.
+        progress: called with the number of crops just embedded.
+
+    Raises:
+        TrainingError: the log has no labels of these crops.
+        OSError: the page cannot be written.
+    """
+    labels = last_labels(log, checkpoint)
+    if len(labels) != len(store):
+        raise TrainingError(
+            f"{log} has labels of {len(labels)} crops and the store has {len(store)}: expected the log of a run on "
+            "these crops"
+        )
+    features = extract(checkpoint.encoder.to(device), store, device=device, local=False, progress=progress)[0]
+    told = tell_adaptation(store, checkpoint, labels, features, title=title, before=before, after=after, ranked=ranked)
+    write_report(path, told)
+
+
+def last_labels(log: Path, checkpoint: Checkpoint) -> Ints:
+    """Labels of the last epoch, one per crop adapted to.
+
+    Raises:
+        TrainingError: they are missing or damaged.
+    """
+    path = log / f"{checkpoint.provenance.stage}-labels.npy"
+    try:
+        labels: Ints = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise TrainingError(f"{path} cannot be read ({error}): expected the labels that the run wrote there") from error
+    if labels.ndim != 1 or labels.dtype != np.int64:
+        raise TrainingError(f"{path} holds {labels.dtype} {labels.shape}: expected int64 labels, one per crop")
+    return labels
+
+
+def _summary(store: CropStore, labels: Ints) -> str:
+    """What went in and what the last epoch made of it."""
+    cameras, clusters = len(np.unique(store.cameras)), len(np.unique(labels[labels >= 0]))
+    outliers = 100 * float((labels < 0).mean()) if len(labels) else 0.0
+    return (
+        f"{len(store):,} unlabelled crops from {cameras} camera{'' if cameras == 1 else 's'}. The last epoch saw "
+        f"{clusters:,} cluster{'' if clusters == 1 else 's'} in them and left {outliers:.0f} % out as outliers."
+    )
+
+
+def _missing_parts(store: CropStore, labels: Ints, has_map: bool) -> list[str]:
+    """Why a part of the page is not there."""
+    notes = []
+    if not (labels >= 0).any():
+        notes.append(
+            "The last epoch found no cluster: more crops, or initial weights that suit the site better, may help."
+        )
+    if len(np.unique(store.cameras)) == 1:
+        notes.append("All crops come from one camera: nothing can be told about matching across cameras.")
+    if not has_map:
+        notes.append("Too few different crops for a map.")
+    return notes
+
+
+def _training_seconds(epochs: Sequence[EpochRow]) -> dict[str, float]:
+    """Seconds that all epochs of a stage took together, from figures such as ``train_s``."""
+    totals: dict[str, float] = {}
+    for row in epochs:
+        for name, value in row.figures.items():
+            if name.endswith("_s") and not name.endswith("_per_s"):
+                step = f"{row.stage}: {label(name.removesuffix('_s'))}"
+                totals[step] = totals.get(step, 0.0) + value
+    return totals
+
+
+def _model_facts(checkpoint: Checkpoint) -> dict[str, object]:
+    """What one wants to know of the result."""
+    config, provenance = checkpoint.encoder.config, checkpoint.provenance
     return {
-        "backbone": outcome.checkpoint.encoder.config.backbone,
-        "feature length": manifest.feature_dim,
-        "input": f"{manifest.image.height} x {manifest.image.width}, {manifest.image.filter}",
-        "file size": f"{(outcome.bundle.path / artefact.file).stat().st_size / 2**20:.2f} MiB",
+        "backbone": config.backbone,
+        "feature length": checkpoint.encoder.feature_dim,
+        "input": f"{config.image.height} x {config.image.width}, {config.image.filter}",
+        "parameters": f"{sum(p.numel() for p in checkpoint.encoder.parameters()):,}",
+        "stage": f"{provenance.stage}, epoch {provenance.epoch}",
+        "initial weights": provenance.initial_weights,
+        "fingerprint of the crops": provenance.store_fingerprint,
+    }
+
+
+def _bundle_facts(bundle: Bundle) -> dict[str, object]:
+    """What export adds."""
+    manifest, artefact = bundle.manifest, bundle.find()
+    return {
+        "exported feature length": manifest.feature_dim,
+        "exported file size": f"{(bundle.path / artefact.file).stat().st_size / 2**20:.2f} MiB",
         "min cosine to the trained model": artefact.min_cosine,
         "space": manifest.space_id,
         "licence of the initial weights": manifest.weights_licence,
     }
-
-
-def _last_labels(outcome: Outcome) -> Ints:
-    """Labels of the last epoch, one per crop adapted to."""
-    labels: Ints = np.load(outcome.log / f"{outcome.checkpoint.provenance.stage}-labels.npy", allow_pickle=False)
-    return labels
-
-
-def _clusters(store: CropStore, labels: Ints) -> list[Cluster]:
-    """Clusters evenly from the largest to the smallest, crops evenly over each."""
-    sizes = np.bincount(labels[labels >= 0], minlength=0)
-    if not len(sizes):
-        return []
-    order = np.argsort(-sizes, kind="stable")
-    chosen = order[np.unique(np.linspace(0, len(order) - 1, min(CLUSTERS, len(order))).astype(int))]
-    return [_cluster(store, int(label), np.flatnonzero(labels == label)) for label in chosen]
-
-
-def _cluster(store: CropStore, label: int, rows: Ints) -> Cluster:
-    """One cluster with some of its crops, ordered by camera."""
-    shown = rows[np.unique(np.linspace(0, len(rows) - 1, min(CLUSTER_CROPS, len(rows))).astype(int))]
-    shown = shown[np.argsort(store.cameras[shown], kind="stable")]
-    crops = [Crop(store.read(int(row)), store.camera_names[store.cameras[row]]) for row in shown]
-    purity = (
-        float(np.unique(store.persons[rows], return_counts=True)[1].max() / len(rows)) if store.has_persons else None
-    )
-    return Cluster(label, len(rows), crops, purity)
-
-
-def _ranked_lists(outcome: Outcome) -> list[RankedList]:
-    """Queries whose answers changed most for the better, that changed in between, and most for the worse."""
-    gains = outcome.after.score.average_precision - outcome.before.score.average_precision
-    valid = np.flatnonzero(np.isfinite(gains))
-    order = valid[np.argsort(-gains[valid], kind="stable")]
-    third = EXAMPLES // 3
-    middle = len(order) // 2
-    chosen = dict.fromkeys([*order[:third], *order[middle : middle + third], *order[-third:]])
-    return [
-        RankedList(
-            _crop(outcome.site.query, int(query)),
-            _hits(outcome, outcome.before, int(query)),
-            _hits(outcome, outcome.after, int(query)),
-        )
-        for query in chosen
-    ]
-
-
-def _crop(store: CropStore | None, row: int) -> Crop:
-    """A crop with its camera's name."""
-    assert store is not None  # a site without queries is refused before anything is measured
-    return Crop(store.read(row), store.camera_names[store.cameras[row]])
-
-
-def _hits(outcome: Outcome, served: Served, query: int) -> list[Hit]:
-    """The first hits of one answer, judged."""
-    queries, gallery = outcome.site.query, outcome.site.gallery
-    assert queries is not None and gallery is not None  # as in `_crop`
-    hits = []
-    for row, similarity in zip(served.rankings[query][:HITS], served.similarities[query][:HITS], strict=True):
-        crop = _crop(gallery, row)
-        same = gallery.persons[row] == queries.persons[query]
-        junk = same and gallery.cameras[row] == queries.cameras[query]
-        hits.append(Hit(crop.image, crop.camera, similarity, "junk" if junk else "right" if same else "wrong"))
-    return hits

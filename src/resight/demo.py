@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from resight.served import Served
     from resight.training.crops import CropStore
     from resight.training.datasets import Site
+    from resight.training.neighbours import Floats
     from resight.weights import InitialWeights
 
 DRAWN_EPOCHS, DRAWN_ITERS = 4, 64  # of each stage on drawn people: 2,400 easy crops, and a newcomer who waits
@@ -74,9 +75,9 @@ def walk(road: Road) -> dict[str, Any]:
         ReIDError: a step failed; its message says why.
     """
     from resight.training.crops import usable_crops
-    from resight.training.epoch import require_device
     from resight.training.evaluate import percentages
     from resight.training.report import write_report
+    from resight.training.run import require_device
     from resight.training.story import Outcome, tell
     from resight.weights import load_weights
 
@@ -95,7 +96,9 @@ def walk(road: Road) -> dict[str, Any]:
     _show(road, figures)
     with road.step("report"):
         report = road.out / "report.html"
-        outcome = Outcome(site, store, checkpoint, bundle, before, after, road.out / "log", figures, road.seconds)
+        features = _embed(road, store, checkpoint)
+        log = road.out / "log"
+        outcome = Outcome(site, store, checkpoint, features, bundle, before, after, log, figures, road.seconds)
         write_report(report, tell(outcome))
     road.console.print(f"report: {report}")
     return {**figures, "seconds": road.seconds, "report": str(report)}
@@ -157,8 +160,8 @@ def _measure_initial(road: Road, site: Site, initial: InitialWeights) -> Served:
 def _adapt(road: Road, store: CropStore, initial: InitialWeights) -> Checkpoint:
     """Teacher and student, from the site's unlabelled crops alone."""
     from resight.training.adapt import Adaptation, adapt
-    from resight.training.epoch import Run
     from resight.training.recipe import load_recipe
+    from resight.training.run import Run
     from resight.training.runlog import RunLog
 
     epochs, iters = (DRAWN_EPOCHS, DRAWN_ITERS) if road.site is None else (None, None)
@@ -192,6 +195,15 @@ def _serve_and_search(road: Road, site: Site, bundle: Bundle, name: str) -> Serv
                 served.enrol(address, gallery, advance)
             with road.bar("search", len(query)) as advance:
                 return served.search(address, query, gallery, advance)
+
+
+def _embed(road: Road, store: CropStore, checkpoint: Checkpoint) -> Floats:
+    """Features of the crops adapted to, for the report's map and clusters."""
+    from resight.training.features import extract
+
+    with road.bar("features", len(store)) as advance:
+        encoder = checkpoint.encoder.to(road.device)
+        return extract(encoder, store, device=road.device, local=False, progress=advance)[0]
 
 
 def _show(road: Road, figures: dict[str, dict[str, float]]) -> None:

@@ -1,9 +1,12 @@
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from resight.training.report import Cluster, Crop, EpochRow, Hit, RankedList, Report, render, write_report
+from resight.training.charts import EpochRow
+from resight.training.report import Cluster, ClusterGroup, Crop, Hit, RankedList, Report, render, write_report
+from resight.training.scatter import EmbeddingMap
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(64) + b"\xff\xd9"
 VOID = {"meta", "img", "br", "hr", "link", "input", "col", "path", "line", "circle", "rect", "polyline", "use"}
@@ -18,10 +21,16 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.loaded: list[str] = []
         self.tags: list[str] = []
+        self.names: list[str] = []
+        self.targets: set[str] = set()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.loaded += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action", "data")]
+        self.names += [value or "" for name, value in attrs if name == "id"]
+        for name, value in attrs:
+            if name == "aria-labelledby" or (name == "href" and (value or "").startswith("#")):
+                self.targets.add((value or "").lstrip("#"))
         if tag not in VOID:
             self.open.append(tag)
 
@@ -42,11 +51,15 @@ def full() -> Report:
         before={"mAP": 30.0, "rank1": 40.0},
         after={"mAP": 50.0, "rank1": 61.5},
         epochs=[
-            EpochRow("teacher", 0, {"loss": 3.0}, lr=3e-4, clusters=12, outlier_share=0.2, nmi=0.8, eps=0.5),
-            EpochRow("teacher", 1, {"loss": 2.0}, lr=3e-4, clusters=14, outlier_share=0.1, nmi=0.9, eps=0.55),
-            EpochRow("student", -1, {"loss": 1.0, "guidance": 0.3}, clusters=15),
+            EpochRow("teacher", 0, {"loss": 3.0, "lr": 3e-4, "clusters": 12, "outlier_share": 0.2, "nmi": 0.8}),
+            EpochRow("teacher", 1, {"loss": 2.0, "lr": 3e-4, "clusters": 14, "outlier_share": 0.1, "nmi": 0.9}),
+            EpochRow("student", -1, {"loss": 1.0, "guidance": 0.3, "clusters": 15, HOSTILE: 2.0}),
         ],
-        clusters=[Cluster(3, 20, [Crop(JPEG, HOSTILE)], purity=0.9)],
+        clusters=[ClusterGroup("Best", HOSTILE, [Cluster(3, 20, [Crop(JPEG, HOSTILE)], 2, 0.25, purity=0.9)])],
+        map=EmbeddingMap(
+            np.eye(12, 2, dtype=np.float32), np.arange(12) % 3 - 1, np.arange(12) % 2, [HOSTILE, "b"], 40, 0.6, 0.5
+        ),
+        notes=[HOSTILE],
         ranked=[RankedList(Crop(JPEG, "cam1"), hits, hits[:1])],
         seconds={"adapt": 61.0, HOSTILE: 1.0},
         config={"name": "purify", "cluster": {"eps": "auto"}, "note": HOSTILE},
@@ -59,6 +72,7 @@ def test_the_page_is_well_formed_and_loads_nothing(report: Report) -> None:
     page = Page()
     page.feed(render(report))
     assert page.open == []
+    assert len(page.names) == len(set(page.names)) and page.targets <= set(page.names)
     assert all(target.startswith(("data:", "#")) for target in page.loaded)
     assert "script" not in page.tags
 
@@ -72,7 +86,14 @@ def test_figures_and_verdicts_are_on_the_page() -> None:
     text = render(full())
     for word in ("30.0", "50.0", "61.5", "osnet_x0_25", "purify", "cam2"):
         assert word in text, word
+    for word in ("silhouette 0.25", "purity 90 %", "2 cameras", "12 of 40 crops", "cluster 1 (4)"):
+        assert word in text, word
     assert text.count("data:image/jpeg;base64,") >= 6
+
+
+def test_one_epoch_is_a_table_without_charts() -> None:
+    text = render(Report("one", epochs=[EpochRow("teacher", 0, {"loss": 3.0})]))
+    assert "<svg" not in text and "<details open>" in text and ">teacher 0<" in text
 
 
 def test_writing_replaces_a_page_in_one_step(tmp_path: Path) -> None:

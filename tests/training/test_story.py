@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import random_encoder, write_random_checkpoint
+from tiny import random_encoder, without_persons, write_random_checkpoint
 
 from resight.checkpoint import Checkpoint, Provenance, load_checkpoint
+from resight.errors import TrainingError
 from resight.exporters.export import export_encoder
 from resight.ranking import score_rankings
 from resight.served import Served
+from resight.training.album import Album
+from resight.training.crops import UNKNOWN
 from resight.training.datasets import Site
 from resight.training.evaluate import evaluation_splits
-from resight.training.story import EXAMPLES, HITS, Outcome, tell
+from resight.training.features import extract
+from resight.training.ranked import EXAMPLES, HITS, rank, ranked_lists
+from resight.training.report import render
+from resight.training.story import Outcome, tell, tell_adaptation, write_adaptation_report
 
 HISTORY = (
     {"stage": "teacher", "epoch": 0, "loss": 3.0, "contrast": 3.0, "guidance": 0.0, "clusters": 9.0, "label_s": 1.0},
@@ -32,6 +41,10 @@ def answers(site: Site, seed: int) -> Served:
     return Served(score, rankings, similarities)
 
 
+def labels_of(outcome: Outcome) -> np.ndarray:
+    return np.asarray(np.load(outcome.log / "student-labels.npy"))
+
+
 @pytest.fixture(scope="module")
 def outcome(tiny_site: Site, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     folder = tmp_path_factory.mktemp("story")
@@ -45,6 +58,7 @@ def outcome(tiny_site: Site, tmp_path_factory: pytest.TempPathFactory) -> Outcom
         site=tiny_site,
         store=tiny_site.train,
         checkpoint=Checkpoint(encoder, provenance),
+        features=extract(encoder, tiny_site.train, local=False)[0],
         bundle=bundle,
         before=answers(tiny_site, 1),
         after=answers(tiny_site, 2),
@@ -57,20 +71,60 @@ def outcome(tiny_site: Site, tmp_path_factory: pytest.TempPathFactory) -> Outcom
 def test_epochs_and_gain_are_those_of_the_run(outcome: Outcome) -> None:
     report = tell(outcome)
     assert "+11.5" in report.summary
-    assert [(row.stage, row.epoch, row.clusters) for row in report.epochs] == [("teacher", 0, 9), ("student", 0, 8)]
-    assert set(report.epochs[0].loss) == {"loss", "contrast"}  # a teacher has no guidance
-    assert report.epochs[1].loss == {"loss": 2.0, "contrast": 1.5, "guidance": 0.5}
+    assert [(row.stage, row.epoch) for row in report.epochs] == [("teacher", 0), ("student", 0)]
+    assert report.epochs[0].figures == {"loss": 3.0, "contrast": 3.0, "clusters": 9.0, "label_s": 1.0}
+    assert report.epochs[1].figures["guidance"] == 0.5
+    assert report.seconds == {"adapt": 3.0}
 
 
-def test_clusters_show_crops_of_their_own_label(outcome: Outcome) -> None:
-    store, report = outcome.store, tell(outcome)
-    labels = np.load(Path(outcome.log) / "student-labels.npy")
-    sizes = [cluster.size for cluster in report.clusters]
-    assert sizes == sorted(sizes, reverse=True) and len(report.clusters) == 8
-    for cluster in report.clusters:
-        rows = np.flatnonzero(labels == cluster.label)
-        assert cluster.size == len(rows) and cluster.purity == 1.0
-        assert {crop.image for crop in cluster.crops} <= {store.read(int(row)) for row in rows}
+def test_the_demo_has_every_part_of_an_adaptation_and_more(outcome: Outcome) -> None:
+    alone = tell_adaptation(outcome.store, outcome.checkpoint, labels_of(outcome), outcome.features, title="alone")
+    demo = tell(outcome)
+    assert [group.title for group in alone.clusters] == [group.title for group in demo.clusters]
+    assert alone.map is not None and demo.map is not None
+    assert np.array_equal(alone.map.places, demo.map.places)
+    assert set(alone.model) < set(demo.model) and alone.config == demo.config
+    assert alone.seconds == {"teacher: labelling": 1.0, "student: labelling": 1.0}
+    assert "240 unlabelled crops from 3 cameras" in alone.summary and alone.notes == []
+
+
+def test_no_truth_no_camera_no_cluster_no_crop_still_make_a_page(outcome: Outcome) -> None:
+    bare = without_persons(outcome.store)
+    bare = replace(bare, cameras=np.zeros(len(bare), np.int64), camera_names=("door",), root=bare.root / "gone")
+    labels = labels_of(outcome)
+    for known in (labels, np.full(len(bare), -1), np.zeros(len(bare), np.int64)):
+        report = tell_adaptation(bare, outcome.checkpoint, known, outcome.features, title="bare")
+        page = render(report)
+        assert "purity" not in page.replace("Purity", "") and "data:image" not in page
+        assert any("one camera" in note for note in report.notes)
+        assert any("cannot be read" in note for note in report.notes) == bool((known >= 0).any())
+    nothing = tell_adaptation(bare.subset([]), outcome.checkpoint, labels[:0], outcome.features[:0], title="nothing")
+    assert "0 unlabelled crops from 0 cameras" in render(nothing)
+
+
+def test_one_call_writes_a_page(outcome: Outcome, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    done: list[int] = []
+    write_adaptation_report(page, outcome.store, outcome.checkpoint, outcome.log, title="site", progress=done.append)
+    assert sum(done) == len(outcome.store)
+    text = page.read_text()
+    assert text.count("data:image/jpeg") > 50 and 'id="map"' in text and 'id="scores"' not in text
+    assert not re.search(r"<script|@import|https?://", text)
+
+
+def test_a_log_of_other_crops_or_none_is_refused(outcome: Outcome, tmp_path: Path) -> None:
+    def write(log: Path) -> None:
+        write_adaptation_report(tmp_path / "r.html", outcome.store, outcome.checkpoint, log, title="site")
+
+    with pytest.raises(TrainingError, match=r"student-labels\.npy cannot be read"):
+        write(tmp_path)
+    np.save(tmp_path / "student-labels.npy", np.zeros(3))
+    with pytest.raises(TrainingError, match="float64"):
+        write(tmp_path)
+    np.save(tmp_path / "student-labels.npy", np.zeros(3, np.int64))
+    with pytest.raises(TrainingError, match="3 crops and the store has 240"):
+        write(tmp_path)
+    assert not (tmp_path / "r.html").exists()
 
 
 def test_ranked_lists_are_the_most_helped_first_and_judged_by_truth(outcome: Outcome) -> None:
@@ -88,3 +142,32 @@ def test_ranked_lists_are_the_most_helped_first_and_judged_by_truth(outcome: Out
                 same = gallery.persons[found] == query.persons[row]
                 near = gallery.cameras[found] == query.cameras[row]
                 assert hit.verdict == ("wrong" if not same else "junk" if near else "right")
+
+
+def test_ranking_from_features_equals_the_full_sort(outcome: Outcome) -> None:
+    query, gallery = evaluation_splits(outcome.site)
+    encoder = outcome.checkpoint.encoder
+    asked, known = (extract(encoder, store, local=False)[0] for store in (query, gallery))
+    found = rank(query, gallery, asked, known)
+    order = np.argsort(-(asked @ known.T), axis=1, kind="stable")
+    full = score_rankings(order.tolist(), query.persons, gallery.persons, query.cameras, gallery.cameras)
+    assert found.score.mAP == pytest.approx(full.mAP, abs=1e-9)
+    for row, (rows, cosines) in enumerate(zip(found.rankings, found.similarities, strict=True)):
+        np.testing.assert_allclose(cosines, np.sort(known @ asked[row])[::-1][:HITS], atol=1e-6)
+        np.testing.assert_allclose(known[rows] @ asked[row], cosines, atol=1e-6)
+
+
+def test_hits_nobody_knows_are_junk_and_damaged_ones_are_left_out(outcome: Outcome, tmp_path: Path) -> None:
+    query, gallery = evaluation_splits(outcome.site)
+    shutil.copytree(gallery.root, tmp_path / "site")
+    persons = gallery.persons.copy()
+    first = outcome.after.rankings[0]
+    persons[first[1]] = UNKNOWN
+    gallery = replace(gallery, root=tmp_path / "site", persons=persons)
+    (gallery.root / gallery.paths[first[0]]).unlink()
+    score = replace(outcome.after.score, average_precision=np.eye(1, len(query))[0])
+    album = Album()
+    [shown, *_] = ranked_lists(query, gallery, outcome.before, replace(outcome.after, score=score), album)
+    assert shown.query.image == query.read(0)
+    assert len(shown.after) == HITS - 1 and shown.after[0].verdict == "junk"
+    assert "cannot be read" in album.notes[0]
