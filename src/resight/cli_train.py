@@ -57,6 +57,7 @@ def adapt(
     from resight.training.recipe import change_recipe, load_recipe
     from resight.training.run import Run, require_device
     from resight.training.runlog import RunLog
+    from resight.training.story import write_adaptation_report
     from resight.weights import load_weights
 
     require_device(device)
@@ -75,9 +76,15 @@ def adapt(
     with RunLog(folder, console=console, append=resume) as runlog:
         plan = Adaptation(Run(store, method, seed, device, runlog), initial, out, smaller)
         checkpoint = run_adaptation(plan, resume=resume)
+        report = folder / "report.html"
+        with runlog.bar("features for the report", len(store)) as advance:
+            title = f"{opened.name}: adapted by {method.name}"
+            write_adaptation_report(report, store, checkpoint, folder, title=title, device=device, progress=advance)
     last = dict(checkpoint.provenance.history[-1])
-    console.print(f"wrote {out}; figures and TensorBoard files in {folder}. Next: resight export {out} --out BUNDLE")
-    write_json(json_file, {"checkpoint": str(out), "last_epoch": last})
+    console.print(
+        f"wrote {out}; report, figures and TensorBoard files in {folder}. Next: resight export {out} --out BUNDLE"
+    )
+    write_json(json_file, {"checkpoint": str(out), "last_epoch": last, "report": str(report)})
 
 
 def builtin_weights(

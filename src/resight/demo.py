@@ -165,7 +165,7 @@ def _adapt(road: Road, store: CropStore, initial: InitialWeights) -> Checkpoint:
     from resight.training.runlog import RunLog
 
     epochs, iters = (DRAWN_EPOCHS, DRAWN_ITERS) if road.site is None else (None, None)
-    recipe = load_recipe("purify").with_schedule(epochs=road.epochs or epochs, iters=road.iters or iters)
+    recipe = load_recipe("purify-camera").with_schedule(epochs=road.epochs or epochs, iters=road.iters or iters)
     with RunLog(road.out / "log", console=road.console) as runlog:
         run = Run(store, recipe, road.seed, road.device, runlog)
         return adapt(Adaptation(run, initial, road.out / "checkpoint"))
