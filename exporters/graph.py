@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from resight.model import Encoder
+from resight.model import Encoder, cut, join
 
 
 class ServingGraph(nn.Module):
@@ -22,14 +22,16 @@ class ServingGraph(nn.Module):
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
-        self.encoder = copy.deepcopy(encoder).cpu().float().eval()
-        if not encoder.config.local_share:
-            self.encoder.heads = nn.ModuleDict({"global": self.encoder.heads["global"]})
-        self.register_buffer("mean", self.encoder.mean)
-        first = next(module for module in self.encoder.backbone.modules() if isinstance(module, nn.Conv2d))
+        source = copy.deepcopy(encoder).cpu().float().eval()
+        self.config = source.config
+        self.backbone = source.backbone
+        # a list: "global" is a word of Python's, and the exporter writes Python
+        self.heads = nn.ModuleList(list(source.heads.values())[: None if source.config.local_share else 1])
+        self.register_buffer("mean", source.mean)
+        first = next(module for module in self.backbone.modules() if isinstance(module, nn.Conv2d))
         assert first.in_channels == 3, "the trunk's first convolution must be the one that sees the image"
         with torch.no_grad():
-            first.weight /= self.encoder.std.view(1, 3, 1, 1)
+            first.weight /= source.std.view(1, 3, 1, 1)
         self.requires_grad_(False)
         self.eval()
 
@@ -43,4 +45,12 @@ class ServingGraph(nn.Module):
             float32 (N, D), unit rows.
         """
         pixels = images.permute(0, 3, 1, 2).float() - self.mean  # (N, 3, H, W)
-        return self.encoder.embed(pixels)
+        maps = cut(self.backbone(pixels), self.config.parts)
+        views = [_unit(head(part)) for head, part in zip(self.heads, maps, strict=False)]
+        return join(views, self.config.local_share) if self.config.local_share else views[0]
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Rows of length 1."""
+    length: Tensor = features.norm(dim=1, keepdim=True)
+    return features / length.clamp_min(1e-12)

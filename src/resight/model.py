@@ -11,7 +11,7 @@ Letters: B batch, C channels, D feature size, H and W of an image, h and w of a 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -161,31 +161,31 @@ class Encoder(nn.Module):
 
         Rows that do not divide by the parts are left out at the bottom (LP's released code).
         """
-        features = self.backbone(images)  # (B, C, h, w)
-        return tuple(unit(head(part)) for head, part in zip(self.heads.values(), self._maps(features), strict=True))
-
-    def _maps(self, features: Tensor) -> list[Tensor]:
-        """The whole map and its stripes."""
-        height = features.shape[2] // self.config.parts
-        return [features, *(features[:, :, i * height : (i + 1) * height] for i in range(self.config.parts))]
+        maps = cut(self.backbone(images), self.config.parts)
+        return tuple(unit(head(part)) for head, part in zip(self.heads.values(), maps, strict=True))
 
     def embed(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> unit embeddings (B, D), the global view unless `local_share` says more."""
         if not self.config.local_share:
             return unit(self.heads["global"](self.backbone(images)))
-        return self.join(self(images))
+        return join(self(images), self.config.local_share)
 
-    def join(self, views: Views) -> Tensor:
-        """Views -> unit embeddings (B, D).
 
-        With local_share l and S parts: [sqrt(1 - l) g, sqrt(l / S) p_1, ...]; its squared distance is the weighed
-        one of the views (selective contrast's distance for ranking, without its camera term).
-        """
-        share = self.config.local_share
-        if not share:
-            return views[0]
-        part = (share / self.config.parts) ** 0.5
-        return torch.cat([(1 - share) ** 0.5 * views[0], *(part * view for view in views[1:])], 1)
+def cut(features: Tensor, parts: int) -> list[Tensor]:
+    """A map (B, C, h, w) whole, then its stripes from top to bottom, each (B, C, h // parts, w)."""
+    height = features.shape[2] // parts
+    return [features, *(features[:, :, i * height : (i + 1) * height] for i in range(parts))]
+
+
+def join(views: Sequence[Tensor], local_share: float) -> Tensor:
+    """Views of unit length -> unit embeddings (B, D).
+
+    With local_share l and S parts: [sqrt(1 - l) g, sqrt(l / S) p_1, ...]; its squared distance is the weighed
+    one of the views (selective contrast's distance for ranking, without its camera term).
+    """
+    whole, *parts = views
+    share = (local_share / len(parts)) ** 0.5
+    return torch.cat([(1 - local_share) ** 0.5 * whole, *(share * part for part in parts)], 1)
 
 
 def with_parts(encoder: Encoder, parts: int, local_share: float) -> Encoder:

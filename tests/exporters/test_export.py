@@ -35,6 +35,7 @@ SHARED = Path(__file__).parents[3] / "shared"
 CONFIGS = {
     "osnet-avg": EncoderConfig("osnet_x0_25", "avg", 512, ImageSpec(64, 32, "bilinear")),
     "resnet18-gem": EncoderConfig("resnet18", "gem", 0, ImageSpec(64, 48)),
+    "osnet-stripes": EncoderConfig("osnet_x0_25", "avg", 64, ImageSpec(64, 32), parts=4, part_dim=16, local_share=0.5),
 }
 
 
@@ -92,7 +93,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def torch_features(encoder: Encoder, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     with torch.inference_mode():
-        return encoder(encoder.normalise(torch.from_numpy(images)))[0].numpy()
+        return encoder.embed(encoder.normalise(torch.from_numpy(images))).numpy()
 
 
 def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:
