@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -146,3 +147,21 @@ def pair_counts(labels: Ints, previous: Ints) -> float:
     expected = same_one * same_other / total
     highest = (same_one + same_other) / 2
     return 1.0 if highest == expected else (same_both - expected) / (highest - expected)
+
+
+def people_store(*, persons: int, cameras: int, crops: int) -> CropStore:
+    """Everybody passes every camera once; passages of neighbours overlap. Row order: person, camera, crop."""
+    person, camera, crop = (part.ravel() for part in np.mgrid[:persons, :cameras, :crops])
+    times_s = person * 0.4 * crops + camera * 1000.0 + crop
+    made = store_of(camera.tolist(), person.tolist(), times_s.tolist())
+    return replace(made, persons=person.astype(np.int64))
+
+
+def people_features(store: CropStore, *, spread: float, camera: float = 0.0, seed: int = 0) -> NDArray[np.float32]:
+    """Unit rows: a direction for each person, one for each camera, and noise; the lengths of the last two given."""
+    rng = np.random.default_rng(seed)
+    people = rng.normal(size=(store.persons.max() + 2, 32))[store.persons]
+    seen = rng.normal(size=(store.cameras.max() + 1, 32))[store.cameras]
+    rows = people + camera * seen + spread * rng.normal(size=people.shape)
+    unit: NDArray[np.float32] = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    return unit

@@ -33,6 +33,7 @@ ROADS = {
     "cli_export",
     "cli_gallery",
     "cli_json",
+    "cli_judge",
     "cli_serve",
     "cli_train",
     "demo",

@@ -1,125 +1,51 @@
 """How good a model is on a site, judged without anyone's label.
 
-Three witnesses: tracks (`pairs`, `separation`), clusters (`health`) and the features' own variance. `compare` turns two
-judgements into a verdict; docs/judging.md says what each figure can and cannot tell.
+Three witnesses: tracks (`pairs`, `separation`), clusters (`health`) and the features' own variance. `compare` of
+`verdict` sets two judgements against each other; docs/judging.md says what each figure can and cannot tell.
 
 Letters: N crops, D feature size.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from resight.training.cluster import Clustering
-from resight.training.crops import CropStore
-from resight.training.health import (
-    CameraMix,
-    Stability,
-    TrackAgreement,
-    camera_mix,
-    epoch_health,
-    stability,
-    track_agreement,
-)
+from resight.errors import TrainingError
+from resight.training.cluster import Clustering, ClusterSettings, cluster
+from resight.training.crops import COLUMNS, CropStore
+from resight.training.datasets import Site
+from resight.training.health import camera_mix, epoch_health, stability, track_agreement
+from resight.training.judgement import ClusterFigures, Judgement, TrackCounts
 from resight.training.neighbours import Floats
 from resight.training.pairs import TrackPairs, draw_pairs
-from resight.training.separation import Estimate, Separation, cannot_separate, separate
+from resight.training.separation import Estimate, cannot_separate, separate
 from resight.training.verdict import Verdict, compare
 
-__all__ = ["ClusterFigures", "Estimate", "Judgement", "TrackCounts", "Verdict", "compare", "epoch_health", "judge"]
+__all__ = [
+    "ClusterFigures",
+    "Estimate",
+    "Judgement",
+    "TrackCounts",
+    "Verdict",
+    "compare",
+    "epoch_health",
+    "join_splits",
+    "judge",
+    "try_cluster",
+]
 
 LENGTH_TOLERANCE = 1e-2  # half precision ends about 1e-3 from unit length
-
-
-@dataclass(frozen=True)
-class TrackCounts:
-    """What the store's tracks offer.
-
-    Attributes:
-        tracks: passages with at least one crop.
-        overlaps: pairs of tracks of one camera that overlap in time, which makes them two persons.
-        positives, negatives: crop pairs drawn of one track, and of overlapping ones.
-    """
-
-    tracks: int
-    overlaps: int
-    positives: int
-    negatives: int
-
-
-@dataclass(frozen=True)
-class ClusterFigures:
-    """Figures of one clustering.
-
-    Attributes:
-        clusters: their number.
-        outlier_share: share of crops in none, in [0, 1].
-        largest_share: share of crops in the largest, in [0, 1].
-        silhouette: see `Clustering`; None where labels are true persons.
-        collapsed: see `Clustering.collapsed`.
-        cameras: cameras of each cluster against chance; None without clusters.
-        tracks: what tracks say of the clusters.
-    """
-
-    clusters: int
-    outlier_share: float
-    largest_share: float
-    silhouette: float | None
-    collapsed: bool
-    cameras: CameraMix | None
-    tracks: TrackAgreement
-
-
-@dataclass(frozen=True, eq=False)
-class Judgement:
-    """Figures of one model on one store.
-
-    Attributes:
-        crops: N.
-        problem: what is wrong with the features themselves, empty if nothing.
-        variance: mean squared distance of features from their mean, 1 - |mean|^2, in [0, 1]; 0 where all crops are
-            alike to the model. None where features are not usable.
-        counts: what the tracks offer.
-        separation: how features tell tracks apart.
-        clusters: None where no clustering was given.
-        stability: None where there is no other clustering, or nothing clustered in both.
-    """
-
-    crops: int
-    problem: str
-    variance: float | None
-    counts: TrackCounts
-    separation: Separation
-    clusters: ClusterFigures | None
-    stability: Stability | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; a figure that could not be measured is null, and `missing` says why."""
-        figures = {name: asdict(estimate) for name, estimate in self.separation.figures.items()}
-        return {
-            "crops": self.crops,
-            "problem": self.problem,
-            "variance": self.variance,
-            "tracks": {
-                **asdict(self.counts),
-                **figures,
-                **dict.fromkeys(self.separation.missing),
-                "missing": dict(self.separation.missing),
-            },
-            "clusters": None if self.clusters is None else asdict(self.clusters),
-            "stability": None if self.stability is None else asdict(self.stability),
-        }
 
 
 def judge(
     features: Floats,
     store: CropStore,
     *,
-    clustering: Clustering | None = None,
-    previous: Clustering | None = None,
+    clustering: Clustering | TrainingError | None = None,
+    previous: Clustering | TrainingError | None = None,
     seed: int = 0,
 ) -> Judgement:
     """Judge a model by its features of a store's crops; persons are never read.
@@ -127,23 +53,45 @@ def judge(
     Args:
         features: float32 (N, D), unit rows; others are a problem told in the answer, since it is the model's.
         store: the N crops, in the same order.
-        clustering: of these features.
-        previous: of the epoch before, or of another model, for stability.
+        clustering: of these features, or the error `cluster` raised because they collapsed.
+        previous: of the epoch before, or of another model, for stability; likewise.
         seed: of pairs and resamples. Two models are comparable only with the same seed and store.
     """
     assert len(features) == len(store), (len(features), len(store))
     pairs = draw_pairs(store, seed=seed)
     problem = _problem(features)
-    agree = stability(clustering.labels, previous.labels) if clustering is not None and previous is not None else None
+    found = clustering if isinstance(clustering, Clustering) else None
+    agreed = stability(found.labels, previous.labels) if found and isinstance(previous, Clustering) else None
     return Judgement(
         len(store),
         problem,
+        str(clustering) if isinstance(clustering, TrainingError) else "",
         None if problem else float(np.clip(1 - np.square(features.mean(0, dtype=np.float64)).sum(), 0, 1)),
         TrackCounts(pairs.track_count, pairs.overlaps, len(pairs.positives), len(pairs.negatives)),
         cannot_separate(problem, pairs, seed=seed) if problem else separate(features, pairs, seed=seed),
-        None if clustering is None else cluster_figures(clustering, store, pairs),
-        agree,
+        None if found is None else cluster_figures(found, store, pairs),
+        agreed,
     )
+
+
+def try_cluster(
+    features: Floats, store: CropStore, settings: ClusterSettings, *, device: str = "cpu"
+) -> Clustering | TrainingError:
+    """Clusters of a store's crops, or the error that tells why there are none: a judgement needs either.
+
+    Args:
+        features: float32 (N, D).
+        store: the N crops.
+        settings: the same for every model that is compared.
+        device: where neighbours are searched.
+    """
+    problem = _problem(features)
+    if problem:
+        return TrainingError(problem)
+    try:
+        return cluster([features], settings, cameras=store.cameras, device=device)
+    except TrainingError as error:
+        return error
 
 
 def cluster_figures(clustering: Clustering, store: CropStore, pairs: TrackPairs) -> ClusterFigures:
@@ -158,6 +106,15 @@ def cluster_figures(clustering: Clustering, store: CropStore, pairs: TrackPairs)
         camera_mix(clustering.labels, store.cameras),
         track_agreement(clustering.labels, pairs),
     )
+
+
+def join_splits(site: Site) -> CropStore:
+    """All crops of a site in one store: a track may lie in query and gallery at once."""
+    parts = [part for part in (site.train, site.query, site.gallery) if part is not None]
+    columns: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
+    joined = replace(site.train, paths=tuple(path for part in parts for path in part.paths), **columns)
+    _, first = np.unique(joined.paths, return_index=True)  # in a plain folder queries are training crops too
+    return joined.subset(np.sort(first))
 
 
 def _problem(features: Floats) -> str:

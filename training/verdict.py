@@ -2,33 +2,33 @@
 
 The rule, from the strongest witness to the weakest (docs/judging.md gives the reasons and what was measured):
 
-1. Features that are unusable or all alike, or clusters that collapsed: refuse.
+1. Features that are unusable, all alike or nearly so beside the active model's, or clusters that collapsed: refuse.
 2. Tracks: AUC and true positives at fixed false ones, differences over the same resampled tracks. What lies wholly
    below 0 is worse, wholly above it better. Worse alone refuses, better alone promotes, both together decide nothing.
    Neither: no worse than `TRACK_MARGIN` and clusters that gained promote.
 3. Tracks see one camera at a time, so nothing is promoted whose clusters came apart by camera or fell into outliers.
-4. Without tracks clusters alone: a silhouette that rose promotes, one that fell, or 3, refuses. It is weaker: training
-   pulls its own clusters together, right or wrong.
+4. Without tracks clusters alone: a silhouette or a mix of cameras that rose promotes, one that fell, or 3, refuses.
+   It is weaker: training pulls its own clusters together, right or wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from resight.training.health import CameraMix
+from resight.training.judgement import Judgement
 from resight.training.separation import CONFIDENCE, Estimate
 
-if TYPE_CHECKING:
-    from resight.training.judge import Judgement
-
 Decision = Literal["promote", "refuse", "undecided"]
-MIN_VARIANCE = 0.01  # a mean cosine of 0.99 between any two crops; encoders in docs/judging.md have 0.6 to 0.86
+MIN_VARIANCE = 1e-4  # half of it is the step of half precision just below a cosine of 1
+VARIANCE_FALL = 0.1  # what must be left of the active model's; encoders in docs/judging.md have 0.61 to 0.86
 TRACK_MARGIN = 0.005  # of AUC: a third of what separates 57.7 and 65.5 mAP in docs/judging.md
 SILHOUETTE_STEP = 0.05  # late epochs of one run differ by up to 0.02 (docs/judging.md)
-MIX_FALL = 0.1  # share of its camera mix a clustering may lose
+MIX_STEP = 0.1  # of the camera mix; sound encoders in docs/judging.md differ by less
 OUTLIER_RISE = 0.1  # share of all crops that may become outliers
 
 
@@ -64,7 +64,7 @@ def compare(before: Judgement, after: Judgement) -> Verdict:
     one, other = before.separation, after.separation
     assert (one.digest, one.seed, before.crops) == (other.digest, other.seed, after.crops), "judge one store, one seed"
     differences = _differences(before, after)
-    broken = _broken(after)
+    broken = _broken(after) or _paled(before, after)
     if broken:
         return Verdict("refuse", "features", (f"candidate: {broken}",), differences)
     if _broken(before):
@@ -93,8 +93,8 @@ def _differences(before: Judgement, after: Judgement) -> dict[str, Estimate]:
 
 def _broken(judged: Judgement) -> str:
     """Why a model must not serve whatever else is said of it; empty for a sound one."""
-    if judged.problem:
-        return judged.problem
+    if judged.problem or judged.collapse:
+        return judged.problem or judged.collapse
     if judged.variance is not None and judged.variance < MIN_VARIANCE:
         return f"all crops look alike to it: variance {judged.variance:.2g}, expected {MIN_VARIANCE} or more"
     clusters = judged.clusters
@@ -103,6 +103,16 @@ def _broken(judged: Judgement) -> str:
             f"its clusters collapsed: {clusters.clusters}, the largest with {clusters.largest_share:.0%} of all crops"
         )
     return ""
+
+
+def _paled(before: Judgement, after: Judgement) -> str:
+    """Why a candidate's features have lost what told crops apart, against those of a sound active model."""
+    if _broken(before) or before.variance is None or after.variance is None:
+        return ""
+    if after.variance >= VARIANCE_FALL * before.variance:
+        return ""
+    change = f"variance {before.variance:.2g} to {after.variance:.2g}"
+    return f"crops look far more alike to it than to the active model: {change}"
 
 
 def _by_tracks(differences: Mapping[str, Estimate], health: list[str], gained: bool, lost: bool) -> Verdict:
@@ -134,14 +144,20 @@ def _clusters(before: Judgement, after: Judgement) -> tuple[list[str], bool, boo
     one, other = before.clusters, after.clusters
     if one is None or other is None or one.cameras is None or other.cameras is None:
         return [], False, False
-    told = [f"outliers {one.outlier_share:.1%} to {other.outlier_share:.1%}"]
-    lost = other.outlier_share > one.outlier_share + OUTLIER_RISE
-    mix = [found.cameras_per_cluster / found.chance_cameras_per_cluster for found in (one.cameras, other.cameras)]
-    told.append(f"cameras a cluster, of what chance gives, {mix[0]:.2f} to {mix[1]:.2f}")
-    lost |= mix[1] < (1 - MIX_FALL) * mix[0]
-    gained = False
+    (shrunk, grown), told = _mixes(one.cameras, other.cameras)
+    told.append(f"outliers {one.outlier_share:.1%} to {other.outlier_share:.1%}")
+    lost = shrunk or other.outlier_share > one.outlier_share + OUTLIER_RISE
+    gained = grown
     if one.silhouette is not None and other.silhouette is not None:
         told.append(f"silhouette {one.silhouette:.3f} to {other.silhouette:.3f}")
-        gained = other.silhouette > one.silhouette + SILHOUETTE_STEP
-        lost |= other.silhouette < one.silhouette - SILHOUETTE_STEP
+        gained |= other.silhouette > one.silhouette + SILHOUETTE_STEP
+        # Crops of several cameras are less alike than those of one: a fall is no loss where cameras now mix.
+        lost |= other.silhouette < one.silhouette - SILHOUETTE_STEP and not grown
     return told, gained and not lost, lost
+
+
+def _mixes(before: CameraMix, after: CameraMix) -> tuple[tuple[bool, bool], list[str]]:
+    """Whether clusters mix cameras less or more than they did, and that in words."""
+    was, now = (mix.cameras_per_cluster / mix.chance_cameras_per_cluster for mix in (before, after))
+    told = [f"cameras a cluster, of what chance gives, {was:.2f} to {now:.2f}"]
+    return (now < (1 - MIX_STEP) * was, now > (1 + MIX_STEP) * was), told

@@ -14,6 +14,7 @@ from resight.cli_demo import demo
 from resight.cli_evaluate import evaluate
 from resight.cli_export import export
 from resight.cli_gallery import gallery, search
+from resight.cli_judge import judge
 from resight.cli_serve import serve
 from resight.cli_train import adapt, builtin_weights
 from resight.errors import ReIDError
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (demo, adapt, evaluate, export, serve, search):
+for command in (demo, adapt, evaluate, judge, export, serve, search):
     app.command()(command)
 app.command(hidden=True)(builtin_weights)
 app.add_typer(gallery, name="gallery")

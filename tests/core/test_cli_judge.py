@@ -1,0 +1,76 @@
+"""`resight judge` as users meet it: a table, a verdict in words, both in a file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import resight_here, the_error, without_persons, write_random_checkpoint
+
+from resight.training.crops import write_store
+from resight.training.datasets import Site
+
+
+@pytest.fixture(scope="module")
+def tracked(tiny_site: Site, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny site with a passage for each person and camera, all at one time, and nobody named."""
+    root = tmp_path_factory.mktemp("tracked") / "site"
+    shutil.copytree(tiny_site.root, root)
+    store = tiny_site.train
+    shot = np.arange(len(store)) % 30 // 3
+    seen = replace(store, root=root, tracks=store.persons, times_s=shot + store.persons * 0.1)
+    write_store(root, without_persons(seen), ["train"] * len(store))
+    return root
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_checkpoint(tmp_path_factory.mktemp("other") / "other", seed=9)
+
+
+def run(site: Path, model: Path, out: Path, *more: object) -> tuple[str, dict[str, Any]]:
+    done = resight_here("judge", "--model", model, "--site", site, "--recipe", "purify", "--json", out, *more)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(out.read_text())
+
+
+def test_a_model_is_judged_by_tracks_and_clusters(tracked: Path, tiny_init: Path, tmp_path: Path) -> None:
+    told, found = run(tracked, tiny_init, tmp_path / "found.json")
+    figures = found["model"]
+    assert set(found) == {"model", "settings"} and figures["crops"] == 240
+    assert figures["tracks"]["tracks"] == 24 and figures["tracks"]["overlaps"] == 3 * 8 * 7 // 2
+    assert f"{figures['tracks']['auc']['value']:.4f}" in told and "cameras a cluster" in told
+    assert "no tpr_at_fpr_0.001: " in told and "promote" not in told
+    assert figures["clusters"]["clusters"] >= 2
+
+
+def test_two_models_get_a_verdict(tracked: Path, tiny_init: Path, other: Path, tmp_path: Path) -> None:
+    told, found = run(tracked, tiny_init, tmp_path / "one.json", "--against", other)
+    _, back = run(tracked, other, tmp_path / "two.json", "--against", tiny_init)
+    assert (found["model"], found["against"]) == (back["against"] | {"stability": found["model"]["stability"]},
+                                                  back["model"] | {"stability": None})  # fmt: skip
+    verdict, reverse = found["verdict"], back["verdict"]
+    assert verdict["evidence"] == "tracks" and f"{verdict['decision']} by tracks" in told
+    assert verdict["differences"]["auc"]["value"] == pytest.approx(-reverse["differences"]["auc"]["value"])
+    assert all(reason in told for reason in verdict["reasons"])
+    assert found["model"]["stability"]["ari"] == pytest.approx(back["model"]["stability"]["ari"])
+    _, same = run(tracked, other, tmp_path / "same.json", "--against", other)
+    assert same["verdict"]["decision"] == "undecided" and same["model"]["stability"]["ari"] == 1
+
+
+def test_without_tracks_it_says_so_and_goes_by_clusters(tiny_site: Site, tiny_init: Path, tmp_path: Path) -> None:
+    told, found = run(tiny_site.root, tiny_init, tmp_path / "found.json", "--against", tiny_init)
+    assert found["verdict"]["evidence"] == "clusters" and "no auc: the store has no tracks" in told
+    assert found["model"]["tracks"]["auc"] is None
+    _, every = run(tiny_site.root, tiny_init, tmp_path / "all.json", "--all")
+    assert every["model"]["crops"] == 240 + 90 and every["settings"]["all"] is True
+
+
+def test_a_missing_site_is_one_sentence(tiny_init: Path, tmp_path: Path) -> None:
+    done = resight_here("judge", "--model", tiny_init, "--site", tmp_path / "nowhere")
+    assert "no site at" in the_error(done)
