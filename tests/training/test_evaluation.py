@@ -49,6 +49,14 @@ def test_json_holds_every_figure_in_percent(score: SiteScore) -> None:
     assert pairs[2]["mAP"] == pytest.approx(100 * score.pairs.mAP[0, 2], abs=0.0051)
 
 
+def test_the_page_has_every_key(score: SiteScore) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/evaluation.md").read_text().split("## `--json`")[1]
+    told = as_json(score)
+    keys = {*told, *(f"open_set.{key}" for key in told["open_set"]), "settings", "flip", "rerank"}
+    keys |= {*told["open_set"]["operating_points"][0], *told["open_set"]["curve"][0], *told["camera_pairs"][0]}
+    assert [key for key in sorted(keys) if f"`{key}`" not in page] == []
+
+
 def test_json_of_the_open_set(score: SiteScore) -> None:
     told, found = as_json(score)["open_set"], score.open_set
     assert found is not None
