@@ -1,7 +1,8 @@
-"""Folders of crops as sites: a crop store, the Market-1501 layout, or one sub-folder a camera.
+"""Folders of crops as sites: a crop store, the layouts of Market-1501 and MSMT17, or one sub-folder a camera.
 
     crop store     index.parquet (docs/crop-store.md)
     Market-1501    bounding_box_train/, query/, bounding_box_test/ with names PPPP_cCsS_FFFFFF_BB.jpg or PPPP_cC...
+    MSMT17         list_train.txt and its like (`msmt17`); re-packed in Market-1501's folders it is read as those
     plain          CAMERA/anything.jpg, CAMERA/PERSON/anything.jpg, or names of Market-1501's pattern in one folder
 
 Symbolic links are not followed; hidden files and folders and other kinds of files are passed over.
@@ -20,6 +21,7 @@ import numpy as np
 
 from resight.errors import SiteError
 from resight.training.crops import UNKNOWN, CropStore, camera_order, is_store, open_store
+from resight.training.msmt17 import is_msmt17, read_lists
 
 MARKET_FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 MARKET_NAME = re.compile(
@@ -30,8 +32,8 @@ FRAMES_PER_S = 25.0  # Market-1501's cameras (Zheng et al., ICCV 2015)
 SEQUENCE_S = 1_000_000.0  # sequences of a camera follow each other; their distance in time is not published
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 LAYOUTS = (
-    "expected a crop store (index.parquet), a Market-1501 folder (bounding_box_train, query, bounding_box_test), or "
-    "one sub-folder of JPEG, PNG or WebP crops for each camera"
+    "expected a crop store (index.parquet), a Market-1501 folder (bounding_box_train, query, bounding_box_test), an "
+    "MSMT17 folder (list_train.txt), or one sub-folder of JPEG, PNG or WebP crops for each camera"
 )
 
 
@@ -81,6 +83,10 @@ def open_site(root: Path) -> Site:
     if (root / MARKET_FOLDERS["train"]).is_dir():
         folders = {split: folder for split, folder in MARKET_FOLDERS.items() if (root / folder).is_dir()}
         rows = {split: _market_rows(root, folder) for split, folder in folders.items()}
+        return _from_splits(root, _stores(root, rows))
+    if is_msmt17(root):
+        listed = read_lists(root).items()
+        rows = {split: [_Row(path, camera, np.nan, who) for path, camera, who in found] for split, found in listed}
         return _from_splits(root, _stores(root, rows))
     return _plain_site(root)
 
