@@ -94,7 +94,7 @@ def online_association(
         (B,).
     """
     logits = similarity / temperature
-    best = torch.stack([_best_of(scores, cameras == camera) for camera in cameras.unique()], 1)  # (B, C)
+    best = torch.stack([_best_of(scores, cameras == camera) for camera in range(int(cameras.max()) + 1)], 1)  # (B, C)
     order = scores.gather(1, best).topk(min(positives, best.shape[1]), dim=1).indices
     chosen = best.gather(1, order)  # (B, positives)
     rest = scores.scatter(1, chosen, -torch.inf)
