@@ -87,9 +87,9 @@ class _Ranked:
 def separate(features: Floats, pairs: TrackPairs, *, seed: int = 0) -> Separation:
     """Measure AUC and the share of positives accepted at fixed shares of false acceptance.
 
-    AUC is P(positive > negative) + P(tie) / 2, the Mann-Whitney statistic, exact over all pairs of pairs. "TPR at FPR
-    a" is the share of positive pairs more similar than the lowest threshold that no more than a share a of the
-    negative pairs exceeds.
+    AUC is P(positive > negative) + P(tie) / 2, the Mann-Whitney statistic, exact over all pairs of pairs. The
+    figure `tpr_at_fpr_a` is the share of positive pairs more similar than the lowest threshold that no more than a
+    share a of the negative pairs exceeds.
 
     Intervals resample tracks, not pairs: pairs that share a track share its person and its light. A positive pair
     weighs as often as its track was drawn, a negative one as often as the product of its two (the pigeonhole

@@ -41,7 +41,8 @@ def test_the_better_model_is_promoted_and_the_worse_refused(store: CropStore, cl
     assert (up.decision, up.evidence, down.decision, down.evidence) == ("promote", "tracks", "refuse", "tracks")
     change = up.differences["auc"]
     assert 0 < change.low < change.value < change.high
-    assert down.differences["auc"] == Estimate(-change.value, *(pytest.approx(-x) for x in (change.high, change.low)))
+    back = down.differences["auc"]
+    assert (back.value, back.low, back.high) == pytest.approx((-change.value, -change.high, -change.low))
     assert f"auc {change.value:+.4f}" in up.reasons[1] and "worse in auc" in down.reasons[0]
     json.dumps(up.to_json(), allow_nan=False)
 
