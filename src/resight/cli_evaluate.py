@@ -48,7 +48,7 @@ def evaluate(
         check_plot_path(plot)
     opened = open_site(site)
     evaluation_splits(opened)  # refused before a model is loaded
-    spec, embed = _open_model(model, device)
+    spec, embed = open_model(model, device)
     score = measure_site(
         opened, lambda store: embed_store(store, spec, embed, flip=flip), reranked=rerank, device=device
     )
@@ -69,7 +69,7 @@ def evaluate(
         draw_evaluation(plot, score, title)
 
 
-def _open_model(model: str, device: str) -> tuple[ImageSpec, Callable[[Pixels], Floats]]:
+def open_model(model: str, device: str) -> tuple[ImageSpec, Callable[[Pixels], Floats]]:
     """Image size and embedding, uint8 (B, H, W, 3) -> float32 (B, D) unit rows, of whatever kind of model this is."""
     from resight.bundle import is_bundle, open_bundle
     from resight.training.evaluate import encoder_embedding

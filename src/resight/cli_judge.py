@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from resight.cli_evaluate import _open_model
+from resight.cli_evaluate import open_model
 from resight.cli_json import JsonOption, write_json
 from resight.cli_train import METHODS, WEIGHTS_HELP, DeviceOption, SiteOption
 
@@ -76,7 +76,7 @@ def _look(
     from resight.training.evaluate import embed_store
     from resight.training.judge import try_cluster
 
-    spec, embed = _open_model(model, device)
+    spec, embed = open_model(model, device)
     features = embed_store(store, spec, embed)
     return features, try_cluster(features, store, settings, device=device)
 
