@@ -49,7 +49,11 @@ def encode_reciprocal(features: Floats, *, k1: int, k2: int, device: str = "cpu"
         k2: neighbours averaged over (6 in both); 1 leaves it out.
         device: where neighbours are searched.
     """
-    near = search(features, k1, device=device)
+    return encode_ranked(features, search(features, k1, device=device), k1=k1, k2=k2)
+
+
+def encode_ranked(features: Floats, near: Neighbours, *, k1: int, k2: int) -> ReciprocalEncoding:
+    """`encode_reciprocal` with its k1 neighbours already found."""
     sets = _widened(_reciprocal(near, k1), _reciprocal(near, round(k1 / 2) + 1), features)
     return _expanded(sets, near.indices[:, :k2])
 
@@ -129,7 +133,7 @@ def _cosines(features: Floats, rows: Ints, columns: Ints) -> Floats:
     chunk = max(1, FLOATS // features.shape[1])
     for start in range(0, len(rows), chunk):
         part = slice(start, start + chunk)
-        np.einsum("pd,pd->p", features[rows[part]], features[columns[part]], out=found[part])
+        found[part] = np.einsum("pd,pd->p", features[rows[part]], features[columns[part]])
     return found
 
 
@@ -187,18 +191,16 @@ def _candidates(
 ) -> Iterator[tuple[Ints, Ints]]:
     """Pairs i < j whose fused similarity may reach `least`, in blocks of rows."""
     roots = [view.weights.sqrt() for view in views]
-    inverted = [root.T.tocsr() for root in roots]
-    products = sum(_pattern(root) @ np.diff(columns.indptr) for root, columns in zip(roots, inverted, strict=True))
+    products = sum(_pattern(root) @ np.bincount(root.indices, minlength=len(root.indptr) - 1) for root in roots)
     for start, stop in _spans(np.asarray(products), chunk):
         bounds = []
-        for root, columns, weight in zip(roots, inverted, weights, strict=True):
-            coefficient = root[start:stop] @ columns
+        for root, weight in zip(roots, weights, strict=True):
+            coefficient = root[start:stop] @ root[start:].T  # columns before `start` had their turn as rows
             coefficient.data *= np.float32(weight) / (2 - coefficient.data)
             bounds.append(coefficient)
         bound = reduce(add, bounds).tocoo()
-        rows = bound.row + start
-        near = (bound.data >= least) & (rows < bound.col)
-        yield rows[near], bound.col[near]
+        near = (bound.data >= least) & (bound.row < bound.col)
+        yield bound.row[near] + start, bound.col[near] + start
 
 
 def _spans(costs: NDArray[np.float64], limit: int) -> Iterator[tuple[int, int]]:

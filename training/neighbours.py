@@ -91,7 +91,7 @@ def search_by_camera(
 
 def _tiles(features: Floats, device: str, side: int) -> Iterator[tuple[slice, slice, Tensor]]:
     """Similarities (T, T) of the diagonal and upper tiles; a crop's own is `OWN`."""
-    data = torch.from_numpy(np.ascontiguousarray(features)).to(device)
+    data = torch.from_numpy(np.ascontiguousarray(features, np.float32)).to(device)
     n = len(data)
     for start in range(0, n, side):
         rows = slice(start, min(start + side, n))
