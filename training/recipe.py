@@ -48,6 +48,7 @@ class SelectiveSettings:
         local_loss: lambda_p, share of the loss on the stripes.
         camera_penalty: lambda_c, distance added between crops of one camera when neighbours are chosen.
         warmup_epochs: epochs of instance discrimination before neighbours are trusted.
+        mixture: what the mixture bank begins with: "zeros" or the crops' global "features".
     """
 
     neighbours: int = 7
@@ -57,6 +58,7 @@ class SelectiveSettings:
     local_loss: float = 0.3
     camera_penalty: float = 0.05
     warmup_epochs: int = 3
+    mixture: Literal["zeros", "features"] = "zeros"
 
 
 @dataclass(frozen=True)

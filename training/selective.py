@@ -59,10 +59,11 @@ class InstanceObjective:
             )
         self.banks = {name: bank.to(device) for name, bank in banks.items()} or {
             **{f"view{i}": torch.from_numpy(view).to(device) for i, view in enumerate(views)},
-            MIXTURE: torch.zeros(views[0].shape, device=device),
+            MIXTURE: torch.tensor(views[0], device=device) * float(recipe.selective.mixture == "features"),
         }
         self._cameras = torch.from_numpy(cameras).to(device)
         self._recipe, self._warming, self._rng = recipe, warming, rng
+        self._drawn: Ints | None = None  # negatives of the batch at hand, whose parts come one after the other
 
     def losses(self, features: Sequence[Tensor], rows: Tensor) -> Tensor:
         """See `Objective.losses`: the local loss on the stripes put together, the global loss on the rest."""
@@ -104,7 +105,9 @@ class InstanceObjective:
         """Others by chance, one draw for the batch: int64 (B, neighbours + negatives), capped at N - 1."""
         settings, n = self._recipe.selective, len(self._cameras)
         count = min(settings.neighbours + settings.negatives, n - 1)
-        drawn = torch.from_numpy(self._rng.choice(n, count + 1, replace=False)).to(rows.device).expand(len(rows), -1)
+        if self._drawn is None:
+            self._drawn = self._rng.choice(n, count + 1, replace=False)
+        drawn = torch.from_numpy(self._drawn).to(rows.device).expand(len(rows), -1)
         others = (drawn != rows[:, None]).to(torch.int8)
         return drawn.gather(1, others.argsort(dim=1, descending=True, stable=True))[:, :count]
 
@@ -115,6 +118,7 @@ class InstanceObjective:
         Each positive of an anchor receives the anchor's feature, in the released code's order of writes: the last
         positive first, the anchor's own entry last; stripes before the global feature.
         """
+        self._drawn = None
         momentum = self._recipe.momentum
         entries = rows[:, None]
         if not self._warming:

@@ -44,6 +44,7 @@ def test_published_values_replace_those_for_small_machines() -> None:
     assert (o2.cluster.k1, o2.cluster.k2, o2.cluster.eps) == (20, 6, 0.5)
     sc = load_recipe("selective", published=True)
     assert (sc.batch, sc.optimizer, sc.lr, sc.epochs, sc.selective.warmup_epochs) == (8, "sgd", 1e-3, 50, 3)
+    assert sc.selective.mixture == "zeros"
     assert (sc.parts, sc.local_share, sc.selective.local_loss, sc.selective.negatives) == (8, 0.5, 0.3, 500)
     with pytest.raises(RecipeError, match="leave --published out"):
         load_recipe("purify-camera", published=True)

@@ -150,3 +150,13 @@ def test_stripes_that_do_not_add_up_are_refused() -> None:
             banks={},
             device="cpu",
         )
+
+
+@pytest.mark.parametrize("start", ["zeros", "features"])
+def test_the_mixture_begins_with_zeros_or_features_of_its_own(start: str) -> None:
+    begun = dataclasses.replace(RECIPE, selective=SelectiveSettings(mixture=start))  # type: ignore[arg-type]
+    made = objective(begun, mixture=False)
+    expected = views(N, 0)[0] if start == "features" else np.zeros((N, DIM))
+    assert made.banks[MIXTURE].numpy() == pytest.approx(expected)
+    made.banks[MIXTURE].fill_(7.0)
+    assert made.banks["view0"].numpy() == pytest.approx(views(N, 0)[0])
