@@ -1,10 +1,10 @@
 """Who is near whom: exact nearest neighbours by cosine similarity, among all crops or by camera.
 
-The (N, N) similarities are visited in square tiles. They are symmetric, so each tile is computed once and serves
-its rows and its columns: half the multiplications of a plain search. Of a tile only the groups of columns are
-looked at whose largest similarity beats the worst neighbour a row has so far.
+The (N, N) similarities are visited in tiles. They are symmetric, so those above the diagonal are computed once and
+serve their rows and their columns: half the multiplications of a plain search. Of a tile only the groups of
+columns are looked at whose largest similarity beats the worst neighbour a row has so far.
 
-Letters: N crops, D feature size, k neighbours, T tile side.
+Letters: N crops, D feature size, k neighbours, T columns of a tile.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ Ints = NDArray[np.int64]
 NOBODY = -1  # fills the list of a crop that has fewer than k neighbours
 OWN = 2.0  # above any cosine: a duplicate never takes a crop's own first place
 GROUP = 32  # columns whose maximum is taken at once; 64 takes 15 % more time beside the products, 128 70 % more
-TILE = 2048  # 16 MiB of similarities: enough for the multiplication to run at full speed, little beside features
+TILE = 2048  # rows of a tile: enough for the multiplication to run at full speed
+ASPECT = 8  # columns for each row of a tile: few steps, so that threads seldom wait for one another; 128 MiB
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def nearest(features: Floats, k: int, *, device: str = "cpu", chunk: int = TILE)
         features: (N, D) unit rows.
         k: neighbours to find, itself included; capped at N.
         device: where the products are computed.
-        chunk: tile side; memory is about 2 x chunk x chunk floats.
+        chunk: rows of a tile; memory is about 10 x chunk x chunk floats.
 
     Returns:
         int64 (N, min(k, N)), nearest first.
@@ -74,7 +75,7 @@ def search_by_camera(
         k_intra: neighbours of the same camera, the crop itself included and first.
         k_inter: neighbours of other cameras.
         device: where the products are computed.
-        chunk: tile side.
+        chunk: rows of a tile.
 
     Returns:
         Lists of width min(k_intra, N) and min(k_inter, N), filled up with `NOBODY`.
@@ -89,17 +90,17 @@ def search_by_camera(
     return intra.found(), inter.found()
 
 
-def _tiles(features: Floats, device: str, side: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Similarities (T, T) of the diagonal and upper tiles; a crop's own is `OWN`."""
+def _tiles(features: Floats, device: str, height: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Similarities of some rows with the columns from their first on; a crop's own is `OWN`."""
     data = torch.from_numpy(np.ascontiguousarray(features, np.float32)).to(device)
     n = len(data)
-    for start in range(0, n, side):
-        rows = slice(start, min(start + side, n))
-        for other in range(start, n, side):
-            columns = slice(other, min(other + side, n))
+    for start in range(0, n, height):
+        rows = slice(start, min(start + height, n))
+        for first in range(start, n, ASPECT * height):
+            columns = slice(first, min(first + ASPECT * height, n))
             similarity = data[rows] @ data[columns].T
-            if other == start:
-                similarity.fill_diagonal_(OWN)
+            if first == start:
+                similarity[:, : len(similarity)].fill_diagonal_(OWN)
             yield rows, columns, similarity
 
 
@@ -112,13 +113,14 @@ class _Best:
         self.indices = torch.full((n, k), NOBODY, device=device)
 
     def offer_both(self, rows: slice, columns: slice, similarity: Tensor) -> None:
-        """Let a tile serve its rows and, off the diagonal, its columns."""
+        """Let a tile serve its rows and those of its columns that come after them."""
         height, width = similarity.shape
         if height % GROUP or width % GROUP:  # the last tiles of a row and of a column
             similarity = F.pad(similarity, (0, -width % GROUP, 0, -height % GROUP), value=-torch.inf)
         self._offer(rows, columns.start, similarity[:height])
-        if rows != columns:
-            self._offer(columns, rows.start, similarity[:, :width].T)
+        later = slice(max(rows.stop, columns.start), columns.stop)
+        if later.start < later.stop:
+            self._offer(later, rows.start, similarity[:, later.start - columns.start : width].T)
 
     def _offer(self, rows: slice, first: int, similarity: Tensor) -> None:
         """Merge columns `first`, `first` + 1, ... of some rows; similarity is (rows, T)."""
