@@ -24,6 +24,7 @@ from resight.checkpoint import Checkpoint, Provenance, is_checkpoint, load_check
 from resight.errors import CheckpointError, SiteError
 from resight.model import Encoder, with_parts
 from resight.training.distill import Guide, fit_student
+from resight.training.distributed import copy_first, from_first, require_even_shares
 from resight.training.epoch import Round, train_epoch
 from resight.training.features import read_batches, to_input
 from resight.training.optimizer import make_optimizer, pack_state, set_rate, unpack_state
@@ -68,24 +69,28 @@ class Adaptation:
 def adapt(plan: Adaptation, *, resume: bool = False) -> Checkpoint:
     """Train the recipe's stages and return the last one's checkpoint, read back from disk.
 
+    In several processes (see `distributed`) the first reads and writes checkpoints for all.
+
     Args:
         plan: see `Adaptation`.
         resume: go on after the last finished epoch of an earlier call with the same arguments.
 
     Raises:
+        RecipeError: the batch cannot be divided as accumulate and the number of processes demand.
         SiteError: persons are needed and missing, or there are too few crops.
         TrainingError: clusters collapsed, or a loss or weight is not finite; the last epoch's checkpoint stands.
         CheckpointError: the output folder is taken, or holds a run with other arguments.
     """
-    _check(plan, resume)
     recipe = plan.run.recipe
+    require_even_shares(recipe)
+    from_first(lambda: _check(plan, resume))
     teacher, history = _train_stage(plan, "teacher", _start(plan, "teacher"), None, [], resume)
     if recipe.student:
         student = _start(plan, "student")
         if plan.student is not None:
             student = _placed(fit_student(student, teacher), plan.run.device)
         _train_stage(plan, "student", student, Guide(teacher), history, resume)
-    return load_checkpoint(plan.out)
+    return from_first(lambda: load_checkpoint(plan.out))
 
 
 def _start(plan: Adaptation, stage: Stage) -> Encoder:
@@ -139,12 +144,13 @@ def _train_stage(
     first = 0 if guide is None else -1
     history, now = list(before), Round(stage, first)
     state: Mapping[str, torch.Tensor] = {}
-    if resume and is_checkpoint(folder):
-        found = _find_last_epoch(plan, folder, stage)
+    found = from_first(lambda: _find_last_epoch(plan, folder, stage) if resume else None)
+    if found is not None:
         encoder = _placed(found.encoder, run.device)
         history, state = list(found.provenance.history), found.resume
         now = Round(stage, found.provenance.epoch + 1, _unpack(state, KEPT))
         log.info("%s goes on after epoch %d", stage, now.epoch - 1)
+    copy_first(encoder)
     optimizer = make_optimizer(encoder, run.recipe)
     if state:
         unpack_state(optimizer, _unpack(state, MOMENTS))
@@ -156,7 +162,7 @@ def _train_stage(
         run.log.epoch(stage, now.epoch, figures)
         is_last = now.epoch + 1 == run.recipe.epochs
         unfinished = None if is_last else _pack(pack_state(optimizer), MOMENTS) | _pack(now.kept, KEPT)
-        write_checkpoint(folder, encoder, _provenance(plan, stage, now.epoch, history), resume=unfinished)
+        _write(plan, stage, now.epoch, encoder, history, unfinished)
         now.epoch += 1
     return encoder, history
 
@@ -183,14 +189,27 @@ def _settled(run: Run, history: History) -> Run:
     return replace(run, recipe=replace(run.recipe, cluster=settings))
 
 
+def _write(
+    plan: Adaptation, stage: Stage, epoch: int, encoder: Encoder, history: History, resume: Mapping[str, Any] | None
+) -> None:
+    """The checkpoint of an epoch, by the first process; the others wait until it stands."""
+
+    def write() -> None:
+        write_checkpoint(plan.folder(stage), encoder, _provenance(plan, stage, epoch, history), resume=resume)
+
+    from_first(write)
+
+
 def _provenance(plan: Adaptation, stage: Stage, epoch: int, history: History) -> Provenance:
     """Everything that made these weights; plain JSON values, so that a run can be told from another."""
     recipe = json.loads(json.dumps({**plan.run.recipe.to_json(), "seed": plan.run.seed}))
     return Provenance(recipe, stage, epoch, plan.run.store.fingerprint, plan.start(stage).source, tuple(history))
 
 
-def _find_last_epoch(plan: Adaptation, folder: Path, stage: Stage) -> Checkpoint:
-    """The checkpoint to go on from, if it is this very run's."""
+def _find_last_epoch(plan: Adaptation, folder: Path, stage: Stage) -> Checkpoint | None:
+    """The checkpoint to go on from, if there is one, which must be this very run's."""
+    if not is_checkpoint(folder):
+        return None
     found = load_checkpoint(folder)
     mine = _provenance(plan, stage, found.provenance.epoch, [])
     for what in ("recipe", "stage", "store_fingerprint", "initial_weights"):

@@ -17,6 +17,7 @@ from torch import Tensor
 from resight.model import Encoder
 from resight.training.augment import shift_and_flip
 from resight.training.cluster import OUTLIER, Clustering, centroids, cluster
+from resight.training.distributed import from_first, share
 from resight.training.features import extract, read_batches
 from resight.training.ghost import group_batch_norm
 from resight.training.judge import epoch_health
@@ -89,7 +90,10 @@ def train_epoch(run: Run, now: Round, trainee: Trainee) -> dict[str, float]:
         run.store,
         itertools.islice(_draw(run, clustering.labels, sampling), iters),
         trainee.encoder.config.image,
-        then=lambda pixels: shift_and_flip(pixels, recipe.augment, moving),
+        part=share,
+        then=lambda pixels: shift_and_flip(
+            pixels, recipe.augment, moving, batch=recipe.batch, start=share(recipe.batch).start
+        ),
     )
     losses = train_batches(run, trainee, objective, batches, erasing, total=iters, what=str(now))
     trained = time.perf_counter()
@@ -119,7 +123,7 @@ def _label(run: Run, views: list[Floats]) -> Clustering:
     if run.recipe.labels == "none":
         return Clustering(np.full(len(run.store), OUTLIER, np.int64))
     used = views if run.recipe.cluster.local_weight > 0 else views[:1]
-    return cluster(used, run.recipe.cluster, cameras=run.store.cameras, device=run.device)
+    return from_first(lambda: cluster(used, run.recipe.cluster, cameras=run.store.cameras, device=run.device))
 
 
 def _health(run: Run, now: Round, clustering: Clustering) -> dict[str, float]:

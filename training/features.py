@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal
 
 import numpy as np
 import torch
 
-from resight.errors import ImageError
+from resight.errors import ImageError, RecipeError
 from resight.image import ImageSpec, Pixels, decode, fit
 from resight.model import Encoder
 from resight.training.crops import CropStore
+from resight.training.distributed import gather, share, together
 from resight.training.neighbours import Floats, Ints
+from resight.training.recipe import Precision
 
 EXTRACTION_BATCH = 64  # beyond it a CPU gains nothing and a map of 256 x 128 crops costs memory
 
@@ -27,6 +28,7 @@ def read_batches(
     rows: Iterable[Ints],
     spec: ImageSpec,
     *,
+    part: Callable[[int], slice] = slice,
     then: Callable[[Pixels], Pixels] = lambda pixels: pixels,
     ahead: int = 2,
 ) -> Iterator[tuple[Ints, Pixels]]:
@@ -36,11 +38,12 @@ def read_batches(
         store: where crops are read from.
         rows: rows of each batch, in order.
         spec: size to fit to.
+        part: which part of a batch of B is read; all of it by default.
         then: applied to each batch in the background, in order of the batches.
         ahead: batches prepared in advance.
 
     Yields:
-        rows and uint8 (B, H, W, 3), in the order of ``rows``.
+        rows of the whole batch and uint8 (B, H, W, 3) of its part, in the order of ``rows``.
 
     Raises:
         ImageError: a crop cannot be decoded, with its path; `check_crops` finds those beforehand.
@@ -53,7 +56,7 @@ def read_batches(
             raise type(error)(f"{store.root / store.paths[row]}: {error}") from error
 
     def load(batch: Ints) -> Pixels:
-        return then(np.stack([read(int(row)) for row in batch]))
+        return then(np.stack([read(int(row)) for row in batch[part(len(batch))]]))
 
     # One thread: Pillow alone keeps up with any CPU and `then` stays in order, so chance is repeatable.
     with ThreadPoolExecutor(1, thread_name_prefix="crops") as pool:
@@ -68,9 +71,19 @@ def read_batches(
             yield ready, pixels.result()
 
 
-def autocast(device: str, precision: Literal["auto", "bf16", "fp32"]) -> torch.autocast:
-    """The context in which an encoder computes; "auto" takes bfloat16 where it is native."""
+def autocast(device: str, precision: Precision) -> torch.autocast:
+    """The context in which an encoder computes; "auto" takes bfloat16 where it is native.
+
+    Raises:
+        RecipeError: "fp16" on a CPU, where gradients would have to be scaled for nothing: it has no such units.
+    """
     kind = torch.device(device).type
+    if precision == "fp16":
+        if kind != "cuda":
+            raise RecipeError(
+                f"precision fp16 needs a GPU, found device {device}: take auto, bf16 or fp32", field="precision"
+            )
+        return torch.autocast(kind, torch.float16)
     native = torch.cuda.is_bf16_supported() if kind == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and bool(native)))
 
@@ -86,11 +99,13 @@ def extract(
     store: CropStore,
     *,
     device: str = "cpu",
-    precision: Literal["auto", "bf16", "fp32"] = "fp32",
+    precision: Precision = "fp32",
     local: bool = True,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Floats]:
     """Features of every crop of a store, the encoder in eval mode and put back afterwards.
+
+    Several processes (see `distributed`) compute a share each and all receive the whole.
 
     Args:
         encoder: on ``device``.
@@ -105,13 +120,14 @@ def extract(
     """
     training = encoder.training
     encoder.eval()
-    batches = np.array_split(np.arange(len(store)), max(1, -(-len(store) // EXTRACTION_BATCH)))
+    rows = np.arange(len(store))[share(len(store))]
+    batches = np.array_split(rows, max(1, -(-len(rows) // EXTRACTION_BATCH)))
     done: list[list[torch.Tensor]] = []
-    with torch.inference_mode(), autocast(device, precision):
+    with together(), torch.inference_mode(), autocast(device, precision):
         for _, pixels in read_batches(store, batches, encoder.config.image):
             images = to_input(encoder, pixels, device)
             views = encoder(images) if local else [encoder.embed(images)]
             done.append([view.cpu() for view in views])
             progress(len(pixels))
     encoder.train(training)
-    return [torch.cat(parts).numpy() for parts in zip(*done, strict=True)]
+    return [gather(torch.cat(parts), len(store)).numpy() for parts in zip(*done, strict=True)]

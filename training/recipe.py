@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from resight.errors import RecipeError
 from resight.training.augment import AugmentSettings
@@ -262,11 +262,28 @@ def change_recipe(recipe: Recipe, changes: Sequence[str]) -> Recipe:
 
 def _section(kind: type[T], values: Mapping[str, Any], recipe: str) -> T:
     """Build one dataclass, refusing keys it does not have."""
-    known = [entry.name for entry in fields(kind)]  # type: ignore[arg-type]
-    for key in values:
+    known = get_type_hints(kind)
+    resolved = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    for key, value in resolved.items():
         if key not in known:
-            raise RecipeError(f"recipe {recipe!r} has no setting {key!r}{_nearest(key, known)}", field=key)
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+            raise RecipeError(f"recipe {recipe!r} has no setting {key!r}{_nearest(key, list(known))}", field=key)
+        if not _fits(value, known[key]):
+            expected = str(known[key]).replace("typing.", "") if get_args(known[key]) else known[key].__name__
+            raise RecipeError(f"recipe {recipe!r}: {key} is {value!r}, expected {expected}", field=key)
+    return kind(**resolved)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of a TOML file is what a setting takes: a word of a Literal, a number, a list of numbers."""
+    inner = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in inner
+    if get_origin(kind) is tuple:
+        many = inner[:1] * len(value) if isinstance(value, tuple) and inner[-1] is ... else inner
+        return isinstance(value, tuple) and len(value) == len(many) and all(map(_fits, value, many))
+    if inner:  # a union
+        return any(_fits(value, one) for one in inner)
+    return isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) <= (kind is bool)
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -28,11 +28,13 @@ class RunLog:
         folder: receives `epochs.jsonl`, the labels and TensorBoard's event files; made if missing.
         console: where progress and one line an epoch go.
         append: keep the lines of an earlier part of the same run.
+        silent: write nothing: another process of the same run does.
     """
 
-    def __init__(self, folder: Path, *, console: Console, append: bool = False) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._append = folder, append
+    def __init__(self, folder: Path, *, console: Console, append: bool = False, silent: bool = False) -> None:
+        if not silent:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._append, self._silent = folder, append, silent
         self._opened = ExitStack()
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -41,6 +43,7 @@ class RunLog:
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            disable=silent,
         )
 
     def __enter__(self) -> RunLog:
@@ -77,10 +80,13 @@ class RunLog:
 
     def labels(self, stage: str, labels: NDArray[np.int64]) -> None:
         """Keep the last labels of a stage as `<stage>-labels.npy`, row i for crop i, -1 for outliers."""
-        np.save(self._folder / f"{stage}-labels.npy", labels)
+        if not self._silent:
+            np.save(self._folder / f"{stage}-labels.npy", labels)
 
     def epoch(self, stage: str, epoch: int, figures: Mapping[str, float]) -> None:
         """Write one epoch's figures everywhere."""
+        if self._silent:
+            return
         self._file.write(json.dumps({"stage": stage, "epoch": epoch, **figures}) + "\n")
         for name, value in figures.items():
             self._board.add_scalar(f"{stage}/{name}", value, epoch)

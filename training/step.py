@@ -1,5 +1,9 @@
 """The batches of one epoch: forward, losses, backward, step, memory update.
 
+A batch may be computed in parts, one after the other (`accumulate`) and spread over processes (`distributed`): its
+loss is a sum over samples, its gradient one over parts, its batch norms see groups (`ghost`), and the memories
+follow all its features in order. So parts and processes change nothing but memory and time.
+
 Letters: B batch, D feature size.
 """
 
@@ -7,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +20,12 @@ from torch import Tensor
 
 from resight.errors import TrainingError
 from resight.image import Pixels
-from resight.model import Encoder, Views
+from resight.model import Encoder
 from resight.training.augment import erase
 from resight.training.distill import Guide
+from resight.training.distributed import add_up, average_statistics, gather, share, sum_gradients, together
 from resight.training.features import autocast, to_input
+from resight.training.ghost import part_of_batch
 from resight.training.loss import shares
 from resight.training.neighbours import Ints
 from resight.training.objective import Objective
@@ -57,7 +64,7 @@ def train_batches(
         run: see `Run`.
         trainee: see `Trainee`.
         objective: contrasts the batch; its memories follow after each step.
-        batches: rows of the store and their pixels, uint8 (B, H, W, 3), flipped and shifted already.
+        batches: rows of the store, and this process's share of their pixels, flipped and shifted already.
         erasing: chance of random erasing.
         total: how many batches there are.
         what: name of the work, for progress and errors.
@@ -72,44 +79,70 @@ def train_batches(
     encoder.train()
     if guide is not None:
         guide.encoder.train(recipe.teacher_batch_norm == "batch")
+    # float16 gradients underflow unless the loss is scaled up; a new scaler an epoch, so that resuming changes nothing
+    scaler = torch.amp.GradScaler(torch.device(run.device).type, enabled=recipe.precision == "fp16")
     sums: defaultdict[str, float] = defaultdict(float)
     with run.log.bar(what, total) as advance:
-        for rows, pixels in batches:
-            images = erase(to_input(encoder, pixels, run.device), recipe.augment, erasing)
-            with autocast(run.device, recipe.precision):
-                features = encoder(images)[: views_used(recipe)]
-            row = torch.from_numpy(rows).to(run.device)
-            terms = _losses(run, guide, objective, images, features, row)
-            loss = terms["loss"]
-            if not torch.isfinite(loss):
+        for _ in range(total):
+            with together():
+                rows, pixels = next(batches)
+                mine = share(len(rows))
+                images = to_input(encoder, pixels, run.device)
+                erase(images, recipe.augment, erasing, batch=len(rows), start=mine.start)
+                trainee.optimizer.zero_grad(set_to_none=True)
+                features, terms = _backward(run, trainee, objective, images, rows, scaler)
+            figures = dict(zip(terms, add_up(torch.stack(list(terms.values()))).tolist(), strict=True))
+            if not np.isfinite(figures["loss"]):
                 raise TrainingError(
-                    f"the loss of {what} is {loss.item()}: lower lr in the recipe, or set precision to fp32; the last "
-                    "epoch's checkpoint stands"
+                    f"the loss of {what} is {figures['loss']}: lower lr in the recipe, or set precision to fp32; the "
+                    "last epoch's checkpoint stands"
                 )
-            trainee.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            trainee.optimizer.step()
-            objective.update([view.detach() for view in features], row)  # after backward, which reads the memories
-            for name, term in terms.items():
-                sums[name] += term.item() / total
+            sum_gradients(encoder)
+            scaler.step(trainee.optimizer)
+            scaler.update()
+            whole = [gather(view, len(rows)) for view in features]
+            objective.update(whole, torch.from_numpy(rows).to(run.device))
+            for name, figure in figures.items():
+                sums[name] += figure / total
             advance(1)
+    average_statistics(encoder)
     require_finite(encoder, f"weights after {what}")
     return dict(sums)
 
 
-def _losses(
-    run: Run, guide: Guide | None, objective: Objective, images: Tensor, features: Views, rows: Tensor
-) -> dict[str, Tensor]:
-    """Every term of a batch's loss and, as "loss", their weighed sum."""
-    recipe = run.recipe
-    weight = torch.from_numpy(shares(run.store.cameras[rows.cpu()], recipe.aggregate)).to(run.device)
-    terms = {"contrast": (weight * objective.losses(features, rows)).sum()}
-    if guide is not None:
-        with autocast(run.device, recipe.precision):
-            targets = guide.look(images)
-        terms |= {name: term.mean() for name, term in guide.losses(features, targets, recipe).items()}
+def _backward(
+    run: Run, trainee: Trainee, objective: Objective, images: Tensor, rows: Ints, scaler: torch.amp.GradScaler
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Features and loss terms of this process's share of a batch, computed part by part, and their gradients."""
+    recipe, count = run.recipe, run.recipe.accumulate
+    weights = torch.from_numpy(shares(run.store.cameras[rows], recipe.aggregate)[share(len(rows))]).to(run.device)
+    mine = torch.from_numpy(rows[share(len(rows))]).to(run.device)
+    seen: list[tuple[Tensor, ...]] = []
+    totals: dict[str, Tensor] = {}
+    parts = zip(images.chunk(count), mine.chunk(count), weights.chunk(count), strict=True)
+    for index, (pixels, own, weight) in enumerate(parts):
+        with ExitStack() as within:
+            for network in (trainee.encoder, *([trainee.guide.encoder] if trainee.guide else [])):
+                within.enter_context(part_of_batch(network, index, count))
+            with autocast(run.device, recipe.precision):
+                features = trainee.encoder(pixels)[: views_used(recipe)]
+                targets = trainee.guide.look(pixels) if trainee.guide else ()
+        terms = {"contrast": weight * objective.losses(features, own)}
+        if trainee.guide:
+            guidance = trainee.guide.losses(features, targets, recipe)
+            terms |= {name: term / len(rows) for name, term in guidance.items()}
+        summed = _weighed({name: term.sum() for name, term in terms.items()}, recipe)
+        scaler.scale(summed["loss"]).backward()  # type: ignore[no-untyped-call]
+        seen.append(tuple(view.detach() for view in features))
+        totals = {name: totals.get(name, 0) + term.detach() for name, term in summed.items()}
+    return [torch.cat(views) for views in zip(*seen, strict=True)], totals
+
+
+def _weighed(terms: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
+    """The terms of a loss and, as "loss", their weighed sum."""
     scale = {"contrast": 1.0, "guidance": recipe.guidance, "relation": recipe.relation}
-    return {"loss": sum((scale[name] * term for name, term in terms.items()), start=weight.new_zeros(())), **terms}
+    loss = sum((scale[name] * term for name, term in terms.items()), start=terms["contrast"].new_zeros(()))
+    return {"loss": loss, **terms}
 
 
 def views_used(recipe: Recipe) -> int | None:

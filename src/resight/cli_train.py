@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from resight.cli_json import JsonOption, write_json
+
+if TYPE_CHECKING:
+    from resight.training.crops import CropStore
+    from resight.training.datasets import Site
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +53,13 @@ def adapt(
     Example: `resight adapt --site crops/ --recipe o2cap --set cluster.eps=0.5 --set iters=40 --out site-model`
 
     Example: `resight adapt --site crops/ --init resnet50 --student osnet_x0_25 --out small-model`
+
+    Example: `torchrun --nproc-per-node 4 -m resight adapt --device cuda --set batch=256 --site crops/ --out site-model`
     """
     from resight.training.adapt import Adaptation
     from resight.training.adapt import adapt as run_adaptation
-    from resight.training.crops import usable_crops
-    from resight.training.datasets import open_site
+    from resight.training.distributed import from_first, joined, rank
+    from resight.training.measured import measure_both
     from resight.training.recipe import change_recipe, load_recipe
     from resight.training.run import Run, require_device
     from resight.training.runlog import RunLog
@@ -66,25 +72,42 @@ def adapt(
     if student is not None:
         method = method.with_student()
     method = change_recipe(method, changes or ())
-    opened = open_site(site)
-    initial = load_weights(init)
-    smaller = load_weights(student) if student is not None else None
-    store = usable_crops(opened.train)
-    console = Console(stderr=True)
-    console.print(f"{len(store)} crops from {len(store.camera_names)} cameras of {opened.name}, recipe {method.name}")
-    folder = out.with_name(f"{out.name}-log")
-    with RunLog(folder, console=console, append=resume) as runlog:
-        plan = Adaptation(Run(store, method, seed, device, runlog), initial, out, smaller)
-        checkpoint = run_adaptation(plan, resume=resume)
-        report = folder / "report.html"
+    folder, report = out.with_name(f"{out.name}-log"), out.with_name(f"{out.name}-log") / "report.html"
+    with joined(device) as device:
+        console = Console(stderr=True, quiet=rank() > 0)
+        opened, store = from_first(lambda: _usable(site))
+        initial = load_weights(init)
+        smaller = load_weights(student) if student is not None else None
+        console.print(
+            f"{len(store)} crops from {len(store.camera_names)} cameras of {opened.name}, recipe {method.name}"
+        )
+        with RunLog(folder, console=console, append=resume, silent=rank() > 0) as runlog:
+            plan = Adaptation(Run(store, method, seed, device, runlog), initial, out, smaller)
+            checkpoint = run_adaptation(plan, resume=resume)
+        if rank():
+            return
+    with RunLog(folder, console=console, append=True) as runlog:  # alone from here on
+        title = f"{opened.name}: adapted by {method.name}"
+        found = measure_both(opened, initial.encoder, checkpoint.encoder, device=device)
+        shown = vars(found) if found else {}
         with runlog.bar("features for the report", len(store)) as advance:
-            title = f"{opened.name}: adapted by {method.name}"
-            write_adaptation_report(report, store, checkpoint, folder, title=title, device=device, progress=advance)
+            write_adaptation_report(
+                report, store, checkpoint, folder, title=title, device=device, progress=advance, **shown
+            )
     last = dict(checkpoint.provenance.history[-1])
     console.print(
         f"wrote {out}; report, figures and TensorBoard files in {folder}. Next: resight export {out} --out BUNDLE"
     )
     write_json(json_file, {"checkpoint": str(out), "last_epoch": last, "report": str(report)})
+
+
+def _usable(site: Path) -> tuple[Site, CropStore]:
+    """A site, and those of its training crops that can be decoded."""
+    from resight.training.crops import usable_crops
+    from resight.training.datasets import open_site
+
+    opened = open_site(site)
+    return opened, usable_crops(opened.train)
 
 
 def builtin_weights(

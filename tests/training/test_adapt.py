@@ -43,6 +43,7 @@ from resight.weights import InitialWeights, load_weights
 SHARED = Path(__file__).parents[3] / "shared"
 SOURCE = {"name": "random", "sha256": "00", "licence": "none"}
 PURIFY = load_recipe("purify").with_schedule(epochs=2, iters=2)
+GROUPED = dataclasses.replace(PURIFY, samples_per_bn=16, accumulate=2)  # two parts of two groups a batch
 SUPERVISED = load_recipe("supervised").with_schedule(epochs=2, iters=2)
 
 
@@ -217,7 +218,8 @@ def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(
 ) -> None:
     out, last = tmp_path / "model", "student 0"
     command = [sys.executable, "-c", ADAPT_ALOUD, "adapt", "--site", tiny_site.root, "--init", tiny_init]
-    command += ["--out", out, "--epochs", "2", "--iters", "2"]
+    command += ["--out", out, "--recipe", "purify", "--epochs", "2", "--iters", "2"]
+    command += ["--set", "samples_per_bn=16", "--set", "accumulate=2"]
     child = subprocess.Popen(
         [str(part) for part in command],
         stdout=subprocess.PIPE,
@@ -283,7 +285,7 @@ def cli_run(tiny_site: Site, tiny_init: Path, tmp_path_factory: pytest.TempPathF
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the child processes
     try:
-        run_adapt(usable_crops(open_site(tiny_site.root).train), out, start=load_weights(str(tiny_init)))
+        run_adapt(usable_crops(open_site(tiny_site.root).train), out, GROUPED, start=load_weights(str(tiny_init)))
     finally:
         torch.set_num_threads(threads)
     return out

@@ -98,6 +98,22 @@ def test_values_out_of_range_are_refused(values: dict) -> None:
         parse_recipe("mine", values)
 
 
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ({"batch": "64"}, "batch is '64', expected int"),
+        ({"batch": True}, "batch is True, expected int"),
+        ({"sampler": "camera"}, "sampler is 'camera', expected Literal\\['cameras', 'balanced'"),
+        ({"lr_steps": 0.7}, r"lr_steps is 0.7, expected tuple\[float, ...\]"),
+        ({"augment": {"erase_area": [0.1]}}, r"erase_area is \(0.1,\), expected tuple\[float, float\]"),
+        ({"cluster": {"eps": "small"}}, "eps is 'small', expected"),
+    ],
+)
+def test_values_of_another_kind_are_refused(values: dict, expected: str) -> None:
+    with pytest.raises(RecipeError, match=expected):
+        parse_recipe("mine", values)
+
+
 def test_a_schedule_changes_nothing_else() -> None:
     recipe = load_recipe("purify")
     short = recipe.with_schedule(epochs=2, iters=3)

@@ -1,0 +1,118 @@
+"""How much of a bare training step's speed the real loop keeps.
+
+The real loop reads crops, augments them, computes the losses of the method and updates its memories; a bare step
+is the forward and backward passes and the optimizer alone, on the same batches, read beforehand. A student's bare
+step has its teacher's forward pass, without which there is no student. Both run in turns in one process, with the
+same precision and threads. Goal: 0.90.
+
+    python benchmarks/bench_training.py --iters 20 --repeats 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from resight.model import Encoder
+from resight.training.augment import erase, shift_and_flip
+from resight.training.distill import Guide
+from resight.training.epoch import Round, train_epoch
+from resight.training.features import autocast, read_batches, to_input
+from resight.training.ghost import group_batch_norm
+from resight.training.optimizer import make_optimizer
+from resight.training.recipe import load_recipe
+from resight.training.run import Run, Stage
+from resight.training.runlog import RunLog
+from resight.training.sampler import camera_batches
+from resight.training.step import Trainee
+from resight.training.synthetic import SiteSettings, render_site
+from resight.weights import load_weights
+
+SITE = SiteSettings(train_persons=32, test_persons=2, strangers=0)  # crops of 128 x 64, as Market-1501's
+
+
+def same_batches(run: Run, stage: Stage, encoder: Encoder) -> list[Tensor]:
+    """The inputs of `train_epoch`'s epoch 0, drawn with the same chance and ready in memory."""
+    recipe, store = run.recipe, run.store
+    sampling, moving, erasing, *_ = run.chance(stage, 0)
+    rows = camera_batches(store.persons, store.cameras, batch=recipe.batch, instances=recipe.instances, rng=sampling)
+    read = read_batches(
+        store,
+        itertools.islice(rows, recipe.iters),
+        encoder.config.image,
+        then=lambda pixels: shift_and_flip(pixels, recipe.augment, moving),
+    )
+    return [erase(to_input(encoder, pixels, run.device), recipe.augment, erasing) for _, pixels in read]
+
+
+def bare_steps(run: Run, trainee: Trainee, batches: list[Tensor]) -> float:
+    """Seconds of forward, backward and step over all batches, pulled to fixed targets."""
+    targets = [torch.zeros_like(view) for view in trainee.encoder(batches[0][:2])]
+    trainee.encoder.train()
+    started = time.perf_counter()
+    for images in batches:
+        with autocast(run.device, run.recipe.precision):
+            views = trainee.encoder(images)
+            if trainee.guide is not None:
+                trainee.guide.look(images)
+        loss = sum(((view - target[:1]) * view).sum() for view, target in zip(views, targets, strict=True))
+        trainee.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        trainee.optimizer.step()
+    if run.device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def compare(run: Run, stage: Stage, repeats: int) -> tuple[float, float]:
+    """Images a second of the loop and of bare steps, in turns."""
+    initial = load_weights("builtin").encoder.to(memory_format=torch.channels_last).to(run.device)
+    group_batch_norm(initial, run.recipe.samples_per_bn)
+    guide = Guide(copy.deepcopy(initial)) if stage == "student" else None
+    trainees = []
+    for _ in range(2):
+        encoder = copy.deepcopy(initial)
+        trainees.append(Trainee(encoder, make_optimizer(encoder, run.recipe), guide))
+    batches = same_batches(run, stage, initial)
+    images = repeats * run.recipe.iters * run.recipe.batch
+    seconds = {"loop": 0.0, "bare": 0.0}
+    bare_steps(run, trainees[1], batches[:2])  # both sides find warm caches
+    for _ in range(repeats):
+        seconds["loop"] += train_epoch(run, Round(stage, 0), trainees[0])["train_s"]
+        seconds["bare"] += bare_steps(run, trainees[1], batches)
+    return images / seconds["loop"], images / seconds["bare"]
+
+
+def main() -> None:
+    """Draw a site, run both stages and print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--iters", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--recipe", default="purify")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    recipe = replace(load_recipe(arguments.recipe), labels="persons", iters=arguments.iters, batch=arguments.batch)
+    with tempfile.TemporaryDirectory() as folder:
+        store = render_site(Path(folder) / "site", SITE, seed=1).train
+        with RunLog(Path(folder) / "log", console=Console(stderr=True)) as log:
+            run = Run(store, recipe, 1, arguments.device, log)
+            print(f"{recipe.name}, {arguments.device}, {torch.get_num_threads()} threads, batches of {recipe.batch}")
+            for stage in ("teacher", "student"):
+                loop, bare = compare(run, stage, arguments.repeats)
+                print(f"{stage}: loop {loop:.1f} images/s, bare {bare:.1f} images/s: ratio {loop / bare:.3f}")
+
+
+if __name__ == "__main__":
+    main()
