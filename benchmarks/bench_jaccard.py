@@ -63,7 +63,7 @@ def people(crops: int, dim: int) -> Floats:
     rng = np.random.default_rng(0)
     basis = rng.standard_normal((LOOKS, dim), np.float32) / np.sqrt(LOOKS)
     looks = np.repeat(rng.standard_normal((-(-crops // EACH), LOOKS), np.float32), EACH, axis=0)[:crops]
-    rows = (looks + 0.8 * rng.standard_normal((crops, LOOKS), np.float32)) @ basis
+    rows: Floats = (looks + 0.8 * rng.standard_normal((crops, LOOKS), np.float32)) @ basis
     for row in rows:  # one by one: a second array of this size would count as peak memory
         row += 0.3 * rng.standard_normal(dim, np.float32)
         row /= np.linalg.norm(row)

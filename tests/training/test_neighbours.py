@@ -38,7 +38,7 @@ def test_any_tile_side_finds_the_same() -> None:
 def test_similarities_are_those_of_the_neighbours() -> None:
     rows = unit_rows(150, 8, people=20)
     found = search(rows, 12, chunk=64)
-    expected = np.einsum("nd,nkd->nk", rows, rows[found.indices])
+    expected = np.einsum("id,ijd->ij", rows, rows[found.indices])
     assert found.similarity == pytest.approx(expected, abs=1e-6) and found.similarity.dtype == np.float32
     assert (np.diff(found.similarity, axis=1) <= 0).all()
 
