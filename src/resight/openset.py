@@ -1,6 +1,6 @@
 """Open-set figures: how often a search for somebody who is not enrolled finds somebody, and the reverse.
 
-Terms of ISO/IEC 19795-1:2021 (3.22 and its neighbours) and NIST's FRVT 1:N (NISTIR 8271, section 3): a search is
+Terms of ISO/IEC 19795-1:2021 (FNIR is its 3.22) and NIST's FRVT 1:N (NISTIR 8271): a search is
 *mated* when its person is enrolled, *non-mated* otherwise; N persons are enrolled, T is the threshold, R a rank.
 
     FPIR(N, T)    = share of non-mated searches with one entry or more at or above T
@@ -100,9 +100,7 @@ class OpenSetScore:
         reservation = ""
         if allowed < RELIABLE_ERRORS:
             needed = _ceil(RELIABLE_ERRORS / target)
-            reservation = (
-                f"rests on {positives} false positives in {searches} searches; {needed} searches would make it reliable"
-            )
+            reservation = f"rests on {positives} of {searches} non-mated searches; {needed} would make it reliable"
         tpir = tuple(1 - self.fnir(threshold, rank) for rank in ranks)
         return OperatingPoint(target, threshold, positives / searches, positives, tpir, reservation)
 

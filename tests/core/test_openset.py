@@ -117,7 +117,7 @@ def test_a_rate_that_the_searches_cannot_resolve_is_not_given(searches: int, tar
 def test_few_false_positives_are_told(searches: int, reliable: bool) -> None:
     point = score_of(list(np.linspace(0, 0.5, searches)), [0.9]).at_fpir(0.01, (1,))
     assert (point.reservation == "") is reliable
-    assert reliable or "3000 searches would make it reliable" in point.reservation
+    assert reliable or "3000 would make it reliable" in point.reservation
 
 
 def test_ties_among_strangers_are_all_in_or_all_out() -> None:
