@@ -10,11 +10,13 @@ Letters: N crops, D feature size, k1 and k2 neighbours, P pairs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
@@ -149,7 +151,7 @@ def _expanded(sets: sparse.csr_matrix, expansion: Ints) -> ReciprocalEncoding:
 
 
 def jaccard_graph(
-    views: Sequence[ReciprocalEncoding], weights: Sequence[float], *, max_distance: float, chunk: int = 1 << 23
+    views: Sequence[ReciprocalEncoding], weights: Sequence[float], *, max_distance: float, chunk: int = 1 << 22
 ) -> sparse.csr_matrix:
     """Fuse the Jaccard distances of several views and keep the short ones.
 
@@ -158,49 +160,53 @@ def jaccard_graph(
 
     Since min(a, b) <= sqrt(a b), m is at most the Bhattacharyya coefficient of the two rows: one sparse
     product bounds all pairs, and m itself is computed only for those that can be near enough, once for both
-    (i, j) and (j, i).
+    (i, j) and (j, i). Blocks of rows are worked on side by side: scipy's products release the interpreter lock.
 
     Args:
         views: one encoding per view, all of the same N crops.
         weights: one weight per view, summing to 1.
         max_distance: longest distance kept, below 1.
-        chunk: entries of products held at a time, 8 bytes each.
+        chunk: entries of products a thread holds at a time, 8 bytes each.
 
     Returns:
         CSR (N, N) float32 of distances in [0, max_distance], symmetric, zeros on the diagonal stored.
     """
     n = len(views[0])
-    least = 1.0 - max_distance
-    kept = [(np.arange(n), np.arange(n), np.zeros(n))]
-    for rows, columns in _candidates(views, weights, least - BOUND_SLACK, chunk):
+    roots = [view.weights.sqrt() for view in views]
+    products = sum(_pattern(root) @ np.bincount(root.indices, minlength=n) for root in roots)
+
+    def block(span: tuple[int, int]) -> tuple[Ints, Ints, NDArray[np.float64]]:
+        rows, columns = _candidates(roots, weights, span, 1.0 - max_distance - BOUND_SLACK)
         similarity = np.zeros(len(rows))
         for view, weight in zip(views, weights, strict=True):
             overlap = _overlap(view.weights, rows, columns, chunk)
             similarity += weight * overlap / (2.0 - overlap)
-        near = similarity >= least
-        i, j, distance = rows[near], columns[near], np.clip(1.0 - similarity[near], 0.0, None)
-        kept += [(i, j, distance), (j, i, distance)]
-    i, j, distance = (np.concatenate(parts) for parts in zip(*kept, strict=True))
+        near = similarity >= 1.0 - max_distance
+        return rows[near], columns[near], np.clip(1.0 - similarity[near], 0.0, None)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        blocks = list(threads.map(block, _spans(np.asarray(products), chunk)))
+    blocks += [(j, i, distance) for i, j, distance in blocks]
+    blocks.append((np.arange(n), np.arange(n), np.zeros(n)))
+    i, j, distance = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
     graph = sparse.coo_matrix((distance.astype(np.float32), (i, j)), shape=(n, n)).tocsr()
     graph.sort_indices()
     return graph
 
 
 def _candidates(
-    views: Sequence[ReciprocalEncoding], weights: Sequence[float], least: float, chunk: int
-) -> Iterator[tuple[Ints, Ints]]:
-    """Pairs i < j whose fused similarity may reach `least`, in blocks of rows."""
-    roots = [view.weights.sqrt() for view in views]
-    products = sum(_pattern(root) @ np.bincount(root.indices, minlength=len(root.indptr) - 1) for root in roots)
-    for start, stop in _spans(np.asarray(products), chunk):
-        bounds = []
-        for root, weight in zip(roots, weights, strict=True):
-            coefficient = root[start:stop] @ root[start:].T  # columns before `start` had their turn as rows
-            coefficient.data *= np.float32(weight) / (2 - coefficient.data)
-            bounds.append(coefficient)
-        bound = reduce(add, bounds).tocoo()
-        near = (bound.data >= least) & (bound.row < bound.col)
-        yield bound.row[near] + start, bound.col[near] + start
+    roots: Sequence[sparse.csr_matrix], weights: Sequence[float], span: tuple[int, int], least: float
+) -> tuple[Ints, Ints]:
+    """Pairs i < j, i of some rows, whose fused similarity may reach `least`; roots are those of the encodings."""
+    start, stop = span
+    bounds = []
+    for root, weight in zip(roots, weights, strict=True):
+        coefficient = root[start:stop] @ root[start:].T  # columns before `start` had their turn as rows
+        coefficient.data *= np.float32(weight) / (2 - coefficient.data)
+        bounds.append(coefficient)
+    bound = reduce(add, bounds).tocoo()
+    near = (bound.data >= least) & (bound.row < bound.col)
+    return bound.row[near] + start, bound.col[near] + start
 
 
 def _spans(costs: NDArray[np.float64], limit: int) -> Iterator[tuple[int, int]]:

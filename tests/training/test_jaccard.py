@@ -31,7 +31,7 @@ def assert_graph_is(graph, dense: np.ndarray, max_distance: float = 0.7) -> None
 def test_sparse_jaccard_equals_the_dense_definition(k1: int, k2: int) -> None:
     rows = unit_rows(np.random.default_rng(k1 + k2), 11, 7, 12, 0.6)
     dense = dense_jaccard(rows, k1, k2)
-    for chunk in (1, 5000, 1 << 23):
+    for chunk in (1, 5000, 1 << 22):
         graph = jaccard_graph([encode_reciprocal(rows, k1=k1, k2=k2)], [1.0], max_distance=0.7, chunk=chunk)
         assert graph.nnz > len(rows)
         assert_graph_is(graph, dense)
