@@ -25,15 +25,14 @@ from torch import Tensor
 from resight.model import Encoder
 from resight.training.augment import erase, shift_and_flip
 from resight.training.distill import Guide
-from resight.training.epoch import Round, train_epoch
+from resight.training.epoch import Round, draw_batches, train_epoch
 from resight.training.features import autocast, read_batches, to_input
 from resight.training.ghost import group_batch_norm
 from resight.training.optimizer import make_optimizer
 from resight.training.recipe import load_recipe
 from resight.training.run import Run, Stage
 from resight.training.runlog import RunLog
-from resight.training.sampler import camera_batches
-from resight.training.step import Trainee
+from resight.training.step import Trainee, views_used
 from resight.training.synthetic import SiteSettings, render_site
 from resight.weights import load_weights
 
@@ -44,7 +43,7 @@ def same_batches(run: Run, stage: Stage, encoder: Encoder) -> list[Tensor]:
     """The inputs of `train_epoch`'s epoch 0, drawn with the same chance and ready in memory."""
     recipe, store = run.recipe, run.store
     sampling, moving, erasing, *_ = run.chance(stage, 0)
-    rows = camera_batches(store.persons, store.cameras, batch=recipe.batch, instances=recipe.instances, rng=sampling)
+    rows = draw_batches(run, store.persons, sampling)
     read = read_batches(
         store,
         itertools.islice(rows, recipe.iters),
@@ -55,18 +54,18 @@ def same_batches(run: Run, stage: Stage, encoder: Encoder) -> list[Tensor]:
 
 
 def bare_steps(run: Run, trainee: Trainee, batches: list[Tensor]) -> float:
-    """Seconds of forward, backward and step over all batches, pulled to fixed targets."""
-    targets = [torch.zeros_like(view) for view in trainee.encoder(batches[0][:2])]
+    """Seconds of forward, backward and step over all batches, for a loss that costs nothing."""
     trainee.encoder.train()
+    if trainee.guide is not None:
+        trainee.guide.encoder.train(run.recipe.teacher_batch_norm == "batch")
     started = time.perf_counter()
     for images in batches:
         with autocast(run.device, run.recipe.precision):
             views = trainee.encoder(images)
             if trainee.guide is not None:
                 trainee.guide.look(images)
-        loss = sum(((view - target[:1]) * view).sum() for view, target in zip(views, targets, strict=True))
         trainee.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.stack([view[:, 0].sum() for view in views[: views_used(run.recipe)]]).sum().backward()
         trainee.optimizer.step()
     if run.device != "cpu":
         torch.cuda.synchronize()

@@ -88,7 +88,7 @@ def train_epoch(run: Run, now: Round, trainee: Trainee) -> dict[str, float]:
     iters = recipe.iters * (2 if now.borrowed else 1)
     batches = read_batches(
         run.store,
-        itertools.islice(_draw(run, clustering.labels, sampling), iters),
+        itertools.islice(draw_batches(run, clustering.labels, sampling), iters),
         trainee.encoder.config.image,
         part=share,
         then=lambda pixels: shift_and_flip(
@@ -162,8 +162,8 @@ def _objective(run: Run, now: Round, views: list[Floats], clustering: Clustering
     return ClusterObjective(used, clustering, recipe, momentum=momentum, device=run.device)
 
 
-def _draw(run: Run, labels: Ints, rng: np.random.Generator) -> Iterator[Ints]:
-    """Rows of batches without end."""
+def draw_batches(run: Run, labels: Ints, rng: np.random.Generator) -> Iterator[Ints]:
+    """Rows of batches without end, by the recipe's sampler."""
     recipe, cameras = run.recipe, run.store.cameras
     batch, instances = recipe.batch, recipe.instances
     if recipe.sampler == "all":

@@ -14,8 +14,10 @@ import torch
 from rich.console import Console
 from tiny import environment
 
-from resight.checkpoint import Checkpoint, load_checkpoint
+from resight.checkpoint import Checkpoint, Provenance, load_checkpoint, write_checkpoint
 from resight.errors import RecipeError
+from resight.image import ImageSpec
+from resight.model import Encoder
 from resight.training import distributed
 from resight.training.adapt import Adaptation, adapt
 from resight.training.crops import CropStore, usable_crops
@@ -28,7 +30,7 @@ from resight.weights import load_weights
 TESTS = Path(__file__).resolve().parents[1]
 
 
-def torchrun(*arguments: object, processes: int = 2, timeout_s: float = 2400) -> subprocess.CompletedProcess[str]:
+def torchrun(*arguments: object, processes: int = 2, timeout_s: float = 250) -> subprocess.CompletedProcess[str]:
     """A command in several processes, bounded in time; torchrun ends what is left of them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *arguments]
     with subprocess.Popen(
@@ -109,9 +111,7 @@ def test_helpers_make_two_processes_one_and_errors_of_one_end_both(tiny_site: Si
     assert found == [expected, expected]
 
 
-# From trained weights: a random network has channels that are nearly dead, and batch norm makes whole steps of their
-# rounding. SGD for the same reason: Adam divides by the gradient's own size.
-INIT = "builtin"
+# SGD: Adam divides by the gradient's own size, and makes whole steps of what is nothing but rounding.
 CHANGES = {
     "batch": 32,
     "instances": 4,
@@ -125,10 +125,21 @@ CHANGES = {
 }
 
 
-def run(store: CropStore, out: Path, recipe: Recipe) -> Checkpoint:
+@pytest.fixture(scope="module")
+def init(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained weights for small images: a random network has dead channels, whose rounding batch norm amplifies."""
+    trained = load_weights("builtin").encoder
+    small = Encoder(replace(trained.config, image=ImageSpec(64, 32)))
+    small.load_state_dict(trained.state_dict())
+    folder = tmp_path_factory.mktemp("init") / "small"
+    write_checkpoint(folder, small, Provenance(initial_weights={"name": "small", "licence": "none"}))
+    return folder
+
+
+def run(store: CropStore, out: Path, recipe: Recipe, init: Path) -> Checkpoint:
     """In this process."""
     with RunLog(out.with_name(f"{out.name}-log"), console=Console(stderr=True, quiet=True)) as log:
-        return adapt(Adaptation(Run(store, recipe, 1, "cpu", log), load_weights(INIT), out))
+        return adapt(Adaptation(Run(store, recipe, 1, "cpu", log), load_weights(str(init)), out))
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -145,10 +156,10 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert np.array_equal(*labels)
 
 
-def test_two_processes_are_one(tiny_site: Site, tmp_path: Path) -> None:
+def test_two_processes_are_one(tiny_site: Site, init: Path, tmp_path: Path) -> None:
     """The command under torchrun, 16 crops in each process, against 32 in this one; and in two parts."""
     settings = [word for key, value in CHANGES.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    command = ["-m", "resight", "adapt", "--site", tiny_site.root, "--init", INIT, "--recipe", "purify"]
+    command = ["-m", "resight", "adapt", "--site", tiny_site.root, "--init", init, "--recipe", "purify"]
     done = torchrun(*command, "--out", tmp_path / "two", *settings)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("student epoch") == 2  # one process tells: rounds -1 and 0
@@ -157,23 +168,23 @@ def test_two_processes_are_one(tiny_site: Site, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        whole = run(store, tmp_path / "one", recipe)
-        run(store, tmp_path / "parts", replace(recipe, accumulate=2))
+        whole = run(store, tmp_path / "one", recipe, init)
+        run(store, tmp_path / "parts", replace(recipe, accumulate=2), init)
     finally:
         torch.set_num_threads(threads)
     assert_same_run(tmp_path / "one", tmp_path / "two")
     assert_same_run(tmp_path / "one", tmp_path / "parts")
-    start = load_weights(INIT).encoder.state_dict()
+    start = load_weights(str(init)).encoder.state_dict()
     assert max(float((tensor - start[name]).abs().max()) for name, tensor in whole.encoder.state_dict().items()) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["o2cap", "selective", "purify-camera"])
-def test_a_batch_in_parts_trains_as_the_whole(tiny_site: Site, tmp_path: Path, name: str) -> None:
+def test_a_batch_in_parts_trains_as_the_whole(tiny_site: Site, init: Path, tmp_path: Path, name: str) -> None:
     recipe = replace(load_recipe(name), **CHANGES | {"parts": 4 if name == "selective" else 2, "warmup": 0})
     recipe = replace(recipe, student=False, selective=replace(recipe.selective, warmup_epochs=1))
     losses, weights = [], []
     for count in (1, 4):
-        found = run(tiny_site.train, tmp_path / str(count), replace(recipe, accumulate=count, epochs=2))
+        found = run(tiny_site.train, tmp_path / str(count), replace(recipe, accumulate=count, epochs=2), init)
         losses.append([row["loss"] for row in found.provenance.history])
         weights.append(found.encoder.state_dict())
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
@@ -181,6 +192,6 @@ def test_a_batch_in_parts_trains_as_the_whole(tiny_site: Site, tmp_path: Path, n
         torch.testing.assert_close(weights[1][key], tensor, rtol=2e-3, atol=2e-3, msg=key)
 
 
-def test_half_precision_is_for_gpus(tiny_site: Site, tmp_path: Path) -> None:
+def test_half_precision_is_for_gpus(tiny_site: Site, init: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"fp16 needs a GPU, found device cpu: take auto, bf16 or fp32"):
-        run(tiny_site.train, tmp_path / "model", replace(load_recipe("purify"), precision="fp16"))
+        run(tiny_site.train, tmp_path / "model", replace(load_recipe("purify"), precision="fp16"), init)
