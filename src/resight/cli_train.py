@@ -12,8 +12,11 @@ from rich.console import Console
 from resight.cli_json import JsonOption, write_json
 
 if TYPE_CHECKING:
+    from resight.checkpoint import Checkpoint
     from resight.training.crops import CropStore
     from resight.training.datasets import Site
+    from resight.training.runlog import RunLog
+    from resight.weights import InitialWeights
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +62,9 @@ def adapt(
     from resight.training.adapt import Adaptation
     from resight.training.adapt import adapt as run_adaptation
     from resight.training.distributed import from_first, joined, rank
-    from resight.training.measured import measure_both
     from resight.training.recipe import change_recipe, load_recipe
     from resight.training.run import Run, require_device
     from resight.training.runlog import RunLog
-    from resight.training.story import write_adaptation_report
     from resight.weights import load_weights
 
     require_device(device)
@@ -86,19 +87,36 @@ def adapt(
             checkpoint = run_adaptation(plan, resume=resume)
         if rank():
             return
-    with RunLog(folder, console=console, append=True) as runlog:  # alone from here on
-        title = f"{opened.name}: adapted by {method.name}"
-        found = measure_both(opened, initial.encoder, checkpoint.encoder, device=device)
-        shown = vars(found) if found else {}
-        with runlog.bar("features for the report", len(store)) as advance:
-            write_adaptation_report(
-                report, store, checkpoint, folder, title=title, device=device, progress=advance, **shown
-            )
+    # alone from here on
+    with RunLog(folder, console=console, append=True) as runlog:
+        _report(report, opened, store, initial, checkpoint, runlog, device)
     last = dict(checkpoint.provenance.history[-1])
     console.print(
         f"wrote {out}; report, figures and TensorBoard files in {folder}. Next: resight export {out} --out BUNDLE"
     )
     write_json(json_file, {"checkpoint": str(out), "last_epoch": last, "report": str(report)})
+
+
+def _report(
+    path: Path,
+    site: Site,
+    store: CropStore,
+    initial: InitialWeights,
+    checkpoint: Checkpoint,
+    runlog: RunLog,
+    device: str,
+) -> None:
+    """The page about a finished adaptation; where persons are known, with figures before and after."""
+    from resight.training.measured import measure_both
+    from resight.training.story import write_adaptation_report
+
+    title = f"{site.name}: adapted by {checkpoint.provenance.recipe['name']}"
+    found = measure_both(site, initial.encoder, checkpoint.encoder, device=device)
+    shown = vars(found) if found else {}
+    with runlog.bar("features for the report", len(store)) as advance:
+        write_adaptation_report(
+            path, store, checkpoint, path.parent, title=title, device=device, progress=advance, **shown
+        )
 
 
 def _usable(site: Path) -> tuple[Site, CropStore]:
