@@ -25,6 +25,7 @@ from resight.training.neighbours import NOBODY, Floats, Ints, Neighbours, search
 EXPANSION_OVERLAP = 2 / 3  # Zhong et al. 2017, equation 6: a neighbour's set joins when 2/3 of it agrees
 BOUND_SLACK = 1e-4  # far above the rounding of a bound in float32, far below any difference between distances
 ROWS = 8192  # rows encoded at a time: at most 8,192 x 30 x 16 products, 32 MiB
+INVERSIONS = 16  # inverted lists made anew: each time shorter, a share of 1/16 of all products is wasted
 FLOATS = 1 << 20  # features gathered at a time: 4 MiB, so that they stay in the cache
 
 
@@ -172,20 +173,14 @@ def jaccard_graph(
         CSR (N, N) float32 of distances in [0, max_distance], symmetric, zeros on the diagonal stored.
     """
     n = len(views[0])
-    roots = [view.weights.sqrt() for view in views]
-    products = sum(_pattern(root) @ np.bincount(root.indices, minlength=n) for root in roots)
-
-    def block(span: tuple[int, int]) -> tuple[Ints, Ints, NDArray[np.float64]]:
-        rows, columns = _candidates(roots, weights, span, 1.0 - max_distance - BOUND_SLACK)
-        similarity = np.zeros(len(rows))
-        for view, weight in zip(views, weights, strict=True):
-            overlap = _overlap(view.weights, rows, columns, chunk)
-            similarity += weight * overlap / (2.0 - overlap)
-        near = similarity >= 1.0 - max_distance
-        return rows[near], columns[near], np.clip(1.0 - similarity[near], 0.0, None)
-
+    pairs = _Pairs(views, weights, max_distance, chunk)
+    spans = list(_spans(pairs.costs(), chunk))
+    size = -(-len(spans) // INVERSIONS)
+    blocks: list[tuple[Ints, Ints, NDArray[np.float64]]] = []
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        blocks = list(threads.map(block, _spans(np.asarray(products), chunk)))
+        for at in range(0, len(spans), size):
+            pairs.leave_out(spans[at][0])
+            blocks += threads.map(pairs.near, spans[at : at + size])
     blocks += [(j, i, distance) for i, j, distance in blocks]
     blocks.append((np.arange(n), np.arange(n), np.zeros(n)))
     i, j, distance = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
@@ -194,19 +189,51 @@ def jaccard_graph(
     return graph
 
 
-def _candidates(
-    roots: Sequence[sparse.csr_matrix], weights: Sequence[float], span: tuple[int, int], least: float
-) -> tuple[Ints, Ints]:
-    """Pairs i < j, i of some rows, whose fused similarity may reach `least`; roots are those of the encodings."""
-    start, stop = span
-    bounds = []
-    for root, weight in zip(roots, weights, strict=True):
-        coefficient = root[start:stop] @ root[start:].T  # columns before `start` had their turn as rows
-        coefficient.data *= np.float32(weight) / (2 - coefficient.data)
-        bounds.append(coefficient)
-    bound = reduce(add, bounds).tocoo()
-    near = (bound.data >= least) & (bound.row < bound.col)
-    return bound.row[near] + start, bound.col[near] + start
+class _Pairs:
+    """Finds the pairs i < j whose fused distance is short, some rows i at a time."""
+
+    def __init__(
+        self, views: Sequence[ReciprocalEncoding], weights: Sequence[float], max_distance: float, chunk: int
+    ) -> None:
+        self.views = [view.weights for view in views]
+        self.weights = weights
+        self.least = 1.0 - max_distance
+        self.chunk = chunk
+        self.roots = [view.sqrt() for view in self.views]
+        self.leave_out(0)
+
+    def costs(self) -> NDArray[np.float64]:
+        """Products the bounds of each row take, at most: (N,)."""
+        return np.asarray(
+            sum(_pattern(root) @ np.bincount(root.indices, minlength=root.shape[0]) for root in self.roots)
+        )
+
+    def leave_out(self, rows: int) -> None:
+        """Compare with later crops only: the first `rows` have had their turn."""
+        self.first = rows
+        self.later = [root[rows:].T.tocsr() for root in self.roots]  # (N, N - rows)
+
+    def near(self, span: tuple[int, int]) -> tuple[Ints, Ints, NDArray[np.float64]]:
+        """Rows, columns and distances of the near pairs of rows start <= i < stop."""
+        rows, columns = self.candidates(*span)
+        similarity = np.zeros(len(rows))
+        for view, weight in zip(self.views, self.weights, strict=True):
+            overlap = _overlap(view, rows, columns, self.chunk)
+            similarity += weight * overlap / (2.0 - overlap)
+        near = similarity >= self.least
+        return rows[near], columns[near], np.clip(1.0 - similarity[near], 0.0, None)
+
+    def candidates(self, start: int, stop: int) -> tuple[Ints, Ints]:
+        """The pairs of these rows that may be near, by the bound on m."""
+        bounds = []
+        for root, later, weight in zip(self.roots, self.later, self.weights, strict=True):
+            coefficient = root[start:stop] @ later
+            coefficient.data *= np.float32(weight) / (2 - coefficient.data)
+            bounds.append(coefficient)
+        bound = reduce(add, bounds).tocoo()
+        rows, columns = bound.row + start, bound.col + self.first
+        near = (bound.data >= self.least - BOUND_SLACK) & (rows < columns)
+        return rows[near], columns[near]
 
 
 def _spans(costs: NDArray[np.float64], limit: int) -> Iterator[tuple[int, int]]:
