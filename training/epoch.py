@@ -90,6 +90,7 @@ def train_epoch(run: Run, now: Round, trainee: Trainee) -> dict[str, float]:
         run.store,
         itertools.islice(draw_batches(run, clustering.labels, sampling), iters),
         trainee.encoder.config.image,
+        cache=run.pixels,
         part=share,
         then=lambda pixels: shift_and_flip(
             pixels, recipe.augment, moving, batch=recipe.batch, start=share(recipe.batch).start
@@ -110,8 +111,9 @@ def train_epoch(run: Run, now: Round, trainee: Trainee) -> dict[str, float]:
 def _extract(run: Run, encoder: Encoder, *, parts: bool) -> list[Floats]:
     """Features under a progress bar."""
     with run.log.bar("features", len(run.store)) as advance:
+        precision, cache = run.recipe.precision, run.pixels
         return extract(
-            encoder, run.store, device=run.device, precision=run.recipe.precision, local=parts, progress=advance
+            encoder, run.store, device=run.device, precision=precision, local=parts, cache=cache, progress=advance
         )
 
 

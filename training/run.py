@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from resight.errors import RecipeError, TrainingError
 from resight.model import Encoder
 from resight.training.crops import CropStore
+from resight.training.features import PixelCache
 from resight.training.recipe import Recipe
 from resight.training.runlog import RunLog
 
@@ -28,6 +29,7 @@ class Run:
         seed: of every stream of chance.
         device: "cpu", "cuda" or "cuda:N".
         log: where figures and progress go.
+        pixels: crops read so far.
     """
 
     store: CropStore
@@ -35,6 +37,7 @@ class Run:
     seed: int
     device: str
     log: RunLog
+    pixels: PixelCache = field(default_factory=PixelCache)
 
     def chance(self, stage: Stage, epoch: int) -> tuple[np.random.Generator, ...]:
         """Independent streams for the sampler, for pixels (drawn in a thread), for erasing and for the objective."""

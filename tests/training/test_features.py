@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from resight.errors import ImageError
+from resight.errors import ImageError, StoreError
 from resight.image import ImageSpec, decode, fit
 from resight.model import Encoder, EncoderConfig
 from resight.training.crops import CropStore
-from resight.training.features import extract, read_batches, to_input
+from resight.training.features import PixelCache, extract, read_batches, to_input
 
 SPEC = ImageSpec(64, 32)
 
@@ -32,6 +32,24 @@ def test_batches_come_in_order_with_the_pixels_of_image_fit(store: CropStore) ->
     for rows, pixels in found:
         for row, image in zip(rows, pixels, strict=True):
             assert np.array_equal(image, fit(decode(store.read(int(row))), SPEC))
+
+
+def test_crops_are_read_once_as_far_as_memory_goes(store: CropStore) -> None:
+    rows = [np.array([3, 1]), np.array([1, 2])]
+    cache = PixelCache(limit_bytes=2 * 64 * 32 * 3)
+    first, again = (
+        list(read_batches(store, rows, SPEC, cache=cache, then=lambda pixels: pixels[:, ::-1])) for _ in range(2)
+    )
+    for (_, one), (_, other) in zip(first, again, strict=True):
+        assert np.array_equal(one, other)
+    for row in (1, 2, 3):
+        (store.root / store.paths[row]).unlink()
+    [(_, kept)] = read_batches(store, rows[:1], SPEC, cache=cache)
+    assert np.array_equal(kept[:, ::-1], first[0][1])
+    with pytest.raises(StoreError, match=r"2.jpg"):
+        list(read_batches(store, rows[1:], SPEC, cache=cache))
+    with pytest.raises(StoreError, match=r"3.jpg"):
+        list(read_batches(store, rows[:1], ImageSpec(32, 32), cache=cache))  # another size
 
 
 def test_what_is_done_in_the_background_is_done_in_order(store: CropStore) -> None:
