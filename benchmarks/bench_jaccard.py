@@ -6,8 +6,8 @@ of the neighbour search is the machine's own speed at multiplying matrices, meas
 
     python benchmarks/bench_jaccard.py [--crops 12936] [--dim 2048] [--growth 10000 30000 100000] [--growth-dim 512]
 
-Each measurement is a process of its own, which tells its peak memory over the features. Four to six minutes on two
-cores, most of it the peer; `--crops 4000 --growth` takes a few seconds.
+Each measurement is a process of its own, which tells its peak memory over the features. Three to six minutes on two
+cores, half of it the 100,000; `--crops 4000 --growth` takes some seconds.
 """
 
 from __future__ import annotations
