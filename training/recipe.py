@@ -157,6 +157,12 @@ class Recipe:
             "cluster.eps": self.cluster.eps == "auto" or 0 < float(self.cluster.eps) < 1,
             "cluster.local_weight": 0 <= self.cluster.local_weight < 0.5,
             "cluster.k1": self.cluster.k1 >= 2,
+            "cluster.k2": self.cluster.k2 >= 1,
+            "cluster.min_samples": self.cluster.min_samples >= 1,
+            "cluster.k1_intra": self.cluster.k1_intra >= 1,
+            "cluster.k1_inter": self.cluster.k1_inter >= 1,
+            "cluster.k2_intra": self.cluster.k2_intra >= 1,
+            "cluster.k2_inter": self.cluster.k2_inter >= 0,
         }
         wrong = [name for name, holds in bounds.items() if not holds]
         if wrong:

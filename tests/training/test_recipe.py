@@ -83,6 +83,8 @@ def test_unknown_keys_are_refused(values: dict, word: str) -> None:
         {"momentum": 1.5},
         {"cluster": {"eps": 1.0}},
         {"cluster": {"local_weight": 0.5}},
+        {"cluster": {"k2": 0}},
+        {"cluster": {"k1_intra": 0}},
         {"instances": 100},
         {"samples_per_bn": 1},
         {"accumulate": 0},
