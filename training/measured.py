@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from resight.errors import InputError, SiteError
 from resight.model import Encoder
 from resight.training.album import Album
+from resight.training.crops import CropStore
 from resight.training.datasets import Site
 from resight.training.evaluate import evaluation_splits, percentages
 from resight.training.features import extract
@@ -32,7 +33,7 @@ def measure_both(site: Site, initial: Encoder, adapted: Encoder, *, device: str)
     """
     try:
         query, gallery = evaluation_splits(site)
-        before, after = (_rank(site, encoder, device) for encoder in (initial, adapted))
+        before, after = (_rank(query, gallery, encoder, device) for encoder in (initial, adapted))
     except (SiteError, InputError):
         return None
     return Measured(
@@ -40,8 +41,7 @@ def measure_both(site: Site, initial: Encoder, adapted: Encoder, *, device: str)
     )
 
 
-def _rank(site: Site, encoder: Encoder, device: str) -> Ranking:
-    query, gallery = evaluation_splits(site)
+def _rank(query: CropStore, gallery: CropStore, encoder: Encoder, device: str) -> Ranking:
     encoder = encoder.to(device)
     features = [extract(encoder, store, device=device, local=False)[0] for store in (query, gallery)]
     return rank(query, gallery, *features)
