@@ -7,19 +7,31 @@ specified in ``docs/bundle.md``; needs numpy and Pillow only.
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any
 
 from resight.atomic import replace_folder, temporary_folder
+from resight.calibration import Calibration
 from resight.errors import AlreadyExistsError, BundleError
 from resight.image import ImageSpec
-from resight.manifest import MANIFEST_FILE, SCHEMA_VERSION, Artefact, FileEntry, Manifest, from_json, to_json
+from resight.manifest import (
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    SIGNATURE_FILE,
+    Artefact,
+    FileEntry,
+    Manifest,
+    from_json,
+    space_id,
+    to_json,
+)
 from resight.probes import MAX_PROBES_BYTES, PROBES_FILE, Parity, Probes, check_probes, from_npz, to_npz
+from resight.sealed import check_digest, read_plain, read_verified
+from resight.signature import MAX_SIGNATURE_BYTES, PrivateKey, sign, verify
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -33,13 +45,13 @@ __all__ = [
     "is_bundle",
     "open_bundle",
     "require_room",
+    "sign_bundle",
     "space_id",
     "write_bundle",
 ]
 
 MAX_MANIFEST_BYTES = 1024 * 1024
 MAX_ARTEFACT_BYTES = 2**31 - 1  # protobuf, and so ONNX, ends there
-_CHUNK = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -53,9 +65,13 @@ class Graph:
 
     @property
     def file(self) -> str:
-        """``model.onnx``, ``model.int8.onnx``, ``model.fp16.plan``: a label for people; readers go by the manifest."""
-        middle = "" if (self.precision, self.runtime) == ("fp32", "onnx") else f".{self.precision}"
-        return f"model{middle}.{'onnx' if self.runtime == 'onnx' else 'plan'}"
+        """``model.onnx``, ``model.int8.onnx``, ``model.int8.tensorrt.onnx``: for people; readers go by the manifest."""
+        parts = ["model"]
+        if self.precision != "fp32":
+            parts.append(self.precision)
+        if self.runtime != "onnx":
+            parts.append(self.runtime)
+        return ".".join((*parts, "onnx"))
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,7 @@ class Bundle:
         Raises:
             BundleError: no such form, or the file changed since the bundle was opened.
         """
-        return _read_entry(self.path, self.find(precision, runtime), MAX_ARTEFACT_BYTES)
+        return self._read(self.find(precision, runtime), MAX_ARTEFACT_BYTES)
 
     def probes(self) -> Probes:
         """The golden images and their features.
@@ -98,7 +114,7 @@ class Bundle:
         Raises:
             BundleError: damaged, or not of the manifest's image and feature size.
         """
-        probes = from_npz(_read_entry(self.path, self.manifest.probes, MAX_PROBES_BYTES))
+        probes = from_npz(self._read(self.manifest.probes, MAX_PROBES_BYTES))
         expected = (self.manifest.image.height, self.manifest.image.width, self.manifest.feature_dim)
         found = (*probes.pixels.shape[1:3], probes.features.shape[1])
         if found != expected:
@@ -108,22 +124,8 @@ class Bundle:
             )
         return probes
 
-
-def space_id(weights: bytes, image: ImageSpec, feature_dim: int) -> str:
-    """Name an embedding space by what decides the vectors: weights, image spec and feature length.
-
-    Args:
-        weights: the bytes or a digest of all parameters of the global head's path.
-        image: height, width and filter.
-        feature_dim: D.
-
-    Returns:
-        32 hex digits (128 bits of SHA-256).
-    """
-    digest = hashlib.sha256(b"resight-space-1\0")
-    digest.update(f"{sorted(asdict(image).items())} {feature_dim}\0".encode())
-    digest.update(weights)
-    return digest.hexdigest()[:32]
+    def _read(self, entry: FileEntry, limit: int) -> bytes:
+        return read_verified(self.path / entry.file, entry.sha256, limit)
 
 
 def require_room(path: Path, *, replace: bool) -> None:
@@ -158,6 +160,8 @@ def write_bundle(
     training: Mapping[str, Any],
     evaluation: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,
+    calibration: Calibration | None = None,
+    key: PrivateKey | None = None,
     replace: bool = False,
 ) -> Bundle:
     """Write a bundle beside ``path``, flush it, rename it into place and open it.
@@ -173,6 +177,8 @@ def write_bundle(
         training: JSON-able provenance.
         evaluation: JSON-able figures.
         versions: of the libraries used.
+        calibration: of similarities, fitted on the site's crops.
+        key: signs the manifest.
         replace: whether a folder already at ``path`` gives way; it must be a bundle or empty.
 
     Raises:
@@ -198,11 +204,13 @@ def write_bundle(
         training=dict(training),
         evaluation=dict(evaluation or {}),
         versions=dict(versions or {}),
+        calibration=calibration,
+        signer=key.public if key else "",
     )
     with temporary_folder(path) as temp:
-        for file, data in (files | {MANIFEST_FILE: to_json(manifest)}).items():
+        for file, data in files.items():
             (temp / file).write_bytes(data)
-        open_bundle(temp).probes()
+        _seal(temp, manifest, key)
         replace_folder(temp, path)
     return Bundle(path, manifest)
 
@@ -212,12 +220,17 @@ def is_bundle(path: Path) -> bool:
     return (path / MANIFEST_FILE).is_file()
 
 
-def open_bundle(path: Path | str) -> Bundle:
+def open_bundle(path: Path | str, *, trusted_keys: Collection[str] = ()) -> Bundle:
     """Open a bundle after every byte of it has been verified.
 
+    Args:
+        path: the folder.
+        trusted_keys: minisign public keys (their base64 lines); when any are given, one of them must have signed.
+            Without any, a signature still has to be that of the manifest's own ``signer``.
+
     Raises:
-        BundleError: not a bundle, of another schema, or a file missing, added, linked, too large or altered;
-            the message names the file.
+        BundleError: not a bundle, of another schema, a file missing, added, linked, too large or altered, or not
+            signed as it should be; the message names the file.
     """
     path = Path(path)
     if not path.is_dir():
@@ -225,63 +238,48 @@ def open_bundle(path: Path | str) -> Bundle:
             f"expected a bundle folder at {path}, found {'a file' if path.exists() else 'nothing'}: "
             "make one with `resight export CHECKPOINT --out BUNDLE`"
         )
-    manifest = from_json(_read(path / MANIFEST_FILE, MAX_MANIFEST_BYTES))
+    data = read_plain(path / MANIFEST_FILE, MAX_MANIFEST_BYTES)
+    manifest = from_json(data)
     expected = {MANIFEST_FILE, manifest.probes.file, *(artefact.file for artefact in manifest.artefacts)}
+    if manifest.signer:
+        expected.add(SIGNATURE_FILE)
+        verify(data, read_plain(path / SIGNATURE_FILE, MAX_SIGNATURE_BYTES), manifest.signer)
+    if trusted_keys and manifest.signer not in trusted_keys:
+        raise BundleError(
+            f"{MANIFEST_FILE} in {path} is {f'signed by {manifest.signer}' if manifest.signer else 'not signed'}, "
+            f"expected a signature by one of {', '.join(sorted(trusted_keys))}: have it signed with "
+            "`resight bundle sign`, or trust its signer"
+        )
     extra = sorted(entry.name for entry in path.iterdir() if entry.name not in expected)
     if extra:
         raise BundleError(f"{extra[0]!r} in {path} is not in the manifest: remove it or export the bundle anew")
-    _read_entry(path, manifest.probes, MAX_PROBES_BYTES)
+    check_digest(path / manifest.probes.file, manifest.probes.sha256, MAX_PROBES_BYTES)
     for artefact in manifest.artefacts:
-        _check_digest(path / artefact.file, artefact.sha256)
+        check_digest(path / artefact.file, artefact.sha256, MAX_ARTEFACT_BYTES)
     return Bundle(path, manifest)
 
 
-def _read_entry(folder: Path, entry: FileEntry, limit: int) -> bytes:
-    data = _read(folder / entry.file, limit)
-    if hashlib.sha256(data).hexdigest() != entry.sha256:
-        _refuse_altered(folder / entry.file)
-    return data
+def sign_bundle(path: Path, key: PrivateKey) -> Bundle:
+    """Sign a verified bundle; the folder is replaced whole, so that a crash leaves it unsigned or signed.
+
+    Raises:
+        BundleError: the bundle is damaged.
+        OSError: the disk refused; the bundle is as it was.
+    """
+    manifest = replace(open_bundle(path).manifest, signer=key.public)
+    with temporary_folder(path) as temp:
+        for entry in (manifest.probes, *manifest.artefacts):
+            shutil.copyfile(path / entry.file, temp / entry.file, follow_symlinks=False)
+        _seal(temp, manifest, key)
+        replace_folder(temp, path)
+    return open_bundle(path)
 
 
-def _check_digest(path: Path, sha256: str) -> None:
-    """Hash a large file piece by piece."""
-    digest = hashlib.sha256()
-    with _open_plain(path, MAX_ARTEFACT_BYTES) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    if digest.hexdigest() != sha256:
-        _refuse_altered(path)
-
-
-def _read(path: Path, limit: int) -> bytes:
-    with _open_plain(path, limit) as file:
-        return file.read(limit + 1)
-
-
-def _open_plain(path: Path, limit: int) -> BinaryIO:
-    """Open a regular file of limited size; links, devices and pipes are refused, not followed."""
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    try:
-        descriptor = os.open(path, flags)
-    except FileNotFoundError as error:
-        raise BundleError(f"{path.name} is missing from {path.parent}: copy the bundle again") from error
-    except OSError as error:
-        reason = "is a symbolic link" if path.is_symlink() else f"cannot be read ({error.strerror})"
-        raise BundleError(
-            f"{path.name} in {path.parent} {reason}, expected a readable regular file: copy it here"
-        ) from error
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
-        os.close(descriptor)
-        raise BundleError(
-            f"{path.name} in {path.parent}: expected a regular file of at most {limit} bytes, found "
-            f"{stat.filemode(status.st_mode)} of {status.st_size} bytes: export the bundle anew"
-        )
-    return os.fdopen(descriptor, "rb")
-
-
-def _refuse_altered(path: Path) -> NoReturn:
-    raise BundleError(
-        f"{path.name} in {path.parent} is not the file that was exported (its SHA-256 differs from the manifest's): "
-        "copy the bundle again or export it anew"
-    )
+def _seal(folder: Path, manifest: Manifest, key: PrivateKey | None) -> None:
+    """Write the manifest and its signature, and read everything back as a stranger would."""
+    data = to_json(manifest)
+    (folder / MANIFEST_FILE).write_bytes(data)
+    if key is not None:
+        comment = f"bundle {manifest.name} space {manifest.space_id} created {manifest.created}"
+        (folder / SIGNATURE_FILE).write_bytes(sign(data, key, comment))
+    open_bundle(folder).probes()

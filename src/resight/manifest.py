@@ -1,8 +1,8 @@
 """The manifest of a bundle: what the model is, which files belong to it and how they were made.
 
 The file is JSON in one canonical spelling and carries the SHA-256 of its own body, so that a changed
-byte is noticed even where JSON would not mind it. That guards against damage and mix-ups; it is no
-signature. The format is specified in ``docs/bundle.md``.
+byte is noticed even where JSON would not mind it. That guards against damage and mix-ups; against
+forgery there is a signature, by the key that ``signer`` names. The format is specified in ``docs/bundle.md``.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NoReturn
 
+from resight.calibration import Calibration
 from resight.errors import BundleError
 from resight.image import ImageSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: calibration and signer; TensorRT engines no longer travel
 MANIFEST_FILE = "manifest.json"
+SIGNATURE_FILE = "manifest.json.minisig"
 MAX_ARTEFACTS = 16
 MAX_FEATURE_DIM = 8192  # the widest encoder of the field has 2048
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -26,6 +28,7 @@ RUNTIMES = ("onnx", "tensorrt")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SPACE_ID = re.compile(r"[0-9a-f]{32}")
+_SIGNER = re.compile(r"[A-Za-z0-9+/]{56}")  # 42 bytes: algorithm, key id, key
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Artefact(FileEntry):
-    """One runnable form of the model.
+    """One runnable form of the model: an ONNX graph, for onnxruntime or for TensorRT to build an engine of.
 
     ``max_abs_diff`` and ``min_cosine`` compare its features of the probes with torch's in fp32: the
     largest difference of a component and the smallest cosine similarity of a row, the worst over batch
@@ -67,6 +70,8 @@ class Manifest:
         evaluation: measured figures, empty where nothing was measured.
         created: time of export, ISO 8601 in UTC.
         versions: of the libraries that made it.
+        calibration: similarity to probability on the site's crops; None where nothing was fitted.
+        signer: minisign public key (its base64 line) whose signature lies beside the manifest; empty = unsigned.
     """
 
     name: str
@@ -80,6 +85,8 @@ class Manifest:
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    calibration: Calibration | None = None
+    signer: str = ""
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -96,7 +103,9 @@ class Manifest:
                 _refuse(f"sha256 of {entry.file}", "64 hex digits", entry.sha256)
         for artefact in self.artefacts:
             _check_artefact(artefact)
-        files = [MANIFEST_FILE, self.probes.file, *(artefact.file for artefact in self.artefacts)]
+        if self.signer and not _SIGNER.fullmatch(self.signer):
+            _refuse("signer", "a minisign public key of 56 base64 characters, or nothing", self.signer)
+        files = [MANIFEST_FILE, SIGNATURE_FILE, self.probes.file, *(artefact.file for artefact in self.artefacts)]
         if len(set(files)) != len(files):
             _refuse("file names", "each file once", ", ".join(files))
         if not any((a.precision, a.runtime) == ("fp32", "onnx") for a in self.artefacts):
@@ -113,6 +122,23 @@ def check_name(name: str, what: str) -> None:
         _refuse(what, "1-63 of a-z 0-9 . _ - beginning with a letter or digit", name)
 
 
+def space_id(weights: bytes, image: ImageSpec, feature_dim: int) -> str:
+    """Name an embedding space by what decides the vectors: weights, image spec and feature length.
+
+    Args:
+        weights: the bytes or a digest of all parameters of the global head's path.
+        image: height, width and filter.
+        feature_dim: D.
+
+    Returns:
+        32 hex digits (128 bits of SHA-256).
+    """
+    digest = hashlib.sha256(b"resight-space-1\0")
+    digest.update(f"{sorted(asdict(image).items())} {feature_dim}\0".encode())
+    digest.update(weights)
+    return digest.hexdigest()[:32]
+
+
 def to_json(manifest: Manifest) -> bytes:
     """Spell a manifest canonically, with the SHA-256 of its own body.
 
@@ -120,6 +146,8 @@ def to_json(manifest: Manifest) -> bytes:
         BundleError: training, evaluation or versions hold what JSON cannot say, such as NaN or a path.
     """
     body = asdict(manifest)
+    if manifest.calibration is not None:
+        body["calibration"] = manifest.calibration.to_json()
     try:
         return _spell(body | {"manifest_sha256": hashlib.sha256(_spell(body)).hexdigest()})
     except (TypeError, ValueError) as error:
@@ -160,6 +188,8 @@ def from_json(data: bytes) -> Manifest:
     if not isinstance(artefacts, list):
         _refuse("artefacts", "a list", artefacts)
     body["artefacts"] = tuple(Artefact(**_typed(Artefact, entry, "artefacts")) for entry in artefacts)
+    if body.get("calibration") is not None:
+        body["calibration"] = Calibration.from_json(body["calibration"])
     body["probes"] = FileEntry(**_typed(FileEntry, body.get("probes"), "probes"))
     return Manifest(**_typed(Manifest, body | {"image": image}, "the manifest"))
 
