@@ -12,6 +12,7 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -23,17 +24,26 @@ if TYPE_CHECKING:
 UNTRUSTED = "untrusted comment: signature of a resight bundle"
 TRUSTED = "trusted comment: "
 MAX_COMMENT = 1024  # bytes; minisign reads trusted comments up to 8192
+MAX_SIGNATURE_BYTES = 16 * 1024  # four lines; minisign's longest comment has 8 KiB
 MAX_KEY_BYTES = 16 * 1024  # two lines; a comment may be long
 _LEGACY, _PREHASHED = b"Ed", b"ED"  # signed is the data itself, or its BLAKE2b-512 (minisign's default)
 
 
-def public_key(key: Ed25519PrivateKey) -> str:
-    """The public half of a private key, as `load_public_keys` and ``minisign -P`` take it.
+@dataclass(frozen=True)
+class PrivateKey:
+    """A key that signs, as `resight.signing_key.load_private_key` reads it."""
 
-    minisign draws key ids by chance; ours follow from the key, so that PKCS#8 need not hold them.
-    """
-    raw = key.public_key().public_bytes_raw()
-    return _encode(_LEGACY + hashlib.blake2b(raw, digest_size=8, person=b"resight-key-id").digest() + raw).decode()
+    ed25519: Ed25519PrivateKey = field(repr=False)
+
+    @property
+    def public(self) -> str:
+        """The public half, as `load_public_keys` and ``minisign -P`` take it.
+
+        minisign draws key ids by chance; ours follow from the key, so that PKCS#8 need not hold them.
+        """
+        raw = self.ed25519.public_key().public_bytes_raw()
+        key_id = hashlib.blake2b(raw, digest_size=8, person=b"resight-key-id").digest()
+        return _encode(_LEGACY + key_id + raw).decode()
 
 
 def to_public_file(public: str) -> str:
@@ -42,16 +52,16 @@ def to_public_file(public: str) -> str:
     Raises:
         BundleError: not a public key.
     """
-    number = int.from_bytes(_parse_public(public).key_id, "little")  # as minisign writes it
+    number = int.from_bytes(_parse_public(public)[0], "little")  # as minisign writes it
     return f"untrusted comment: resight public key {number:016X}\n{public}\n"
 
 
-def sign(data: bytes, key: Ed25519PrivateKey, trusted_comment: str) -> bytes:
+def sign(data: bytes, key: PrivateKey, trusted_comment: str) -> bytes:
     """Sign data the way ``minisign -S`` does.
 
     Args:
         data: what is signed.
-        key: of `resight.signing_key.load_private_key`.
+        key: of the signer.
         trusted_comment: one printable line, signed too.
 
     Returns:
@@ -60,15 +70,15 @@ def sign(data: bytes, key: Ed25519PrivateKey, trusted_comment: str) -> bytes:
     Raises:
         BundleError: the comment is longer than 1024 bytes or not one printable line.
     """
-    comment = trusted_comment.encode()
+    comment = trusted_comment.encode(errors="replace")
     if len(comment) > MAX_COMMENT or not _printable(trusted_comment):
         raise BundleError(
             f"expected a trusted comment of one printable line of at most {MAX_COMMENT} bytes, found {len(comment)} "
             f"bytes {trusted_comment[:80]!r}: shorten it"
         )
-    signature = key.sign(hashlib.blake2b(data).digest())
-    whole = key.sign(signature + comment)
-    head = _PREHASHED + _parse_public(public_key(key)).key_id + signature
+    signature = key.ed25519.sign(hashlib.blake2b(data).digest())
+    whole = key.ed25519.sign(signature + comment)
+    head = _PREHASHED + _parse_public(key.public)[0] + signature
     return b"\n".join((UNTRUSTED.encode(), _encode(head), TRUSTED.encode() + comment, _encode(whole), b""))
 
 
@@ -91,14 +101,14 @@ def verify(data: bytes, signature: bytes, public_key: str) -> str:
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-    expected = _parse_public(public_key)
+    expected_id, raw = _parse_public(public_key)
     head, comment, whole = _parse_signature(signature)
     algorithm, key_id, signed = head[:2], head[2:10], head[10:]
     if algorithm not in (_LEGACY, _PREHASHED):
         _refuse(f"the algorithm is {algorithm!r}, expected {_PREHASHED!r}, or {_LEGACY!r} of older programs")
-    if key_id != expected.key_id:
-        _refuse(f"it is by the key with id {key_id.hex()}, expected {expected.key_id.hex()} of {public_key}")
-    verifier = Ed25519PublicKey.from_public_bytes(expected.key)
+    if key_id != expected_id:
+        _refuse(f"it is by the key with id {key_id.hex()}, expected {expected_id.hex()} of {public_key}")
+    verifier = Ed25519PublicKey.from_public_bytes(raw)
     try:
         verifier.verify(signed, hashlib.blake2b(data).digest() if algorithm == _PREHASHED else data)
     except InvalidSignature:
@@ -164,18 +174,19 @@ def _parse_signature(signature: bytes) -> tuple[bytes, bytes, bytes]:
     return head, lines[2][len(TRUSTED) :], whole
 
 
-def _parse_public(line: str) -> _PublicKey:
-    raw = _decode(line.encode())
+def _parse_public(line: str) -> tuple[bytes, bytes]:
+    """Key id, 8 bytes that anyone may choose, and key, 32 bytes."""
+    raw = _decode(line.encode(errors="replace"))
     if len(raw) != 42 or raw[:2] != _LEGACY:
         raise BundleError(
             f"expected a minisign public key of 56 base64 characters beginning with RW, found {line[:80]!r}: "
             "give the second line of the .pub file"
         )
-    return _PublicKey(raw[2:10], raw[10:])
+    return raw[2:10], raw[10:]
 
 
 def _is_public(line: str) -> bool:
-    raw = _decode(line.encode())
+    raw = _decode(line.encode(errors="replace"))
     return len(raw) == 42 and raw[:2] == _LEGACY
 
 
