@@ -33,12 +33,20 @@ class AdminServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetServerInfoRequest, _admin_pb2.GetServerInfoResponse]
     """limits, versions, providers"""
+    GetCollectionStats: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetCollectionStatsRequest, _admin_pb2.GetCollectionStatsResponse]
+    RebuildIndex: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RebuildIndexRequest, _admin_pb2.RebuildIndexResponse]
+    CreateSnapshot: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CreateSnapshotRequest, _admin_pb2.CreateSnapshotResponse]
+    ListAuditEvents: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListAuditEventsRequest, _admin_pb2.ListAuditEventsResponse]
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetServerInfoRequest, _admin_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     """limits, versions, providers"""
+    GetCollectionStats: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetCollectionStatsRequest, _admin_pb2.GetCollectionStatsResponse]  # type: ignore[assignment]
+    RebuildIndex: _aio.UnaryUnaryMultiCallable[_admin_pb2.RebuildIndexRequest, _admin_pb2.RebuildIndexResponse]  # type: ignore[assignment]
+    CreateSnapshot: _aio.UnaryUnaryMultiCallable[_admin_pb2.CreateSnapshotRequest, _admin_pb2.CreateSnapshotResponse]  # type: ignore[assignment]
+    ListAuditEvents: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListAuditEventsRequest, _admin_pb2.ListAuditEventsResponse]  # type: ignore[assignment]
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -48,5 +56,33 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.GetServerInfoResponse, _abc.Awaitable[_admin_pb2.GetServerInfoResponse]]:
         """limits, versions, providers"""
+
+    @_abc_1.abstractmethod
+    def GetCollectionStats(
+        self,
+        request: _admin_pb2.GetCollectionStatsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetCollectionStatsResponse, _abc.Awaitable[_admin_pb2.GetCollectionStatsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def RebuildIndex(
+        self,
+        request: _admin_pb2.RebuildIndexRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.RebuildIndexResponse, _abc.Awaitable[_admin_pb2.RebuildIndexResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def CreateSnapshot(
+        self,
+        request: _admin_pb2.CreateSnapshotRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.CreateSnapshotResponse, _abc.Awaitable[_admin_pb2.CreateSnapshotResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ListAuditEvents(
+        self,
+        request: _admin_pb2.ListAuditEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListAuditEventsResponse, _abc.Awaitable[_admin_pb2.ListAuditEventsResponse]]: ...
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -25,25 +25,27 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17resight/v1/common.proto\x12\nresight.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x19\n\tImageCrop\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"5\n\x0cImageCropSet\x12%\n\x06images\x18\x01 \x03(\x0b\x32\x15.resight.v1.ImageCrop\"1\n\tEmbedding\x12\x12\n\nfloat32_le\x18\x01 \x01(\x0c\x12\x10\n\x08space_id\x18\x02 \x01(\t\"A\n\x0e\x45mbeddingSpace\x12\x10\n\x08space_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x0b\n\x03\x64im\x18\x04 \x01(\x05\"\x17\n\x05Score\x12\x0e\n\x06\x63osine\x18\x01 \x01(\x02\"j\n\nTimeWindow\x12.\n\nstart_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"S\n\x07Timings\x12\x11\n\tdecode_ns\x18\x01 \x01(\x03\x12\x10\n\x08queue_ns\x18\x02 \x01(\x03\x12\x10\n\x08infer_ns\x18\x03 \x01(\x03\x12\x11\n\tsearch_ns\x18\x04 \x01(\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17resight/v1/common.proto\x12\nresight.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"*\n\tImageCrop\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0f\n\x07\x63rop_id\x18\x02 \x01(\t\"5\n\x0cImageCropSet\x12%\n\x06images\x18\x01 \x03(\x0b\x32\x15.resight.v1.ImageCrop\"1\n\tEmbedding\x12\x12\n\nfloat32_le\x18\x01 \x01(\x0c\x12\x10\n\x08space_id\x18\x02 \x01(\t\"X\n\x0e\x45mbeddingSpace\x12\x10\n\x08space_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\t\x12\x0b\n\x03\x64im\x18\x04 \x01(\x05\"A\n\x05Score\x12\x0e\n\x06\x63osine\x18\x01 \x01(\x02\x12\x18\n\x0bprobability\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\x0e\n\x0c_probability\"j\n\nTimeWindow\x12.\n\nstart_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"f\n\x07Timings\x12\x11\n\tdecode_ns\x18\x01 \x01(\x03\x12\x10\n\x08queue_ns\x18\x02 \x01(\x03\x12\x10\n\x08infer_ns\x18\x03 \x01(\x03\x12\x11\n\tsearch_ns\x18\x04 \x01(\x03\x12\x11\n\trerank_ns\x18\x05 \x01(\x03*f\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x44\x45\x43ISION_MATCH\x10\x01\x12\x16\n\x12\x44\x45\x43ISION_UNCERTAIN\x10\x02\x12\x14\n\x10\x44\x45\x43ISION_UNKNOWN\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'resight.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_DECISION']._serialized_start=591
+  _globals['_DECISION']._serialized_end=693
   _globals['_IMAGECROP']._serialized_start=72
-  _globals['_IMAGECROP']._serialized_end=97
-  _globals['_IMAGECROPSET']._serialized_start=99
-  _globals['_IMAGECROPSET']._serialized_end=152
-  _globals['_EMBEDDING']._serialized_start=154
-  _globals['_EMBEDDING']._serialized_end=203
-  _globals['_EMBEDDINGSPACE']._serialized_start=205
-  _globals['_EMBEDDINGSPACE']._serialized_end=270
-  _globals['_SCORE']._serialized_start=272
-  _globals['_SCORE']._serialized_end=295
-  _globals['_TIMEWINDOW']._serialized_start=297
-  _globals['_TIMEWINDOW']._serialized_end=403
-  _globals['_TIMINGS']._serialized_start=405
-  _globals['_TIMINGS']._serialized_end=488
+  _globals['_IMAGECROP']._serialized_end=114
+  _globals['_IMAGECROPSET']._serialized_start=116
+  _globals['_IMAGECROPSET']._serialized_end=169
+  _globals['_EMBEDDING']._serialized_start=171
+  _globals['_EMBEDDING']._serialized_end=220
+  _globals['_EMBEDDINGSPACE']._serialized_start=222
+  _globals['_EMBEDDINGSPACE']._serialized_end=310
+  _globals['_SCORE']._serialized_start=312
+  _globals['_SCORE']._serialized_end=377
+  _globals['_TIMEWINDOW']._serialized_start=379
+  _globals['_TIMEWINDOW']._serialized_end=485
+  _globals['_TIMINGS']._serialized_start=487
+  _globals['_TIMINGS']._serialized_end=589
 # @@protoc_insertion_point(module_scope)

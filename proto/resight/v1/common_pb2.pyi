@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -19,6 +20,33 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Decision:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Decision.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DECISION_UNSPECIFIED: _Decision.ValueType  # 0
+    """the space has no calibration"""
+    DECISION_MATCH: _Decision.ValueType  # 1
+    """probability >= accept threshold"""
+    DECISION_UNCERTAIN: _Decision.ValueType  # 2
+    """between reject and accept: send to a human"""
+    DECISION_UNKNOWN: _Decision.ValueType  # 3
+    """< reject threshold: "not in the gallery" """
+
+class Decision(_Decision, metaclass=_DecisionEnumTypeWrapper): ...
+
+DECISION_UNSPECIFIED: Decision.ValueType  # 0
+"""the space has no calibration"""
+DECISION_MATCH: Decision.ValueType  # 1
+"""probability >= accept threshold"""
+DECISION_UNCERTAIN: Decision.ValueType  # 2
+"""between reject and accept: send to a human"""
+DECISION_UNKNOWN: Decision.ValueType  # 3
+"""< reject threshold: "not in the gallery" """
+Global___Decision: _TypeAlias = Decision  # noqa: Y015
+
 @_typing.final
 class ImageCrop(_message.Message):
     """Field numbers follow the whole design of the API: a gap is kept for a field to come, never reused.
@@ -29,16 +57,20 @@ class ImageCrop(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DATA_FIELD_NUMBER: _builtins.int
+    CROP_ID_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
     """JPEG | PNG | WebP; container sniffed, never trusted from a name"""
+    crop_id: _builtins.str
+    """echoed; lets a client pair per-item results; <= 256 characters"""
     def __init__(
         self,
         *,
         data: _builtins.bytes = ...,
+        crop_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crop_id", b"crop_id", "data", b"data"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -102,22 +134,26 @@ class EmbeddingSpace(_message.Message):
 
     SPACE_ID_FIELD_NUMBER: _builtins.int
     MODEL_ID_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
     DIM_FIELD_NUMBER: _builtins.int
     space_id: _builtins.str
     """sha256-derived from weights + preprocessing + dim"""
     model_id: _builtins.str
     """the bundle's name"""
+    model_version: _builtins.str
+    """when the bundle was made, ISO 8601"""
     dim: _builtins.int
     def __init__(
         self,
         *,
         space_id: _builtins.str = ...,
         model_id: _builtins.str = ...,
+        model_version: _builtins.str = ...,
         dim: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dim", b"dim", "model_id", b"model_id", "space_id", b"space_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dim", b"dim", "model_id", b"model_id", "model_version", b"model_version", "space_id", b"space_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -125,22 +161,29 @@ Global___EmbeddingSpace: _TypeAlias = EmbeddingSpace  # noqa: Y015
 
 @_typing.final
 class Score(_message.Message):
-    """Cosine similarity, -1..1, larger is nearer; comparable within one space only."""
+    """Cosine is comparable within one space only; probability is what callers act on."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     COSINE_FIELD_NUMBER: _builtins.int
+    PROBABILITY_FIELD_NUMBER: _builtins.int
     cosine: _builtins.float
+    """-1..1, larger is nearer"""
+    probability: _builtins.float
+    """calibrated P(same person) at even odds; absent when uncalibrated"""
     def __init__(
         self,
         *,
         cosine: _builtins.float = ...,
+        probability: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_probability", b"_probability", "probability", b"probability"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cosine", b"cosine"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probability", b"_probability", "cosine", b"cosine", "probability", b"probability"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__probability: _TypeAlias = _typing.Literal["probability"]  # noqa: Y015
+    _WhichOneofArgType__probability: _TypeAlias = _typing.Literal["_probability", b"_probability"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__probability) -> _WhichOneofReturnType__probability | None: ...
 
 Global___Score: _TypeAlias = Score  # noqa: Y015
 
@@ -182,10 +225,12 @@ class Timings(_message.Message):
     QUEUE_NS_FIELD_NUMBER: _builtins.int
     INFER_NS_FIELD_NUMBER: _builtins.int
     SEARCH_NS_FIELD_NUMBER: _builtins.int
+    RERANK_NS_FIELD_NUMBER: _builtins.int
     decode_ns: _builtins.int
     queue_ns: _builtins.int
     infer_ns: _builtins.int
     search_ns: _builtins.int
+    rerank_ns: _builtins.int
     def __init__(
         self,
         *,
@@ -193,10 +238,11 @@ class Timings(_message.Message):
         queue_ns: _builtins.int = ...,
         infer_ns: _builtins.int = ...,
         search_ns: _builtins.int = ...,
+        rerank_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_ns", b"decode_ns", "infer_ns", b"infer_ns", "queue_ns", b"queue_ns", "search_ns", b"search_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_ns", b"decode_ns", "infer_ns", b"infer_ns", "queue_ns", b"queue_ns", "rerank_ns", b"rerank_ns", "search_ns", b"search_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,7 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from resight.v1 import common_pb2 as resight_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aresight/v1/embedding.proto\x12\nresight.v1\x1a\x17google/rpc/status.proto\x1a\x17resight/v1/common.proto\"4\n\x0c\x45mbedRequest\x12$\n\x05image\x18\x01 \x01(\x0b\x32\x15.resight.v1.ImageCrop\"\x9b\x01\n\rEmbedResponse\x12(\n\tembedding\x18\x01 \x01(\x0b\x32\x15.resight.v1.Embedding\x12)\n\x05space\x18\x02 \x01(\x0b\x32\x1a.resight.v1.EmbeddingSpace\x12\x0f\n\x07quality\x18\x03 \x01(\x02\x12$\n\x07timings\x18\x04 \x01(\x0b\x32\x13.resight.v1.Timings\":\n\x11\x42\x61tchEmbedRequest\x12%\n\x06images\x18\x01 \x03(\x0b\x32\x15.resight.v1.ImageCrop\"\x8f\x01\n\x12\x42\x61tchEmbedResponse\x12(\n\x07results\x18\x01 \x03(\x0b\x32\x17.resight.v1.EmbedResult\x12)\n\x05space\x18\x02 \x01(\x0b\x32\x1a.resight.v1.EmbeddingSpace\x12$\n\x07timings\x18\x03 \x01(\x0b\x32\x13.resight.v1.Timings\"z\n\x0b\x45mbedResult\x12*\n\tembedding\x18\x01 \x01(\x0b\x32\x15.resight.v1.EmbeddingH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12\x0f\n\x07quality\x18\x03 \x01(\x02\x42\t\n\x07outcome2\x9d\x01\n\x10\x45mbeddingService\x12<\n\x05\x45mbed\x12\x18.resight.v1.EmbedRequest\x1a\x19.resight.v1.EmbedResponse\x12K\n\nBatchEmbed\x12\x1d.resight.v1.BatchEmbedRequest\x1a\x1e.resight.v1.BatchEmbedResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aresight/v1/embedding.proto\x12\nresight.v1\x1a\x17google/rpc/status.proto\x1a\x17resight/v1/common.proto\"F\n\x0c\x45mbedRequest\x12$\n\x05image\x18\x01 \x01(\x0b\x32\x15.resight.v1.ImageCrop\x12\x10\n\x08model_id\x18\x02 \x01(\t\"\x9b\x01\n\rEmbedResponse\x12(\n\tembedding\x18\x01 \x01(\x0b\x32\x15.resight.v1.Embedding\x12)\n\x05space\x18\x02 \x01(\x0b\x32\x1a.resight.v1.EmbeddingSpace\x12\x0f\n\x07quality\x18\x03 \x01(\x02\x12$\n\x07timings\x18\x04 \x01(\x0b\x32\x13.resight.v1.Timings\"L\n\x11\x42\x61tchEmbedRequest\x12%\n\x06images\x18\x01 \x03(\x0b\x32\x15.resight.v1.ImageCrop\x12\x10\n\x08model_id\x18\x02 \x01(\t\"\x8f\x01\n\x12\x42\x61tchEmbedResponse\x12(\n\x07results\x18\x01 \x03(\x0b\x32\x17.resight.v1.EmbedResult\x12)\n\x05space\x18\x02 \x01(\x0b\x32\x1a.resight.v1.EmbeddingSpace\x12$\n\x07timings\x18\x03 \x01(\x0b\x32\x13.resight.v1.Timings\"\x8b\x01\n\x0b\x45mbedResult\x12*\n\tembedding\x18\x01 \x01(\x0b\x32\x15.resight.v1.EmbeddingH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12\x0f\n\x07quality\x18\x03 \x01(\x02\x12\x0f\n\x07\x63rop_id\x18\x04 \x01(\tB\t\n\x07outcome\"N\n\x12StreamEmbedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x05image\x18\x02 \x01(\x0b\x32\x15.resight.v1.ImageCrop\"R\n\x13StreamEmbedResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x06result\x18\x02 \x01(\x0b\x32\x17.resight.v1.EmbedResult2\xf1\x01\n\x10\x45mbeddingService\x12<\n\x05\x45mbed\x12\x18.resight.v1.EmbedRequest\x1a\x19.resight.v1.EmbedResponse\x12K\n\nBatchEmbed\x12\x1d.resight.v1.BatchEmbedRequest\x1a\x1e.resight.v1.BatchEmbedResponse\x12R\n\x0bStreamEmbed\x12\x1e.resight.v1.StreamEmbedRequest\x1a\x1f.resight.v1.StreamEmbedResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,15 +34,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'resight.v1.embedding_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_EMBEDREQUEST']._serialized_start=92
-  _globals['_EMBEDREQUEST']._serialized_end=144
-  _globals['_EMBEDRESPONSE']._serialized_start=147
-  _globals['_EMBEDRESPONSE']._serialized_end=302
-  _globals['_BATCHEMBEDREQUEST']._serialized_start=304
-  _globals['_BATCHEMBEDREQUEST']._serialized_end=362
-  _globals['_BATCHEMBEDRESPONSE']._serialized_start=365
-  _globals['_BATCHEMBEDRESPONSE']._serialized_end=508
-  _globals['_EMBEDRESULT']._serialized_start=510
-  _globals['_EMBEDRESULT']._serialized_end=632
-  _globals['_EMBEDDINGSERVICE']._serialized_start=635
-  _globals['_EMBEDDINGSERVICE']._serialized_end=792
+  _globals['_EMBEDREQUEST']._serialized_end=162
+  _globals['_EMBEDRESPONSE']._serialized_start=165
+  _globals['_EMBEDRESPONSE']._serialized_end=320
+  _globals['_BATCHEMBEDREQUEST']._serialized_start=322
+  _globals['_BATCHEMBEDREQUEST']._serialized_end=398
+  _globals['_BATCHEMBEDRESPONSE']._serialized_start=401
+  _globals['_BATCHEMBEDRESPONSE']._serialized_end=544
+  _globals['_EMBEDRESULT']._serialized_start=547
+  _globals['_EMBEDRESULT']._serialized_end=686
+  _globals['_STREAMEMBEDREQUEST']._serialized_start=688
+  _globals['_STREAMEMBEDREQUEST']._serialized_end=766
+  _globals['_STREAMEMBEDRESPONSE']._serialized_start=768
+  _globals['_STREAMEMBEDRESPONSE']._serialized_end=850
+  _globals['_EMBEDDINGSERVICE']._serialized_start=853
+  _globals['_EMBEDDINGSERVICE']._serialized_end=1094
 # @@protoc_insertion_point(module_scope)

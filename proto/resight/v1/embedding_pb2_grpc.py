@@ -44,6 +44,11 @@ class EmbeddingServiceStub:
                 request_serializer=resight_dot_v1_dot_embedding__pb2.BatchEmbedRequest.SerializeToString,
                 response_deserializer=resight_dot_v1_dot_embedding__pb2.BatchEmbedResponse.FromString,
                 _registered_method=True)
+        self.StreamEmbed = channel.stream_stream(
+                '/resight.v1.EmbeddingService/StreamEmbed',
+                request_serializer=resight_dot_v1_dot_embedding__pb2.StreamEmbedRequest.SerializeToString,
+                response_deserializer=resight_dot_v1_dot_embedding__pb2.StreamEmbedResponse.FromString,
+                _registered_method=True)
 
 
 class EmbeddingServiceServicer:
@@ -62,6 +67,13 @@ class EmbeddingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StreamEmbed(self, request_iterator, context):
+        """answers as they are ready
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EmbeddingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -74,6 +86,11 @@ def add_EmbeddingServiceServicer_to_server(servicer, server):
                     servicer.BatchEmbed,
                     request_deserializer=resight_dot_v1_dot_embedding__pb2.BatchEmbedRequest.FromString,
                     response_serializer=resight_dot_v1_dot_embedding__pb2.BatchEmbedResponse.SerializeToString,
+            ),
+            'StreamEmbed': grpc.stream_stream_rpc_method_handler(
+                    servicer.StreamEmbed,
+                    request_deserializer=resight_dot_v1_dot_embedding__pb2.StreamEmbedRequest.FromString,
+                    response_serializer=resight_dot_v1_dot_embedding__pb2.StreamEmbedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -130,6 +147,33 @@ class EmbeddingService:
             '/resight.v1.EmbeddingService/BatchEmbed',
             resight_dot_v1_dot_embedding__pb2.BatchEmbedRequest.SerializeToString,
             resight_dot_v1_dot_embedding__pb2.BatchEmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamEmbed(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/resight.v1.EmbeddingService/StreamEmbed',
+            resight_dot_v1_dot_embedding__pb2.StreamEmbedRequest.SerializeToString,
+            resight_dot_v1_dot_embedding__pb2.StreamEmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,6 +34,8 @@ class EmbeddingServiceStub:
     Embed: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.EmbedRequest, _embedding_pb2.EmbedResponse]
     BatchEmbed: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.BatchEmbedRequest, _embedding_pb2.BatchEmbedResponse]
     """<= 64 crops, per-item status"""
+    StreamEmbed: _grpc.StreamStreamMultiCallable[_embedding_pb2.StreamEmbedRequest, _embedding_pb2.StreamEmbedResponse]
+    """answers as they are ready"""
 
 @_typing.type_check_only
 class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
@@ -41,6 +43,8 @@ class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
     Embed: _aio.UnaryUnaryMultiCallable[_embedding_pb2.EmbedRequest, _embedding_pb2.EmbedResponse]  # type: ignore[assignment]
     BatchEmbed: _aio.UnaryUnaryMultiCallable[_embedding_pb2.BatchEmbedRequest, _embedding_pb2.BatchEmbedResponse]  # type: ignore[assignment]
     """<= 64 crops, per-item status"""
+    StreamEmbed: _aio.StreamStreamMultiCallable[_embedding_pb2.StreamEmbedRequest, _embedding_pb2.StreamEmbedResponse]  # type: ignore[assignment]
+    """answers as they are ready"""
 
 class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -57,5 +61,13 @@ class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_embedding_pb2.BatchEmbedResponse, _abc.Awaitable[_embedding_pb2.BatchEmbedResponse]]:
         """<= 64 crops, per-item status"""
+
+    @_abc_1.abstractmethod
+    def StreamEmbed(
+        self,
+        request_iterator: _MaybeAsyncIterator[_embedding_pb2.StreamEmbedRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_embedding_pb2.StreamEmbedResponse], _abc.AsyncIterator[_embedding_pb2.StreamEmbedResponse]]:
+        """answers as they are ready"""
 
 def add_EmbeddingServiceServicer_to_server(servicer: EmbeddingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

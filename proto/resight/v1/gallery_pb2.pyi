@@ -6,6 +6,7 @@ isort:skip_file
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -74,23 +75,38 @@ class Collection(_message.Message):
     COLLECTION_ID_FIELD_NUMBER: _builtins.int
     SPACE_FIELD_NUMBER: _builtins.int
     DEFAULT_TTL_FIELD_NUMBER: _builtins.int
+    MAX_ENTRIES_FIELD_NUMBER: _builtins.int
     CROP_RETENTION_FIELD_NUMBER: _builtins.int
+    ACCEPT_PROBABILITY_FIELD_NUMBER: _builtins.int
+    REJECT_PROBABILITY_FIELD_NUMBER: _builtins.int
     ENTRY_COUNT_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     INDEXED_REVISION_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    MIN_QUALITY_FIELD_NUMBER: _builtins.int
     collection_id: _builtins.str
     """[a-z][a-z0-9-]{0,62}"""
+    max_entries: _builtins.int
+    """0 = no limit; COLLECTION_FULL beyond it"""
     crop_retention: Global___CropRetention.ValueType
     """needed to re-embed later; unspecified = NONE"""
+    accept_probability: _builtins.float
+    """0 = the calibration's own; match from here on"""
+    reject_probability: _builtins.float
+    """0 = the calibration's own; unknown below"""
     entry_count: _builtins.int
     """output only; unexpired entries"""
     revision: _builtins.int
     """output only: last committed write"""
     indexed_revision: _builtins.int
     """output only: last write in the index; a search catches up first"""
+    etag: _builtins.str
+    """output only; given back, an update or deletion is refused if it differs"""
+    min_quality: _builtins.float
+    """crops below it are refused at enrolment (QUALITY_TOO_LOW)"""
     @_builtins.property
     def space(self) -> _common_pb2.EmbeddingSpace:
-        """output only: the space its features live in"""
+        """output only: the space searched now"""
 
     @_builtins.property
     def default_ttl(self) -> _duration_pb2.Duration:
@@ -102,14 +118,19 @@ class Collection(_message.Message):
         collection_id: _builtins.str = ...,
         space: _common_pb2.EmbeddingSpace | None = ...,
         default_ttl: _duration_pb2.Duration | None = ...,
+        max_entries: _builtins.int = ...,
         crop_retention: Global___CropRetention.ValueType = ...,
+        accept_probability: _builtins.float = ...,
+        reject_probability: _builtins.float = ...,
         entry_count: _builtins.int = ...,
         revision: _builtins.int = ...,
         indexed_revision: _builtins.int = ...,
+        etag: _builtins.str = ...,
+        min_quality: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_ttl", b"default_ttl", "space", b"space"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection_id", b"collection_id", "crop_retention", b"crop_retention", "default_ttl", b"default_ttl", "entry_count", b"entry_count", "indexed_revision", b"indexed_revision", "revision", b"revision", "space", b"space"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_probability", b"accept_probability", "collection_id", b"collection_id", "crop_retention", b"crop_retention", "default_ttl", b"default_ttl", "entry_count", b"entry_count", "etag", b"etag", "indexed_revision", b"indexed_revision", "max_entries", b"max_entries", "min_quality", b"min_quality", "reject_probability", b"reject_probability", "revision", b"revision", "space", b"space"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -149,6 +170,7 @@ class Entry(_message.Message):
     QUALITY_FIELD_NUMBER: _builtins.int
     SHOT_COUNT_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
     entry_id: _builtins.str
     """caller-chosen, or chosen by the server when empty"""
     subject_id: _builtins.str
@@ -159,6 +181,8 @@ class Entry(_message.Message):
     """output only, unless an embedding is enrolled"""
     shot_count: _builtins.int
     """output only: crops averaged into this vector; 0 = embedding"""
+    etag: _builtins.str
+    """output only"""
     @_builtins.property
     def capture_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -186,10 +210,11 @@ class Entry(_message.Message):
         quality: _builtins.float = ...,
         shot_count: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        etag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capture_time", b"capture_time", "create_time", b"create_time", "expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["camera_id", b"camera_id", "capture_time", b"capture_time", "create_time", b"create_time", "entry_id", b"entry_id", "expire_time", b"expire_time", "labels", b"labels", "quality", b"quality", "shot_count", b"shot_count", "subject_id", b"subject_id", "track_id", b"track_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["camera_id", b"camera_id", "capture_time", b"capture_time", "create_time", b"create_time", "entry_id", b"entry_id", "etag", b"etag", "expire_time", b"expire_time", "labels", b"labels", "quality", b"quality", "shot_count", b"shot_count", "subject_id", b"subject_id", "track_id", b"track_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -326,6 +351,7 @@ class EnrollEntryResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
+    """pass as SearchRequest.min_revision to read your write"""
     replayed: _builtins.bool
     @_builtins.property
     def entry(self) -> Global___Entry: ...
@@ -350,7 +376,10 @@ class BatchEnrollEntriesRequest(_message.Message):
 
     COLLECTION_ID_FIELD_NUMBER: _builtins.int
     REQUESTS_FIELD_NUMBER: _builtins.int
+    ATOMIC_FIELD_NUMBER: _builtins.int
     collection_id: _builtins.str
+    atomic: _builtins.bool
+    """all or none: the first failure fails the call"""
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnrollEntryRequest]:
         """<= 64; child collection_id empty or equal"""
@@ -360,10 +389,11 @@ class BatchEnrollEntriesRequest(_message.Message):
         *,
         collection_id: _builtins.str = ...,
         requests: _abc.Iterable[Global___EnrollEntryRequest] | None = ...,
+        atomic: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection_id", b"collection_id", "requests", b"requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["atomic", b"atomic", "collection_id", b"collection_id", "requests", b"requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -531,20 +561,24 @@ class DeleteEntryRequest(_message.Message):
 
     COLLECTION_ID_FIELD_NUMBER: _builtins.int
     ENTRY_ID_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
     ALLOW_MISSING_FIELD_NUMBER: _builtins.int
     collection_id: _builtins.str
     entry_id: _builtins.str
+    etag: _builtins.str
+    """when set, ABORTED if the entry changed since"""
     allow_missing: _builtins.bool
     def __init__(
         self,
         *,
         collection_id: _builtins.str = ...,
         entry_id: _builtins.str = ...,
+        etag: _builtins.str = ...,
         allow_missing: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "collection_id", b"collection_id", "entry_id", b"entry_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "collection_id", b"collection_id", "entry_id", b"entry_id", "etag", b"etag"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -628,11 +662,121 @@ class DeleteEntriesResponse(_message.Message):
 Global___DeleteEntriesResponse: _TypeAlias = DeleteEntriesResponse  # noqa: Y015
 
 @_typing.final
+class UpdateEntryRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_ID_FIELD_NUMBER: _builtins.int
+    ENTRY_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    collection_id: _builtins.str
+    @_builtins.property
+    def entry(self) -> Global___Entry:
+        """entry_id, the masked fields, and etag where it is to be compared"""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """subject_id, labels, expire_time"""
+
+    def __init__(
+        self,
+        *,
+        collection_id: _builtins.str = ...,
+        entry: Global___Entry | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection_id", b"collection_id", "entry", b"entry", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateEntryRequest: _TypeAlias = UpdateEntryRequest  # noqa: Y015
+
+@_typing.final
+class UpdateEntryResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRY_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    @_builtins.property
+    def entry(self) -> Global___Entry: ...
+    def __init__(
+        self,
+        *,
+        entry: Global___Entry | None = ...,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateEntryResponse: _TypeAlias = UpdateEntryResponse  # noqa: Y015
+
+@_typing.final
+class EraseSubjectRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_ID_FIELD_NUMBER: _builtins.int
+    SUBJECT_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    collection_id: _builtins.str
+    """empty = every collection of the tenant"""
+    subject_id: _builtins.str
+    reason: _builtins.str
+    """goes to the audit log; <= 256 characters"""
+    def __init__(
+        self,
+        *,
+        collection_id: _builtins.str = ...,
+        subject_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection_id", b"collection_id", "reason", b"reason", "subject_id", b"subject_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EraseSubjectRequest: _TypeAlias = EraseSubjectRequest  # noqa: Y015
+
+@_typing.final
+class EraseSubjectResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ERASED_COUNT_FIELD_NUMBER: _builtins.int
+    AUDIT_ID_FIELD_NUMBER: _builtins.int
+    STORAGE_SCRUBBED_FIELD_NUMBER: _builtins.int
+    erased_count: _builtins.int
+    audit_id: _builtins.str
+    storage_scrubbed: _builtins.bool
+    """pages zeroed and the write-ahead log emptied, as SQLite reported"""
+    def __init__(
+        self,
+        *,
+        erased_count: _builtins.int = ...,
+        audit_id: _builtins.str = ...,
+        storage_scrubbed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_id", b"audit_id", "erased_count", b"erased_count", "storage_scrubbed", b"storage_scrubbed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EraseSubjectResponse: _TypeAlias = EraseSubjectResponse  # noqa: Y015
+
+@_typing.final
 class CreateCollectionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     COLLECTION_FIELD_NUMBER: _builtins.int
+    MODEL_ID_FIELD_NUMBER: _builtins.int
     ALLOW_UNLIMITED_RETENTION_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """empty = the active model"""
     allow_unlimited_retention: _builtins.bool
     @_builtins.property
     def collection(self) -> Global___Collection: ...
@@ -640,11 +784,12 @@ class CreateCollectionRequest(_message.Message):
         self,
         *,
         collection: Global___Collection | None = ...,
+        model_id: _builtins.str = ...,
         allow_unlimited_retention: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_unlimited_retention", b"allow_unlimited_retention", "collection", b"collection"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_unlimited_retention", b"allow_unlimited_retention", "collection", b"collection", "model_id", b"model_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -710,6 +855,54 @@ class GetCollectionResponse(_message.Message):
 Global___GetCollectionResponse: _TypeAlias = GetCollectionResponse  # noqa: Y015
 
 @_typing.final
+class UpdateCollectionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def collection(self) -> Global___Collection:
+        """collection_id, the masked fields, and etag where it is to be compared"""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """default_ttl, max_entries, crop_retention, *_probability, min_quality"""
+
+    def __init__(
+        self,
+        *,
+        collection: Global___Collection | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateCollectionRequest: _TypeAlias = UpdateCollectionRequest  # noqa: Y015
+
+@_typing.final
+class UpdateCollectionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def collection(self) -> Global___Collection: ...
+    def __init__(
+        self,
+        *,
+        collection: Global___Collection | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateCollectionResponse: _TypeAlias = UpdateCollectionResponse  # noqa: Y015
+
+@_typing.final
 class ListCollectionsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -762,19 +955,22 @@ class DeleteCollectionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     COLLECTION_ID_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
     FORCE_FIELD_NUMBER: _builtins.int
     collection_id: _builtins.str
+    etag: _builtins.str
     force: _builtins.bool
     """needed when non-empty"""
     def __init__(
         self,
         *,
         collection_id: _builtins.str = ...,
+        etag: _builtins.str = ...,
         force: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection_id", b"collection_id", "force", b"force"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection_id", b"collection_id", "etag", b"etag", "force", b"force"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -50,6 +50,11 @@ class GalleryServiceStub:
                 request_serializer=resight_dot_v1_dot_gallery__pb2.ListCollectionsRequest.SerializeToString,
                 response_deserializer=resight_dot_v1_dot_gallery__pb2.ListCollectionsResponse.FromString,
                 _registered_method=True)
+        self.UpdateCollection = channel.unary_unary(
+                '/resight.v1.GalleryService/UpdateCollection',
+                request_serializer=resight_dot_v1_dot_gallery__pb2.UpdateCollectionRequest.SerializeToString,
+                response_deserializer=resight_dot_v1_dot_gallery__pb2.UpdateCollectionResponse.FromString,
+                _registered_method=True)
         self.DeleteCollection = channel.unary_unary(
                 '/resight.v1.GalleryService/DeleteCollection',
                 request_serializer=resight_dot_v1_dot_gallery__pb2.DeleteCollectionRequest.SerializeToString,
@@ -75,6 +80,11 @@ class GalleryServiceStub:
                 request_serializer=resight_dot_v1_dot_gallery__pb2.ListEntriesRequest.SerializeToString,
                 response_deserializer=resight_dot_v1_dot_gallery__pb2.ListEntriesResponse.FromString,
                 _registered_method=True)
+        self.UpdateEntry = channel.unary_unary(
+                '/resight.v1.GalleryService/UpdateEntry',
+                request_serializer=resight_dot_v1_dot_gallery__pb2.UpdateEntryRequest.SerializeToString,
+                response_deserializer=resight_dot_v1_dot_gallery__pb2.UpdateEntryResponse.FromString,
+                _registered_method=True)
         self.DeleteEntry = channel.unary_unary(
                 '/resight.v1.GalleryService/DeleteEntry',
                 request_serializer=resight_dot_v1_dot_gallery__pb2.DeleteEntryRequest.SerializeToString,
@@ -84,6 +94,11 @@ class GalleryServiceStub:
                 '/resight.v1.GalleryService/DeleteEntries',
                 request_serializer=resight_dot_v1_dot_gallery__pb2.DeleteEntriesRequest.SerializeToString,
                 response_deserializer=resight_dot_v1_dot_gallery__pb2.DeleteEntriesResponse.FromString,
+                _registered_method=True)
+        self.EraseSubject = channel.unary_unary(
+                '/resight.v1.GalleryService/EraseSubject',
+                request_serializer=resight_dot_v1_dot_gallery__pb2.EraseSubjectRequest.SerializeToString,
+                response_deserializer=resight_dot_v1_dot_gallery__pb2.EraseSubjectResponse.FromString,
                 _registered_method=True)
 
 
@@ -104,6 +119,12 @@ class GalleryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListCollections(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateCollection(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -139,6 +160,12 @@ class GalleryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateEntry(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteEntry(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -147,6 +174,13 @@ class GalleryServiceServicer:
 
     def DeleteEntries(self, request, context):
         """by filter, dry-run able
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EraseSubject(self, request, context):
+        """hard, verified, audited
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -169,6 +203,11 @@ def add_GalleryServiceServicer_to_server(servicer, server):
                     servicer.ListCollections,
                     request_deserializer=resight_dot_v1_dot_gallery__pb2.ListCollectionsRequest.FromString,
                     response_serializer=resight_dot_v1_dot_gallery__pb2.ListCollectionsResponse.SerializeToString,
+            ),
+            'UpdateCollection': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateCollection,
+                    request_deserializer=resight_dot_v1_dot_gallery__pb2.UpdateCollectionRequest.FromString,
+                    response_serializer=resight_dot_v1_dot_gallery__pb2.UpdateCollectionResponse.SerializeToString,
             ),
             'DeleteCollection': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteCollection,
@@ -195,6 +234,11 @@ def add_GalleryServiceServicer_to_server(servicer, server):
                     request_deserializer=resight_dot_v1_dot_gallery__pb2.ListEntriesRequest.FromString,
                     response_serializer=resight_dot_v1_dot_gallery__pb2.ListEntriesResponse.SerializeToString,
             ),
+            'UpdateEntry': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateEntry,
+                    request_deserializer=resight_dot_v1_dot_gallery__pb2.UpdateEntryRequest.FromString,
+                    response_serializer=resight_dot_v1_dot_gallery__pb2.UpdateEntryResponse.SerializeToString,
+            ),
             'DeleteEntry': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteEntry,
                     request_deserializer=resight_dot_v1_dot_gallery__pb2.DeleteEntryRequest.FromString,
@@ -204,6 +248,11 @@ def add_GalleryServiceServicer_to_server(servicer, server):
                     servicer.DeleteEntries,
                     request_deserializer=resight_dot_v1_dot_gallery__pb2.DeleteEntriesRequest.FromString,
                     response_serializer=resight_dot_v1_dot_gallery__pb2.DeleteEntriesResponse.SerializeToString,
+            ),
+            'EraseSubject': grpc.unary_unary_rpc_method_handler(
+                    servicer.EraseSubject,
+                    request_deserializer=resight_dot_v1_dot_gallery__pb2.EraseSubjectRequest.FromString,
+                    response_serializer=resight_dot_v1_dot_gallery__pb2.EraseSubjectResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -288,6 +337,33 @@ class GalleryService:
             '/resight.v1.GalleryService/ListCollections',
             resight_dot_v1_dot_gallery__pb2.ListCollectionsRequest.SerializeToString,
             resight_dot_v1_dot_gallery__pb2.ListCollectionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateCollection(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/resight.v1.GalleryService/UpdateCollection',
+            resight_dot_v1_dot_gallery__pb2.UpdateCollectionRequest.SerializeToString,
+            resight_dot_v1_dot_gallery__pb2.UpdateCollectionResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -434,6 +510,33 @@ class GalleryService:
             _registered_method=True)
 
     @staticmethod
+    def UpdateEntry(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/resight.v1.GalleryService/UpdateEntry',
+            resight_dot_v1_dot_gallery__pb2.UpdateEntryRequest.SerializeToString,
+            resight_dot_v1_dot_gallery__pb2.UpdateEntryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def DeleteEntry(request,
             target,
             options=(),
@@ -477,6 +580,33 @@ class GalleryService:
             '/resight.v1.GalleryService/DeleteEntries',
             resight_dot_v1_dot_gallery__pb2.DeleteEntriesRequest.SerializeToString,
             resight_dot_v1_dot_gallery__pb2.DeleteEntriesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EraseSubject(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/resight.v1.GalleryService/EraseSubject',
+            resight_dot_v1_dot_gallery__pb2.EraseSubjectRequest.SerializeToString,
+            resight_dot_v1_dot_gallery__pb2.EraseSubjectResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -36,14 +36,18 @@ class GalleryServiceStub:
     CreateCollection: _grpc.UnaryUnaryMultiCallable[_gallery_pb2.CreateCollectionRequest, _gallery_pb2.CreateCollectionResponse]
     GetCollection: _grpc.UnaryUnaryMultiCallable[_gallery_pb2.GetCollectionRequest, _gallery_pb2.GetCollectionResponse]
     ListCollections: _grpc.UnaryUnaryMultiCallable[_gallery_pb2.ListCollectionsRequest, _gallery_pb2.ListCollectionsResponse]
+    UpdateCollection: _grpc.UnaryUnaryMultiCallable[_gallery_pb2.UpdateCollectionRequest, _gallery_pb2.UpdateCollectionResponse]
     DeleteCollection: _grpc.UnaryUnaryMultiCallable[_gallery_pb2.DeleteCollectionRequest, _gallery_pb2.DeleteCollectionResponse]
     EnrollEntry: _grpc.UnaryUnaryMultiCallable[_gallery_pb2.EnrollEntryRequest, _gallery_pb2.EnrollEntryResponse]
     BatchEnrollEntries: _grpc.UnaryUnaryMultiCallable[_gallery_pb2.BatchEnrollEntriesRequest, _gallery_pb2.BatchEnrollEntriesResponse]
     GetEntry: _grpc.UnaryUnaryMultiCallable[_gallery_pb2.GetEntryRequest, _gallery_pb2.GetEntryResponse]
     ListEntries: _grpc.UnaryUnaryMultiCallable[_gallery_pb2.ListEntriesRequest, _gallery_pb2.ListEntriesResponse]
+    UpdateEntry: _grpc.UnaryUnaryMultiCallable[_gallery_pb2.UpdateEntryRequest, _gallery_pb2.UpdateEntryResponse]
     DeleteEntry: _grpc.UnaryUnaryMultiCallable[_gallery_pb2.DeleteEntryRequest, _gallery_pb2.DeleteEntryResponse]
     DeleteEntries: _grpc.UnaryUnaryMultiCallable[_gallery_pb2.DeleteEntriesRequest, _gallery_pb2.DeleteEntriesResponse]
     """by filter, dry-run able"""
+    EraseSubject: _grpc.UnaryUnaryMultiCallable[_gallery_pb2.EraseSubjectRequest, _gallery_pb2.EraseSubjectResponse]
+    """hard, verified, audited"""
 
 @_typing.type_check_only
 class GalleryServiceAsyncStub(GalleryServiceStub):
@@ -53,14 +57,18 @@ class GalleryServiceAsyncStub(GalleryServiceStub):
     CreateCollection: _aio.UnaryUnaryMultiCallable[_gallery_pb2.CreateCollectionRequest, _gallery_pb2.CreateCollectionResponse]  # type: ignore[assignment]
     GetCollection: _aio.UnaryUnaryMultiCallable[_gallery_pb2.GetCollectionRequest, _gallery_pb2.GetCollectionResponse]  # type: ignore[assignment]
     ListCollections: _aio.UnaryUnaryMultiCallable[_gallery_pb2.ListCollectionsRequest, _gallery_pb2.ListCollectionsResponse]  # type: ignore[assignment]
+    UpdateCollection: _aio.UnaryUnaryMultiCallable[_gallery_pb2.UpdateCollectionRequest, _gallery_pb2.UpdateCollectionResponse]  # type: ignore[assignment]
     DeleteCollection: _aio.UnaryUnaryMultiCallable[_gallery_pb2.DeleteCollectionRequest, _gallery_pb2.DeleteCollectionResponse]  # type: ignore[assignment]
     EnrollEntry: _aio.UnaryUnaryMultiCallable[_gallery_pb2.EnrollEntryRequest, _gallery_pb2.EnrollEntryResponse]  # type: ignore[assignment]
     BatchEnrollEntries: _aio.UnaryUnaryMultiCallable[_gallery_pb2.BatchEnrollEntriesRequest, _gallery_pb2.BatchEnrollEntriesResponse]  # type: ignore[assignment]
     GetEntry: _aio.UnaryUnaryMultiCallable[_gallery_pb2.GetEntryRequest, _gallery_pb2.GetEntryResponse]  # type: ignore[assignment]
     ListEntries: _aio.UnaryUnaryMultiCallable[_gallery_pb2.ListEntriesRequest, _gallery_pb2.ListEntriesResponse]  # type: ignore[assignment]
+    UpdateEntry: _aio.UnaryUnaryMultiCallable[_gallery_pb2.UpdateEntryRequest, _gallery_pb2.UpdateEntryResponse]  # type: ignore[assignment]
     DeleteEntry: _aio.UnaryUnaryMultiCallable[_gallery_pb2.DeleteEntryRequest, _gallery_pb2.DeleteEntryResponse]  # type: ignore[assignment]
     DeleteEntries: _aio.UnaryUnaryMultiCallable[_gallery_pb2.DeleteEntriesRequest, _gallery_pb2.DeleteEntriesResponse]  # type: ignore[assignment]
     """by filter, dry-run able"""
+    EraseSubject: _aio.UnaryUnaryMultiCallable[_gallery_pb2.EraseSubjectRequest, _gallery_pb2.EraseSubjectResponse]  # type: ignore[assignment]
+    """hard, verified, audited"""
 
 class GalleryServiceServicer(metaclass=_abc_1.ABCMeta):
     """An answered write is on disk. A deleted or expired entry is never answered again."""
@@ -85,6 +93,13 @@ class GalleryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _gallery_pb2.ListCollectionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_gallery_pb2.ListCollectionsResponse, _abc.Awaitable[_gallery_pb2.ListCollectionsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def UpdateCollection(
+        self,
+        request: _gallery_pb2.UpdateCollectionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gallery_pb2.UpdateCollectionResponse, _abc.Awaitable[_gallery_pb2.UpdateCollectionResponse]]: ...
 
     @_abc_1.abstractmethod
     def DeleteCollection(
@@ -122,6 +137,13 @@ class GalleryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_gallery_pb2.ListEntriesResponse, _abc.Awaitable[_gallery_pb2.ListEntriesResponse]]: ...
 
     @_abc_1.abstractmethod
+    def UpdateEntry(
+        self,
+        request: _gallery_pb2.UpdateEntryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gallery_pb2.UpdateEntryResponse, _abc.Awaitable[_gallery_pb2.UpdateEntryResponse]]: ...
+
+    @_abc_1.abstractmethod
     def DeleteEntry(
         self,
         request: _gallery_pb2.DeleteEntryRequest,
@@ -135,5 +157,13 @@ class GalleryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_gallery_pb2.DeleteEntriesResponse, _abc.Awaitable[_gallery_pb2.DeleteEntriesResponse]]:
         """by filter, dry-run able"""
+
+    @_abc_1.abstractmethod
+    def EraseSubject(
+        self,
+        request: _gallery_pb2.EraseSubjectRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gallery_pb2.EraseSubjectResponse, _abc.Awaitable[_gallery_pb2.EraseSubjectResponse]]:
+        """hard, verified, audited"""
 
 def add_GalleryServiceServicer_to_server(servicer: GalleryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -27,25 +27,41 @@ from resight.v1 import common_pb2 as resight_dot_v1_dot_common__pb2
 from resight.v1 import gallery_pb2 as resight_dot_v1_dot_gallery__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17resight/v1/search.proto\x12\nresight.v1\x1a\x17google/rpc/status.proto\x1a\x17resight/v1/common.proto\x1a\x18resight/v1/gallery.proto\"\xcd\x02\n\rSearchRequest\x12\x15\n\rcollection_id\x18\x01 \x01(\t\x12&\n\x05image\x18\x02 \x01(\x0b\x32\x15.resight.v1.ImageCropH\x00\x12)\n\x05shots\x18\x03 \x01(\x0b\x32\x18.resight.v1.ImageCropSetH\x00\x12*\n\tembedding\x18\x04 \x01(\x0b\x32\x15.resight.v1.EmbeddingH\x00\x12\x12\n\x08\x65ntry_id\x18\x05 \x01(\tH\x00\x12\x12\n\x05top_k\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\'\n\x06\x66ilter\x18\x07 \x01(\x0b\x32\x17.resight.v1.EntryFilter\x12\x17\n\nmin_cosine\x18\x0b \x01(\x02H\x02\x88\x01\x01\x12\x1a\n\x12include_embeddings\x18\x0e \x01(\x08\x42\x07\n\x05queryB\x08\n\x06_top_kB\r\n\x0b_min_cosine\"s\n\x03Hit\x12 \n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x11.resight.v1.Entry\x12 \n\x05score\x18\x02 \x01(\x0b\x32\x11.resight.v1.Score\x12(\n\tembedding\x18\x06 \x01(\x0b\x32\x15.resight.v1.Embedding\"\xc1\x01\n\x0eSearchResponse\x12\x1d\n\x04hits\x18\x01 \x03(\x0b\x32\x0f.resight.v1.Hit\x12)\n\x05space\x18\x03 \x01(\x0b\x32\x1a.resight.v1.EmbeddingSpace\x12\x19\n\x11searched_revision\x18\x04 \x01(\x03\x12\r\n\x05\x65xact\x18\x05 \x01(\x08\x12\x15\n\rquery_quality\x18\x06 \x01(\x02\x12$\n\x07timings\x18\x07 \x01(\x0b\x32\x13.resight.v1.Timings\"A\n\x12\x42\x61tchSearchRequest\x12+\n\x08requests\x18\x01 \x03(\x0b\x32\x19.resight.v1.SearchRequest\"@\n\x13\x42\x61tchSearchResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.resight.v1.SearchResult\"n\n\x0cSearchResult\x12.\n\x08response\x18\x01 \x01(\x0b\x32\x1a.resight.v1.SearchResponseH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07outcome2\xa0\x01\n\rSearchService\x12?\n\x06Search\x12\x19.resight.v1.SearchRequest\x1a\x1a.resight.v1.SearchResponse\x12N\n\x0b\x42\x61tchSearch\x12\x1e.resight.v1.BatchSearchRequest\x1a\x1f.resight.v1.BatchSearchResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17resight/v1/search.proto\x12\nresight.v1\x1a\x17google/rpc/status.proto\x1a\x17resight/v1/common.proto\x1a\x18resight/v1/gallery.proto\"\x8e\x04\n\rSearchRequest\x12\x15\n\rcollection_id\x18\x01 \x01(\t\x12&\n\x05image\x18\x02 \x01(\x0b\x32\x15.resight.v1.ImageCropH\x00\x12)\n\x05shots\x18\x03 \x01(\x0b\x32\x18.resight.v1.ImageCropSetH\x00\x12*\n\tembedding\x18\x04 \x01(\x0b\x32\x15.resight.v1.EmbeddingH\x00\x12\x12\n\x08\x65ntry_id\x18\x05 \x01(\tH\x00\x12\x12\n\x05top_k\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\'\n\x06\x66ilter\x18\x07 \x01(\x0b\x32\x17.resight.v1.EntryFilter\x12%\n\x08group_by\x18\x08 \x01(\x0e\x32\x13.resight.v1.GroupBy\x12(\n\treranking\x18\t \x01(\x0b\x32\x15.resight.v1.Reranking\x12\x1c\n\x0fmin_probability\x18\n \x01(\x02H\x02\x88\x01\x01\x12\x17\n\nmin_cosine\x18\x0b \x01(\x02H\x03\x88\x01\x01\x12\x14\n\x0cmin_revision\x18\x0c \x01(\x03\x12&\n\x08\x61\x63\x63uracy\x18\r \x01(\x0e\x32\x14.resight.v1.Accuracy\x12\x1a\n\x12include_embeddings\x18\x0e \x01(\x08\x42\x07\n\x05queryB\x08\n\x06_top_kB\x12\n\x10_min_probabilityB\r\n\x0b_min_cosine\"\x84\x01\n\tReranking\x12+\n\x06method\x18\x01 \x01(\x0e\x32\x1b.resight.v1.RerankingMethod\x12\x12\n\ncandidates\x18\x02 \x01(\x05\x12\n\n\x02k1\x18\x03 \x01(\x05\x12\n\n\x02k2\x18\x04 \x01(\x05\x12\x13\n\x06lambda\x18\x05 \x01(\x02H\x00\x88\x01\x01\x42\t\n\x07_lambda\"\xc6\x01\n\x03Hit\x12 \n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x11.resight.v1.Entry\x12 \n\x05score\x18\x02 \x01(\x0b\x32\x11.resight.v1.Score\x12&\n\x08\x64\x65\x63ision\x18\x03 \x01(\x0e\x32\x14.resight.v1.Decision\x12\x15\n\rranking_score\x18\x04 \x01(\x02\x12\x12\n\ngroup_size\x18\x05 \x01(\x05\x12(\n\tembedding\x18\x06 \x01(\x0b\x32\x15.resight.v1.Embedding\"\x95\x02\n\x0eSearchResponse\x12\x1d\n\x04hits\x18\x01 \x03(\x0b\x32\x0f.resight.v1.Hit\x12&\n\x08\x64\x65\x63ision\x18\x02 \x01(\x0e\x32\x14.resight.v1.Decision\x12)\n\x05space\x18\x03 \x01(\x0b\x32\x1a.resight.v1.EmbeddingSpace\x12\x19\n\x11searched_revision\x18\x04 \x01(\x03\x12\r\n\x05\x65xact\x18\x05 \x01(\x08\x12\x15\n\rquery_quality\x18\x06 \x01(\x02\x12$\n\x07timings\x18\x07 \x01(\x0b\x32\x13.resight.v1.Timings\x12\x12\n\nshots_used\x18\x08 \x01(\x05\x12\x16\n\x0eshots_rejected\x18\t \x01(\x05\"A\n\x12\x42\x61tchSearchRequest\x12+\n\x08requests\x18\x01 \x03(\x0b\x32\x19.resight.v1.SearchRequest\"@\n\x13\x42\x61tchSearchResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.resight.v1.SearchResult\"n\n\x0cSearchResult\x12.\n\x08response\x18\x01 \x01(\x0b\x32\x1a.resight.v1.SearchResponseH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07outcome\"U\n\x13StreamSearchRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x07request\x18\x02 \x01(\x0b\x32\x19.resight.v1.SearchRequest\"T\n\x14StreamSearchResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x06result\x18\x02 \x01(\x0b\x32\x18.resight.v1.SearchResult\"w\n\rVerifyRequest\x12\x15\n\rcollection_id\x18\x01 \x01(\t\x12&\n\x04left\x18\x02 \x01(\x0b\x32\x18.resight.v1.ImageCropSet\x12\'\n\x05right\x18\x03 \x01(\x0b\x32\x18.resight.v1.ImageCropSet\"\xd8\x01\n\x0eVerifyResponse\x12 \n\x05score\x18\x01 \x01(\x0b\x32\x11.resight.v1.Score\x12&\n\x08\x64\x65\x63ision\x18\x02 \x01(\x0e\x32\x14.resight.v1.Decision\x12)\n\x05space\x18\x03 \x01(\x0b\x32\x1a.resight.v1.EmbeddingSpace\x12\x14\n\x0cleft_quality\x18\x04 \x01(\x02\x12\x15\n\rright_quality\x18\x05 \x01(\x02\x12$\n\x07timings\x18\x06 \x01(\x0b\x32\x13.resight.v1.Timings*b\n\x07GroupBy\x12\x18\n\x14GROUP_BY_UNSPECIFIED\x10\x00\x12\x14\n\x10GROUP_BY_SUBJECT\x10\x01\x12\x12\n\x0eGROUP_BY_TRACK\x10\x02\x12\x13\n\x0fGROUP_BY_CAMERA\x10\x03*|\n\x0fRerankingMethod\x12 \n\x1cRERANKING_METHOD_UNSPECIFIED\x10\x00\x12!\n\x1dRERANKING_METHOD_K_RECIPROCAL\x10\x01\x12$\n RERANKING_METHOD_QUERY_EXPANSION\x10\x02*R\n\x08\x41\x63\x63uracy\x12\x18\n\x14\x41\x43\x43URACY_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x41\x43\x43URACY_EXACT\x10\x01\x12\x18\n\x14\x41\x43\x43URACY_APPROXIMATE\x10\x02\x32\xb8\x02\n\rSearchService\x12?\n\x06Search\x12\x19.resight.v1.SearchRequest\x1a\x1a.resight.v1.SearchResponse\x12N\n\x0b\x42\x61tchSearch\x12\x1e.resight.v1.BatchSearchRequest\x1a\x1f.resight.v1.BatchSearchResponse\x12U\n\x0cStreamSearch\x12\x1f.resight.v1.StreamSearchRequest\x1a .resight.v1.StreamSearchResponse(\x01\x30\x01\x12?\n\x06Verify\x12\x19.resight.v1.VerifyRequest\x1a\x1a.resight.v1.VerifyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'resight.v1.search_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_GROUPBY']._serialized_start=2018
+  _globals['_GROUPBY']._serialized_end=2116
+  _globals['_RERANKINGMETHOD']._serialized_start=2118
+  _globals['_RERANKINGMETHOD']._serialized_end=2242
+  _globals['_ACCURACY']._serialized_start=2244
+  _globals['_ACCURACY']._serialized_end=2326
   _globals['_SEARCHREQUEST']._serialized_start=116
-  _globals['_SEARCHREQUEST']._serialized_end=449
-  _globals['_HIT']._serialized_start=451
-  _globals['_HIT']._serialized_end=566
-  _globals['_SEARCHRESPONSE']._serialized_start=569
-  _globals['_SEARCHRESPONSE']._serialized_end=762
-  _globals['_BATCHSEARCHREQUEST']._serialized_start=764
-  _globals['_BATCHSEARCHREQUEST']._serialized_end=829
-  _globals['_BATCHSEARCHRESPONSE']._serialized_start=831
-  _globals['_BATCHSEARCHRESPONSE']._serialized_end=895
-  _globals['_SEARCHRESULT']._serialized_start=897
-  _globals['_SEARCHRESULT']._serialized_end=1007
-  _globals['_SEARCHSERVICE']._serialized_start=1010
-  _globals['_SEARCHSERVICE']._serialized_end=1170
+  _globals['_SEARCHREQUEST']._serialized_end=642
+  _globals['_RERANKING']._serialized_start=645
+  _globals['_RERANKING']._serialized_end=777
+  _globals['_HIT']._serialized_start=780
+  _globals['_HIT']._serialized_end=978
+  _globals['_SEARCHRESPONSE']._serialized_start=981
+  _globals['_SEARCHRESPONSE']._serialized_end=1258
+  _globals['_BATCHSEARCHREQUEST']._serialized_start=1260
+  _globals['_BATCHSEARCHREQUEST']._serialized_end=1325
+  _globals['_BATCHSEARCHRESPONSE']._serialized_start=1327
+  _globals['_BATCHSEARCHRESPONSE']._serialized_end=1391
+  _globals['_SEARCHRESULT']._serialized_start=1393
+  _globals['_SEARCHRESULT']._serialized_end=1503
+  _globals['_STREAMSEARCHREQUEST']._serialized_start=1505
+  _globals['_STREAMSEARCHREQUEST']._serialized_end=1590
+  _globals['_STREAMSEARCHRESPONSE']._serialized_start=1592
+  _globals['_STREAMSEARCHRESPONSE']._serialized_end=1676
+  _globals['_VERIFYREQUEST']._serialized_start=1678
+  _globals['_VERIFYREQUEST']._serialized_end=1797
+  _globals['_VERIFYRESPONSE']._serialized_start=1800
+  _globals['_VERIFYRESPONSE']._serialized_end=2016
+  _globals['_SEARCHSERVICE']._serialized_start=2329
+  _globals['_SEARCHSERVICE']._serialized_end=2641
 # @@protoc_insertion_point(module_scope)

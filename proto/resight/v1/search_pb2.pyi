@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
 from resight.v1 import common_pb2 as _common_pb2
 from resight.v1 import gallery_pb2 as _gallery_pb2
@@ -21,6 +22,71 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _GroupBy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GroupByEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GroupBy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GROUP_BY_UNSPECIFIED: _GroupBy.ValueType  # 0
+    """one hit per entry"""
+    GROUP_BY_SUBJECT: _GroupBy.ValueType  # 1
+    """an entry without a subject is a group of its own; so below"""
+    GROUP_BY_TRACK: _GroupBy.ValueType  # 2
+    GROUP_BY_CAMERA: _GroupBy.ValueType  # 3
+
+class GroupBy(_GroupBy, metaclass=_GroupByEnumTypeWrapper): ...
+
+GROUP_BY_UNSPECIFIED: GroupBy.ValueType  # 0
+"""one hit per entry"""
+GROUP_BY_SUBJECT: GroupBy.ValueType  # 1
+"""an entry without a subject is a group of its own; so below"""
+GROUP_BY_TRACK: GroupBy.ValueType  # 2
+GROUP_BY_CAMERA: GroupBy.ValueType  # 3
+Global___GroupBy: _TypeAlias = GroupBy  # noqa: Y015
+
+class _RerankingMethod:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RerankingMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RerankingMethod.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RERANKING_METHOD_UNSPECIFIED: _RerankingMethod.ValueType  # 0
+    """none"""
+    RERANKING_METHOD_K_RECIPROCAL: _RerankingMethod.ValueType  # 1
+    RERANKING_METHOD_QUERY_EXPANSION: _RerankingMethod.ValueType  # 2
+
+class RerankingMethod(_RerankingMethod, metaclass=_RerankingMethodEnumTypeWrapper): ...
+
+RERANKING_METHOD_UNSPECIFIED: RerankingMethod.ValueType  # 0
+"""none"""
+RERANKING_METHOD_K_RECIPROCAL: RerankingMethod.ValueType  # 1
+RERANKING_METHOD_QUERY_EXPANSION: RerankingMethod.ValueType  # 2
+Global___RerankingMethod: _TypeAlias = RerankingMethod  # noqa: Y015
+
+class _Accuracy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AccuracyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Accuracy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ACCURACY_UNSPECIFIED: _Accuracy.ValueType  # 0
+    """the collection's index as it stands"""
+    ACCURACY_EXACT: _Accuracy.ValueType  # 1
+    """every candidate compared, whatever the index"""
+    ACCURACY_APPROXIMATE: _Accuracy.ValueType  # 2
+    """as unspecified: told apart by `exact` in the answer"""
+
+class Accuracy(_Accuracy, metaclass=_AccuracyEnumTypeWrapper): ...
+
+ACCURACY_UNSPECIFIED: Accuracy.ValueType  # 0
+"""the collection's index as it stands"""
+ACCURACY_EXACT: Accuracy.ValueType  # 1
+"""every candidate compared, whatever the index"""
+ACCURACY_APPROXIMATE: Accuracy.ValueType  # 2
+"""as unspecified: told apart by `exact` in the answer"""
+Global___Accuracy: _TypeAlias = Accuracy  # noqa: Y015
+
 @_typing.final
 class SearchRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -32,14 +98,26 @@ class SearchRequest(_message.Message):
     ENTRY_ID_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
+    GROUP_BY_FIELD_NUMBER: _builtins.int
+    RERANKING_FIELD_NUMBER: _builtins.int
+    MIN_PROBABILITY_FIELD_NUMBER: _builtins.int
     MIN_COSINE_FIELD_NUMBER: _builtins.int
+    MIN_REVISION_FIELD_NUMBER: _builtins.int
+    ACCURACY_FIELD_NUMBER: _builtins.int
     INCLUDE_EMBEDDINGS_FIELD_NUMBER: _builtins.int
     collection_id: _builtins.str
     entry_id: _builtins.str
     """"more like this one"; the entry itself is left out"""
     top_k: _builtins.int
     """1..1000; absent = 10"""
+    group_by: Global___GroupBy.ValueType
+    """top_k then counts groups"""
+    min_probability: _builtins.float
+    """FAILED_PRECONDITION where the space has no calibration"""
     min_cosine: _builtins.float
+    min_revision: _builtins.int
+    """wait (within the deadline) until this write is searchable"""
+    accuracy: Global___Accuracy.ValueType
     include_embeddings: _builtins.bool
     @_builtins.property
     def image(self) -> _common_pb2.ImageCrop: ...
@@ -51,6 +129,8 @@ class SearchRequest(_message.Message):
     def embedding(self) -> _common_pb2.Embedding: ...
     @_builtins.property
     def filter(self) -> _gallery_pb2.EntryFilter: ...
+    @_builtins.property
+    def reranking(self) -> Global___Reranking: ...
     def __init__(
         self,
         *,
@@ -61,21 +141,30 @@ class SearchRequest(_message.Message):
         entry_id: _builtins.str = ...,
         top_k: _builtins.int | None = ...,
         filter: _gallery_pb2.EntryFilter | None = ...,
+        group_by: Global___GroupBy.ValueType = ...,
+        reranking: Global___Reranking | None = ...,
+        min_probability: _builtins.float | None = ...,
         min_cosine: _builtins.float | None = ...,
+        min_revision: _builtins.int = ...,
+        accuracy: Global___Accuracy.ValueType = ...,
         include_embeddings: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_cosine", b"_min_cosine", "_top_k", b"_top_k", "embedding", b"embedding", "entry_id", b"entry_id", "filter", b"filter", "image", b"image", "min_cosine", b"min_cosine", "query", b"query", "shots", b"shots", "top_k", b"top_k"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_cosine", b"_min_cosine", "_min_probability", b"_min_probability", "_top_k", b"_top_k", "embedding", b"embedding", "entry_id", b"entry_id", "filter", b"filter", "image", b"image", "min_cosine", b"min_cosine", "min_probability", b"min_probability", "query", b"query", "reranking", b"reranking", "shots", b"shots", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_cosine", b"_min_cosine", "_top_k", b"_top_k", "collection_id", b"collection_id", "embedding", b"embedding", "entry_id", b"entry_id", "filter", b"filter", "image", b"image", "include_embeddings", b"include_embeddings", "min_cosine", b"min_cosine", "query", b"query", "shots", b"shots", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_cosine", b"_min_cosine", "_min_probability", b"_min_probability", "_top_k", b"_top_k", "accuracy", b"accuracy", "collection_id", b"collection_id", "embedding", b"embedding", "entry_id", b"entry_id", "filter", b"filter", "group_by", b"group_by", "image", b"image", "include_embeddings", b"include_embeddings", "min_cosine", b"min_cosine", "min_probability", b"min_probability", "min_revision", b"min_revision", "query", b"query", "reranking", b"reranking", "shots", b"shots", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_cosine: _TypeAlias = _typing.Literal["min_cosine"]  # noqa: Y015
     _WhichOneofArgType__min_cosine: _TypeAlias = _typing.Literal["_min_cosine", b"_min_cosine"]  # noqa: Y015
+    _WhichOneofReturnType__min_probability: _TypeAlias = _typing.Literal["min_probability"]  # noqa: Y015
+    _WhichOneofArgType__min_probability: _TypeAlias = _typing.Literal["_min_probability", b"_min_probability"]  # noqa: Y015
     _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
     _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
     _WhichOneofReturnType_query: _TypeAlias = _typing.Literal["image", "shots", "embedding", "entry_id"]  # noqa: Y015
     _WhichOneofArgType_query: _TypeAlias = _typing.Literal["query", b"query"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_cosine) -> _WhichOneofReturnType__min_cosine | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_probability) -> _WhichOneofReturnType__min_probability | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
     @_typing.overload
@@ -84,14 +173,58 @@ class SearchRequest(_message.Message):
 Global___SearchRequest: _TypeAlias = SearchRequest  # noqa: Y015
 
 @_typing.final
+class Reranking(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METHOD_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    K1_FIELD_NUMBER: _builtins.int
+    K2_FIELD_NUMBER: _builtins.int
+    LAMBDA_FIELD_NUMBER: _builtins.int
+    method: Global___RerankingMethod.ValueType
+    candidates: _builtins.int
+    """0 = 200, at most 1000"""
+    k1: _builtins.int
+    """0 = 20"""
+    k2: _builtins.int
+    """0 = 6"""
+    def __init__(
+        self,
+        *,
+        method: Global___RerankingMethod.ValueType = ...,
+        candidates: _builtins.int = ...,
+        k1: _builtins.int = ...,
+        k2: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_lambda", b"_lambda", "lambda", b"lambda"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lambda", b"_lambda", "candidates", b"candidates", "k1", b"k1", "k2", b"k2", "lambda", b"lambda", "method", b"method"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__lambda: _TypeAlias = _typing.Literal["lambda"]  # noqa: Y015
+    _WhichOneofArgType__lambda: _TypeAlias = _typing.Literal["_lambda", b"_lambda"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lambda) -> _WhichOneofReturnType__lambda | None: ...
+
+Global___Reranking: _TypeAlias = Reranking  # noqa: Y015
+
+@_typing.final
 class Hit(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ENTRY_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
+    DECISION_FIELD_NUMBER: _builtins.int
+    RANKING_SCORE_FIELD_NUMBER: _builtins.int
+    GROUP_SIZE_FIELD_NUMBER: _builtins.int
     EMBEDDING_FIELD_NUMBER: _builtins.int
+    decision: _common_pb2.Decision.ValueType
+    ranking_score: _builtins.float
+    """after re-ranking, larger is better; orders hits, never thresholded"""
+    group_size: _builtins.int
+    """entries of the group among the candidates; 1 without grouping"""
     @_builtins.property
-    def entry(self) -> _gallery_pb2.Entry: ...
+    def entry(self) -> _gallery_pb2.Entry:
+        """of a group: its best entry"""
+
     @_builtins.property
     def score(self) -> _common_pb2.Score: ...
     @_builtins.property
@@ -101,11 +234,14 @@ class Hit(_message.Message):
         *,
         entry: _gallery_pb2.Entry | None = ...,
         score: _common_pb2.Score | None = ...,
+        decision: _common_pb2.Decision.ValueType = ...,
+        ranking_score: _builtins.float = ...,
+        group_size: _builtins.int = ...,
         embedding: _common_pb2.Embedding | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["embedding", b"embedding", "entry", b"entry", "score", b"score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding", b"embedding", "entry", b"entry", "score", b"score"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "embedding", b"embedding", "entry", b"entry", "group_size", b"group_size", "ranking_score", b"ranking_score", "score", b"score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -116,16 +252,25 @@ class SearchResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     HITS_FIELD_NUMBER: _builtins.int
+    DECISION_FIELD_NUMBER: _builtins.int
     SPACE_FIELD_NUMBER: _builtins.int
     SEARCHED_REVISION_FIELD_NUMBER: _builtins.int
     EXACT_FIELD_NUMBER: _builtins.int
     QUERY_QUALITY_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    SHOTS_USED_FIELD_NUMBER: _builtins.int
+    SHOTS_REJECTED_FIELD_NUMBER: _builtins.int
+    decision: _common_pb2.Decision.ValueType
+    """for the query as a whole: the best hit's"""
     searched_revision: _builtins.int
     exact: _builtins.bool
     """no hit can be missing"""
     query_quality: _builtins.float
     """0 where the query is no image"""
+    shots_used: _builtins.int
+    """of a tracklet query: crops that made the feature"""
+    shots_rejected: _builtins.int
+    """crops left out as of another person or undecodable"""
     @_builtins.property
     def hits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hit]:
         """best first; equal scores by order of enrolment"""
@@ -138,15 +283,18 @@ class SearchResponse(_message.Message):
         self,
         *,
         hits: _abc.Iterable[Global___Hit] | None = ...,
+        decision: _common_pb2.Decision.ValueType = ...,
         space: _common_pb2.EmbeddingSpace | None = ...,
         searched_revision: _builtins.int = ...,
         exact: _builtins.bool = ...,
         query_quality: _builtins.float = ...,
         timings: _common_pb2.Timings | None = ...,
+        shots_used: _builtins.int = ...,
+        shots_rejected: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["space", b"space", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exact", b"exact", "hits", b"hits", "query_quality", b"query_quality", "searched_revision", b"searched_revision", "space", b"space", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "exact", b"exact", "hits", b"hits", "query_quality", b"query_quality", "searched_revision", b"searched_revision", "shots_rejected", b"shots_rejected", "shots_used", b"shots_used", "space", b"space", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -221,3 +369,115 @@ class SearchResult(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 
 Global___SearchResult: _TypeAlias = SearchResult  # noqa: Y015
+
+@_typing.final
+class StreamSearchRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """echoed with the answer"""
+    @_builtins.property
+    def request(self) -> Global___SearchRequest: ...
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        request: Global___SearchRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamSearchRequest: _TypeAlias = StreamSearchRequest  # noqa: Y015
+
+@_typing.final
+class StreamSearchResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    @_builtins.property
+    def result(self) -> Global___SearchResult: ...
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        result: Global___SearchResult | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamSearchResponse: _TypeAlias = StreamSearchResponse  # noqa: Y015
+
+@_typing.final
+class VerifyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_ID_FIELD_NUMBER: _builtins.int
+    LEFT_FIELD_NUMBER: _builtins.int
+    RIGHT_FIELD_NUMBER: _builtins.int
+    collection_id: _builtins.str
+    """supplies space, calibration and thresholds"""
+    @_builtins.property
+    def left(self) -> _common_pb2.ImageCropSet: ...
+    @_builtins.property
+    def right(self) -> _common_pb2.ImageCropSet: ...
+    def __init__(
+        self,
+        *,
+        collection_id: _builtins.str = ...,
+        left: _common_pb2.ImageCropSet | None = ...,
+        right: _common_pb2.ImageCropSet | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["left", b"left", "right", b"right"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection_id", b"collection_id", "left", b"left", "right", b"right"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyRequest: _TypeAlias = VerifyRequest  # noqa: Y015
+
+@_typing.final
+class VerifyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCORE_FIELD_NUMBER: _builtins.int
+    DECISION_FIELD_NUMBER: _builtins.int
+    SPACE_FIELD_NUMBER: _builtins.int
+    LEFT_QUALITY_FIELD_NUMBER: _builtins.int
+    RIGHT_QUALITY_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    decision: _common_pb2.Decision.ValueType
+    left_quality: _builtins.float
+    right_quality: _builtins.float
+    @_builtins.property
+    def score(self) -> _common_pb2.Score: ...
+    @_builtins.property
+    def space(self) -> _common_pb2.EmbeddingSpace: ...
+    @_builtins.property
+    def timings(self) -> _common_pb2.Timings: ...
+    def __init__(
+        self,
+        *,
+        score: _common_pb2.Score | None = ...,
+        decision: _common_pb2.Decision.ValueType = ...,
+        space: _common_pb2.EmbeddingSpace | None = ...,
+        left_quality: _builtins.float = ...,
+        right_quality: _builtins.float = ...,
+        timings: _common_pb2.Timings | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["score", b"score", "space", b"space", "timings", b"timings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "left_quality", b"left_quality", "right_quality", b"right_quality", "score", b"score", "space", b"space", "timings", b"timings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyResponse: _TypeAlias = VerifyResponse  # noqa: Y015

@@ -44,6 +44,16 @@ class SearchServiceStub:
                 request_serializer=resight_dot_v1_dot_search__pb2.BatchSearchRequest.SerializeToString,
                 response_deserializer=resight_dot_v1_dot_search__pb2.BatchSearchResponse.FromString,
                 _registered_method=True)
+        self.StreamSearch = channel.stream_stream(
+                '/resight.v1.SearchService/StreamSearch',
+                request_serializer=resight_dot_v1_dot_search__pb2.StreamSearchRequest.SerializeToString,
+                response_deserializer=resight_dot_v1_dot_search__pb2.StreamSearchResponse.FromString,
+                _registered_method=True)
+        self.Verify = channel.unary_unary(
+                '/resight.v1.SearchService/Verify',
+                request_serializer=resight_dot_v1_dot_search__pb2.VerifyRequest.SerializeToString,
+                response_deserializer=resight_dot_v1_dot_search__pb2.VerifyResponse.FromString,
+                _registered_method=True)
 
 
 class SearchServiceServicer:
@@ -61,6 +71,20 @@ class SearchServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StreamSearch(self, request_iterator, context):
+        """answers as they are ready
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Verify(self, request, context):
+        """1:1
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SearchServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -73,6 +97,16 @@ def add_SearchServiceServicer_to_server(servicer, server):
                     servicer.BatchSearch,
                     request_deserializer=resight_dot_v1_dot_search__pb2.BatchSearchRequest.FromString,
                     response_serializer=resight_dot_v1_dot_search__pb2.BatchSearchResponse.SerializeToString,
+            ),
+            'StreamSearch': grpc.stream_stream_rpc_method_handler(
+                    servicer.StreamSearch,
+                    request_deserializer=resight_dot_v1_dot_search__pb2.StreamSearchRequest.FromString,
+                    response_serializer=resight_dot_v1_dot_search__pb2.StreamSearchResponse.SerializeToString,
+            ),
+            'Verify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Verify,
+                    request_deserializer=resight_dot_v1_dot_search__pb2.VerifyRequest.FromString,
+                    response_serializer=resight_dot_v1_dot_search__pb2.VerifyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -129,6 +163,60 @@ class SearchService:
             '/resight.v1.SearchService/BatchSearch',
             resight_dot_v1_dot_search__pb2.BatchSearchRequest.SerializeToString,
             resight_dot_v1_dot_search__pb2.BatchSearchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamSearch(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/resight.v1.SearchService/StreamSearch',
+            resight_dot_v1_dot_search__pb2.StreamSearchRequest.SerializeToString,
+            resight_dot_v1_dot_search__pb2.StreamSearchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Verify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/resight.v1.SearchService/Verify',
+            resight_dot_v1_dot_search__pb2.VerifyRequest.SerializeToString,
+            resight_dot_v1_dot_search__pb2.VerifyResponse.FromString,
             options,
             channel_credentials,
             insecure,
