@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from resight.errors import BundleError
+from resight.manifest import MANIFEST_FILE, SIGNATURE_FILE
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -57,10 +58,10 @@ def to_public_file(public: str) -> str:
 
 
 def sign(data: bytes, key: PrivateKey, trusted_comment: str) -> bytes:
-    """Sign data the way ``minisign -S`` does.
+    """Sign a manifest the way ``minisign -S`` does.
 
     Args:
-        data: what is signed.
+        data: its bytes.
         key: of the signer.
         trusted_comment: one printable line, signed too.
 
@@ -86,7 +87,7 @@ def verify(data: bytes, signature: bytes, public_key: str) -> str:
     """Check a signature file byte by byte.
 
     Args:
-        data: what was signed.
+        data: the manifest's bytes.
         signature: the file, of `sign` or ``minisign -S -c "signature of a resight bundle"``.
         public_key: the one key that may have signed, as its base64 line.
 
@@ -112,7 +113,7 @@ def verify(data: bytes, signature: bytes, public_key: str) -> str:
     try:
         verifier.verify(signed, hashlib.blake2b(data).digest() if algorithm == _PREHASHED else data)
     except InvalidSignature:
-        _refuse(f"the signed file is not the one that {public_key} signed")
+        _refuse(f"{MANIFEST_FILE} is not the file that {public_key} signed")
     try:
         verifier.verify(whole, signed + comment)
     except InvalidSignature:
@@ -209,7 +210,7 @@ def _printable(text: str) -> bool:
 
 
 def _refuse(why: str) -> NoReturn:
-    raise BundleError(f"the signature is refused: {why}: copy the signed file and its .minisig again, or sign anew")
+    raise BundleError(f"{SIGNATURE_FILE} is refused: {why}: copy the bundle again, or sign it with a key you trust")
 
 
 def need_cryptography() -> None:
