@@ -11,11 +11,10 @@ from typing import Any
 import onnx
 import torch
 
-from resight.errors import BundleError
 from resight.exporters.graph import ServingGraph
+from resight.graph_check import INPUT, OUTPUT, check_graph
 from resight.image import ImageSpec
 
-INPUT, OUTPUT = "images", "features"
 OPSET = 20  # torch's newest tested translation; onnxruntime has run it since 1.17
 log = logging.getLogger(__name__)
 
@@ -48,10 +47,11 @@ def to_onnx(graph: ServingGraph, image: ImageSpec) -> bytes:
         )
     model: onnx.ModelProto = program.model_proto
     _strip(model)
-    check_onnx(model, image)
+    data = model.SerializeToString(deterministic=True)
+    check_graph(data, image, None, what="the exported graph")
     operators = sorted({node.op_type for node in model.graph.node})
     log.debug("onnx nodes=%d bytes=%d operators=%s", len(model.graph.node), model.ByteSize(), ",".join(operators))
-    return model.SerializeToString(deterministic=True)
+    return data
 
 
 @contextmanager
@@ -71,36 +71,6 @@ def _quiet_exporter() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def check_onnx(model: onnx.ModelProto, image: ImageSpec) -> None:
-    """Check that a model is valid, self-contained, of standard operators and of the bundle's signature.
-
-    Raises:
-        BundleError: it is not.
-    """
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise BundleError(f"the exported graph is not valid ONNX: {error}") from error
-    domains = {opset.domain for opset in model.opset_import} | {node.domain for node in model.graph.node}
-    external = [tensor.name for tensor in model.graph.initializer if tensor.external_data]
-    if domains - {"", "ai.onnx"} or model.functions or external:
-        raise BundleError(
-            f"expected one self-contained graph of standard operators, found domains {sorted(domains)}, "
-            f"{len(model.functions)} functions and external tensors {external[:3]}: export with a supported torch"
-        )
-    found = [_signature(value) for value in (*model.graph.input, *model.graph.output)]
-    wanted = (INPUT, onnx.TensorProto.UINT8, [0, image.height, image.width, 3])
-    output_fits = len(found) == 2 and found[1][:2] == (OUTPUT, onnx.TensorProto.FLOAT) and found[1][2][:1] == [0]
-    if not output_fits or found[0] != wanted or len(found[1][2]) != 2:
-        raise BundleError(f"expected input {wanted} and output ({OUTPUT}, float32, [0, D]), found {found}")
-
-
-def _signature(value: onnx.ValueInfoProto) -> tuple[str, int, list[int]]:
-    """Name, element type and shape of an input or output; 0 stands for a free dimension."""
-    tensor = value.type.tensor_type
-    return value.name, tensor.elem_type, [dimension.dim_value for dimension in tensor.shape.dim]
 
 
 def _strip(model: onnx.ModelProto) -> None:

@@ -1,0 +1,279 @@
+"""A graph in a bundle is hostile until this has read it: nothing else hands a graph to onnxruntime.
+
+What may pass is what `resight.exporters` writes, and nothing more: one self-contained graph of few standard
+operators whose every tensor has a known size. So a file cannot name other files, bring code of its own, or ask for
+memory and time out of proportion to its weights. Works on bytes alone and needs ``onnx``, not onnxruntime.
+
+A crop is one row of the batch; "a pixel" below is one of the crop's height times width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import NoReturn
+
+import onnx
+from google.protobuf.message import Message
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+
+from resight.errors import BundleError
+from resight.graph_bytes import read_structure
+from resight.image import MAX_SIDE, ImageSpec
+
+INPUT, OUTPUT = "images", "features"
+
+OPERATORS = frozenset(
+    # The trunks: OSNet and ResNet as torch translates them.
+    "Transpose Cast Sub Conv Relu MaxPool AveragePool ReduceMean Sigmoid Add Mul BatchNormalization"
+    # The heads: GeM pooling, stripes, a linear layer, the unit length; MatMul is a linear layer without bias.
+    " Clip Pow Slice Concat Flatten Gemm MatMul ReduceL2 Div"
+    # INT8.
+    " QuantizeLinear DequantizeLinear".split()
+)
+OPSETS = range(17, 22)  # ours is 20; onnxruntime runs 21 since 1.20, and before 17 other attributes were in use
+IR_VERSIONS = range(8, 11)  # those of opsets 17 to 21 (ONNX, docs/Versioning.md)
+MAX_NODES = 8192  # OSNet of 16 stripes in INT8 has 2000
+MAX_ELEMENTS_PER_PIXEL = 64  # of one tensor, for one crop; ResNet and OSNet x1.0 need 16 after their first layers
+MAX_ALL_ELEMENTS_PER_PIXEL = 8192  # of all tensors, for one crop; OSNet x1.0 in INT8 for TensorRT: 2332
+MAX_WORK_PER_PIXEL = 2**20  # multiplications for one crop; ResNet-50: 1.4e5
+MAX_CONSTANTS_PER_BYTE = 4  # elements computed of weights alone; Q and DQ of float weights make two of four bytes
+
+_BYTES_OF: dict[int, tuple[int, str]] = {  # of an element, and the field it may lie in where it is not raw
+    TensorProto.FLOAT: (4, "float_data"),
+    TensorProto.FLOAT16: (2, "int32_data"),
+    TensorProto.UINT8: (1, "int32_data"),
+    TensorProto.INT8: (1, "int32_data"),
+    TensorProto.INT32: (4, "int32_data"),
+    TensorProto.INT64: (8, "int64_data"),
+}
+_ALLOWED_FIELDS = {
+    "ModelProto": "ir_version opset_import producer_name producer_version graph metadata_props",
+    "OperatorSetIdProto": "domain version",
+    "StringStringEntryProto": "key value",
+    "GraphProto": "node name initializer input output value_info",
+    "NodeProto": "input output name op_type domain attribute",
+    "AttributeProto": "name type i f s ints floats",
+    "TensorProto": "dims data_type name raw_data float_data int32_data int64_data",
+    "ValueInfoProto": "name type",
+    "TypeProto": "tensor_type",
+    "Tensor": "elem_type shape",
+    "TensorShapeProto": "dim",
+    "Dimension": "dim_value dim_param",
+}
+_ALLOWED = {message: frozenset(fields.split()) for message, fields in _ALLOWED_FIELDS.items()}
+_METADATA = {"onnx.infer", "onnx.quant.pre_process"}  # onnxruntime's quantizer; "ort_config" would set its session
+_AT_LEAST_ONE = {"kernel_shape", "strides", "dilations", "group"}
+
+Shape = tuple[int | str, ...]
+"""Lengths; a free one goes by its name."""
+Value = tuple[int, Shape]
+"""Element type and shape of a tensor."""
+
+
+def check_graph(data: bytes, image: ImageSpec, feature_dim: int | None, *, what: str = "the graph") -> None:
+    """Refuse a graph that our exporters would not write.
+
+    Args:
+        data: a serialised ONNX model.
+        image: its height and width are the input's.
+        feature_dim: D, the length of a feature; None: any.
+        what: how messages name the graph, such as its file.
+
+    Raises:
+        BundleError: not uint8 ``images`` (batch, H, W, 3) to float32 ``features`` (batch, D), not self-contained, of
+            other operators or versions, not a sorted graph, or out of proportion.
+    """
+    try:
+        model, left_out = read_structure(data)
+        _check_fields(model)
+        _check_header(model)
+        weights = _check_weights(model.graph, left_out)
+        _check_nodes(model.graph, weights)
+        values = weights | _infer(model, weights, left_out)
+        batch = _check_signature(model.graph, values, image, feature_dim)
+        _check_sizes(model.graph, values, batch, image.height * image.width, len(data))
+    except Exception as error:  # on hostile bytes protobuf and onnx raise classes of many kinds, with no common root
+        told = str(error) if isinstance(error, BundleError) else f"expected a valid ONNX model, found: {error}"
+        raise BundleError(
+            f"{what} was refused before anything ran it: {' '.join(told.split())[:500]}: export the checkpoint anew, "
+            "and take bundles only from those you trust"
+        ) from error
+
+
+def _refuse(expected: str, found: object) -> NoReturn:
+    raise BundleError(f"expected {expected}, found {str(found)[:200]!r}")
+
+
+def _check_fields(message: Message) -> None:
+    """Refuse whatever a message carries that our graphs do not: external data, functions, subgraphs, strings, ..."""
+    name = message.DESCRIPTOR.name
+    for field, value in message.ListFields():
+        if field.name not in _ALLOWED[name]:
+            _refuse(f"only {', '.join(sorted(_ALLOWED[name]))} in {name} {getattr(message, 'name', '')!r}", field.name)
+        if field.message_type is not None:
+            for part in value if isinstance(value, Iterable) else [value]:
+                _check_fields(part)
+
+
+def _check_header(model: ModelProto) -> None:
+    """Refuse versions, domains and settings we do not know."""
+    if model.ir_version not in IR_VERSIONS:
+        _refuse(f"IR version {IR_VERSIONS[0]} to {IR_VERSIONS[-1]}", model.ir_version)
+    opsets = [(opset.domain, opset.version) for opset in model.opset_import]
+    if len(opsets) != 1 or opsets[0][0] not in ("", "ai.onnx"):
+        _refuse("the operators of ONNX alone, without other domains", opsets)
+    if opsets[0][1] not in OPSETS:
+        _refuse(f"opset {OPSETS[0]} to {OPSETS[-1]}", opsets[0][1])
+    unknown = {entry.key for entry in model.metadata_props} - _METADATA
+    if unknown:
+        _refuse(f"no metadata but {', '.join(sorted(_METADATA))}", sorted(unknown))
+
+
+def _check_weights(graph: GraphProto, left_out: list[int]) -> dict[str, Value]:
+    """Types and shapes of the initializers, which must agree with their bytes."""
+    found: dict[str, Value] = {}
+    for tensor, skipped in zip(graph.initializer, left_out, strict=True):
+        size, field = _BYTES_OF.get(tensor.data_type, (0, ""))
+        if not size:
+            _refuse(f"weights of type {', '.join(map(_type_name, _BYTES_OF))}", _type_name(tensor.data_type))
+        count = math.prod(tensor.dims)
+        holders = {name: len(getattr(tensor, name)) for name in ("float_data", "int32_data", "int64_data")}
+        holders["raw_data"] = (len(tensor.raw_data) + skipped) / size
+        held = {name: length for name, length in holders.items() if length}
+        if min(tensor.dims, default=1) < 1 or held not in ({"raw_data": count}, {field: count}):
+            _refuse(f"{count} elements of weights {tensor.name!r} {list(tensor.dims)}", held)
+        if not tensor.name or tensor.name in found:
+            _refuse("a name of its own for each initializer", tensor.name)
+        found[tensor.name] = tensor.data_type, tuple(tensor.dims)
+    return found
+
+
+def _check_nodes(graph: GraphProto, weights: Mapping[str, Value]) -> None:
+    """Refuse other operators, odd attributes, and what is not a sorted graph without cycles."""
+    names = [value.name for value in (*graph.input, *graph.output)]
+    if names != [INPUT, OUTPUT]:
+        _refuse(f"one input {INPUT} and one output {OUTPUT}", names)
+    if len(graph.node) > MAX_NODES:
+        _refuse(f"at most {MAX_NODES} nodes", len(graph.node))
+    known = {INPUT, *weights}
+    if len(known) == len(weights):
+        _refuse("no weights that take the input's name", INPUT)
+    for node in graph.node:
+        if node.op_type not in OPERATORS or node.domain not in ("", "ai.onnx"):
+            _refuse("operators that our exporters write", f"{node.domain}:{node.op_type}")
+        missing = [name for name in node.input if name and name not in known]
+        if missing:
+            _refuse(f"each input of {node.op_type} {node.name!r} made before it (a cycle is not)", missing)
+        made = [name for name in node.output if name]
+        if len(set(made)) != len(made) or not known.isdisjoint(made) or not made:
+            _refuse("each value made once", list(node.output))
+        known.update(made)
+        if len({attribute.name for attribute in node.attribute}) != len(node.attribute):
+            _refuse("each attribute once", f"{node.op_type} {node.name}")
+        for attribute in node.attribute:
+            _check_attribute(node, attribute)
+
+
+def _check_attribute(node: NodeProto, attribute: AttributeProto) -> None:
+    """Refuse numbers that no crop needs: onnxruntime would compute with them."""
+    name = f"{attribute.name} of {node.op_type} {node.name!r}"
+    least = 1 if attribute.name in _AT_LEAST_ONE else 0 if attribute.name == "pads" else -MAX_SIDE
+    numbers = (*attribute.ints, *([attribute.i] if attribute.HasField("i") else []))
+    odd = [number for number in numbers if not least <= number <= MAX_SIDE]
+    if odd:
+        _refuse(f"{name} within {least}..{MAX_SIDE}", odd[:4])
+    if attribute.s not in (b"", b"NOTSET") or not all(map(math.isfinite, (*attribute.floats, attribute.f))):
+        _refuse(f"a finite {name}, and no padding by name", attribute.s or "infinity or NaN")
+
+
+def _infer(model: ModelProto, weights: Mapping[str, Value], left_out: list[int]) -> dict[str, Value]:
+    """Work out type and shape of every value from the nodes alone; what the file claims of them must agree."""
+    graph = model.graph
+    claimed = {value.name: _value(value) for value in (*graph.value_info, *graph.output)}
+    small = [tensor for tensor, skipped in zip(graph.initializer, left_out, strict=True) if not skipped]
+    large = weights.keys() - {tensor.name for tensor in small}
+    skeleton = ModelProto()
+    skeleton.CopyFrom(model)
+    del skeleton.graph.value_info[:], skeleton.graph.initializer[:]
+    skeleton.graph.initializer.extend(small)
+    skeleton.graph.input.extend(onnx.helper.make_tensor_value_info(name, *weights[name]) for name in sorted(large))
+    onnx.checker.check_model(skeleton)  # each node against its operator's definition
+    for output in skeleton.graph.output:
+        output.type.tensor_type.ClearField("shape")  # or what nothing implies would be taken from here
+    inferred = onnx.shape_inference.infer_shapes(skeleton, check_type=True, strict_mode=True).graph
+    values = {value.name: _value(value) for value in (*inferred.value_info, *inferred.output, graph.input[0])}
+    for name, claim in claimed.items():
+        if values.get(name, claim) != claim:
+            _refuse(f"{name!r} as its nodes make it, {values[name]}", claim)
+    return values
+
+
+def _value(value: ValueInfoProto) -> Value:
+    """Type and shape of a tensor; refuses one of unknown rank or length."""
+    tensor = value.type.tensor_type
+    shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in tensor.shape.dim)
+    if not tensor.HasField("shape") or "" in shape or tensor.elem_type not in _BYTES_OF:
+        _refuse(f"a known type and size of value {value.name!r}", (_type_name(tensor.elem_type), shape))
+    return tensor.elem_type, shape
+
+
+def _type_name(number: int) -> str:
+    return str(TensorProto.DataType.Name(number)) if number in TensorProto.DataType.values() else f"number {number}"
+
+
+def _check_signature(graph: GraphProto, values: Mapping[str, Value], image: ImageSpec, feature_dim: int | None) -> str:
+    """Hold inputs and outputs to the bundle's contract; returns the name of the batch's length."""
+    found = [(value.name, *values[value.name]) for value in (*graph.input, *graph.output)]
+    batch = found[0][2][0] if found[0][2] else ""
+    size = feature_dim if feature_dim is not None else found[-1][2][-1] if found[-1][2] else ""
+    wanted = [
+        (INPUT, TensorProto.UINT8, (batch, image.height, image.width, 3)),
+        (OUTPUT, TensorProto.FLOAT, (batch, size)),
+    ]
+    if found != wanted or not isinstance(batch, str) or not isinstance(size, int):
+        told = [(name, _type_name(kind), shape) for name, kind, shape in found]
+        _refuse(
+            f"one input {INPUT} uint8 (batch, {image.height}, {image.width}, 3) and one output {OUTPUT} float32 "
+            f"(batch, {'D' if feature_dim is None else feature_dim})",
+            told,
+        )
+    return batch
+
+
+def _check_sizes(graph: GraphProto, values: Mapping[str, Value], batch: str, pixels: int, size: int) -> None:
+    """Bound the memory and the time a graph asks for, by the crop's pixels and by the file's own ``size`` in bytes."""
+    elements = work = constants = 0
+    for node in graph.node:
+        for name in filter(None, node.output):
+            _, shape = values[name]
+            rest = shape[1:] if shape[:1] == (batch,) else shape
+            lengths = [length for length in rest if isinstance(length, int) and length >= 1]
+            if len(lengths) != len(rest):
+                _refuse(f"value {name!r} of known size but for the batch, which is first", shape)
+            count = math.prod(lengths)
+            if rest is shape:
+                constants += count
+            elif count > MAX_ELEMENTS_PER_PIXEL * pixels:
+                _refuse(f"at most {MAX_ELEMENTS_PER_PIXEL * pixels} elements of {name!r} for one crop", count)
+            else:
+                elements += count
+            work += count * _work(node, values)
+    for what, found, most in (
+        ("elements of all values for one crop", elements, MAX_ALL_ELEMENTS_PER_PIXEL * pixels),
+        ("multiplications for one crop", work, MAX_WORK_PER_PIXEL * pixels),
+        ("elements computed of weights alone", constants, MAX_CONSTANTS_PER_BYTE * size),
+    ):
+        if found > most:
+            _refuse(f"at most {most} {what}", found)
+
+
+def _work(node: NodeProto, values: Mapping[str, Value]) -> int:
+    """Multiplications, or for pooling comparisons and additions, that one element of a node's output takes."""
+    if node.op_type in ("Conv", "Gemm", "MatMul"):
+        lengths = [length for length in values[node.input[1]][1] if isinstance(length, int)]
+        return math.prod(lengths[1:]) if node.op_type == "Conv" else max(lengths, default=1)
+    kernel = [number for entry in node.attribute if entry.name == "kernel_shape" for number in entry.ints]
+    if node.op_type in ("ReduceMean", "ReduceL2"):
+        return math.prod(length for length in values[node.input[0]][1] if isinstance(length, int))
+    return math.prod(kernel)
