@@ -2,15 +2,12 @@
 
 A calibration is part of a bundle: it holds for one embedding space and one site, and is fitted anew with every
 model. `resight.training.calibrate` fits it without labels; docs/calibration.md says what it means and what not.
-
-Letters: K knots.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from itertools import pairwise
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -21,27 +18,27 @@ from resight.errors import BundleError, InputError
 Decision = Literal["match", "uncertain", "unknown"]
 Doubles = NDArray[np.float64]
 
-MAX_KNOTS = 64
-MAX_LOG_ODDS = 50.0  # 1 in 5e21: more is an overflow in the making, never a measurement
-MAX_SOURCE = 200  # characters
 EVEN = 0.5
+MAX_SLOPE = 1e4  # from "no" to "yes" within a thousandth of a cosine; half precision resolves no more
+MAX_SOURCE = 200  # characters
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A rising curve from similarity to probability, with what stands behind it.
+    """A logistic curve from similarity to probability (Platt 1999), two thresholds, and what stands behind them.
 
-    The curve is straight between knots in log-odds, ``log(p / (1 - p))``, and goes on straight beyond the last ones:
-    two knots are the logistic curve of Platt (1999), more are a bent one. It was fitted with as much weight on pairs
-    of one person as on pairs of two, so a probability is that at even odds; see `probability` for others.
+        log(p / (1 - p)) = slope * (similarity - midpoint)
+
+    It was fitted with as much weight on pairs of one person as on pairs of two: a probability is that at even odds.
+    See `probability` for others.
 
     Attributes:
-        similarities: K cosine similarities in [-1, 1], rising.
-        log_odds: K natural log-odds that two crops so similar show one person, rising.
+        midpoint: the cosine similarity that is as likely of one person as of two, in [-1, 1].
+        slope: by how much the natural log-odds rise from one cosine to one more; above 0.
         accept: probability at even odds from which on a pair is a match.
         reject: probability at even odds below which a pair is two persons; not above ``accept``.
-        false_accept_share: share of ``negatives`` that ``accept`` was set to let pass, at most.
-        false_reject_share: share of ``positives`` that ``reject`` was set to turn away, at most.
+        false_accept_share: the share of pairs of two persons that ``accept`` was set to let pass, at most.
+        false_reject_share: the share of pairs of one person that ``reject`` was set to turn away, at most.
         positives: pairs of one person it was fitted to.
         negatives: pairs of two persons, likewise.
         positive_source: where those came from, in words.
@@ -49,11 +46,11 @@ class Calibration:
         error: expected calibration error in [0, 1] on such pairs held out of the fit.
 
     Raises:
-        BundleError: a value out of range or of another type, or an order that makes no sense.
+        BundleError: a value out of range or of another type, or thresholds in the wrong order.
     """
 
-    similarities: tuple[float, ...]
-    log_odds: tuple[float, ...]
+    midpoint: float
+    slope: float
     accept: float
     reject: float
     false_accept_share: float
@@ -65,44 +62,27 @@ class Calibration:
     error: float
 
     def __post_init__(self) -> None:
-        for name in ("similarities", "log_odds"):
-            self._check_knots(name, 1.0 if name == "similarities" else MAX_LOG_ODDS)
-        if len(self.similarities) != len(self.log_odds):
-            found = f"{len(self.similarities)} and {len(self.log_odds)}"
-            _refuse("similarities and log_odds", "as many of one as of the other", found)
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if type(value).__name__ != entry.type:  # exactly: no bool for a count, no count for a number
+                _refuse(entry.name, f"{entry.type}", value)
+        self._check("midpoint", "-1..1", -1.0 <= self.midpoint <= 1.0)
+        self._check("slope", f"more than 0, up to {MAX_SLOPE:g}", 0.0 < self.slope <= MAX_SLOPE)
         for name in ("accept", "reject", "false_accept_share", "false_reject_share"):
-            value = getattr(self, name)
-            if type(value) is not float or not 0 < value < 1:
-                _refuse(name, "a number between 0 and 1", value)
-        if self.reject > self.accept:
-            _refuse("reject", f"no more than accept, {self.accept}", self.reject)
-        if type(self.error) is not float or not 0 <= self.error <= 1:
-            _refuse("error", "a number in [0, 1]", self.error)
+            self._check(name, "between 0 and 1", 0.0 < getattr(self, name) < 1.0)
+        self._check("reject", f"no more than accept, {self.accept}", self.reject <= self.accept)
+        self._check("error", "0..1", 0.0 <= self.error <= 1.0)
         for name in ("positives", "negatives"):
-            count = getattr(self, name)
-            if type(count) is not int or count < 1:
-                _refuse(name, "a count of 1 or more", count)
+            self._check(name, "1 or more", getattr(self, name) >= 1)
         for name in ("positive_source", "negative_source"):
-            words = getattr(self, name)
-            if type(words) is not str or not 1 <= len(words) <= MAX_SOURCE:
-                _refuse(name, f"1..{MAX_SOURCE} characters", words)
-
-    def _check_knots(self, name: str, most: float) -> None:
-        """Refuse a column of knots that is no rising row of finite numbers."""
-        knots = getattr(self, name)
-        if type(knots) is not tuple or not 2 <= len(knots) <= MAX_KNOTS:
-            _refuse(name, f"a tuple of 2..{MAX_KNOTS} numbers", knots)
-        if not all(type(knot) is float and abs(knot) <= most for knot in knots):  # NaN is not below anything
-            _refuse(name, f"numbers in [-{most:g}, {most:g}]", knots)
-        if not all(one < after for one, after in pairwise(knots)):
-            _refuse(name, "rising numbers", knots)
+            self._check(name, f"1..{MAX_SOURCE} characters", 1 <= len(getattr(self, name)) <= MAX_SOURCE)
 
     def probability(self, similarity: ArrayLike, *, prior: float = EVEN) -> Doubles:
         """How probable it is that two crops so similar show one person.
 
         Args:
             similarity: cosine similarities, any shape; what is no number stays none.
-            prior: how probable it is before looking, in (0, 1): the share of such pairs among all that are
+            prior: how probable it is before looking, in (0, 1): the share of pairs of one person among all that are
                 compared. By Bayes' rule it adds ``log(prior / (1 - prior))`` to the log-odds; a half adds nothing.
 
         Returns:
@@ -113,10 +93,9 @@ class Calibration:
         """
         if not 0 < prior < 1:
             raise InputError(f"expected a prior between 0 and 1, found {prior}: give the share of pairs of one person")
-        odds = _follow(np.asarray(similarity, np.float64), self.similarities, self.log_odds)
+        odds = self.slope * (np.asarray(similarity, np.float64) - self.midpoint)
         shifted = odds + (math.log(prior) - math.log1p(-prior))
-        # exp of a negative number alone: it cannot overflow.
-        small = np.exp(-np.abs(shifted))
+        small = np.exp(-np.abs(shifted))  # of no positive number: it cannot overflow
         return np.asarray(np.where(shifted >= 0, 1.0, small) / (1.0 + small), np.float64)
 
     def similarity(self, probability: ArrayLike) -> Doubles:
@@ -134,7 +113,7 @@ class Calibration:
         wanted = np.asarray(probability, np.float64)
         if not ((wanted > 0) & (wanted < 1)).all():
             raise InputError(f"expected probabilities between 0 and 1, found {wanted}: 0 and 1 are never reached")
-        return _follow(np.log(wanted) - np.log1p(-wanted), self.log_odds, self.similarities)
+        return np.asarray(self.midpoint + (np.log(wanted) - np.log1p(-wanted)) / self.slope, np.float64)
 
     def decide(self, similarity: float) -> Decision:
         """What a similarity is taken for; what is no number is unknown."""
@@ -145,8 +124,7 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a manifest."""
-        body = asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in body.items()}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, body: object) -> Calibration:
@@ -161,18 +139,11 @@ class Calibration:
         if set(body) != names:
             missing, unknown = sorted(names - set(body)), sorted(map(str, set(body) - names))
             _refuse("its keys", ", ".join(sorted(names)), f"missing {missing}, unknown {unknown}")
-        values: dict[str, Any] = {name: tuple(v) if type(v) is list else v for name, v in body.items()}
-        return cls(**values)
+        return cls(**body)
 
-
-def _follow(at: Doubles, xs: tuple[float, ...], ys: tuple[float, ...]) -> Doubles:
-    """Straight lines through rising knots, the first and last going on; never falling, not by a rounding either."""
-    x, y = np.array(xs), np.array(ys)
-    piece = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(x) - 2)
-    slope = np.diff(y) / np.diff(x)
-    reached = y[piece] + slope[piece] * (at - x[piece])
-    ceiling = np.append(y[1:-1], np.inf)  # where the next line begins
-    return np.asarray(np.minimum(reached, ceiling[piece]), np.float64)
+    def _check(self, name: str, expected: str, sound: bool) -> None:
+        if not sound:
+            _refuse(name, expected, getattr(self, name))
 
 
 def _refuse(what: str, expected: str, found: object) -> NoReturn:
