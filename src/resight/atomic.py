@@ -10,8 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, *, mode: int | None = None) -> None:
     """Write a file under a temporary name beside it, flush it to the disk and rename it into place.
+
+    Args:
+        path: where it shall stand.
+        data: its bytes.
+        mode: permission bits; None = what a plain ``open`` would give.
 
     Raises:
         OSError: the disk refused; whatever stood at ``path`` is untouched.
@@ -23,7 +28,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temp.chmod(0o666 & ~_umask())  # mkstemp makes it private; a plain open() would not
+        temp.chmod(0o666 & ~_umask() if mode is None else mode)  # mkstemp makes it private; a plain open() would not
         temp.replace(path)
     except BaseException:
         temp.unlink(missing_ok=True)

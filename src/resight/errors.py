@@ -19,17 +19,23 @@
     ├── SpaceMismatchError         features of two embedding spaces would be compared
     ├── NotFoundError
     │   ├── CollectionNotFoundError
-    │   └── EntryNotFoundError
+    │   ├── EntryNotFoundError
+    │   └── OperationNotFoundError
     ├── AlreadyExistsError
     │   ├── CollectionExistsError
     │   └── EntryExistsError
     ├── ConflictError              a compare-and-swap was lost
     ├── CollectionNotEmptyError
+    ├── CollectionFullError
     ├── DeleteCapError             a deletion would take more than the caller allowed
     ├── OverloadedError            try again after `retry_after_s`
+    │   └── RateLimitedError
+    ├── UnauthenticatedError       no credential, or one the server does not know
+    ├── PermissionDeniedError      a credential whose role is too small for the call
     ├── DeadlineError              the caller's deadline passed before the work was done
     ├── UnavailableError           starting, draining, or the server cannot be reached
     ├── StorageFullError
+    │   └── DiskWatermarkError
     └── StartupError               a port or a data folder is taken
 
 Messages say what was expected, what was found and what to do next. `field` names the part of a
@@ -124,6 +130,10 @@ class EntryNotFoundError(NotFoundError):
     """No entry of that id in the collection."""
 
 
+class OperationNotFoundError(NotFoundError):
+    """No long operation of that id."""
+
+
 class AlreadyExistsError(ReIDError):
     """Something of that name exists."""
 
@@ -144,6 +154,10 @@ class CollectionNotEmptyError(ReIDError):
     """A collection that still has entries is deleted only by force."""
 
 
+class CollectionFullError(ReIDError):
+    """A collection holds as many entries as it may."""
+
+
 class DeleteCapError(ReIDError):
     """A deletion would take more entries than the caller allowed; nothing was deleted."""
 
@@ -156,6 +170,18 @@ class OverloadedError(ReIDError):
         self.retry_after_s = retry_after_s
 
 
+class RateLimitedError(OverloadedError):
+    """This caller has used up its share for now; nothing was started."""
+
+
+class UnauthenticatedError(ReIDError):
+    """The call carried no credential, or one that is unknown, expired or revoked."""
+
+
+class PermissionDeniedError(ReIDError):
+    """The credential is good, and its role too small for the call."""
+
+
 class DeadlineError(ReIDError):
     """The caller's deadline passed before the work was done."""
 
@@ -166,6 +192,10 @@ class UnavailableError(ReIDError):
 
 class StorageFullError(ReIDError):
     """The disk has no room for the write; nothing was acknowledged."""
+
+
+class DiskWatermarkError(StorageFullError):
+    """So little room is left on the disk that writes are refused before it is full; reads and deletions go on."""
 
 
 class StartupError(ReIDError):

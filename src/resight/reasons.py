@@ -48,16 +48,22 @@ WIRE: dict[type[ReIDError], Wire] = {
     errors.NotFoundError: Wire(grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
     errors.CollectionNotFoundError: Wire(grpc.StatusCode.NOT_FOUND, "COLLECTION_NOT_FOUND"),
     errors.EntryNotFoundError: Wire(grpc.StatusCode.NOT_FOUND, "ENTRY_NOT_FOUND"),
+    errors.OperationNotFoundError: Wire(grpc.StatusCode.NOT_FOUND, "OPERATION_NOT_FOUND"),
     errors.AlreadyExistsError: Wire(grpc.StatusCode.ALREADY_EXISTS, "ALREADY_EXISTS"),
     errors.CollectionExistsError: Wire(grpc.StatusCode.ALREADY_EXISTS, "COLLECTION_EXISTS"),
     errors.EntryExistsError: Wire(grpc.StatusCode.ALREADY_EXISTS, "ENTRY_EXISTS"),
     errors.ConflictError: Wire(grpc.StatusCode.ABORTED, "CONCURRENT_UPDATE"),
     errors.CollectionNotEmptyError: Wire(grpc.StatusCode.FAILED_PRECONDITION, "COLLECTION_NOT_EMPTY"),
+    errors.CollectionFullError: Wire(grpc.StatusCode.RESOURCE_EXHAUSTED, "COLLECTION_FULL"),
     errors.DeleteCapError: Wire(grpc.StatusCode.FAILED_PRECONDITION, "DELETE_CAP_EXCEEDED"),
     errors.OverloadedError: Wire(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
+    errors.RateLimitedError: Wire(grpc.StatusCode.RESOURCE_EXHAUSTED, "RATE_LIMITED"),
+    errors.UnauthenticatedError: Wire(grpc.StatusCode.UNAUTHENTICATED, "NO_CREDENTIAL"),
+    errors.PermissionDeniedError: Wire(grpc.StatusCode.PERMISSION_DENIED, "ROLE_REQUIRED"),
     errors.DeadlineError: Wire(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_PASSED"),
     errors.UnavailableError: Wire(grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
     errors.StorageFullError: Wire(grpc.StatusCode.RESOURCE_EXHAUSTED, "STORAGE_FULL"),
+    errors.DiskWatermarkError: Wire(grpc.StatusCode.RESOURCE_EXHAUSTED, "DISK_WATERMARK"),
     errors.StartupError: Wire(grpc.StatusCode.UNAVAILABLE, "STARTUP_FAILED"),
 }
 _LEAF_OF_REASON = {wire.reason: leaf for leaf, wire in WIRE.items()}
@@ -67,6 +73,8 @@ _LEAF_OF_CODE: dict[int, type[ReIDError]] = {
     # Without our details this is the transport's own limit on calls in flight.
     grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]: errors.OverloadedError,
     grpc.StatusCode.INVALID_ARGUMENT.value[0]: errors.InputError,
+    grpc.StatusCode.UNAUTHENTICATED.value[0]: errors.UnauthenticatedError,
+    grpc.StatusCode.PERMISSION_DENIED.value[0]: errors.PermissionDeniedError,
 }
 
 
@@ -91,6 +99,9 @@ def to_status(error: ReIDError, *, field: str = "") -> status_pb2.Status:
     if code is grpc.StatusCode.FAILED_PRECONDITION:
         failure = details.PreconditionFailure.Violation(type=reason, subject=at, description=message)
         parts.append(details.PreconditionFailure(violations=[failure]))
+    if isinstance(error, errors.RateLimitedError):
+        quota = details.QuotaFailure.Violation(subject=error.facts.get("principal", ""), description=message)
+        parts.append(details.QuotaFailure(violations=[quota]))
     retry_after_s = _retry_after_s(error)
     if retry_after_s is not None:
         delay = duration_pb2.Duration()
@@ -128,8 +139,8 @@ def from_status(status: status_pb2.Status) -> ReIDError:
     leaf = known or _LEAF_OF_CODE.get(status.code, ReIDError)
     facts = dict(info.metadata)
     error = (
-        OverloadedError(status.message, retry_after_s=retry_after_s, field=field)
-        if leaf is OverloadedError
+        leaf(status.message, retry_after_s=retry_after_s, field=field)
+        if issubclass(leaf, OverloadedError)
         else leaf(status.message, field=field)
     )
     error.facts = facts

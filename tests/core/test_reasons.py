@@ -30,7 +30,7 @@ def leaves(kind: type[ReIDError]) -> list[type[ReIDError]]:
 
 
 def make(leaf: type[ReIDError]) -> ReIDError:
-    more = {"retry_after_s": 1.5} if leaf is errors.OverloadedError else {}
+    more = {"retry_after_s": 1.5} if issubclass(leaf, errors.OverloadedError) else {}
     return leaf("what was wrong", field="image.data", limit=7, **more)
 
 
@@ -41,7 +41,7 @@ def test_every_leaf_has_a_code_and_a_reason_of_its_own():
     assert all(wire.code is not grpc.StatusCode.OK and wire.reason.isupper() for wire in WIRE.values())
 
 
-@pytest.mark.parametrize("leaf", leaves(ReIDError), ids=lambda leaf: leaf.__name__)
+@pytest.mark.parametrize("leaf", [*leaves(ReIDError), errors.OverloadedError], ids=lambda leaf: leaf.__name__)
 def test_a_leaf_comes_back_as_it_went(leaf):
     back = from_status(status_pb2.Status.FromString(to_status(make(leaf), field="requests[3]").SerializeToString()))
     assert type(back) is leaf
@@ -64,6 +64,7 @@ def test_each_kind_carries_the_details_its_code_calls_for():
     assert "google.rpc.PreconditionFailure" in detail_names(errors.SpaceMismatchError(""))
     assert "google.rpc.RetryInfo" in detail_names(errors.OverloadedError("", retry_after_s=1))
     assert "google.rpc.RetryInfo" in detail_names(errors.UnavailableError(""))
+    assert {"google.rpc.RetryInfo", "google.rpc.QuotaFailure"} <= detail_names(make(errors.RateLimitedError))
     assert all("google.rpc.ErrorInfo" in detail_names(make(leaf)) for leaf in leaves(ReIDError))
 
 
