@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from resight.calibration import Calibration
 from resight.service.runtime import Feature
 
 
@@ -15,16 +16,36 @@ def now_us() -> int:
 
 @dataclass(frozen=True)
 class Space:
-    """Names where features came from; they compare only when ``space_id`` is equal."""
+    """Names where features came from; they compare only when ``space_id`` is equal.
+
+    Attributes:
+        model_version: when the bundle was made, ISO 8601.
+        calibration: what a similarity means there; None = nothing was fitted.
+    """
 
     space_id: str
     model_id: str
     dim: int
+    model_version: str = ""
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
 class Collection:
-    """A gallery of one space. ``key`` is its row in the store; ``ttl_us`` None = entries never expire."""
+    """A gallery, searched in one space.
+
+    Attributes:
+        ttl_us: None = entries never expire.
+        key: its row in the store.
+        revision: the last committed write.
+        max_entries: 0 = no limit.
+        accept_probability: from here on a match; 0 = the calibration's own.
+        reject_probability: below it unknown; 0 = the calibration's own.
+        min_quality: crops below it are refused at enrolment.
+        previous_space_id: the one searched before; empty = there was none.
+        other_space_ids: spaces that new entries are written to besides ``space``.
+        version: counts changes of these settings and of the space.
+    """
 
     name: str
     space: Space
@@ -32,6 +53,18 @@ class Collection:
     keep_crops: bool = False
     key: int = 0
     revision: int = 0
+    max_entries: int = 0
+    accept_probability: float = 0.0
+    reject_probability: float = 0.0
+    min_quality: float = 0.0
+    previous_space_id: str = ""
+    other_space_ids: tuple[str, ...] = ()
+    version: int = 0
+
+    @property
+    def etag(self) -> str:
+        """Differs after every change of the settings or the space, and for another collection of the same name."""
+        return f"{self.key:x}.{self.version:x}"
 
 
 @dataclass(frozen=True)
@@ -41,6 +74,7 @@ class Entry:
     Attributes:
         quality: 0..1, of the crops.
         shot_count: crops averaged into the feature; 0 = the caller's own feature.
+        etag: differs after every change, and for another entry of the same id.
     """
 
     entry_id: str
@@ -53,6 +87,7 @@ class Entry:
     quality: float = 0.0
     shot_count: int = 0
     created_us: int = 0
+    etag: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,11 +95,12 @@ class Enrolment:
     """An entry on its way into the store.
 
     Attributes:
-        feature: float32 (D,), unit length.
+        feature: float32 (D,), unit length, in the collection's space.
         crops: image bytes as they came; kept only where the collection says so.
         replace: an entry of the same id gives way.
         request_id: makes a replay answer what the first call did; empty = none.
         digest: of the whole request, to notice a request_id used for another one.
+        others: features in the collection's other spaces, by space id.
     """
 
     entry: Entry
@@ -73,6 +109,7 @@ class Enrolment:
     replace: bool = False
     request_id: str = ""
     digest: bytes = b""
+    others: tuple[tuple[str, Feature], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,14 @@ import logging
 import sqlite3
 import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from resight.errors import CollectionNotFoundError, EntryNotFoundError, StoreError
+from resight.calibration import Calibration
+from resight.errors import CollectionNotFoundError, EntryNotFoundError, FormatError, StoreError
 from resight.service.entries import Collection, Entry, Filter, Space, now_us
 from resight.service.runtime import Feature
 
@@ -27,11 +29,13 @@ Keys = NDArray[np.int64]
 _ENTRY = (
     "e.key, e.entry_id, e.subject_id, e.camera_id, e.track_id, e.capture_us, e.expire_us, "
     "(SELECT json_group_object(name, value) FROM label WHERE entry = e.key) AS labels, "
-    "e.quality, e.shot_count, e.created_us"
+    "e.quality, e.shot_count, e.created_us, e.version"
 )
 _COLLECTION = (
-    "SELECT c.name, s.space_id, s.model_id, s.dim, c.ttl_us, c.keep_crops, c.key, c.revision "
-    "FROM collection c JOIN space s USING (space_id) "
+    "SELECT s.space_id, s.model_id, s.dim, s.model_version, s.calibration, c.name, c.ttl_us, c.keep_crops, c.key, "
+    "c.revision, c.max_entries, c.accept_probability, c.reject_probability, c.min_quality, "
+    "coalesce(c.previous_space_id, ''), (SELECT json_group_array(space_id) FROM collection_space "
+    "WHERE collection = c.key AND space_id <> c.space_id), c.version FROM collection c JOIN space s USING (space_id) "
 )
 
 
@@ -80,14 +84,35 @@ def where(key: int, filters: Filter) -> Where:
 
 
 def _collection(row: Sequence[Any]) -> Collection:
-    name, space_id, model_id, dim, ttl_us, keep_crops, key, revision = row
-    return Collection(name, Space(space_id, model_id, dim), ttl_us, bool(keep_crops), key, revision)
+    name, ttl_us, keep_crops, key, revision, most, accept, reject, quality, previous, others, version = row[5:]
+    limits = (most, accept, reject, quality, previous, tuple(json.loads(others)), version)
+    return Collection(name, _space(row[:5]), ttl_us, bool(keep_crops), key, revision, *limits)
+
+
+def _space(row: Sequence[Any]) -> Space:
+    space_id, model_id, dim, version, calibration = row
+    return Space(space_id, model_id, dim, version, _calibration(calibration) if calibration else None)
+
+
+@lru_cache(64)
+def _calibration(text: str) -> Calibration | None:
+    try:
+        return Calibration.from_json(json.loads(text))
+    except FormatError as error:  # of another version: similarities still stand, without probabilities
+        log.warning("a stored calibration cannot be read and is left out: %s", error)
+        return None
 
 
 def _entry(row: Sequence[Any]) -> Entry:
-    _, entry_id, subject, camera, track, capture_us, expire_us, labels, quality, shots, created_us = row
+    key, entry_id, subject, camera, track, capture_us, expire_us, labels, quality, shots, created_us, version = row
     told = {} if labels == "{}" else json.loads(labels)  # most have none, and a search reads thousands
-    return Entry(entry_id, subject, camera, track, capture_us, expire_us, told, quality, shots, created_us)
+    etag = entry_etag(key, version)
+    return Entry(entry_id, subject, camera, track, capture_us, expire_us, told, quality, shots, created_us, etag)
+
+
+def entry_etag(key: int, version: int) -> str:
+    """An entry's etag: keys are never used again, so another entry of the same id has another."""
+    return f"{key:x}.{version:x}"
 
 
 def collection(connection: sqlite3.Connection, name: str) -> Collection:

@@ -1,4 +1,4 @@
-"""The gallery's tables, how a database file is opened, and which files are refused.
+"""How a gallery's database file is opened, made or brought up to date, and which files are refused.
 
 SQLite is the truth: WAL, a flush to disk per commit, and secure_delete, so that what was deleted
 cannot be read from the file.
@@ -13,65 +13,14 @@ import time
 from pathlib import Path
 
 from resight.errors import StorageFullError, StoreError
+from resight.service.tables import BOOKS, CORE, SCHEMA_VERSION, UPGRADES
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
 APPLICATION_ID = 0x52534754  # "RSGT": tells our file from any other SQLite database
 # A 2 KB vector cannot share a 4 KB page: 16 KB pages store 512-d vectors in 57 % of the space and
 # insert 1.7 times as fast; above 1024-d it is the other way round. It cannot be changed later.
 SMALL_DIM, SMALL_DIM_PAGE, LARGE_DIM_PAGE = 1024, 16384, 4096
-
-TABLES = """
-CREATE TABLE space (
-    space_id TEXT PRIMARY KEY, model_id TEXT NOT NULL, dim INTEGER NOT NULL, created_us INTEGER NOT NULL
-) STRICT;
-CREATE TABLE collection (
-    key INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, space_id TEXT NOT NULL REFERENCES space,
-    ttl_us INTEGER, keep_crops INTEGER NOT NULL, revision INTEGER NOT NULL, created_us INTEGER NOT NULL
-) STRICT;
--- AUTOINCREMENT: a key is the entry's number in the index and must never mean another entry.
-CREATE TABLE entry (
-    key INTEGER PRIMARY KEY AUTOINCREMENT, collection INTEGER NOT NULL REFERENCES collection ON DELETE CASCADE,
-    entry_id TEXT NOT NULL, subject_id TEXT NOT NULL, camera_id TEXT NOT NULL, track_id TEXT NOT NULL,
-    capture_us INTEGER, expire_us INTEGER, quality REAL NOT NULL, shot_count INTEGER NOT NULL,
-    created_us INTEGER NOT NULL, UNIQUE (collection, entry_id)
-) STRICT;
-CREATE INDEX entry_by_key ON entry (collection, key);
-CREATE INDEX entry_by_camera ON entry (collection, camera_id, capture_us);
-CREATE INDEX entry_by_time ON entry (collection, capture_us);
-CREATE INDEX entry_by_subject ON entry (collection, subject_id);
-CREATE INDEX entry_by_track ON entry (collection, track_id);
-CREATE INDEX entry_by_expiry ON entry (expire_us) WHERE expire_us IS NOT NULL;
-CREATE TABLE feature (
-    entry INTEGER NOT NULL REFERENCES entry ON DELETE CASCADE, space_id TEXT NOT NULL REFERENCES space,
-    vector BLOB NOT NULL, crc32 INTEGER NOT NULL, PRIMARY KEY (entry, space_id)
-) STRICT;
-CREATE TABLE crop (
-    entry INTEGER NOT NULL REFERENCES entry ON DELETE CASCADE, number INTEGER NOT NULL, image BLOB NOT NULL,
-    PRIMARY KEY (entry, number)
-) STRICT;
-CREATE TABLE label (
-    entry INTEGER NOT NULL REFERENCES entry ON DELETE CASCADE, name TEXT NOT NULL, value TEXT NOT NULL,
-    PRIMARY KEY (entry, name)
-) STRICT, WITHOUT ROWID;
-CREATE INDEX label_by_value ON label (name, value);
--- The index follows this log; rows it has taken in are removed.
-CREATE TABLE change (
-    revision INTEGER PRIMARY KEY AUTOINCREMENT, collection INTEGER NOT NULL REFERENCES collection ON DELETE CASCADE,
-    entry INTEGER NOT NULL, deleted INTEGER NOT NULL
-) STRICT;
-CREATE INDEX change_by_collection ON change (collection, revision);
--- A replayed request answers from the entry it made; it must not enrol anew what was deleted since.
-CREATE TABLE request (
-    request_id TEXT PRIMARY KEY, digest BLOB NOT NULL, collection INTEGER NOT NULL REFERENCES collection
-    ON DELETE CASCADE, entry INTEGER REFERENCES entry ON DELETE SET NULL, revision INTEGER NOT NULL,
-    at_us INTEGER NOT NULL
-) STRICT;
-CREATE INDEX request_by_entry ON request (entry);
-CREATE INDEX request_by_collection ON request (collection);
-CREATE INDEX request_by_time ON request (at_us);
-"""
 
 
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
@@ -116,14 +65,13 @@ def open_database(path: Path, *, dim: int, quick_check_s: float) -> sqlite3.Conn
 
 
 def _prepare(connection: sqlite3.Connection, path: Path, dim: int) -> None:
-    """Create the tables in an empty file; refuse a file that is not ours or newer than we are."""
+    """Create the tables in an empty file, upgrade older ones; refuse a file that is not ours or newer than we are."""
     empty = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
     if empty:
         connection.execute(f"PRAGMA page_size={SMALL_DIM_PAGE if dim <= SMALL_DIM else LARGE_DIM_PAGE}")
         connection.execute("PRAGMA journal_mode=WAL")
-        connection.executescript(
-            f"BEGIN; PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION}; {TABLES} COMMIT;"
-        )
+        marks = f"PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION};"
+        connection.executescript(f"BEGIN; {marks} {CORE} {BOOKS} COMMIT;")
     application = connection.execute("PRAGMA application_id").fetchone()[0]
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if application != APPLICATION_ID:
@@ -131,12 +79,15 @@ def _prepare(connection: sqlite3.Connection, path: Path, dim: int) -> None:
             f"{path.name} is a database of another program (application id {application:#x}, expected "
             f"{APPLICATION_ID:#x}): choose another --data"
         )
-    if version != SCHEMA_VERSION:
+    if version not in (SCHEMA_VERSION, *(known - 1 for known in UPGRADES)):
         raise StoreError(
             f"{path.name} has schema version {version}, this program reads {SCHEMA_VERSION}: "
             f"{'upgrade resight' if version > SCHEMA_VERSION else 'restore it from a backup'} or choose another --data"
         )
     connection.execute("PRAGMA journal_mode=WAL")
+    for newer in range(version + 1, SCHEMA_VERSION + 1):
+        connection.executescript(f"BEGIN IMMEDIATE; {UPGRADES[newer]} PRAGMA user_version={newer}; COMMIT;")
+        log.info("%s brought from schema version %d to %d", path.name, newer - 1, newer)
 
 
 def _quick_check(connection: sqlite3.Connection, path: Path, limit_s: float) -> None:

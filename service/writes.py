@@ -5,22 +5,26 @@ Each raises before it has written anything, or its caller undoes it; none commit
 
 from __future__ import annotations
 
+import json
 import sqlite3
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 
 from resight.errors import (
     CollectionExistsError,
+    CollectionFullError,
     CollectionNotEmptyError,
     CollectionNotFoundError,
+    ConflictError,
     DeleteCapError,
     EntryExistsError,
     EntryNotFoundError,
     InputError,
+    ReIDError,
 )
 from resight.service import reads
-from resight.service.entries import Collection, Enrolled, Enrolment, Filter, now_us
+from resight.service.entries import Collection, Enrolled, Enrolment, Filter, Space, now_us
+from resight.service.rows import FIRST_VERSION, add_feature, check_etag, delete_keys, log_change
 
 REQUEST_MEMORY_US = 24 * 3600 * 1_000_000  # how long a replay is recognised
 PURGE_AT_ONCE = 1000  # entries of one transaction, so that enrolments do not wait for a large purge
@@ -38,26 +42,40 @@ def create_collection(connection: sqlite3.Connection, new: Collection) -> Collec
             field="collection.collection_id",
             collection=new.name,
         )
-    space, now = new.space, now_us()
+    now = now_us()
+    note_space(connection, new.space)
+    settings = (new.max_entries, new.accept_probability, new.reject_probability, new.min_quality)
     connection.execute(
-        "INSERT INTO space VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
-        (space.space_id, space.model_id, space.dim, now),
+        "INSERT INTO collection (name, space_id, ttl_us, keep_crops, revision, created_us, max_entries, "
+        "accept_probability, reject_probability, min_quality) VALUES (?, ?, ?, ?, 0, ?, ?, ?, ?, ?)",
+        (new.name, new.space.space_id, new.ttl_us, new.keep_crops, now, *settings),
     )
-    connection.execute(
-        "INSERT INTO collection (name, space_id, ttl_us, keep_crops, revision, created_us) VALUES (?, ?, ?, ?, 0, ?)",
-        (new.name, space.space_id, new.ttl_us, new.keep_crops, now),
-    )
-    return reads.collection(connection, new.name)
+    made = reads.collection(connection, new.name)
+    connection.execute("INSERT INTO collection_space VALUES (?, ?, 'active', ?)", (made.key, new.space.space_id, now))
+    return made
 
 
-def delete_collection(connection: sqlite3.Connection, name: str, *, force: bool) -> Collection:
+def note_space(connection: sqlite3.Connection, space: Space) -> None:
+    """Remember a space, and the newest calibration told for it; one that is told without keeps what it has."""
+    calibration = None if space.calibration is None else json.dumps(space.calibration.to_json())
+    connection.execute(
+        "INSERT INTO space (space_id, model_id, dim, created_us, model_version, calibration) VALUES (?, ?, ?, ?, ?, ?) "
+        "ON CONFLICT DO UPDATE SET model_version = excluded.model_version, "
+        "calibration = coalesce(excluded.calibration, calibration)",
+        (space.space_id, space.model_id, space.dim, now_us(), space.model_version, calibration),
+    )
+
+
+def delete_collection(connection: sqlite3.Connection, name: str, *, force: bool, etag: str = "") -> Collection:
     """Remove a collection with all it holds.
 
     Raises:
         CollectionNotFoundError: no such one.
+        ConflictError: it was changed since ``etag`` was read.
         CollectionNotEmptyError: it has living entries, and ``force`` is not set.
     """
     gone = reads.collection(connection, name)
+    check_etag(f"collection {name}", gone.etag, etag)
     held = reads.count(connection, gone.key, Filter())
     if held and not force:
         raise CollectionNotEmptyError(
@@ -79,20 +97,23 @@ def enrol(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> E
         InputError: the request_id was used for another request.
         EntryNotFoundError: a replay, whose entry was deleted since.
     """
-    if reads.revision(connection, into.key) < 0:
-        raise CollectionNotFoundError(
-            f"collection {into.name} was deleted meanwhile: create it again",
-            field="collection_id",
-            collection=into.name,
-        )
+    space_id, most, held = _still_there(connection, into)
     if new.request_id and (replayed := _replayed(connection, into, new)):
         return replayed
+    if space_id != into.space.space_id and space_id not in dict(new.others):
+        raise ConflictError(
+            f"collection {into.name} was switched to space {space_id} meanwhile, this entry has a feature in "
+            f"{into.space.space_id} alone: enrol it again",
+            field="collection_id",
+        )
     now = now_us()
     expire_us = new.entry.expire_us
     if expire_us is None and into.ttl_us is not None:
         expire_us = now + into.ttl_us
-    entry = replace(new.entry, created_us=now, expire_us=expire_us)
-    _make_room(connection, into, new)
+    held -= _make_room(connection, into, new)
+    if most and held >= most:
+        _check_full(connection, into, most)
+    entry = new.entry
     row = (into.key, entry.entry_id, entry.subject_id, entry.camera_id, entry.track_id, entry.capture_us, expire_us)
     cursor = connection.execute(
         "INSERT INTO entry (collection, entry_id, subject_id, camera_id, track_id, capture_us, expire_us, quality, "
@@ -101,20 +122,62 @@ def enrol(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> E
     )
     key = cursor.lastrowid
     assert key is not None
-    vector = new.feature.astype("<f4").tobytes()
-    connection.execute(
-        "INSERT INTO feature VALUES (?, ?, ?, ?)", (key, into.space.space_id, vector, zlib.crc32(vector))
-    )
-    connection.executemany("INSERT INTO label VALUES (?, ?, ?)", [(key, *label) for label in entry.labels.items()])
-    if into.keep_crops:
+    for space, feature in ((into.space.space_id, new.feature), *new.others):
+        add_feature(connection, key, space, feature)
+    if entry.labels:
+        connection.executemany("INSERT INTO label VALUES (?, ?, ?)", [(key, *label) for label in entry.labels.items()])
+    if into.keep_crops and new.crops:
         crops = [(key, number, crop) for number, crop in enumerate(new.crops)]
         connection.executemany("INSERT INTO crop VALUES (?, ?, ?)", crops)
-    revision = _log(connection, into.key, [key], deleted=False)
+    revision = log_change(connection, into.key, [key], deleted=False)
     if new.request_id:
         connection.execute(
             "INSERT INTO request VALUES (?, ?, ?, ?, ?, ?)", (new.request_id, new.digest, into.key, key, revision, now)
         )
-    return Enrolled(entry, revision)
+    return Enrolled(
+        replace(entry, created_us=now, expire_us=expire_us, etag=reads.entry_etag(key, FIRST_VERSION)), revision
+    )
+
+
+def enrol_all(connection: sqlite3.Connection, into: Collection, new: Sequence[Enrolment]) -> list[Enrolled]:
+    """Store all of them or, as the writer undoes a function that raises, none.
+
+    Raises:
+        ReIDError: as `enrol`, of the first that cannot be stored; its ``item`` fact tells which.
+    """
+    done = []
+    for number, one in enumerate(new):
+        try:
+            done.append(enrol(connection, into, one))
+        except ReIDError as error:
+            error.facts["item"] = str(number)
+            raise
+    return done
+
+
+def _still_there(connection: sqlite3.Connection, into: Collection) -> tuple[str, int, int]:
+    """The collection's space, limit and rows held, now; the caller read it a moment ago."""
+    row = connection.execute("SELECT space_id, max_entries, held FROM collection WHERE key = ?", (into.key,)).fetchone()
+    if row is None:
+        raise CollectionNotFoundError(
+            f"collection {into.name} was deleted meanwhile: create it again",
+            field="collection_id",
+            collection=into.name,
+        )
+    space_id, most, held = row
+    return space_id, most, held
+
+
+def _check_full(connection: sqlite3.Connection, into: Collection, most: int) -> None:
+    """Refuse where as many entries live as may; expired ones that wait to be purged take no place."""
+    living = reads.count(connection, into.key, Filter())
+    if living >= most:
+        raise CollectionFullError(
+            f"collection {into.name} holds {living} entries and may hold {most}: delete some, or raise max_entries",
+            field="collection_id",
+            collection=into.name,
+            max_entries=most,
+        )
 
 
 def _replayed(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> Enrolled | None:
@@ -140,13 +203,13 @@ def _replayed(connection: sqlite3.Connection, into: Collection, new: Enrolment) 
     return Enrolled(reads.entry(connection, into, entry_id)[1], revision, replayed=True)
 
 
-def _make_room(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> None:
-    """Let an expired or replaced entry of the same id go; refuse where one lives."""
+def _make_room(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> int:
+    """Let an expired or replaced entry of the same id go, and tell how many went; refuse where one lives."""
     row = connection.execute(
         "SELECT key, expire_us FROM entry WHERE collection = ? AND entry_id = ?", (into.key, new.entry.entry_id)
     ).fetchone()
     if row is None:
-        return
+        return 0
     key, expire_us = row
     living = expire_us is None or expire_us > now_us()
     if living and not new.replace:
@@ -156,22 +219,27 @@ def _make_room(connection: sqlite3.Connection, into: Collection, new: Enrolment)
             entry=new.entry.entry_id,
             collection=into.name,
         )
-    _delete(connection, into.key, [key])
+    delete_keys(connection, into.key, [key])
+    return 1
 
 
-def delete_entry(connection: sqlite3.Connection, found_in: Collection, entry_id: str, *, allow_missing: bool) -> int:
+def delete_entry(
+    connection: sqlite3.Connection, found_in: Collection, entry_id: str, *, allow_missing: bool, etag: str = ""
+) -> int:
     """Remove one entry; returns the collection's revision.
 
     Raises:
         EntryNotFoundError: no such one, and ``allow_missing`` is not set.
+        ConflictError: it was changed since ``etag`` was read.
     """
     try:
-        key, _ = reads.entry(connection, found_in, entry_id)
+        key, found = reads.entry(connection, found_in, entry_id)
+        check_etag(f"entry {entry_id!r}", found.etag, etag)
     except EntryNotFoundError:
         if allow_missing:
             return reads.revision(connection, found_in.key)
         raise
-    return _delete(connection, found_in.key, [key])
+    return delete_keys(connection, found_in.key, [key])
 
 
 def delete_entries(
@@ -189,7 +257,7 @@ def delete_entries(
             field="max_deletes",
             matched_count=len(keys),
         )
-    return len(keys), _delete(connection, found_in.key, keys)
+    return len(keys), delete_keys(connection, found_in.key, keys)
 
 
 def purge(connection: sqlite3.Connection) -> int:
@@ -198,7 +266,7 @@ def purge(connection: sqlite3.Connection) -> int:
         "SELECT collection, key FROM entry WHERE expire_us <= ? ORDER BY expire_us LIMIT ?", (now_us(), PURGE_AT_ONCE)
     ).fetchall()
     for collection in {row[0] for row in rows}:
-        _delete(connection, collection, [key for owner, key in rows if owner == collection])
+        delete_keys(connection, collection, [key for owner, key in rows if owner == collection])
     return len(rows)
 
 
@@ -206,21 +274,3 @@ def forget(connection: sqlite3.Connection, taken_in: Sequence[tuple[int, int]]) 
     """Remove old requests, and the part of the change log the index has taken in: (collection key, revision) each."""
     connection.execute("DELETE FROM request WHERE at_us < ?", (now_us() - REQUEST_MEMORY_US,))
     connection.executemany("DELETE FROM change WHERE collection = ? AND revision <= ?", taken_in)
-
-
-def _delete(connection: sqlite3.Connection, collection: int, keys: Sequence[int]) -> int:
-    connection.executemany("DELETE FROM entry WHERE key = ?", [(key,) for key in keys])
-    return _log(connection, collection, keys, deleted=True)
-
-
-def _log(connection: sqlite3.Connection, collection: int, keys: Sequence[int], *, deleted: bool) -> int:
-    """Note a change of the collection and return its revision, which only ever grows."""
-    connection.executemany(
-        "INSERT INTO change (collection, entry, deleted) VALUES (?, ?, ?)", [(collection, key, deleted) for key in keys]
-    )
-    connection.execute(
-        "UPDATE collection SET revision = (SELECT coalesce(max(revision), collection.revision) FROM change "
-        "WHERE collection = ?1) WHERE key = ?1",
-        (collection,),
-    )
-    return reads.revision(connection, collection)

@@ -18,7 +18,8 @@ from resight.errors import (
 )
 from resight.service import reads, writes
 from resight.service.entries import Collection, Enrolment, Entry, Filter, Space, now_us
-from resight.service.schema import APPLICATION_ID, SCHEMA_VERSION
+from resight.service.schema import APPLICATION_ID
+from resight.service.tables import SCHEMA_VERSION
 from resight.service.store import Store
 
 DIM = 16

@@ -1,0 +1,122 @@
+"""The tables of a gallery's database, and the way here from older versions of them.
+
+`CORE` holds what is searched, `BOOKS` what is kept about it. A new file gets both; `UPGRADES` brings an older file to
+the same tables, one version at a time.
+"""
+
+from __future__ import annotations
+
+SCHEMA_VERSION = 2
+
+CORE = """
+CREATE TABLE space (
+    space_id TEXT PRIMARY KEY, model_id TEXT NOT NULL, dim INTEGER NOT NULL, created_us INTEGER NOT NULL,
+    model_version TEXT NOT NULL DEFAULT '', calibration TEXT
+) STRICT;
+-- space_id is the one searched now; version counts changes of this row, for the etag; held counts entries, also
+-- expired ones not yet purged, so that a full collection is noticed without counting.
+CREATE TABLE collection (
+    key INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, space_id TEXT NOT NULL REFERENCES space,
+    ttl_us INTEGER, keep_crops INTEGER NOT NULL, revision INTEGER NOT NULL, created_us INTEGER NOT NULL,
+    max_entries INTEGER NOT NULL DEFAULT 0, accept_probability REAL NOT NULL DEFAULT 0,
+    reject_probability REAL NOT NULL DEFAULT 0, min_quality REAL NOT NULL DEFAULT 0,
+    previous_space_id TEXT REFERENCES space, version INTEGER NOT NULL DEFAULT 1, held INTEGER NOT NULL DEFAULT 0
+) STRICT;
+-- AUTOINCREMENT: a key is the entry's number in the index and must never mean another entry.
+CREATE TABLE entry (
+    key INTEGER PRIMARY KEY AUTOINCREMENT, collection INTEGER NOT NULL REFERENCES collection ON DELETE CASCADE,
+    entry_id TEXT NOT NULL, subject_id TEXT NOT NULL, camera_id TEXT NOT NULL, track_id TEXT NOT NULL,
+    capture_us INTEGER, expire_us INTEGER, quality REAL NOT NULL, shot_count INTEGER NOT NULL,
+    created_us INTEGER NOT NULL, version INTEGER NOT NULL DEFAULT 1, UNIQUE (collection, entry_id)
+) STRICT;
+CREATE INDEX entry_by_key ON entry (collection, key);
+CREATE INDEX entry_by_camera ON entry (collection, camera_id, capture_us);
+CREATE INDEX entry_by_time ON entry (collection, capture_us);
+CREATE INDEX entry_by_subject ON entry (collection, subject_id);
+CREATE INDEX entry_by_track ON entry (collection, track_id);
+CREATE INDEX entry_by_expiry ON entry (expire_us) WHERE expire_us IS NOT NULL;
+CREATE TABLE feature (
+    entry INTEGER NOT NULL REFERENCES entry ON DELETE CASCADE, space_id TEXT NOT NULL REFERENCES space,
+    vector BLOB NOT NULL, crc32 INTEGER NOT NULL, PRIMARY KEY (entry, space_id)
+) STRICT;
+CREATE TABLE crop (
+    entry INTEGER NOT NULL REFERENCES entry ON DELETE CASCADE, number INTEGER NOT NULL, image BLOB NOT NULL,
+    PRIMARY KEY (entry, number)
+) STRICT;
+CREATE TABLE label (
+    entry INTEGER NOT NULL REFERENCES entry ON DELETE CASCADE, name TEXT NOT NULL, value TEXT NOT NULL,
+    PRIMARY KEY (entry, name)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX label_by_value ON label (name, value);
+-- The index follows this log; rows it has taken in are removed. entry 0: something changed that no index holds.
+CREATE TABLE change (
+    revision INTEGER PRIMARY KEY AUTOINCREMENT, collection INTEGER NOT NULL REFERENCES collection ON DELETE CASCADE,
+    entry INTEGER NOT NULL, deleted INTEGER NOT NULL
+) STRICT;
+CREATE INDEX change_by_collection ON change (collection, revision);
+-- A replayed request answers from the entry it made; it must not enrol anew what was deleted since.
+CREATE TABLE request (
+    request_id TEXT PRIMARY KEY, digest BLOB NOT NULL, collection INTEGER NOT NULL REFERENCES collection
+    ON DELETE CASCADE, entry INTEGER REFERENCES entry ON DELETE SET NULL, revision INTEGER NOT NULL,
+    at_us INTEGER NOT NULL
+) STRICT;
+CREATE INDEX request_by_entry ON request (entry);
+CREATE INDEX request_by_collection ON request (collection);
+CREATE INDEX request_by_time ON request (at_us);
+"""
+
+DAY_S = 86_400
+BOOKS = f"""
+-- The spaces a collection has features in: building, ready, active, retired. New entries are written to each.
+CREATE TABLE collection_space (
+    collection INTEGER NOT NULL REFERENCES collection ON DELETE CASCADE, space_id TEXT NOT NULL REFERENCES space,
+    state TEXT NOT NULL CHECK (state IN ('building', 'ready', 'active', 'retired')), since_us INTEGER NOT NULL,
+    PRIMARY KEY (collection, space_id)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE operation (
+    key INTEGER PRIMARY KEY AUTOINCREMENT, operation_id TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, state TEXT NOT NULL,
+    total INTEGER NOT NULL, succeeded INTEGER NOT NULL, failed INTEGER NOT NULL, skipped INTEGER NOT NULL,
+    error BLOB, result TEXT NOT NULL, start_us INTEGER NOT NULL, end_us INTEGER, cancel INTEGER NOT NULL,
+    request_id TEXT NOT NULL, details TEXT NOT NULL
+) STRICT;
+CREATE INDEX operation_by_request ON operation (request_id) WHERE request_id <> '';
+-- Append-only: a row may go only once it is older than the horizon, which itself stays a day behind the clock.
+CREATE TABLE audit (
+    key INTEGER PRIMARY KEY AUTOINCREMENT, at_us INTEGER NOT NULL, principal TEXT NOT NULL, method TEXT NOT NULL,
+    collection TEXT NOT NULL, subject_hash TEXT NOT NULL, affected INTEGER NOT NULL, reason TEXT NOT NULL
+) STRICT;
+CREATE INDEX audit_by_time ON audit (at_us);
+CREATE TABLE audit_horizon (one INTEGER PRIMARY KEY CHECK (one = 1), before_us INTEGER NOT NULL) STRICT;
+INSERT INTO audit_horizon VALUES (1, 0);
+CREATE TRIGGER audit_stays BEFORE UPDATE ON audit BEGIN SELECT raise(ABORT, 'the audit log is append-only'); END;
+CREATE TRIGGER audit_is_kept BEFORE DELETE ON audit
+WHEN old.at_us >= (SELECT before_us FROM audit_horizon)
+BEGIN SELECT raise(ABORT, 'the audit log is append-only'); END;
+CREATE TRIGGER audit_horizon_rises BEFORE UPDATE ON audit_horizon
+WHEN new.before_us < old.before_us OR new.before_us > (strftime('%s', 'now') - {DAY_S}) * 1000000
+BEGIN SELECT raise(ABORT, 'the audit log is kept for a day at least'); END;
+-- Who must not come back with an older snapshot. entries: their keys as JSON; up_to: the last key of that moment.
+CREATE TABLE erased (
+    key INTEGER PRIMARY KEY AUTOINCREMENT, at_us INTEGER NOT NULL, collection TEXT NOT NULL,
+    subject_hash TEXT NOT NULL, up_to INTEGER NOT NULL, entries TEXT NOT NULL
+) STRICT;
+"""
+
+# From the version before to the named one.
+UPGRADES = {
+    2: f"""
+ALTER TABLE space ADD COLUMN model_version TEXT NOT NULL DEFAULT '';
+ALTER TABLE space ADD COLUMN calibration TEXT;
+ALTER TABLE collection ADD COLUMN max_entries INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE collection ADD COLUMN accept_probability REAL NOT NULL DEFAULT 0;
+ALTER TABLE collection ADD COLUMN reject_probability REAL NOT NULL DEFAULT 0;
+ALTER TABLE collection ADD COLUMN min_quality REAL NOT NULL DEFAULT 0;
+ALTER TABLE collection ADD COLUMN previous_space_id TEXT REFERENCES space;
+ALTER TABLE collection ADD COLUMN version INTEGER NOT NULL DEFAULT 1;
+ALTER TABLE collection ADD COLUMN held INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE entry ADD COLUMN version INTEGER NOT NULL DEFAULT 1;
+{BOOKS}
+UPDATE collection SET held = (SELECT count(*) FROM entry e WHERE e.collection = collection.key);
+INSERT INTO collection_space SELECT key, space_id, 'active', created_us FROM collection;
+"""
+}
