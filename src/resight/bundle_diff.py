@@ -44,7 +44,7 @@ class ProbeFigures:
 
 
 def flatten(value: Any, path: str = "") -> dict[str, Any]:
-    """A tree of dictionaries and lists as one dictionary: ``{"a": {"b": [7]}}`` -> ``{"a.b.0": 7}``; empty ones vanish."""
+    """A tree of dictionaries and lists as one dictionary: ``{"a": {"b": [7]}, "c": {}}`` -> ``{"a.b.0": 7}``."""
     return dict(_leaves(value, path))
 
 
