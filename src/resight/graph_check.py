@@ -90,8 +90,9 @@ def check_graph(data: bytes, image: ImageSpec, feature_dim: int | None, *, what:
         _check_header(model)
         weights = _check_weights(model.graph, left_out)
         _check_nodes(model.graph, weights)
+        batch = _check_input(model.graph, image)
         values = weights | _infer(model, weights, left_out)
-        batch = _check_signature(model.graph, values, image, feature_dim)
+        _check_output(*values[OUTPUT], batch, feature_dim)
         _check_sizes(model.graph, values, batch, image.height * image.width, len(data))
     except Exception as error:  # on hostile bytes protobuf and onnx raise classes of many kinds, with no common root
         told = str(error) if isinstance(error, BundleError) else f"expected a valid ONNX model, found: {error}"
@@ -138,7 +139,8 @@ def _check_weights(graph: GraphProto, left_out: list[int]) -> dict[str, Value]:
         if not size:
             _refuse(f"weights of type {', '.join(map(_type_name, _BYTES_OF))}", _type_name(tensor.data_type))
         count = math.prod(tensor.dims)
-        holders = {name: len(getattr(tensor, name)) for name in ("float_data", "int32_data", "int64_data")}
+        fields = ("float_data", "int32_data", "int64_data")
+        holders: dict[str, float] = {name: len(getattr(tensor, name)) for name in fields}
         holders["raw_data"] = (len(tensor.raw_data) + skipped) / size
         held = {name: length for name, length in holders.items() if length}
         if min(tensor.dims, default=1) < 1 or held not in ({"raw_data": count}, {field: count}):
@@ -222,23 +224,24 @@ def _type_name(number: int) -> str:
     return str(TensorProto.DataType.Name(number)) if number in TensorProto.DataType.values() else f"number {number}"
 
 
-def _check_signature(graph: GraphProto, values: Mapping[str, Value], image: ImageSpec, feature_dim: int | None) -> str:
-    """Hold inputs and outputs to the bundle's contract; returns the name of the batch's length."""
-    found = [(value.name, *values[value.name]) for value in (*graph.input, *graph.output)]
-    batch = found[0][2][0] if found[0][2] else ""
-    size = feature_dim if feature_dim is not None else found[-1][2][-1] if found[-1][2] else ""
-    wanted = [
-        (INPUT, TensorProto.UINT8, (batch, image.height, image.width, 3)),
-        (OUTPUT, TensorProto.FLOAT, (batch, size)),
-    ]
-    if found != wanted or not isinstance(batch, str) or not isinstance(size, int):
-        told = [(name, _type_name(kind), shape) for name, kind, shape in found]
+def _check_input(graph: GraphProto, image: ImageSpec) -> str:
+    """Hold the input to the bundle's contract; returns the name of the batch's length."""
+    kind, shape = _value(graph.input[0])
+    batch = shape[0] if shape else 0
+    if kind != TensorProto.UINT8 or shape != (batch, image.height, image.width, 3) or not isinstance(batch, str):
         _refuse(
-            f"one input {INPUT} uint8 (batch, {image.height}, {image.width}, 3) and one output {OUTPUT} float32 "
-            f"(batch, {'D' if feature_dim is None else feature_dim})",
-            told,
+            f"{INPUT} as UINT8 (batch, {image.height}, {image.width}, 3), the batch free",
+            f"{_type_name(kind)} {shape}",
         )
     return batch
+
+
+def _check_output(kind: int, shape: Shape, batch: str, feature_dim: int | None) -> None:
+    """Hold the output to the bundle's contract."""
+    known = len(shape) == 2 and isinstance(shape[1], int) and feature_dim in (None, shape[1])
+    if kind != TensorProto.FLOAT or not known or shape[0] != batch:
+        size = "D" if feature_dim is None else feature_dim
+        _refuse(f"{OUTPUT} as FLOAT ({batch}, {size})", f"{_type_name(kind)} {shape}")
 
 
 def _check_sizes(graph: GraphProto, values: Mapping[str, Value], batch: str, pixels: int, size: int) -> None:
@@ -270,10 +273,14 @@ def _check_sizes(graph: GraphProto, values: Mapping[str, Value], batch: str, pix
 
 def _work(node: NodeProto, values: Mapping[str, Value]) -> int:
     """Multiplications, or for pooling comparisons and additions, that one element of a node's output takes."""
-    if node.op_type in ("Conv", "Gemm", "MatMul"):
-        lengths = [length for length in values[node.input[1]][1] if isinstance(length, int)]
-        return math.prod(lengths[1:]) if node.op_type == "Conv" else max(lengths, default=1)
-    kernel = [number for entry in node.attribute if entry.name == "kernel_shape" for number in entry.ints]
+
+    def lengths(place: int) -> list[int]:
+        return [length for length in values[node.input[place]][1] if isinstance(length, int)]
+
+    if node.op_type == "Conv":
+        return math.prod(lengths(1)[1:])  # weights (out, in, height, width)
+    if node.op_type in ("Gemm", "MatMul"):
+        return max(lengths(0), default=1)
     if node.op_type in ("ReduceMean", "ReduceL2"):
-        return math.prod(length for length in values[node.input[0]][1] if isinstance(length, int))
-    return math.prod(kernel)
+        return math.prod(lengths(0))
+    return math.prod(number for entry in node.attribute if entry.name == "kernel_shape" for number in entry.ints)
