@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -95,7 +95,9 @@ def _verify(folder: Path, keys: tuple[str, ...], runtime: bool | None, steps: _S
     lacking = missing_packages()
     if runtime and lacking:
         raise StartupError(f"--runtime needs {lacking}, found none: `pip install 'resight[cpu]'`, or leave it out")
-    if not lacking:
+    if lacking:
+        steps.add("skipped", "graph", f"nothing read: {lacking} is not installed")
+    else:
         _check_graphs(opened, steps)
     with steps.during("probes", manifest.probes.file):
         probes = opened.probes()
@@ -126,16 +128,16 @@ def _run_probes(opened: Bundle, artefact: Artefact, probes: Probes, steps: _Step
     import onnxruntime
 
     from resight.probes import measure_parity
-    from resight.service.runtime import PROVIDERS, OnnxRuntime
+    from resight.service.runtime import open_runtime
 
-    for provider in ("cpu", "cuda"):
-        if PROVIDERS[provider] not in onnxruntime.get_available_providers():
-            continue
+    gpu = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    providers: tuple[Literal["cpu", "cuda"], ...] = ("cpu", "cuda") if gpu else ("cpu",)
+    for provider in providers:
         step = f"probes on {provider}"
         try:
             with steps.during(step, artefact.file):
                 # The runtime refuses what does not reproduce the probes; the figures are measured for the reader.
-                loaded = OnnxRuntime(opened, provider=provider, precision=artefact.precision, max_batch=BATCH)
+                loaded = open_runtime(opened, provider=provider, precision=artefact.precision, max_batch=BATCH)
                 found = measure_parity(probes, loaded.embed)
         except StartupError as error:  # this machine's fault, not the bundle's
             steps.add("skipped", step, str(error))

@@ -188,7 +188,7 @@ def _embed(opened: Bundle, precision: str, pixels: Pixels) -> NDArray[np.float32
     """On the CPU, where every form runs."""
     import numpy as np
 
-    from resight.service.runtime import OnnxRuntime
+    from resight.service.runtime import open_runtime
 
-    runtime = OnnxRuntime(opened, precision=precision, max_batch=BATCH)
+    runtime = open_runtime(opened, precision=precision, max_batch=BATCH)
     return np.concatenate([runtime.embed(pixels[i : i + BATCH]) for i in range(0, len(pixels), BATCH)])

@@ -106,10 +106,13 @@ def not_installed() -> Any:
     return mock.patch.dict(sys.modules, {"onnxruntime": None})
 
 
-def test_without_a_runtime_the_rest_is_verified(made: Path) -> None:
+def test_without_a_runtime_the_rest_is_verified(made: Path, tmp_path: Path) -> None:
     with not_installed():
-        told = tell("verify", made / "lobby")
-        assert "onnxruntime is not installed" in told and "skipped" in told and "files" in told
+        told = tell("verify", made / "lobby", "--json", tmp_path / "found.json")
+        assert "onnxruntime is not installed" in told
+        steps = json.loads((tmp_path / "found.json").read_text())["steps"]
+        results = [(row["step"], row["result"]) for row in steps]
+        assert results == [("files", "ok"), *((step, "skipped") for step in ("signature", "graph", "probes"))]
         assert "cosine" not in tell("diff", made / "lobby", made / "other")
         for command in (["verify", made / "lobby"], ["diff", made / "lobby", made / "other"]):
             assert "--runtime needs onnxruntime" in the_error(resight_here("bundle", *command, "--runtime"))
