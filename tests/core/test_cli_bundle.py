@@ -45,7 +45,7 @@ CALIBRATION = Calibration(
 def tell(*arguments: object) -> str:
     done = resight_here("bundle", *arguments)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return str(done.stdout)
 
 
 def write(path: Path, seed: int = 0, **changes: Any) -> None:
@@ -187,7 +187,7 @@ def test_a_manifest_spelled_anew_does_not_keep_its_signature(made: Path, lobby: 
 @pytest.mark.skipif(shutil.which("minisign") is None, reason="the program minisign is not installed")
 def test_minisign_verifies_a_signed_bundle(made: Path, lobby: Path) -> None:
     tell("sign", lobby, "--key", made / "site.key")
-    command = ["minisign", "-V", "-m", lobby / MANIFEST_FILE, "-p", made / "site.key.pub"]
+    command: list[str | Path] = ["minisign", "-V", "-m", lobby / MANIFEST_FILE, "-p", made / "site.key.pub"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "Trusted comment: bundle lobby space" in done.stdout
 
