@@ -96,8 +96,9 @@ def check_graph(data: bytes, image: ImageSpec, feature_dim: int | None, *, what:
         _check_sizes(model.graph, values, batch, image.height * image.width, len(data))
     except Exception as error:  # on hostile bytes protobuf and onnx raise classes of many kinds, with no common root
         told = str(error) if isinstance(error, BundleError) else f"expected a valid ONNX model, found: {error}"
+        shown = "".join(letter if letter.isprintable() else "?" for letter in " ".join(told.split())[:500])
         raise BundleError(
-            f"{what} was refused before anything ran it: {' '.join(told.split())[:500]}: export the checkpoint anew, "
+            f"{what} was refused before anything ran it: {shown}: export the checkpoint anew, "
             "and take bundles only from those you trust"
         ) from error
 
