@@ -86,10 +86,11 @@ def where(key: int, filters: Filter) -> Where:
 def _collection(row: Sequence[Any]) -> Collection:
     name, ttl_us, keep_crops, key, revision, most, accept, reject, quality, previous, others, version = row[5:]
     limits = (most, accept, reject, quality, previous, tuple(json.loads(others)), version)
-    return Collection(name, _space(row[:5]), ttl_us, bool(keep_crops), key, revision, *limits)
+    return Collection(name, space_of_row(row[:5]), ttl_us, bool(keep_crops), key, revision, *limits)
 
 
-def _space(row: Sequence[Any]) -> Space:
+def space_of_row(row: Sequence[Any]) -> Space:
+    """A space of its columns id, model, length, version and calibration."""
     space_id, model_id, dim, version, calibration = row
     return Space(space_id, model_id, dim, version, _calibration(calibration) if calibration else None)
 
@@ -166,6 +167,11 @@ def entry(connection: sqlite3.Connection, found_in: Collection, entry_id: str) -
             collection=found_in.name,
         )
     return row[0], _entry(row)
+
+
+def entry_by_key(connection: sqlite3.Connection, key: int) -> Entry:
+    """An entry that is there, living or expired."""
+    return _entry(connection.execute(f"SELECT {_ENTRY} FROM entry e WHERE e.key = ?", (key,)).fetchone())
 
 
 def entries(

@@ -18,6 +18,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from resight.errors import ReIDError, UnavailableError
 from resight.service.schema import connect, open_database, translated
+from resight.service.secret import load_key, register
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +34,15 @@ class _Job:
 
     def __init__(self, run: Callable[[sqlite3.Connection], Any], *, deletes: bool) -> None:
         self.run, self.deletes = run, deletes
-        self.future: Future[Any] = Future()
+        self.future: Future[None] = Future()
         self.outcome: Any = None
+        self.scrubbed = False
 
 
 class Store:
     """An open gallery database. The caller holds the data folder's lock.
+
+    ``key`` is the folder's own, for `resight.service.secret.keyed`; it is made beside the database when missing.
 
     Args:
         path: of the SQLite file; made when missing.
@@ -47,8 +51,14 @@ class Store:
     """
 
     def __init__(self, path: Path, *, dim: int, quick_check_s: float = 5.0) -> None:
-        self._path = path
+        self.path, self.folder = path, path.parent
         self._connection = open_database(path, dim=dim, quick_check_s=quick_check_s)
+        try:
+            self.key = load_key(self.folder)
+        except BaseException:
+            self._connection.close()
+            raise
+        register(self._connection, self.key)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._local = threading.local()
         self._readers: list[sqlite3.Connection] = []
@@ -62,7 +72,7 @@ class Store:
         """This thread's connection for reading. Fetch all rows at once: an open read keeps deletions in the log."""
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
-            connection = self._local.connection = connect(self._path, read_only=True)
+            connection = self._local.connection = connect(self.path, read_only=True)
             self._readers.append(connection)
         return connection
 
@@ -106,13 +116,25 @@ class Store:
         """
         return await self._submit(lambda connection: function(connection, *args, **kwargs), deletes=True)
 
+    async def scrub(self) -> bool:
+        """Try to empty the log, after all writes that came; what SQLite reported.
+
+        False while a reader holds a page of it; it is then emptied as soon as the reader ends.
+        """
+        job = await self._put(lambda connection: None, deletes=True)
+        return job.scrubbed
+
     async def _submit(self, run: Callable[[sqlite3.Connection], T], *, deletes: bool) -> T:
+        result: T = (await self._put(run, deletes=deletes)).outcome
+        return result
+
+    async def _put(self, run: Callable[[sqlite3.Connection], Any], *, deletes: bool) -> _Job:
         if self._closing:
             raise UnavailableError("the gallery is closing: try again when the server is back")
         job = _Job(run, deletes=deletes)
         self._jobs.put(job)
-        result: T = await asyncio.wrap_future(job.future)
-        return result
+        await asyncio.wrap_future(job.future)
+        return job
 
     def close(self) -> None:
         """Finish the writes that came, empty the log and close. Call it when no reader runs."""
@@ -144,10 +166,11 @@ class Store:
             if self._unscrubbed:
                 self._scrub()
             for job in jobs:
+                job.scrubbed = not self._unscrubbed
                 if isinstance(job.outcome, BaseException):
                     job.future.set_exception(job.outcome)
                 else:
-                    job.future.set_result(job.outcome)
+                    job.future.set_result(None)
 
     def _commit(self, jobs: list[_Job]) -> None:
         """One transaction for all; if SQLite itself fails, each alone, so that only the culprit fails."""

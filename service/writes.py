@@ -184,13 +184,13 @@ def _replayed(connection: sqlite3.Connection, into: Collection, new: Enrolment) 
     """The answer of the first call with this request_id, if there was one."""
     row = connection.execute(
         "SELECT r.digest, r.revision, e.entry_id FROM request r LEFT JOIN entry e ON e.key = r.entry "
-        "WHERE request_id = ?",
+        "WHERE request_id IN (?1, keyed(?1))",  # keyed once its entry was erased
         (new.request_id,),
     ).fetchone()
     if row is None:
         return None
     digest, revision, entry_id = row
-    if digest != new.digest:
+    if digest and digest != new.digest:
         raise InputError(
             f"request_id {new.request_id} was used for another request: take a new one for each", field="request_id"
         )

@@ -33,7 +33,7 @@ def write_atomic(path: Path, data: bytes, *, mode: int | None = None) -> None:
     except BaseException:
         temp.unlink(missing_ok=True)
         raise
-    _sync(path.parent)  # the rename itself
+    sync(path.parent)  # the rename itself
 
 
 @contextmanager
@@ -59,8 +59,8 @@ def replace_folder(folder: Path, final: Path) -> None:
         OSError: the disk refused; the old folder is put back.
     """
     for path in sorted(folder.rglob("*"), reverse=True):
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
     old = final.with_name(f".{final.name}.old")
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -71,11 +71,11 @@ def replace_folder(folder: Path, final: Path) -> None:
         if old.exists():
             old.rename(final)
         raise
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

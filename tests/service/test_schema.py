@@ -5,21 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stores import DIM, SPACE, feature
 
 from resight.errors import StoreError
 from resight.service import reads, writes
-from resight.service.entries import Enrolment, Entry, Filter, Space, now_us
+from resight.service.entries import Enrolment, Entry, Filter, now_us
 from resight.service.store import Store
 from resight.service.tables import SCHEMA_VERSION, UPGRADES
 
-DIM = 16
-SPACE = Space("ab" * 16, "tiny", DIM)
 OLD = (Path(__file__).parent / "schema_v1.sql").read_text()
-
-
-def feature(seed: int) -> np.ndarray:
-    row = np.random.default_rng(seed).normal(size=DIM).astype(np.float32)
-    return row / np.linalg.norm(row)
 
 
 def old_file(path: Path, entries: int = 5) -> None:

@@ -1,10 +1,10 @@
 import asyncio
 import sqlite3
 import zlib
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from stores import DIM, SPACE, enrolment, feature, held, made, opened
 
 from resight.errors import (
     CollectionNotFoundError,
@@ -17,47 +17,16 @@ from resight.errors import (
     UnavailableError,
 )
 from resight.service import reads, writes
-from resight.service.entries import Collection, Enrolment, Entry, Filter, Space, now_us
+from resight.service.entries import Enrolment, Entry, Filter, now_us
 from resight.service.schema import APPLICATION_ID
-from resight.service.tables import SCHEMA_VERSION
 from resight.service.store import Store
-
-DIM = 16
-SPACE = Space("ab" * 16, "tiny", DIM)
-
-
-@contextmanager
-def opened(path):
-    store = Store(path / "gallery.sqlite3", dim=DIM)
-    try:
-        yield store
-    finally:
-        store.close()
+from resight.service.tables import SCHEMA_VERSION
 
 
 @pytest.fixture
 def store(tmp_path):
     with opened(tmp_path) as made:
         yield made
-
-
-def feature(seed: int) -> np.ndarray:
-    row = np.random.default_rng(seed).normal(size=DIM).astype(np.float32)
-    return row / np.linalg.norm(row)
-
-
-def enrolment(number: int, **more) -> Enrolment:
-    entry_fields = {name: more.pop(name) for name in list(more) if name in Entry.__dataclass_fields__}
-    return Enrolment(Entry(**{"entry_id": f"e{number}", **entry_fields}), feature(number), **more)
-
-
-async def made(store: Store, name: str = "lobby", **more) -> Collection:
-    return await store.write(writes.create_collection, Collection(name, SPACE, **more))
-
-
-async def held(store: Store) -> int:
-    lobby = await store.read(reads.collection, "lobby")
-    return await store.read(reads.count, lobby.key, Filter())
 
 
 def test_a_fresh_file_is_ours_durable_and_forgetful(tmp_path):

@@ -1,0 +1,164 @@
+"""Who searched, deleted or erased what, when and why: append-only, and held so by the database's own triggers.
+
+A row carries no crop, feature or name of a person: a subject stands there as its keyed hash (`resight.service.secret`).
+Erasures and deletions are written in the transaction they tell of. Searches do not wait: their rows are gathered and
+committed together every `FLUSH_S`, so a crash can lose the rows of the last `FLUSH_S` and of the commit that ran then,
+and nothing else. When the disk takes nothing, searches go on, up to `WAITING` rows wait, and what is beyond them is
+counted and told by a row of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from resight.errors import ReIDError
+from resight.service.entries import now_us
+from resight.service.store import Store
+
+log = logging.getLogger(__name__)
+
+FLUSH_S = 0.5
+WAITING = 65_536
+LOST = "audit.lost"
+PURGE_AT_ONCE = 10_000  # rows of one transaction, so that enrolments do not wait
+MIN_RETENTION_S = 86_400  # as the trigger holds it
+
+
+@dataclass(frozen=True)
+class Event:
+    """One call that touched people.
+
+    Attributes:
+        principal: who called.
+        method: of the API, such as ``SearchService.Search``.
+        collection: its name; empty = all of the tenant.
+        subject_hash: keyed hash of the subject; empty = none was named.
+        affected: entries answered, deleted or erased.
+        reason: the caller's words.
+        at_us: when.
+        audit_id: the row's number, ascending; empty before it is written.
+    """
+
+    principal: str
+    method: str
+    collection: str = ""
+    subject_hash: str = ""
+    affected: int = 0
+    reason: str = ""
+    at_us: int = 0
+    audit_id: str = ""
+
+
+def record(connection: sqlite3.Connection, event: Event) -> str:
+    """Write one row, in the caller's transaction; returns its id."""
+    values = (event.at_us or now_us(), event.principal, event.method, event.collection, event.subject_hash)
+    key = connection.execute(
+        "INSERT INTO audit (at_us, principal, method, collection, subject_hash, affected, reason) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (*values, event.affected, event.reason),
+    ).lastrowid
+    return str(key)
+
+
+def listed(
+    connection: sqlite3.Connection, *, start_us: int | None, end_us: int | None, before: int | None, limit: int
+) -> list[Event]:
+    """Rows of a window of time, the newest first, from the one before id ``before``."""
+    rows = connection.execute(
+        "SELECT principal, method, collection, subject_hash, affected, reason, at_us, CAST(key AS TEXT) FROM audit "
+        "WHERE (?1 IS NULL OR at_us >= ?1) AND (?2 IS NULL OR at_us < ?2) AND (?3 IS NULL OR key < ?3) "
+        "ORDER BY key DESC LIMIT ?4",
+        (start_us, end_us, before, limit),
+    )
+    return [Event(*row) for row in rows.fetchall()]
+
+
+def purge(connection: sqlite3.Connection, before_us: int) -> int:
+    """Remove rows older than an instant, which must lie a day back at least; returns how many, `PURGE_AT_ONCE` at most.
+
+    The horizon only rises: a clock that was set back removes nothing.
+    """
+    connection.execute("UPDATE audit_horizon SET before_us = ?1 WHERE before_us < ?1", (before_us,))
+    return connection.execute(
+        "DELETE FROM audit WHERE key IN (SELECT key FROM audit WHERE at_us < "
+        "min(?, (SELECT before_us FROM audit_horizon)) LIMIT ?)",
+        (before_us, PURGE_AT_ONCE),
+    ).rowcount
+
+
+class Audit:
+    """The audit of one gallery's database. `start` and `stop` it in the event loop."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._waiting: list[Event] = []
+        self._lost = 0
+        self._flushing: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin to write what `note` gathers."""
+        self._flushing = asyncio.create_task(self._flush_forever(), name="audit")
+
+    async def stop(self) -> None:
+        """Write what waits; the store must still be open."""
+        if self._flushing is not None:
+            self._flushing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._flushing
+        await self.flush()
+
+    def note(self, event: Event) -> None:
+        """Gather a row; it is on disk within `FLUSH_S` and a commit."""
+        if len(self._waiting) >= WAITING:
+            self._lost += 1
+        else:
+            self._waiting.append(replace(event, at_us=event.at_us or now_us()))
+
+    async def record(self, event: Event) -> str:
+        """Write one row now; returns its id once it is on disk."""
+        return await self._store.write(record, event)
+
+    async def listed(
+        self, *, start_us: int | None = None, end_us: int | None = None, before: int | None = None, limit: int = 100
+    ) -> list[Event]:
+        """Rows of a window of time, the newest first, from the one before id ``before``; also those that wait."""
+        await self.flush()
+        return await self._store.read(listed, start_us=start_us, end_us=end_us, before=before, limit=limit)
+
+    async def purge(self, retention_s: float) -> int:
+        """Remove rows older than ``retention_s``, at least `MIN_RETENTION_S`; returns how many."""
+        before_us = now_us() - int(max(retention_s, MIN_RETENTION_S + 1) * 1e6)
+        gone = total = await self._store.write(purge, before_us)
+        while gone == PURGE_AT_ONCE:
+            gone = await self._store.write(purge, before_us)
+            total += gone
+        return total
+
+    async def flush(self) -> None:
+        """Write what waits; if the disk refuses, it goes on waiting."""
+        taken, lost = self._waiting, self._lost
+        if not taken and not lost:
+            return
+        self._waiting, self._lost = [], 0
+        told = [*taken, Event("", LOST, affected=lost)] if lost else taken
+        try:
+            await self._store.write(_record_all, told)
+        except ReIDError as error:
+            log.error("%d rows of the audit wait: %s", len(taken), error)
+            self._waiting = taken + self._waiting
+            self._lost += lost
+
+    async def _flush_forever(self) -> None:
+        while True:
+            await asyncio.sleep(FLUSH_S)
+            await self.flush()
+
+
+def _record_all(connection: sqlite3.Connection, events: Sequence[Event]) -> None:
+    for event in events:
+        record(connection, event)

@@ -1,0 +1,83 @@
+import asyncio
+
+import pytest
+from stores import opened
+
+from resight.errors import InputError, OperationNotFoundError
+from resight.service.operations import Operations, State
+
+
+@pytest.fixture
+def store(tmp_path):
+    with opened(tmp_path) as made:
+        yield made
+
+
+def test_work_is_counted_finished_and_listed_newest_first(store):
+    async def body():
+        work = Operations(store)
+        one = await work.start("migrate", total=10, collection="lobby")
+        two = await work.start("snapshot")
+        three = await work.start("rebuild")
+        await work.progress(one.operation_id, succeeded=4, skipped=1, details={"after": 17})
+        going = await work.progress(one.operation_id, succeeded=6, result={"recall_at_10": "0.98"})
+        assert (going.state, going.total, going.succeeded, going.skipped) == (State.RUNNING, 10, 6, 1)
+        assert going.details == {"collection": "lobby", "after": 17} and going.end_us is None
+        done = await work.finish(one.operation_id, space_id="ab")
+        assert done.state is State.SUCCEEDED and done.result == {"recall_at_10": "0.98", "space_id": "ab"}
+        assert done.end_us >= done.start_us
+        failed = await work.finish(two.operation_id, error=InputError("no such thing", field="x", limit=3))
+        assert failed.state is State.FAILED and isinstance(failed.error, InputError)
+        assert (str(failed.error), failed.error.field, failed.error.facts) == ("no such thing", "x", {"limit": "3"})
+        assert await work.finish(two.operation_id) == failed
+        listed = await work.listed(limit=2)
+        assert [each.operation_id for each in listed] == [three.operation_id, two.operation_id]
+        assert await work.listed(before=listed[-1].key) == [done]
+        with pytest.raises(OperationNotFoundError, match="ListOperations"):
+            await work.get("nothing")
+
+    asyncio.run(body())
+
+
+def test_a_replay_finds_the_work_it_began(store):
+    async def body():
+        work = Operations(store)
+        one = await work.start("migrate", request_id="r")
+        assert await work.start("migrate", request_id="r") == one
+        assert (await work.start("snapshot", request_id="r")).operation_id != one.operation_id
+        assert (await work.start("migrate")).operation_id != (await work.start("migrate")).operation_id
+
+    asyncio.run(body())
+
+
+def test_what_ran_when_the_process_died_is_interrupted(tmp_path):
+    async def before():
+        work = Operations(store)
+        running = await work.start("migrate", collection="lobby", after=5)
+        done = await work.start("snapshot")
+        return running.operation_id, await work.finish(done.operation_id)
+
+    async def after():
+        work = Operations(store)
+        assert await work.recover() == 1
+        found = await work.get(running)
+        assert found.state is State.INTERRUPTED and found.details == {"collection": "lobby", "after": 5}
+        assert found.end_us is not None and await work.get(done.operation_id) == done
+        assert await work.recover() == 0
+
+    with opened(tmp_path) as store:
+        running, done = asyncio.run(before())
+    with opened(tmp_path) as store:
+        asyncio.run(after())
+
+
+def test_cancelling_is_a_wish_that_the_worker_hears(store):
+    async def body():
+        work = Operations(store)
+        one = await work.start("migrate")
+        assert (await work.cancel(one.operation_id)).state is State.RUNNING
+        assert (await work.progress(one.operation_id, succeeded=1)).cancel_asked
+        assert (await work.finish(one.operation_id, cancelled=True)).state is State.CANCELLED
+        assert (await work.cancel(one.operation_id)).state is State.CANCELLED
+
+    asyncio.run(body())

@@ -1,0 +1,50 @@
+"""Real gallery databases in a test's own folder, and people to put in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from resight.service import reads, writes
+from resight.service.entries import Collection, Enrolment, Entry, Filter, Space
+from resight.service.store import Store
+
+DIM = 16
+SPACE = Space("ab" * 16, "tiny", DIM)
+OTHER = Space("cd" * 16, "small", DIM)
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Store]:
+    store = Store(folder / "gallery.sqlite3", dim=DIM)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def feature(seed: int) -> np.ndarray:
+    row = np.random.default_rng(seed).normal(size=DIM).astype(np.float32)
+    return row / np.linalg.norm(row)
+
+
+def enrolment(number: int, **more) -> Enrolment:
+    entry_fields = {name: more.pop(name) for name in list(more) if name in Entry.__dataclass_fields__}
+    return Enrolment(Entry(**{"entry_id": f"e{number}", **entry_fields}), feature(number), **more)
+
+
+async def made(store: Store, name: str = "lobby", **more) -> Collection:
+    return await store.write(writes.create_collection, Collection(name, SPACE, **more))
+
+
+async def held(store: Store, name: str = "lobby") -> int:
+    found = await store.read(reads.collection, name)
+    return await store.read(reads.count, found.key, Filter())
+
+
+def holding(folder: Path, secret: bytes) -> list[str]:
+    """Names of the files anywhere below a folder that hold these bytes."""
+    return [file.name for file in folder.rglob("*") if file.is_file() and secret in file.read_bytes()]
