@@ -13,13 +13,13 @@ COPY --from=wheel /wheels /wheels
 RUN pip install --no-cache-dir -c /tmp/constraints.txt "$(ls /wheels/resight-*.whl)[cpu]" && rm -r /wheels
 RUN useradd --uid 10001 --create-home resight && install -d -o 10001 /data
 USER 10001
-ENV RESIGHT_BUNDLE=/bundle RESIGHT_DATA=/data RESIGHT_LISTEN=0.0.0.0:50051
+ENV RESIGHT_BUNDLE=/bundle RESIGHT_DATA=/data RESIGHT_LISTEN=0.0.0.0:50051 RESIGHT_AUTH=tokens
 VOLUME /data
 EXPOSE 50051
 HEALTHCHECK --interval=15s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "from resight.client import Client; Client().wait_ready(3)"]
-# The container's network is the fence: publish the port on loopback or behind a proxy with TLS (docs/operations.md).
-ENTRYPOINT ["resight", "serve", "--insecure-listen"]
+# It starts with TLS files or RESIGHT_BEHIND_TLS_PROXY, and answers whoever has a token (docs/security.md).
+ENTRYPOINT ["resight", "serve"]
 
 # Serves a bundle on an NVIDIA GPU: onnxruntime-gpu and faiss with cuVS bring CUDA 13 as wheels.
 FROM python:3.12-slim-bookworm AS gpu-service
@@ -28,13 +28,13 @@ COPY --from=wheel /wheels /wheels
 RUN pip install --no-cache-dir -c /tmp/constraints.txt "$(ls /wheels/resight-*.whl)[gpu]" && rm -r /wheels
 RUN useradd --uid 10001 --create-home resight && install -d -o 10001 /data
 USER 10001
-ENV RESIGHT_BUNDLE=/bundle RESIGHT_DATA=/data RESIGHT_LISTEN=0.0.0.0:50051 RESIGHT_PROVIDER=cuda \
+ENV RESIGHT_BUNDLE=/bundle RESIGHT_DATA=/data RESIGHT_LISTEN=0.0.0.0:50051 RESIGHT_AUTH=tokens RESIGHT_PROVIDER=cuda \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 VOLUME /data
 EXPOSE 50051
 HEALTHCHECK --interval=15s --timeout=5s --start-period=120s \
     CMD ["python", "-c", "from resight.client import Client; Client().wait_ready(3)"]
-ENTRYPOINT ["resight", "serve", "--insecure-listen"]
+ENTRYPOINT ["resight", "serve"]
 
 # Adapts and exports.
 FROM python:3.12-slim-bookworm AS training

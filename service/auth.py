@@ -1,12 +1,14 @@
 """Who calls and what they may: roles, principals, and the least role of every method.
 
-The interceptor of `resight.service.guard` sets the principal of a call; servicers ask `current` for it,
+`resight.service.gate` sets the principal of a call; servicers ask `current` for it,
 before they hand work to another task or thread that serves several callers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -50,6 +52,16 @@ _principal: ContextVar[Principal] = ContextVar("resight_principal", default=NOBO
 def current() -> Principal:
     """Who makes the call that this code serves; ``anonymous``, an admin, where authentication is off."""
     return _principal.get()
+
+
+@contextlib.contextmanager
+def acting_as(principal: Principal) -> Iterator[None]:
+    """Make a principal the `current` one within the block."""
+    token = _principal.set(principal)
+    try:
+        yield
+    finally:
+        _principal.reset(token)
 
 
 def _methods(service: str, role: Role | None, *names: str) -> dict[str, Role | None]:

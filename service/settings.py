@@ -27,8 +27,14 @@ class Settings(BaseSettings):
         bundle: folder of the model to serve.
         data: folder of the gallery; made when missing, held by one server at a time.
         listen: ``HOST:PORT``; port 0 takes a free one, told in ``server.json``.
-        insecure_listen: listen off loopback although nobody is authenticated.
-        reflection: answer ``grpc.reflection.v1``; None = only on loopback.
+        auth: ``auto`` asks for a token once one was made in ``data``; ``tokens`` always does.
+        tls_cert: PEM file of the certificate with its chain; with ``tls_key`` the server speaks TLS only.
+        tls_key: PEM file of its private key, closed to others.
+        tls_client_ca: PEM file of the authorities whose clients may connect (mTLS); None = any client.
+        behind_tls_proxy: a proxy with TLS stands before this port, and nothing else reaches it.
+        rate_limit: calls a second of one principal; 0 = no limit.
+        rate_burst: calls of one principal at once, after a rest.
+        reflection: answer ``grpc.reflection``; None = only on loopback.
         provider: where the model runs.
         precision: which of the bundle's graphs.
         inference_threads: of onnxruntime; 0 = its own choice (one per core).
@@ -51,7 +57,13 @@ class Settings(BaseSettings):
     bundle: Path
     data: Path
     listen: str = Field(default="127.0.0.1:50051", pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\[\]]+):\d{1,5}$")
-    insecure_listen: bool = False
+    auth: Literal["auto", "tokens"] = "auto"
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    behind_tls_proxy: bool = False
+    rate_limit: float = Field(default=0.0, ge=0.0)
+    rate_burst: int = Field(default=20, ge=1)
     reflection: bool | None = None
     provider: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["fp32", "fp16", "int8"] = "fp32"
@@ -90,6 +102,16 @@ class Settings(BaseSettings):
     def _a_batch_fits_the_queue(self) -> Self:
         if self.max_queue < self.max_batch_items:
             raise ValueError(f"max_queue must hold a batch of max_batch_items={self.max_batch_items}")
+        return self
+
+    @model_validator(mode="after")
+    def _certificate_and_key_come_together(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key come together: give both or none")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError(
+                "tls_client_ca needs tls_cert and tls_key: only a server with TLS sees clients' certificates"
+            )
         return self
 
     @property

@@ -35,6 +35,7 @@ ROADS = {
     "cli_json",
     "cli_judge",
     "cli_serve",
+    "cli_token",
     "cli_train",
     "demo",
     "served",

@@ -10,12 +10,14 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
+from resight.cli_bundle import bundle
 from resight.cli_demo import demo
 from resight.cli_evaluate import evaluate
 from resight.cli_export import export
 from resight.cli_gallery import gallery, search
 from resight.cli_judge import judge
 from resight.cli_serve import serve
+from resight.cli_token import token
 from resight.cli_train import adapt, builtin_weights
 from resight.errors import ReIDError
 
@@ -29,6 +31,8 @@ for command in (demo, adapt, evaluate, judge, export, serve, search):
     app.command()(command)
 app.command(hidden=True)(builtin_weights)
 app.add_typer(gallery, name="gallery")
+app.add_typer(token, name="token")
+app.add_typer(bundle, name="bundle")
 
 
 def main() -> None:

@@ -14,19 +14,31 @@ def serve(
     listen: Annotated[
         str | None, typer.Option(help="HOST:PORT; port 0 takes a free one. [default: 127.0.0.1:50051]")
     ] = None,
-    provider: Annotated[str | None, typer.Option(help="Where the model runs: cpu or cuda. [default: cpu]")] = None,
+    provider: Annotated[
+        str | None, typer.Option(help="What runs the model: cpu, cuda, ort-tensorrt or tensorrt. [default: cpu]")
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="Which graph of the bundle. [default: fp32]")] = None,
+    device_id: Annotated[int | None, typer.Option(help="Which GPU. [default: 0]")] = None,
+    engine_cache: Annotated[
+        Path | None, typer.Option(help="Folder of TensorRT engines. [default: ~/.cache/resight/engines]")
+    ] = None,
     reflection: Annotated[
         bool | None, typer.Option("--reflection/--no-reflection", help="Tell the API. [default: on loopback only]")
     ] = None,
-    insecure_listen: Annotated[
-        bool | None, typer.Option("--insecure-listen", help="Listen off loopback, without authentication or TLS.")
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate with its chain; speaks TLS only.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM private key of the certificate, mode 0600.")] = None,
+    tls_client_ca: Annotated[Path | None, typer.Option(help="PEM authorities that clients must come from.")] = None,
+    behind_tls_proxy: Annotated[
+        bool | None, typer.Option("--behind-tls-proxy", help="Off loopback without TLS: a proxy before it has it.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any setting; flags come first.")] = None,
 ) -> None:
     """Serve a bundle over gRPC until SIGTERM or Ctrl-C.
 
     Example: `resight serve --bundle lobby.bundle --data gallery`
+
+    Once `resight token create` made a token in the data folder, every call needs one; other machines are
+    answered only so, and only over TLS (docs/security.md).
 
     Every setting can also be given as an environment variable (RESIGHT_MAX_BATCH=16) or in the file.
     """
@@ -35,10 +47,13 @@ def serve(
 
     logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells each build it tries
     from resight.service.app import run
+    from resight.service.request_id import RequestIdFilter
     from resight.service.settings import load_settings
 
-    if not logging.getLogger().handlers:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    told = logging.StreamHandler()
+    told.addFilter(RequestIdFilter())
+    line = "%(asctime)s %(levelname)s %(name)s request=%(request_id)s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=line, handlers=[told], force=True)
     settings = load_settings(
         config=config,
         bundle=bundle,
@@ -46,7 +61,12 @@ def serve(
         listen=listen,
         provider=provider,
         precision=precision,
+        device_id=device_id,
+        engine_cache=engine_cache,
         reflection=reflection,
-        insecure_listen=insecure_listen,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
+        behind_tls_proxy=behind_tls_proxy,
     )
     asyncio.run(run(settings))

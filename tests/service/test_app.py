@@ -17,6 +17,8 @@ from serving import ServerProcess, jpeg, make_bundle
 
 from resight.client import Client, NewEntry, Query
 from resight.errors import OverloadedError, ReIDError, SpaceMismatchError, UnavailableError
+from resight.service.auth import Role
+from resight.service.tokens import TokenFile
 
 
 def refused(process: ServerProcess) -> str:
@@ -64,10 +66,14 @@ def test_a_data_folder_in_use_is_refused_with_the_holders_pid(bundle_path, serve
     assert server.wait_ready()  # and the holder's server.json is untouched
 
 
-def test_an_address_others_can_reach_is_refused_unless_it_is_asked_for(bundle_path, tmp_path):
-    text = refused(ServerProcess(bundle_path, tmp_path / "data", listen="0.0.0.0:0"))
-    assert "StartupError" in text and "--insecure-listen" in text
+def test_an_address_others_can_reach_is_refused_without_authentication_or_encryption(bundle_path, tmp_path):
+    text = refused(ServerProcess(bundle_path, tmp_path / "data", "--behind-tls-proxy", listen="0.0.0.0:0"))
+    assert "StartupError" in text and "resight token create" in text
     assert not (tmp_path / "data").exists()
+    TokenFile(tmp_path / "data").create("anna", Role.ADMIN)
+    text = refused(ServerProcess(bundle_path, tmp_path / "data", listen="0.0.0.0:0"))
+    assert "StartupError" in text and "--tls-cert" in text and "--behind-tls-proxy" in text
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["tokens.json", "tokens.lock"]
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "model.onnx", "probes.npz"])

@@ -10,7 +10,8 @@ from grpc_status import rpc_status
 
 from resight.errors import DeadlineError, LimitError
 from resight.reasons import from_status
-from resight.service.guard import ErrorGuard, check_batch
+from resight.service.guard import Deadlines, Guard, check_batch, errors_told
+from resight.service.request_id import RequestIdFilter, with_request_id
 from resight.service.settings import Settings
 from resight.v1 import admin_pb2, admin_pb2_grpc
 
@@ -28,7 +29,7 @@ class Failing(admin_pb2_grpc.AdminServiceServicer):
 def failure(tmp_path, act, *, timeout_s=None, deadline_s=5.0) -> grpc.aio.AioRpcError:
     async def body():
         settings = Settings(bundle=tmp_path, data=tmp_path, deadline_s=deadline_s)
-        server = grpc.aio.server(interceptors=[ErrorGuard(settings)])
+        server = grpc.aio.server(interceptors=[Guard((with_request_id, errors_told, Deadlines(settings)))])
         admin_pb2_grpc.add_AdminServiceServicer_to_server(Failing(act), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
