@@ -1,0 +1,218 @@
+"""Fit what a similarity means on a site's own crops, without labels; docs/calibration.md has what was measured.
+
+Letters: N crops, D feature size, P pairs of one person, M pairs of two, B bins.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import expit
+
+from resight.calibration import MAX_SLOPE, Calibration
+from resight.errors import TrainingError
+from resight.training.calibration_pairs import SearchPairs, draw_search_pairs
+from resight.training.cluster import OUTLIER, ClusterSettings
+from resight.training.crops import CropStore
+from resight.training.judge import try_cluster
+from resight.training.neighbours import Floats
+from resight.training.pairs import draw_pairs
+from resight.training.reliability import Doubles, Reliability, measure_reliability
+from resight.training.separation import MIN_ACCEPTED, similarities
+
+__all__ = ["Reliability", "calibrate", "fit_line"]
+
+# Each camera's mean is taken away before clustering, or persons fall apart by camera and the positives are too alike:
+# the error on unadapted weights falls from 0.12 to 0.02.
+CLUSTERING = ClusterSettings(centre_cameras=True)
+FALSE_ACCEPT_SHARES = (0.001, 0.01)  # the first that the pairs can place
+FALSE_REJECT_SHARE = 0.05
+MIN_CLUSTERS = 20  # errors among 20 persons were 0.01-0.08, among 10 up to 0.13
+MIN_POSITIVES = 100
+# Persons seen twice alike are in clusters, the others are outliers: with 25 % of them the error was 0.02, with 76 %
+# 0.06. Without tracks to tell the outliers' clusters it was 0.02 with 15 % and 0.05 with 25 %.
+OUTLIER_LIMIT, TRACKLESS_OUTLIER_LIMIT = 0.5, 0.2
+FOLDS = 5
+NARROW = 0.1  # of a cosine: where nine in ten pairs of two persons lie closer together, thresholds need three digits
+
+
+class Line(NamedTuple):
+    """Log-odds as a straight line: ``slope * (similarity - midpoint)``."""
+
+    midpoint: float
+    slope: float
+
+    def probability(self, similarity: Doubles) -> Doubles:
+        """At even odds."""
+        return np.asarray(expit(self.slope * (similarity - self.midpoint)), np.float64)
+
+
+def calibrate(features: Floats, store: CropStore, *, seed: int = 0) -> tuple[Calibration | None, Reliability]:
+    """Fit similarity to the probability that two crops of different cameras show one person.
+
+    Positives are pairs whose tracks' other crops share a cluster, negatives pairs by chance that share none
+    (`draw_search_pairs`); persons are never read. The curve is logistic (Platt 1999) with even weight on both kinds.
+    ``accept`` is placed on the negatives, ``reject`` on the positives, by counting: neither rests on the curve's form.
+
+    Args:
+        features: float32 (N, D), unit rows.
+        store: the N crops, in the same order, of two cameras or more.
+        seed: of the pairs drawn, of the folds and of the resamples.
+
+    Returns:
+        The calibration, or None with the reason in ``Reliability.reason``; never one that rests on too little.
+    """
+    assert len(features) == len(store), (len(features), len(store))
+    drawn = _draw(features, store, seed)
+    if isinstance(drawn, str):
+        return None, Reliability(drawn)
+    positive = similarities(features, drawn.positives).astype(np.float64)
+    negative = similarities(features, drawn.negatives).astype(np.float64)
+    line = fit_line(positive, negative)
+    if line is None:
+        return None, Reliability(
+            f"pairs of one person are {positive.mean():.3f} alike on average and pairs of two {negative.mean():.3f}: "
+            "expected a model that tells them apart; adapt it to the site first"
+        )
+    accept, accept_share = _accept(negative)
+    accept_probability, reject_probability = (
+        float(np.clip(line.probability(np.array(at)), 1e-6, 1 - 1e-6)) for at in (accept, _reject(positive))
+    )
+    held_out = _held_out(positive, negative, drawn, seed)
+    certain = similarities(features, draw_pairs(store, seed=seed).negatives)
+    reliability = measure_reliability(
+        (positive, negative),
+        held_out,
+        tuple(drawn.units[rows] for rows in (drawn.positives, drawn.negatives)),
+        certain_accepted=float((certain >= accept).mean()) if len(certain) >= MIN_ACCEPTED else None,
+        notes=_notes(negative, drawn),
+        seed=seed,
+    )
+    assert reliability.curve is not None
+    source = "tracks whose other crops share a cluster" if drawn.relayed else "crops that share a cluster"
+    return Calibration(
+        line.midpoint,
+        line.slope,
+        accept_probability,
+        min(reject_probability, accept_probability),  # a model that tells all apart has no doubt left between the two
+        accept_share,
+        FALSE_REJECT_SHARE,
+        len(positive),
+        len(negative),
+        f"two cameras, {source}, {drawn.clusters} clusters",
+        "two cameras, by chance, no cluster shared",
+        reliability.curve.error,
+    ), reliability
+
+
+def fit_line(positive: Doubles, negative: Doubles) -> Line | None:
+    """Logistic regression on one variable, both kinds weighing a half, with Platt's targets.
+
+    Targets are (n + 1) / (n + 2) and 1 / (n + 2) (Platt 1999, section 2.2), so that no slope is infinite.
+
+    Args:
+        positive: float64 (P,), similarities.
+        negative: float64 (M,), likewise.
+
+    Returns:
+        None where similarity does not rise with probability, or the midpoint is no cosine.
+    """
+    both = np.concatenate([positive, negative])
+    centre, scale = float((positive.mean() + negative.mean()) / 2), float(both.std())
+    if scale < 1 / MAX_SLOPE:
+        return None
+    target = np.repeat(
+        [(len(positive) + 1) / (len(positive) + 2), 1 / (len(negative) + 2)], [len(positive), len(negative)]
+    )
+    weight = np.repeat([0.5 / len(positive), 0.5 / len(negative)], [len(positive), len(negative)])
+    x = (both - centre) / scale
+
+    def loss(line: Doubles) -> tuple[float, Doubles]:
+        odds = line[0] * x + line[1]
+        slack = weight * (expit(odds) - target)
+        return float(weight @ (np.logaddexp(0, odds) - target * odds)), np.array([slack @ x, slack.sum()])
+
+    slope, shift = minimize(loss, np.array([1.0, 0.0]), jac=True, method="BFGS", options={"gtol": 1e-7}).x
+    if not 0 < slope / scale <= MAX_SLOPE:
+        return None
+    midpoint = centre - float(shift / slope) * scale
+    return Line(midpoint, float(slope / scale)) if -1 <= midpoint <= 1 else None
+
+
+def _draw(features: Floats, store: CropStore, seed: int) -> SearchPairs | str:
+    """Pairs to fit to, or why there are not enough."""
+    cameras = len(np.unique(store.cameras))
+    if cameras < 2:
+        return (
+            f"{len(store)} crops of {cameras} camera: expected two cameras or more, since a search compares crops of "
+            "different ones"
+        )
+    clustering = try_cluster(features, store, CLUSTERING)
+    if isinstance(clustering, TrainingError):
+        return str(clustering)
+    drawn = draw_search_pairs(store, clustering.labels, seed=seed)
+    outliers = float((clustering.labels == OUTLIER).mean())
+    limit = OUTLIER_LIMIT if drawn.relayed else TRACKLESS_OUTLIER_LIMIT
+    if outliers > limit:
+        of_tracks = "with" if drawn.relayed else "without"
+        return (
+            f"{outliers:.0%} of {len(store)} crops are in no cluster: expected {limit:.0%} or less {of_tracks} tracks; "
+            "adapt the model to the site first"
+        )
+    if drawn.clusters < MIN_CLUSTERS or len(drawn.positives) < MIN_POSITIVES:
+        return (
+            f"{len(drawn.positives)} pairs across cameras in {drawn.clusters} clusters: expected {MIN_POSITIVES} pairs "
+            f"in {MIN_CLUSTERS} clusters or more; give more crops of people whom two cameras saw"
+        )
+    needed = math.ceil(MIN_ACCEPTED / max(FALSE_ACCEPT_SHARES))
+    if len(drawn.negatives) < needed:
+        return f"{len(drawn.negatives)} pairs of two persons across cameras: expected {needed} or more; give more crops"
+    return drawn
+
+
+def _accept(negative: Doubles) -> tuple[float, float]:
+    """The lowest similarity from which on no more than a share of the negatives lies, and that share."""
+    share = next(share for share in FALSE_ACCEPT_SHARES if share * len(negative) >= MIN_ACCEPTED)
+    falling = np.sort(negative)[::-1]
+    return float(np.nextafter(np.float32(falling[math.floor(share * len(negative))]), np.float32(np.inf))), share
+
+
+def _reject(positive: Doubles) -> float:
+    """The highest similarity below which no more than a share of the positives lies."""
+    return float(np.sort(positive)[math.floor(FALSE_REJECT_SHARE * len(positive))])
+
+
+def _held_out(positive: Doubles, negative: Doubles, drawn: SearchPairs, seed: int) -> tuple[Doubles, Doubles]:
+    """Probability of each pair from a line fitted to pairs that share no unit with its fold."""
+    rng = np.random.default_rng(seed)
+    fold = rng.permutation(int(drawn.units.max()) + 1) % FOLDS
+    of_positive, of_negative = (fold[drawn.units[rows]] for rows in (drawn.positives, drawn.negatives))
+    found = np.full(len(positive), np.nan), np.full(len(negative), np.nan)
+    for held in range(FOLDS):
+        line = fit_line(positive[(of_positive != held).all(1)], negative[(of_negative != held).all(1)])
+        if line is None:
+            continue
+        for similarity, folds, probability in zip((positive, negative), (of_positive, of_negative), found, strict=True):
+            own = folds[:, 0] == held
+            probability[own] = line.probability(similarity[own])
+    return found
+
+
+def _notes(negative: Doubles, drawn: SearchPairs) -> tuple[str, ...]:
+    """What a reader must know of the figures."""
+    low, high = np.quantile(negative, [0.05, 0.95])
+    notes = []
+    if high - low < NARROW:
+        notes.append(
+            f"Nine in ten pairs of two persons are {low:.3f} to {high:.3f} alike: the model sees little difference, "
+            "and one digit of a similarity decides. Compare probabilities, and adapt the model to the site."
+        )
+    if not drawn.relayed:
+        notes.append(
+            "Without tracks the pairs of one person are those a clustering found alike: true ones are less alike, and "
+            "more of them fall below the thresholds than is told here."
+        )
+    return tuple(notes)
