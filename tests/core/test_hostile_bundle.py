@@ -22,7 +22,7 @@ from serving import DIM, SPEC, embed_by_hand, graph, make_bundle
 
 from resight.bundle import Bundle, Graph, Parity, open_bundle, space_id, write_bundle
 from resight.errors import BundleError
-from resight.manifest import MANIFEST_FILE, SCHEMA_VERSION, from_json, to_json
+from resight.manifest import MANIFEST_FILE, SCHEMA_VERSION, to_json
 from resight.probes import make_probes
 from resight.service.runtime import open_runtime
 
@@ -277,14 +277,10 @@ def test_deep_manifests_of_the_right_hash_open_or_are_refused(folder: Path, dept
         rewrite(folder, training={"recipe": value})
     except RecursionError:
         pytest.skip("Python's own JSON does not spell it")
-    if depth <= 50:
-        assert open_bundle(folder).manifest.training == {"recipe": value}
-        return
     try:
-        manifest = open_bundle(folder).manifest
-        assert from_json(to_json(manifest)) == manifest
+        assert open_bundle(folder).manifest.training == {"recipe": value}
     except BundleError as error:
-        assert "manifest.json" in str(error)
+        assert depth > 200 and "manifest.json" in str(error)
 
 
 def test_a_file_exchanged_after_opening_is_not_used(folder: Path) -> None:
