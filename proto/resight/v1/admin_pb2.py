@@ -27,7 +27,7 @@ from resight.v1 import common_pb2 as resight_dot_v1_dot_common__pb2
 from resight.v1 import operation_pb2 as resight_dot_v1_dot_operation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16resight/v1/admin.proto\x12\nresight.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17resight/v1/common.proto\x1a\x1aresight/v1/operation.proto\"\x16\n\x14GetServerInfoRequest\"\x97\x01\n\x15GetServerInfoResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x30\n\x0c\x61\x63tive_space\x18\x02 \x01(\x0b\x32\x1a.resight.v1.EmbeddingSpace\x12\"\n\x06limits\x18\x03 \x01(\x0b\x32\x12.resight.v1.Limits\x12\x10\n\x08provider\x18\x04 \x01(\t\"\xae\x01\n\x06Limits\x12\x19\n\x11max_message_bytes\x18\x01 \x01(\x03\x12\x17\n\x0fmax_image_bytes\x18\x02 \x01(\x03\x12\x18\n\x10max_image_pixels\x18\x03 \x01(\x03\x12\x17\n\x0fmax_batch_items\x18\x04 \x01(\x05\x12\x11\n\tmax_shots\x18\x05 \x01(\x05\x12\x11\n\tmax_top_k\x18\x06 \x01(\x05\x12\x17\n\x0fmax_queue_items\x18\x07 \x01(\x05\"2\n\x19GetCollectionStatsRequest\x12\x15\n\rcollection_id\x18\x01 \x01(\t\"\xee\x01\n\x1aGetCollectionStatsResponse\x12\x14\n\x0clive_entries\x18\x01 \x01(\x03\x12\x12\n\ntombstones\x18\x02 \x01(\x03\x12\x17\n\x0f\x65xpired_pending\x18\x03 \x01(\x03\x12\x12\n\ndisk_bytes\x18\x04 \x01(\x03\x12\x13\n\x0bindex_bytes\x18\x05 \x01(\x03\x12\x12\n\nindex_type\x18\x06 \x01(\t\x12!\n\x14sampled_recall_at_10\x18\x07 \x01(\x02H\x00\x88\x01\x01\x12\x14\n\x0crevision_lag\x18\x08 \x01(\x03\x42\x17\n\x15_sampled_recall_at_10\"@\n\x13RebuildIndexRequest\x12\x15\n\rcollection_id\x18\x01 \x01(\t\x12\x12\n\nindex_type\x18\x02 \x01(\t\"@\n\x14RebuildIndexResponse\x12(\n\toperation\x18\x01 \x01(\x0b\x32\x15.resight.v1.Operation\",\n\x15\x43reateSnapshotRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\t\"B\n\x16\x43reateSnapshotResponse\x12(\n\toperation\x18\x01 \x01(\x0b\x32\x15.resight.v1.Operation\"\xc6\x01\n\nAuditEvent\x12\x10\n\x08\x61udit_id\x18\x01 \x01(\t\x12.\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tprincipal\x18\x03 \x01(\t\x12\x0e\n\x06method\x18\x04 \x01(\t\x12\x15\n\rcollection_id\x18\x05 \x01(\t\x12\x14\n\x0csubject_hash\x18\x06 \x01(\t\x12\x16\n\x0e\x61\x66\x66\x65\x63ted_count\x18\x07 \x01(\x03\x12\x0e\n\x06reason\x18\x08 \x01(\t\"g\n\x16ListAuditEventsRequest\x12&\n\x06window\x18\x01 \x01(\x0b\x32\x16.resight.v1.TimeWindow\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"Z\n\x17ListAuditEventsResponse\x12&\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.resight.v1.AuditEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xd1\x03\n\x0c\x41\x64minService\x12T\n\rGetServerInfo\x12 .resight.v1.GetServerInfoRequest\x1a!.resight.v1.GetServerInfoResponse\x12\x63\n\x12GetCollectionStats\x12%.resight.v1.GetCollectionStatsRequest\x1a&.resight.v1.GetCollectionStatsResponse\x12Q\n\x0cRebuildIndex\x12\x1f.resight.v1.RebuildIndexRequest\x1a .resight.v1.RebuildIndexResponse\x12W\n\x0e\x43reateSnapshot\x12!.resight.v1.CreateSnapshotRequest\x1a\".resight.v1.CreateSnapshotResponse\x12Z\n\x0fListAuditEvents\x12\".resight.v1.ListAuditEventsRequest\x1a#.resight.v1.ListAuditEventsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16resight/v1/admin.proto\x12\nresight.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17resight/v1/common.proto\x1a\x1aresight/v1/operation.proto\"\x16\n\x14GetServerInfoRequest\"\x97\x01\n\x15GetServerInfoResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x30\n\x0c\x61\x63tive_space\x18\x02 \x01(\x0b\x32\x1a.resight.v1.EmbeddingSpace\x12\"\n\x06limits\x18\x03 \x01(\x0b\x32\x12.resight.v1.Limits\x12\x10\n\x08provider\x18\x04 \x01(\t\"\xcd\x01\n\x06Limits\x12\x19\n\x11max_message_bytes\x18\x01 \x01(\x03\x12\x17\n\x0fmax_image_bytes\x18\x02 \x01(\x03\x12\x18\n\x10max_image_pixels\x18\x03 \x01(\x03\x12\x17\n\x0fmax_batch_items\x18\x04 \x01(\x05\x12\x11\n\tmax_shots\x18\x05 \x01(\x05\x12\x11\n\tmax_top_k\x18\x06 \x01(\x05\x12\x17\n\x0fmax_queue_items\x18\x07 \x01(\x05\x12\x1d\n\x15max_rerank_candidates\x18\x08 \x01(\x05\"2\n\x19GetCollectionStatsRequest\x12\x15\n\rcollection_id\x18\x01 \x01(\t\"\xee\x01\n\x1aGetCollectionStatsResponse\x12\x14\n\x0clive_entries\x18\x01 \x01(\x03\x12\x12\n\ntombstones\x18\x02 \x01(\x03\x12\x17\n\x0f\x65xpired_pending\x18\x03 \x01(\x03\x12\x12\n\ndisk_bytes\x18\x04 \x01(\x03\x12\x13\n\x0bindex_bytes\x18\x05 \x01(\x03\x12\x12\n\nindex_type\x18\x06 \x01(\t\x12!\n\x14sampled_recall_at_10\x18\x07 \x01(\x02H\x00\x88\x01\x01\x12\x14\n\x0crevision_lag\x18\x08 \x01(\x03\x42\x17\n\x15_sampled_recall_at_10\"@\n\x13RebuildIndexRequest\x12\x15\n\rcollection_id\x18\x01 \x01(\t\x12\x12\n\nindex_type\x18\x02 \x01(\t\"@\n\x14RebuildIndexResponse\x12(\n\toperation\x18\x01 \x01(\x0b\x32\x15.resight.v1.Operation\",\n\x15\x43reateSnapshotRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\t\"B\n\x16\x43reateSnapshotResponse\x12(\n\toperation\x18\x01 \x01(\x0b\x32\x15.resight.v1.Operation\"\xc6\x01\n\nAuditEvent\x12\x10\n\x08\x61udit_id\x18\x01 \x01(\t\x12.\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tprincipal\x18\x03 \x01(\t\x12\x0e\n\x06method\x18\x04 \x01(\t\x12\x15\n\rcollection_id\x18\x05 \x01(\t\x12\x14\n\x0csubject_hash\x18\x06 \x01(\t\x12\x16\n\x0e\x61\x66\x66\x65\x63ted_count\x18\x07 \x01(\x03\x12\x0e\n\x06reason\x18\x08 \x01(\t\"g\n\x16ListAuditEventsRequest\x12&\n\x06window\x18\x01 \x01(\x0b\x32\x16.resight.v1.TimeWindow\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"Z\n\x17ListAuditEventsResponse\x12&\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.resight.v1.AuditEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xd1\x03\n\x0c\x41\x64minService\x12T\n\rGetServerInfo\x12 .resight.v1.GetServerInfoRequest\x1a!.resight.v1.GetServerInfoResponse\x12\x63\n\x12GetCollectionStats\x12%.resight.v1.GetCollectionStatsRequest\x1a&.resight.v1.GetCollectionStatsResponse\x12Q\n\x0cRebuildIndex\x12\x1f.resight.v1.RebuildIndexRequest\x1a .resight.v1.RebuildIndexResponse\x12W\n\x0e\x43reateSnapshot\x12!.resight.v1.CreateSnapshotRequest\x1a\".resight.v1.CreateSnapshotResponse\x12Z\n\x0fListAuditEvents\x12\".resight.v1.ListAuditEventsRequest\x1a#.resight.v1.ListAuditEventsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,25 +39,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERINFORESPONSE']._serialized_start=149
   _globals['_GETSERVERINFORESPONSE']._serialized_end=300
   _globals['_LIMITS']._serialized_start=303
-  _globals['_LIMITS']._serialized_end=477
-  _globals['_GETCOLLECTIONSTATSREQUEST']._serialized_start=479
-  _globals['_GETCOLLECTIONSTATSREQUEST']._serialized_end=529
-  _globals['_GETCOLLECTIONSTATSRESPONSE']._serialized_start=532
-  _globals['_GETCOLLECTIONSTATSRESPONSE']._serialized_end=770
-  _globals['_REBUILDINDEXREQUEST']._serialized_start=772
-  _globals['_REBUILDINDEXREQUEST']._serialized_end=836
-  _globals['_REBUILDINDEXRESPONSE']._serialized_start=838
-  _globals['_REBUILDINDEXRESPONSE']._serialized_end=902
-  _globals['_CREATESNAPSHOTREQUEST']._serialized_start=904
-  _globals['_CREATESNAPSHOTREQUEST']._serialized_end=948
-  _globals['_CREATESNAPSHOTRESPONSE']._serialized_start=950
-  _globals['_CREATESNAPSHOTRESPONSE']._serialized_end=1016
-  _globals['_AUDITEVENT']._serialized_start=1019
-  _globals['_AUDITEVENT']._serialized_end=1217
-  _globals['_LISTAUDITEVENTSREQUEST']._serialized_start=1219
-  _globals['_LISTAUDITEVENTSREQUEST']._serialized_end=1322
-  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_start=1324
-  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_end=1414
-  _globals['_ADMINSERVICE']._serialized_start=1417
-  _globals['_ADMINSERVICE']._serialized_end=1882
+  _globals['_LIMITS']._serialized_end=508
+  _globals['_GETCOLLECTIONSTATSREQUEST']._serialized_start=510
+  _globals['_GETCOLLECTIONSTATSREQUEST']._serialized_end=560
+  _globals['_GETCOLLECTIONSTATSRESPONSE']._serialized_start=563
+  _globals['_GETCOLLECTIONSTATSRESPONSE']._serialized_end=801
+  _globals['_REBUILDINDEXREQUEST']._serialized_start=803
+  _globals['_REBUILDINDEXREQUEST']._serialized_end=867
+  _globals['_REBUILDINDEXRESPONSE']._serialized_start=869
+  _globals['_REBUILDINDEXRESPONSE']._serialized_end=933
+  _globals['_CREATESNAPSHOTREQUEST']._serialized_start=935
+  _globals['_CREATESNAPSHOTREQUEST']._serialized_end=979
+  _globals['_CREATESNAPSHOTRESPONSE']._serialized_start=981
+  _globals['_CREATESNAPSHOTRESPONSE']._serialized_end=1047
+  _globals['_AUDITEVENT']._serialized_start=1050
+  _globals['_AUDITEVENT']._serialized_end=1248
+  _globals['_LISTAUDITEVENTSREQUEST']._serialized_start=1250
+  _globals['_LISTAUDITEVENTSREQUEST']._serialized_end=1353
+  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_start=1355
+  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_end=1445
+  _globals['_ADMINSERVICE']._serialized_start=1448
+  _globals['_ADMINSERVICE']._serialized_end=1913
 # @@protoc_insertion_point(module_scope)

@@ -77,6 +77,7 @@ class Limits(_message.Message):
     MAX_SHOTS_FIELD_NUMBER: _builtins.int
     MAX_TOP_K_FIELD_NUMBER: _builtins.int
     MAX_QUEUE_ITEMS_FIELD_NUMBER: _builtins.int
+    MAX_RERANK_CANDIDATES_FIELD_NUMBER: _builtins.int
     max_message_bytes: _builtins.int
     max_image_bytes: _builtins.int
     max_image_pixels: _builtins.int
@@ -84,6 +85,7 @@ class Limits(_message.Message):
     max_shots: _builtins.int
     max_top_k: _builtins.int
     max_queue_items: _builtins.int
+    max_rerank_candidates: _builtins.int
     def __init__(
         self,
         *,
@@ -94,10 +96,11 @@ class Limits(_message.Message):
         max_shots: _builtins.int = ...,
         max_top_k: _builtins.int = ...,
         max_queue_items: _builtins.int = ...,
+        max_rerank_candidates: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_batch_items", b"max_batch_items", "max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_message_bytes", b"max_message_bytes", "max_queue_items", b"max_queue_items", "max_shots", b"max_shots", "max_top_k", b"max_top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_batch_items", b"max_batch_items", "max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_message_bytes", b"max_message_bytes", "max_queue_items", b"max_queue_items", "max_rerank_candidates", b"max_rerank_candidates", "max_shots", b"max_shots", "max_top_k", b"max_top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -183,11 +183,11 @@ class Reranking(_message.Message):
     LAMBDA_FIELD_NUMBER: _builtins.int
     method: Global___RerankingMethod.ValueType
     candidates: _builtins.int
-    """0 = 200, at most 1000"""
+    """0 = 200 or top_k, whichever is more; at most Limits.max_rerank_candidates"""
     k1: _builtins.int
-    """0 = 20"""
+    """0 = 20; of query expansion: entries joined with the query, 0 = 5"""
     k2: _builtins.int
-    """0 = 6"""
+    """0 = 6; unused by query expansion"""
     def __init__(
         self,
         *,
