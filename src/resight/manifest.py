@@ -145,12 +145,12 @@ def to_json(manifest: Manifest) -> bytes:
     Raises:
         BundleError: training, evaluation or versions hold what JSON cannot say, such as NaN or a path.
     """
-    body = asdict(manifest)
-    if manifest.calibration is not None:
-        body["calibration"] = manifest.calibration.to_json()
     try:
+        body = asdict(manifest)
+        if manifest.calibration is not None:
+            body["calibration"] = manifest.calibration.to_json()
         return _spell(body | {"manifest_sha256": hashlib.sha256(_spell(body)).hexdigest()})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise BundleError(
             f"{MANIFEST_FILE}: training, evaluation and versions must be plain JSON values, found: {error}"
         ) from error
