@@ -19,6 +19,7 @@ from resight.errors import InputError, LimitError, ReIDError, SpaceMismatchError
 from resight.service import reads, writes
 from resight.service.embedder import Embedded, Embedder, Timings, all_embedded, combined
 from resight.service.entries import Collection, Enrolled, Enrolment, Entry, Filter, Space
+from resight.service.ladder import ladder_of
 from resight.service.runtime import Feature
 from resight.service.searcher import Searcher
 from resight.service.settings import Settings
@@ -63,7 +64,7 @@ class Gallery:
     def __init__(self, store: Store, embedder: Embedder, settings: Settings) -> None:
         runtime = embedder.runtime
         self.space = Space(runtime.space_id, runtime.name, runtime.feature_dim)
-        self.searcher = Searcher(store)
+        self.searcher = Searcher(store, ladder_of(settings, store.folder), max_queue=settings.max_search_queue)
         self._store, self._embedder, self._settings = store, embedder, settings
         self._purging: asyncio.Task[None] | None = None
 

@@ -1,4 +1,4 @@
-"""The exact faiss index of one collection: derived from the store, never the truth.
+"""The exact faiss index of a small collection, in float32: derived from the store, never the truth.
 
 Rows stand in order of their keys, so a key finds its row by bisection, and equal similarities are
 answered in order of enrolment. Not thread-safe: one thread owns it.
@@ -10,32 +10,23 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from resight.service.candidates import MAX_FETCH, SPARE, Near, best, nothing
 from resight.service.reads import Keys
 from resight.service.runtime import Feature
 
 # A selector keeps faiss from using matrix products, so a batch gathers the few rows it may find instead; above
 # 15 % of all rows the copy costs more than it saves.
 GATHER_SHARE = 0.15
+# From so many queries on the copy is worth it: about where matrix products begin to win (`resight.service.tune`).
+GATHER_QUERIES = 6
 # The scan's sums differ from ours in the last bits, so rows this near to the last one could stand before it.
 TIE = 1e-5
-SPARE = 8  # rows fetched beyond k to settle ties in the first try
-MAX_FETCH = 4096  # so many rows as near as the last one are copies of one crop; any of them will do
-# faiss >= 1.14.2 turns to matrix products at queries x D >= 128000, chosen on a many-core server; with few
-# cores products win from 4-8 queries on (100 k x 512, 64 queries: 8.1 -> 1.3 ms each).
-BLAS_QUERIES = 6
-
-
-def tune_thread(dim: int) -> None:
-    """Set faiss up for the calling thread; parallelism comes from requests, not from within one.
-
-    One query split over OpenMP threads took 3.5-8 times the CPU time on few cores (faiss >= 1.14.2).
-    """
-    faiss.omp_set_num_threads(1)
-    faiss.cvar.distance_compute_blas_threshold = BLAS_QUERIES * dim
 
 
 class ExactIndex:
-    """Features of one collection in memory. ``revision`` is the last write it has taken in; -1 = none yet."""
+    """A `resight.service.candidates.VectorIndex`: float32 features, scanned. Removal is at once."""
+
+    kind, approximate, tail, tombstones = "flat", False, 0, 0
 
     def __init__(self, dim: int) -> None:
         self._flat = faiss.IndexFlatIP(dim)
@@ -45,12 +36,21 @@ class ExactIndex:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def add(self, keys: Keys, features: Feature) -> None:
-        """Append features, float32 (N, D) unit rows. Keys ascend; those already held are left alone."""
-        new = keys > (self._keys[-1] if len(self._keys) else -1)
+    @property
+    def nbytes(self) -> int:
+        """Memory, in bytes: features and keys."""
+        return len(self) * (4 * self._flat.d + 8)
+
+    def add(self, keys: Keys, features: Feature) -> bool:
+        """Append features, float32 (N, D) unit rows; see `resight.service.candidates.VectorIndex.add`."""
+        last = self._keys[-1] if len(self._keys) else -1
+        new = keys > last
+        if not np.isin(keys[~new], self._keys).all():
+            return False
         if new.any():
             self._flat.add(np.ascontiguousarray(features[new]))
             self._keys = np.concatenate([self._keys, keys[new]])
+        return True
 
     def remove(self, keys: Keys) -> None:
         """Take entries out; keys not held are no error."""
@@ -73,28 +73,21 @@ class ExactIndex:
         view: Feature = flat.reshape(len(self), self._flat.d)
         return view
 
-    def features(self, keys: Keys) -> Feature:
-        """A copy of the features of held keys, float32 (N, D), in the order of ``keys``."""
-        copy: Feature = self._vectors()[np.searchsorted(self._keys, keys)]
-        return copy
+    def vectors(self, keys: Keys) -> tuple[Keys, Feature]:
+        """A copy of the features of those of ``keys`` that are held, float32 (N, D); ascending."""
+        rows = self._rows(np.sort(keys))
+        return self._keys[rows], self._vectors()[rows]
 
-    def search(self, queries: Feature, k: int, *, among: Keys | None = None) -> list[tuple[Keys, NDArray[np.float32]]]:
-        """The k nearest rows of each query, exactly.
+    def search(self, queries: Feature, k: int, *, among: Keys | None = None, exact: bool = True) -> list[Near]:
+        """The k nearest rows of each query, always exactly; see `resight.service.candidates.VectorIndex.search`.
 
-        Args:
-            queries: float32 (Q, D), unit rows.
-            k: at least 1.
-            among: only these keys, ascending; None = all.
-
-        Returns:
-            For each query keys int64 and cosine similarities float32, best first, equal ones by key. The
-            similarity of a pair is the same whatever else is searched for or among.
+        The similarity of a pair is the same whatever else is searched for or among.
         """
         rows = None if among is None else self._rows(among)
         count = len(self) if rows is None else len(rows)
         if not count:
-            return [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(queries)
-        if rows is not None and len(queries) > BLAS_QUERIES and count <= GATHER_SHARE * len(self):
+            return nothing(queries)
+        if rows is not None and len(queries) > GATHER_QUERIES and count <= GATHER_SHARE * len(self):
             gathered = faiss.IndexFlatIP(self._flat.d)
             gathered.add(np.ascontiguousarray(self._vectors()[rows]))
             near = self._fetch(gathered, queries, k, count, None)
@@ -127,9 +120,6 @@ class ExactIndex:
                 return [found[found >= 0] for found in rows]
             fetch = min(fetch * 4, count)
 
-    def _exact(self, query: Feature, rows: NDArray[np.int64], k: int) -> tuple[Keys, NDArray[np.float32]]:
-        """Order rows by a similarity summed row by row, which does not depend on its neighbours."""
+    def _exact(self, query: Feature, rows: NDArray[np.int64], k: int) -> Near:
         rows = np.sort(rows)
-        similarities = np.clip((self._vectors()[rows] * query).sum(axis=1), -1.0, 1.0)
-        order = np.argsort(-similarities, kind="stable")[:k]
-        return self._keys[rows[order]], similarities[order]
+        return best(query, self._keys[rows], self._vectors()[rows], k)

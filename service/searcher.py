@@ -13,70 +13,115 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
-
-import numpy as np
+from typing import NamedTuple, TypeVar
 
 from resight.errors import CollectionNotFoundError
 from resight.service import reads
-from resight.service.entries import Collection, Filter, Hit
-from resight.service.index import ExactIndex, tune_thread
-from resight.service.runtime import Feature
+from resight.service.entries import Collection, Hit, Space
+from resight.service.indexes import Indexes
+from resight.service.ladder import Ladder
+from resight.service.nearest import Answer, Nearest, Query
 from resight.service.schema import translated
+from resight.service.search_queue import SearchQueue
 from resight.service.store import Store
+from resight.service.tune import tune
+
+__all__ = ["Found", "IndexStats", "Query", "Searcher"]
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-# A filter that only leaves some out (a camera) passes most of what is near: fetch a few more than asked
-# for and check them, and list what passes only if too few did.
-OVERFETCH, SPARE = 3, 8
-
-
-@dataclass(frozen=True)
-class Query:
-    """What is searched for: float32 (D,) of unit length; ``min_similarity`` -1..1."""
-
-    feature: Feature
-    top_k: int
-    filters: Filter
-    min_similarity: float = -1.0
 
 
 @dataclass(frozen=True)
 class Found:
-    """Hits, best first, equal ones in order of enrolment; and what had been committed when they were found."""
+    """Hits, best first, equal ones in order of enrolment; and what had been committed when they were found.
+
+    Attributes:
+        revision: the last write that was searched.
+        search_ns: this query's share of the run it was part of.
+        exact: no hit can be missing.
+    """
 
     hits: tuple[Hit, ...]
     revision: int
     search_ns: int
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class IndexStats:
+    """How a collection's index stands.
+
+    Attributes:
+        index_type: ``flat``, ``flat-fp16``, ``hnsw`` or ``milvus``.
+        index_bytes: in memory.
+        tombstones: deleted entries that still take room in it, never answered.
+        sampled_recall_at_10: of approximate searches against exact ones; None = none was sampled.
+        revision: the last write it has taken in.
+        note: why it is not of another kind; empty = it is what it should be.
+        building: another one is being built.
+    """
+
+    index_type: str
+    index_bytes: int
+    tombstones: int
+    sampled_recall_at_10: float | None
+    revision: int
+    note: str = ""
+    building: bool = False
+
+
+class _Kind(NamedTuple):
+    """What searches must agree on to be run together."""
+
+    key: int
+    space_id: str
+    with_features: bool
+    exact: bool
+
+
+class _Job(NamedTuple):
+    collection: Collection
+    query: Query
 
 
 class Searcher:
-    """Searches all collections of a store."""
+    """Searches all collections of a store.
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._indexes: dict[int, ExactIndex] = {}
-        self._following: set[int] = set()
+    Args:
+        store: the truth.
+        ladder: which index a collection gets.
+        max_queue: queries that may wait or run at once.
+    """
+
+    def __init__(self, store: Store, ladder: Ladder | None = None, *, max_queue: int = 1024) -> None:
+        self._store, self._ladder = store, ladder or Ladder()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="search")
+        self._indexes = Indexes(store, self._ladder, self._thread.submit)
+        self._following: set[int] = set()
+        self._queue: SearchQueue[_Kind, _Job, Found] = SearchQueue(self._thread, self._search, most=max_queue)
 
     async def load(self) -> None:
         """Build the index of every collection from the store."""
         held = await self._store.read(reads.collections, limit=-1)
         for collection in held:
             started = time.monotonic()
-            index = await self._run(self._current, collection)
+            await self._run(tune, collection.space.dim)  # before someone waits for it
+            index = (await self._run(self._indexes.current, collection)).index
             log.info(
-                "index built collection=%s entries=%d seconds=%.2f",
+                "index loaded collection=%s kind=%s entries=%d seconds=%.2f",
                 collection.name,
+                index.kind,
                 len(index),
                 time.monotonic() - started,
             )
 
     def close(self) -> None:
-        """End after the running search."""
+        """End after the running search; an index that is being built is given up."""
+        self._indexes.close()
         self._thread.shutdown(cancel_futures=True)
+        self._queue.close()
 
     def follow(self, collection: Collection) -> None:
         """Let the index take in what was committed, before the next search has to wait for it."""
@@ -87,34 +132,79 @@ class Searcher:
     def _follow(self, collection: Collection) -> None:
         self._following.discard(collection.key)
         try:
-            self._current(collection)
+            self._indexes.follow(collection)
         except CollectionNotFoundError:
             pass  # deleted meanwhile, and its index with it
         except Exception:
             log.exception("the index of %s could not follow the store; the next search tries again", collection.name)
 
-    def drop(self, collection: Collection) -> None:
-        """Forget a deleted collection."""
-        self._thread.submit(self._indexes.pop, collection.key, None)
+    def drop(self, collection: Collection, space: Space | None = None) -> None:
+        """Forget a deleted collection, or one of its spaces that is searched no more."""
+        self._thread.submit(self._indexes.drop, collection, space)
 
     def revisions(self) -> list[tuple[int, int]]:
-        """What each index has taken in: (collection key, revision)."""
-        return [(key, index.revision) for key, index in list(self._indexes.items())]
+        """(collection key, revision): older changes of the collection are needed no more."""
+        return self._indexes.revisions()
 
     def revision(self, collection: Collection) -> int:
         """What a collection's index has taken in; 0 before its first write."""
-        index = self._indexes.get(collection.key)
-        return 0 if index is None else max(0, index.revision)
+        held = self._indexes.held(collection)
+        return 0 if held is None else max(0, held.index.revision)
 
-    async def search(self, collection: Collection, queries: Sequence[Query], *, with_features: bool) -> list[Found]:
-        """The nearest entries of each query, exactly.
+    def stats(self, collection: Collection) -> IndexStats:
+        """How a collection's index stands; of an empty one before its first search."""
+        held = self._indexes.held(collection)
+        if held is None:
+            return IndexStats(self._ladder.wanted(0), 0, 0, None, 0)
+        index = held.index
+        revision = max(0, index.revision)
+        built = (held.recall.value, revision, held.note, held.pinned is not None)
+        return IndexStats(index.kind, index.nbytes, index.tombstones, *built)
 
-        Queries with the same filter are searched together.
+    async def rebuild(self, collection: Collection, index_type: str = "") -> IndexStats:
+        """Build a collection's index anew while the old one serves; returns when it is in place.
+
+        Args:
+            collection: in whose space.
+            index_type: ``flat``, ``flat-fp16`` or ``hnsw`` until the server stops; empty or ``auto`` = by its size.
+
+        Returns:
+            What stands then: ``note`` tells why a graph was refused.
+
+        Raises:
+            InputError: no such type.
+            CollectionNotFoundError: it was deleted meanwhile.
+        """
+        done = await self._run(self._indexes.begin, collection, index_type)
+        await asyncio.wrap_future(done)
+        return self.stats(collection)
+
+    async def search(
+        self,
+        collection: Collection,
+        queries: Sequence[Query],
+        *,
+        with_features: bool,
+        exact: bool = False,
+        deadline: float = float("inf"),
+    ) -> list[Found]:
+        """The nearest entries of each query; whoever else waits is searched together with them.
+
+        Args:
+            collection: and its space.
+            queries: at least one.
+            with_features: hits carry theirs.
+            exact: miss none, whatever the index.
+            deadline: in `time.monotonic` seconds, before which the search must begin.
 
         Raises:
             CollectionNotFoundError: it was deleted meanwhile.
+            DeadlineError: the deadline passed while it waited.
+            OverloadedError: too many queries wait.
+            StoreError: the database is damaged.
         """
-        return await self._run(self._search, collection, queries, with_features)
+        kind = _Kind(collection.key, collection.space.space_id, with_features, exact)
+        return await self._queue.submit(kind, [_Job(collection, query) for query in queries], deadline=deadline)
 
     async def _run(self, function: Callable[..., T], *args: object) -> T:
         def run() -> T:
@@ -125,68 +215,15 @@ class Searcher:
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, run)
 
-    def _current(self, collection: Collection) -> ExactIndex:
-        """The collection's index, with everything committed so far."""
-        connection = self._store.reader()
-        index = self._indexes.get(collection.key)
-        reached = reads.revision(connection, collection.key)
-        if reached < 0:
-            self._indexes.pop(collection.key, None)
-            raise CollectionNotFoundError(
-                f"collection {collection.name} was deleted meanwhile", field="collection_id", collection=collection.name
-            )
-        if index is None:
-            index = ExactIndex(collection.space.dim)
-        if index.revision != reached:
-            change = reads.changes(connection, collection.key, collection.space, index.revision)
-            index.remove(change.removed)
-            index.add(change.added, change.features)
-            index.revision = change.revision
-        self._indexes[collection.key] = index
-        return index
-
-    def _search(self, collection: Collection, queries: Sequence[Query], with_features: bool) -> list[Found]:
+    def _search(self, kind: _Kind, jobs: Sequence[_Job]) -> list[Found]:
         started_ns = time.perf_counter_ns()
-        tune_thread(collection.space.dim)
-        index = self._current(collection)
-        together: dict[Filter, list[int]] = {}
-        for number, query in enumerate(queries):
-            together.setdefault(query.filters, []).append(number)
-        hits: dict[int, tuple[Hit, ...]] = {}
-        for filters, numbers in together.items():
-            found = self._nearest(collection, index, [queries[number] for number in numbers], filters, with_features)
-            hits.update(zip(numbers, found, strict=True))
-        search_ns = (time.perf_counter_ns() - started_ns) // max(1, len(queries))
-        return [Found(hits[number], index.revision, search_ns) for number in range(len(queries))]
-
-    def _nearest(
-        self, collection: Collection, index: ExactIndex, queries: Sequence[Query], filters: Filter, with_features: bool
-    ) -> list[tuple[Hit, ...]]:
-        """Hits of queries that share a filter."""
-        connection = self._store.reader()
-        features = np.stack([query.feature for query in queries])  # (Q, D)
-        k = max(query.top_k for query in queries)
-        fetch = k + SPARE if filters == Filter() else OVERFETCH * k + SPARE
-        among = reads.candidates(connection, collection.key, filters) if filters.selective else None
-        while True:
-            found = index.search(features, fetch, among=among)
-            keys = np.unique(np.concatenate([keys for keys, _ in found]))
-            living = reads.confirmed(connection, collection.key, keys, filters)
-            answers = [[(key, s) for key, s in zip(*pair, strict=True) if int(key) in living] for pair in found]
-            short = any(
-                len(answer) < query.top_k and len(keys) == fetch
-                for answer, (keys, _), query in zip(answers, found, queries, strict=True)
-            )
-            if among is not None or not short:
-                break
-            among = reads.candidates(connection, collection.key, filters)
-        out: list[tuple[Hit, ...]] = []
-        for answer, query in zip(answers, queries, strict=True):
-            kept = [(int(key), float(s)) for key, s in answer if s >= query.min_similarity][: query.top_k]
-            vectors = index.features(np.array([key for key, _ in kept], np.int64)) if with_features else None
-            out.append(
-                tuple(
-                    Hit(living[key], s, None if vectors is None else vectors[row]) for row, (key, s) in enumerate(kept)
-                )
-            )
-        return out
+        collection = jobs[0].collection
+        try:
+            held = self._indexes.current(collection)
+            tune(collection.space.dim).apply(collection.space.dim)
+            nearest = Nearest(self._store.reader(), held, self._ladder, exact=kind.exact)
+            answers: list[Answer] = nearest.answers([job.query for job in jobs], with_features=kind.with_features)
+        except sqlite3.Error as error:
+            raise translated(error) from error
+        search_ns = (time.perf_counter_ns() - started_ns) // len(jobs)
+        return [Found(answer.hits, held.index.revision, search_ns, answer.exact) for answer in answers]

@@ -50,6 +50,12 @@ class Settings(BaseSettings):
         drain_grace_s: for calls in flight to end.
         purge_interval_s: how often expired entries leave the disk (they leave the answers at once).
         quick_check_s: at most this long is the database checked at start.
+        index_type: of every collection; ``auto`` = by its size.
+        index_flat_max: entries up to which ``auto`` scans float32 features.
+        index_half_max: entries up to which ``auto`` scans float16 features; above, a graph is walked.
+        index_tail_max: a graph with so many newer entries beside it is built anew.
+        index_sample: one in so many approximate searches is repeated exactly; 0 = none.
+        max_search_queue: queries that wait or are searched; more are refused.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
@@ -85,6 +91,12 @@ class Settings(BaseSettings):
     drain_grace_s: float = Field(default=10.0, ge=0.0)
     purge_interval_s: float = Field(default=60.0, gt=0.0)
     quick_check_s: float = Field(default=5.0, ge=0.0)
+    index_type: Literal["auto", "flat", "flat-fp16", "hnsw"] = "auto"
+    index_flat_max: int = Field(default=100_000, ge=1)
+    index_half_max: int = Field(default=1_000_000, ge=1)
+    index_tail_max: int = Field(default=50_000, ge=1)
+    index_sample: int = Field(default=1000, ge=0)
+    max_search_queue: int = Field(default=1024, ge=1, le=65536)
 
     @classmethod
     def settings_customise_sources(

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from resight.service.index import BLAS_QUERIES, ExactIndex, tune_thread
+from resight.service.index import GATHER_QUERIES, ExactIndex
 
 DIM = 24
 
@@ -21,7 +21,6 @@ def unit(rng, count):
 
 @pytest.fixture
 def filled():
-    tune_thread(DIM)
     rng = np.random.default_rng(0)
     rows = unit(rng, 700)
     rows[50:80] = rows[3]  # thirty copies: ties must come in order of their keys
@@ -32,7 +31,7 @@ def filled():
     return index, keys, rows
 
 
-@pytest.mark.parametrize("queries", [1, BLAS_QUERIES + 3])
+@pytest.mark.parametrize("queries", [1, GATHER_QUERIES + 3])
 @pytest.mark.parametrize("share", [None, 2, 30])
 @pytest.mark.parametrize("k", [1, 7, 40, 2000])
 def test_equals_brute_force(filled, queries, share, k):
@@ -59,7 +58,7 @@ def test_what_is_removed_is_never_found_and_the_rest_is(filled):
     assert len(index) == 350
     for query, (found, _) in zip(rows[:10], index.search(rows[:10], 20), strict=True):
         assert found.tolist() == nearest_by_hand(rows[1::2], keys[1::2], query, 20)
-    assert np.array_equal(index.features(keys[1::2]), rows[1::2])
+    assert np.array_equal(index.vectors(keys[1::2])[1], rows[1::2])
     later = keys[-1:] + 5
     index.add(later, rows[:1])
     assert index.search(rows[:1], 1)[0][0].tolist() == later.tolist()

@@ -1,0 +1,177 @@
+"""Build an index from the store, and let an approximate one go live only when it finds what it should.
+
+Runs in any thread: nothing here touches an index that is being searched.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from threading import Event
+
+import faiss
+import numpy as np
+
+from resight.service.candidates import VectorIndex
+from resight.service.feed import PIECE, Feed
+from resight.service.index import ExactIndex
+from resight.service.index_graph import EF_SEARCH, GraphIndex, empty_graph
+from resight.service.index_half import HalfIndex
+from resight.service.ladder import Kind, Ladder
+from resight.service.reads import Keys
+from resight.service.runtime import Feature
+from resight.service.segment import Segment, SegmentFiles
+
+log = logging.getLogger(__name__)
+
+GRAPH_PIECE = 512  # entries added to a graph between two looks at the stop sign: up to 3 s at 512-d
+JUDGES, NEIGHBOURS = 500, 10  # entries of the collection itself that are searched for, and how many nearest
+JUDGED_AT_ONCE = 50
+
+
+@dataclass(frozen=True)
+class Built:
+    """An index of what the store held at ``index.revision``; ``note`` tells why it is not of the kind asked for."""
+
+    index: VectorIndex
+    note: str = ""
+
+
+def build(feed: Feed, kind: Kind, ladder: Ladder, stop: Event) -> Built:
+    """Read a collection and index it; an approximate index that misses too much gives way to an exact one.
+
+    Raises:
+        CollectionNotFoundError: it was deleted meanwhile.
+        UnavailableError: ``stop`` was set.
+    """
+    started = time.monotonic()
+    built = _graph(feed, ladder, stop) if kind == "hnsw" else Built(scanned(feed, kind, stop))
+    log.info(
+        "index built collection=%s kind=%s entries=%d seconds=%.2f",
+        feed.collection.name,
+        built.index.kind,
+        len(built.index),
+        time.monotonic() - started,
+    )
+    return built
+
+
+def scanned(feed: Feed, kind: Kind, stop: Event) -> ExactIndex | HalfIndex:
+    """An exact index; float16 for every kind but ``flat``, in pieces, so that no float32 copy of all is ever held."""
+    dim = feed.space.dim
+    index = ExactIndex(dim) if kind == "flat" else HalfIndex(dim, feed.vectors)
+    index.revision = feed.revision()
+    for keys, features in feed.pieces(stop):
+        index.add(keys, features)
+    return index
+
+
+def _graph(feed: Feed, ladder: Ladder, stop: Event) -> Built:
+    files = None if ladder.folder is None else SegmentFiles(ladder.folder)
+    kept = None if files is None else files.load(feed.collection, feed.space)
+    faiss.omp_set_num_threads(max(1, (os.cpu_count() or 2) // 2))  # of this thread: searches want the other half
+    if kept is not None:
+        index = _revived(feed, kept, stop)
+        if index is not None and not ladder.worn(index) and not judged(index, ladder, stop):
+            return Built(index)
+        assert files is not None
+        files.delete(feed.collection, feed.space)
+    index = _walked(feed, stop)
+    note = judged(index, ladder, stop)
+    if note:
+        return Built(_only_scanned(index), note)
+    if files is not None:
+        files.save(feed.collection, feed.space, Segment(index.sealed.rows.keys.copy(), index.graph, index.revision))
+    return Built(index)
+
+
+def _walked(feed: Feed, stop: Event) -> GraphIndex:
+    """A new graph over everything."""
+    graph, held, revision = empty_graph(feed.space.dim), [np.empty(0, np.int64)], feed.revision()
+    for keys, features in feed.pieces(stop):
+        for start in range(0, len(keys), GRAPH_PIECE):
+            if stop.is_set():
+                break
+            graph.add(features[start : start + GRAPH_PIECE])
+        held.append(keys)
+    index = GraphIndex(graph, np.concatenate(held), np.empty(0, np.int64), feed.vectors)
+    index.revision = revision
+    return index
+
+
+def _revived(feed: Feed, kept: Segment, stop: Event) -> GraphIndex | None:
+    """A kept graph over rows read anew; what was deleted since is a row of zeros, what came since is the tail.
+
+    Returns:
+        None when entries came among the kept ones, which a graph cannot take in.
+    """
+    sealed, late = HalfIndex(feed.space.dim, feed.vectors), HalfIndex(feed.space.dim, feed.vectors)
+    revision, gone, done = feed.revision(), [np.empty(0, np.int64)], 0
+    last = kept.keys[-1] if len(kept.keys) else -1
+    for keys, features in feed.pieces(stop):
+        late.add(keys[keys > last], features[keys > last])
+        keys, features = keys[keys <= last], features[keys <= last]
+        until = int(np.searchsorted(kept.keys, keys[-1], "right")) if len(keys) else done
+        expected = kept.keys[done:until]
+        if not np.isin(keys, expected).all():
+            return None
+        gone.append(_fill(sealed.codes, expected, keys, features))
+        done = until
+    gone.append(_fill(sealed.codes, kept.keys[done:], np.empty(0, np.int64), np.empty((0, feed.space.dim), np.float32)))
+    kept.graph.storage, kept.graph.own_fields = sealed.codes, False
+    index = GraphIndex(kept.graph, kept.keys, np.concatenate(gone), feed.vectors)
+    index.sealed.codes = sealed.codes  # owned by Python, where a graph that was built owns its rows itself
+    index.recent, index.revision = late, revision
+    return index
+
+
+def _fill(codes: faiss.IndexScalarQuantizer, expected: Keys, keys: Keys, features: Feature) -> Keys:
+    """Append a row for each of ``expected``, zeros where there is none; returns those."""
+    there = np.isin(expected, keys)
+    for start in range(0, len(expected), PIECE):
+        part = slice(start, start + PIECE)
+        rows = np.zeros((len(expected[part]), codes.d), np.float32)
+        rows[there[part]] = features[np.isin(keys, expected[part])]
+        codes.add(rows)
+    return expected[~there]
+
+
+def _only_scanned(index: GraphIndex) -> HalfIndex:
+    """The rows of a graph that is given up, as an exact index."""
+    half = index.sealed
+    half.codes = faiss.clone_index(half.codes)  # type: ignore[assignment]  # the graph owns the other
+    half.revision = index.revision
+    return half
+
+
+def judged(index: GraphIndex, ladder: Ladder, stop: Event) -> str:
+    """Search for the collection's own entries as widely as needed; returns why the graph is refused, or nothing.
+
+    The entry itself, which every graph finds, does not count.
+    """
+    living = index.living
+    chosen = np.sort(np.random.default_rng(0).permutation(living)[:JUDGES])
+    recall = 1.0
+    for ef in EF_SEARCH:
+        index.ef, hits, wanted = ef, 0, 0
+        for start in range(0, len(chosen), JUDGED_AT_ONCE):
+            if stop.is_set():
+                return "the gallery is closing"
+            keys, features = index.vectors(chosen[start : start + JUDGED_AT_ONCE])
+            if not len(keys):
+                continue
+            sought = index.search(features, NEIGHBOURS + 1, exact=True)
+            walked = index.search(features, NEIGHBOURS + 1)
+            for key, (true, _), (found, _) in zip(keys, sought, walked, strict=True):
+                others = true[true != key][:NEIGHBOURS]
+                hits, wanted = hits + len(np.intersect1d(others, found)), wanted + len(others)
+        recall = hits / max(1, wanted)
+        if recall >= ladder.min_recall:
+            log.info("graph accepted recall_at_10=%.3f ef=%d searched=%d", recall, ef, len(chosen))
+            return ""
+    return (
+        f"the graph found {recall:.3f} of the 10 nearest of {len(chosen)} of the collection's own entries, "
+        f"{ladder.min_recall:.2f} is asked: it is scanned instead"
+    )
