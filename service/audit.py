@@ -121,7 +121,7 @@ class Audit:
 
     async def record(self, event: Event) -> str:
         """Write one row now; returns its id once it is on disk."""
-        return await self._store.write(record, event)
+        return await self._store.book(record, event)
 
     async def listed(
         self, *, start_us: int | None = None, end_us: int | None = None, before: int | None = None, limit: int = 100
@@ -133,9 +133,9 @@ class Audit:
     async def purge(self, retention_s: float) -> int:
         """Remove rows older than ``retention_s``, at least `MIN_RETENTION_S`; returns how many."""
         before_us = now_us() - int(max(retention_s, MIN_RETENTION_S + 1) * 1e6)
-        gone = total = await self._store.write(purge, before_us)
+        gone = total = await self._store.book(purge, before_us)
         while gone == PURGE_AT_ONCE:
-            gone = await self._store.write(purge, before_us)
+            gone = await self._store.book(purge, before_us)
             total += gone
         return total
 
@@ -147,7 +147,7 @@ class Audit:
         self._waiting, self._lost = [], 0
         told = [*taken, Event("", LOST, affected=lost)] if lost else taken
         try:
-            await self._store.write(_record_all, told)
+            await self._store.book(_record_all, told)
         except ReIDError as error:
             log.error("%d rows of the audit wait: %s", len(taken), error)
             self._waiting = taken + self._waiting

@@ -163,7 +163,10 @@ def note(connection: sqlite3.Connection, lines: Iterable[Erased]) -> None:
 def in_database(connection: sqlite3.Connection) -> list[Erased]:
     """The database's own erase list."""
     rows = connection.execute("SELECT at_us, collection, subject_hash, up_to, entries FROM erased ORDER BY key")
-    return [Erased(*row[:4], tuple(json.loads(row[4]))) for row in rows.fetchall()]
+    return [
+        Erased(at_us, collection, subject_hash, up_to, tuple(json.loads(entries)))
+        for at_us, collection, subject_hash, up_to, entries in rows.fetchall()
+    ]
 
 
 def append(path: Path, lines: Sequence[Erased]) -> None:

@@ -233,7 +233,7 @@ class Gallery:
         held = await self._store.read(reads.collections, limit=-1)
         for collection in held:
             self.searcher.follow(collection)
-        await self._store.write(writes.forget, self.searcher.revisions())
+        await self._store.book(writes.forget, self.searcher.revisions())
 
     async def _purge_forever(self) -> None:
         while True:

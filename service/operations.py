@@ -75,11 +75,11 @@ class Operations:
 
     async def recover(self) -> int:
         """At start: what was running when the process died is interrupted; returns how many."""
-        return await self._store.write(_interrupt)
+        return await self._store.book(_interrupt)
 
     async def start(self, kind: str, *, total: int = 0, request_id: str = "", **details: Any) -> Operation:
         """Begin one, RUNNING. One of the same kind and ``request_id`` is answered instead, as it stands."""
-        return await self._store.write(_start, kind, total, request_id, details)
+        return await self._store.book(_start, kind, total, request_id, details)
 
     async def get(self, operation_id: str) -> Operation:
         """One by id; raises OperationNotFoundError."""
@@ -102,18 +102,18 @@ class Operations:
         Returns:
             It as it stands: look at ``cancel_asked``.
         """
-        return await self._store.write(_progress, operation_id, counts, details or {}, result or {})
+        return await self._store.book(_progress, operation_id, counts, details or {}, result or {})
 
     async def finish(
         self, operation_id: str, *, error: ReIDError | None = None, cancelled: bool = False, **result: str
     ) -> Operation:
         """End one: FAILED with an error, CANCELLED, or SUCCEEDED; one that has ended stays as it is."""
         state = State.CANCELLED if cancelled else State.SUCCEEDED if error is None else State.FAILED
-        return await self._store.write(_finish, operation_id, state, error, result)
+        return await self._store.book(_finish, operation_id, state, error, result)
 
     async def cancel(self, operation_id: str) -> Operation:
         """Ask it to end; the one who works on it does so at the next step. What has ended stays as it is."""
-        return await self._store.write(_cancel, operation_id)
+        return await self._store.book(_cancel, operation_id)
 
 
 def _operation(row: Sequence[Any]) -> Operation:

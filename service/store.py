@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from resight.errors import ReIDError, UnavailableError
+from resight.service.disk import Watermark
 from resight.service.schema import connect, open_database, translated
 from resight.service.secret import load_key, register
 
@@ -48,9 +49,11 @@ class Store:
         path: of the SQLite file; made when missing.
         dim: length of the features to come.
         quick_check_s: see `resight.service.schema.open_database`, whose errors come through.
+        watermark: refuses what `write` would add while the disk has too little room.
     """
 
-    def __init__(self, path: Path, *, dim: int, quick_check_s: float = 5.0) -> None:
+    def __init__(self, path: Path, *, dim: int, quick_check_s: float = 5.0, watermark: Watermark | None = None) -> None:
+        self._watermark = watermark
         self.path, self.folder = path, path.parent
         self._connection = open_database(path, dim=dim, quick_check_s=quick_check_s)
         try:
@@ -101,10 +104,19 @@ class Store:
         A `ReIDError` it raises undoes that function's writes alone.
 
         Raises:
+            DiskWatermarkError: little room is left on the disk.
             StorageFullError: no room; nothing was stored.
             StoreError: the database is damaged.
             UnavailableError: the store is closing.
         """
+        if self._watermark is not None:
+            self._watermark.check()
+        return await self.book(function, *args, **kwargs)
+
+    async def book(
+        self, function: Callable[Concatenate[sqlite3.Connection, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Like `write`, for the few bytes of audit and bookkeeping that go on when the room is short."""
         return await self._submit(lambda connection: function(connection, *args, **kwargs), deletes=False)
 
     async def erase(
@@ -165,6 +177,7 @@ class Store:
             self._unscrubbed |= any(job.deletes for job in jobs)
             if self._unscrubbed:
                 self._scrub()
+            self._tell_spare()
             for job in jobs:
                 job.scrubbed = not self._unscrubbed
                 if isinstance(job.outcome, BaseException):
@@ -208,3 +221,10 @@ class Store:
             self._unscrubbed = bool(self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
         except sqlite3.Error as error:
             log.error("the write-ahead log could not be emptied, it is tried again: %s", error)
+
+    def _tell_spare(self) -> None:
+        """Let the watermark count the pages that deletions have freed and the next writes fill."""
+        if self._watermark is not None:
+            (pages,) = self._connection.execute("PRAGMA freelist_count").fetchone()
+            (size,) = self._connection.execute("PRAGMA page_size").fetchone()
+            self._watermark.spare = pages * size
