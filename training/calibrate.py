@@ -63,7 +63,7 @@ def calibrate(features: Floats, store: CropStore, *, seed: int = 0) -> tuple[Cal
         seed: of the pairs drawn, of the folds and of the resamples.
 
     Returns:
-        The calibration, or None with the reason in ``Reliability.reason``; never one that rests on too little.
+        The calibration, or None with the reason in ``Reliability.problem``; never one that rests on too little.
     """
     assert len(features) == len(store), (len(features), len(store))
     drawn = _draw(features, store, seed)

@@ -57,12 +57,12 @@ class Reliability:
     """What stands behind a calibration, or why there is none.
 
     Attributes:
-        reason: why there is no calibration; empty where there is one.
+        problem: why there is no calibration; empty where there is one.
         notes: what a reader must know of it, in sentences.
         curve: None where there is no calibration.
     """
 
-    reason: str = ""
+    problem: str = ""
     notes: tuple[str, ...] = ()
     curve: ReliabilityCurve | None = None
 
