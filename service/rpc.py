@@ -124,7 +124,9 @@ class SearchServicer(search_pb2_grpc.SearchServiceServicer):
                     sources.append(outcome[1])
             if not queries:
                 continue
-            found = await self._gallery.searcher.search(collection, queries, with_features=with_features)
+            found = await self._gallery.searcher.search(
+                collection, queries, with_features=with_features, deadline=deadline
+            )
             for number, source, result in zip(numbers, sources, found, strict=True):
                 answers[number] = translate.search_message(
                     result, collection.space, quality=source.quality, timings=source.timings

@@ -19,6 +19,7 @@ DIM = 24
 SPACE = Space("ab" * 16, "tiny", DIM)
 KINDS = ("flat", "flat-fp16", "hnsw")
 PEOPLE, SHOTS = 40, 8
+ANY = Filter()
 
 
 def unit(rows):
@@ -52,7 +53,7 @@ class Site:
             )
         )
 
-    async def ids(self, collection, feature, k=10, filters=Filter(), **more):
+    async def ids(self, collection, feature, k=10, filters=ANY, **more):
         (found,) = await self.searcher.search(collection, [Query(feature, k, filters)], with_features=False, **more)
         return [hit.entry.entry_id for hit in found.hits]
 
