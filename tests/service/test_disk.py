@@ -71,7 +71,7 @@ def test_a_small_disk_refuses_writes_keeps_reading_and_recovers(small_disk: Path
                 break
         stored = await held(store)
         assert 5 < stored == number
-        assert disk.room(small_disk).free > 16 * MIB  # stopped at the mark, not at the end
+        assert disk.room(small_disk).free > 8 * MIB  # stopped near the mark: a checkpoint adds up to 16 MiB at once
         await Audit(store).record(Event("vms", "SearchService.Search"))
         assert len(await store.read(reads.entries, lobby.key, Filter(), after=0, limit=999)) == stored
         with pytest.raises(DiskWatermarkError):
