@@ -28,6 +28,7 @@ TORCH_ROOMS = {"backbone", "model", "weights", "checkpoint"}
 # The command line and the demo start the other rooms, inside their functions; nobody imports them.
 ROADS = {
     "cli",
+    "cli_connect",
     "cli_demo",
     "cli_evaluate",
     "cli_export",

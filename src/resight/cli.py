@@ -11,6 +11,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from resight.cli_bundle import bundle
+from resight.cli_connect import access
 from resight.cli_demo import demo
 from resight.cli_evaluate import evaluate
 from resight.cli_export import export
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+app.callback(help=app.info.help)(access)
 for command in (demo, adapt, evaluate, judge, export, serve, search):
     app.command()(command)
 app.command(hidden=True)(builtin_weights)

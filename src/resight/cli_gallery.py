@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track as progress
 from rich.table import Table
 
+from resight.cli_connect import connect
 from resight.cli_json import JsonOption, write_json
 from resight.errors import InputError, ReIDError
 
@@ -48,7 +49,7 @@ def search(
 
     Example: `resight search person.jpg --collection lobby --exclude-camera door`
     """
-    from resight.client import Client, Where
+    from resight.client import Where
 
     where = Where(
         camera_ids=camera or (),
@@ -56,7 +57,7 @@ def search(
         subject_ids=subject or (),
         track_ids=track or (),
     )
-    with Client(server) as client:
+    with connect(server) as client:
         answer = client.search(collection, _read(image), top_k=top_k, where=where, min_similarity=min_similarity)
     table = Table(title=f"{len(answer.hits)} nearest to {image.name} in {collection}")
     for column in ("rank", "similarity", "entry", "subject", "camera", "track", "captured"):
@@ -76,10 +77,8 @@ def create(
     server: Server = DEFAULT_SERVER,
 ) -> None:
     """Make an empty collection. Example: `resight gallery create lobby --ttl 30d`."""
-    from resight.client import Client
-
     lives = None if ttl is None else _duration(ttl)
-    with Client(server) as client:
+    with connect(server) as client:
         made = client.create_collection(name, ttl=lives, unlimited_retention=keep_forever, keep_crops=keep_crops)
     Console().print(f"created {made.name} for features of {made.model}, space {made.space_id[:12]}", highlight=False)
 
@@ -87,9 +86,7 @@ def create(
 @gallery.command("list")
 def list_collections(server: Server = DEFAULT_SERVER, json_file: JsonOption = None) -> None:
     """Show all collections. Example: `resight gallery list`."""
-    from resight.client import Client
-
-    with Client(server) as client:
+    with connect(server) as client:
         found = list(client.collections())
     table = Table(title=f"{len(found)} collections on {server}")
     for column in ("collection", "entries", "entries live", "crops", "model", "space"):
@@ -116,12 +113,12 @@ def enrol(
 
     A file that is no usable crop is reported and left out; the command then ends with status 1.
     """
-    from resight.client import Client, NewEntry
+    from resight.client import NewEntry
 
     console = Console(stderr=True)
     files = list(_files(images))
     refused = 0
-    with Client(server) as client:
+    with connect(server) as client:
         client.collection(name)  # an unknown collection is told before any file is read
         starts = range(0, len(files), PART)
         for start in progress(starts, description="enrol", console=console):
@@ -144,9 +141,7 @@ def get(
     json_file: JsonOption = None,
 ) -> None:
     """Show one entry. Example: `resight gallery get lobby 0001.jpg`."""
-    from resight.client import Client
-
-    with Client(server) as client:
+    with connect(server) as client:
         found = asdict(client.get_entry(name, entry_id))
     table = Table("field", "value", title=f"{entry_id} in {name}")
     for field, value in found.items():
@@ -168,10 +163,10 @@ def entries(
     """List entries in order of enrolment. Example: `resight gallery entries lobby --camera door`."""
     from itertools import islice
 
-    from resight.client import Client, Where
+    from resight.client import Where
 
     where = Where(camera_ids=camera or (), subject_ids=subject or (), track_ids=track or ())
-    with Client(server) as client:
+    with connect(server) as client:
         found = list(islice(client.entries(name, where=where, page_size=min(limit, 1000)), limit))
     table = Table(title=f"{len(found)} entries of {name}")
     for column in ("entry", "subject", "camera", "track", "quality", "expires"):
@@ -193,12 +188,12 @@ def delete(
     server: Server = DEFAULT_SERVER,
 ) -> None:
     """Delete entries by id, or by filter. Example: `resight gallery delete lobby --subject anna`."""
-    from resight.client import Client, Where
+    from resight.client import Where
 
     where = Where(camera_ids=camera or (), subject_ids=subject or (), track_ids=track or ())
     if bool(entry_ids) == (where != Where()):
         raise InputError("delete either entries by their ids or what passes a filter: give one of the two")
-    with Client(server) as client:
+    with connect(server) as client:
         if entry_ids:
             for entry_id in entry_ids:
                 client.delete_entry(name, entry_id)
@@ -215,9 +210,7 @@ def drop(
     server: Server = DEFAULT_SERVER,
 ) -> None:
     """Delete a collection with all it holds. Example: `resight gallery drop lobby --force`."""
-    from resight.client import Client
-
-    with Client(server) as client:
+    with connect(server) as client:
         client.delete_collection(name, force=force)
     Console().print(f"dropped {name}", highlight=False)
 

@@ -16,6 +16,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 from uuid import uuid4
@@ -40,6 +41,7 @@ from resight.answers import (
     Where,
 )
 from resight.calls import call, chunks, outcome, pause
+from resight.channel import channel_credentials, open_channel
 from resight.errors import OverloadedError, ReIDError, UnavailableError
 from resight.v1 import (
     admin_pb2,
@@ -80,9 +82,25 @@ class Client:
     Args:
         address: ``HOST:PORT``.
         timeout_s: for one call with its retries; batches get six times as much.
+        token: what `resight token create` printed, where the server asks for one.
+        tls_ca: PEM file of the authorities that sign the server's certificate; None = plaintext.
+        tls_cert: PEM file of this client's certificate, where the server asks for one.
+        tls_key: PEM file of its private key.
+
+    Raises:
+        InputError: a file cannot be read, or the token would travel to another machine in clear.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float = 10.0,
+        token: str | None = None,
+        tls_ca: Path | None = None,
+        tls_cert: Path | None = None,
+        tls_key: Path | None = None,
+    ) -> None:
         self.address, self._timeout_s = address, timeout_s
         options = [
             ("grpc.max_receive_message_length", MESSAGE_BYTES),
@@ -90,7 +108,8 @@ class Client:
             ("grpc.initial_reconnect_backoff_ms", 100),  # gRPC's own 1 s outlasts a restart
             ("grpc.max_reconnect_backoff_ms", 1000),
         ]
-        self._channel = grpc.insecure_channel(address, options=options)
+        credentials = channel_credentials(tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key)
+        self._channel = open_channel(address, options, credentials, token)
         self._embedding = embedding_pb2_grpc.EmbeddingServiceStub(self._channel)
         self._search = search_pb2_grpc.SearchServiceStub(self._channel)
         self._gallery = gallery_pb2_grpc.GalleryServiceStub(self._channel)
