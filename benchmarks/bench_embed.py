@@ -22,7 +22,7 @@ from resight.exporters.export import export_encoder
 from resight.image import Pixels, decode, fit
 from resight.probes import draw_jpegs
 from resight.served import server
-from resight.service.runtime import OnnxRuntime
+from resight.service.onnx_runtime import OnnxRuntime
 from resight.weights import load_weights
 
 IN_FLIGHT = 32

@@ -26,7 +26,7 @@ from resight.service.rate import RateLimit
 from resight.service.request_id import with_request_id
 from resight.service.rpc import AdminServicer, EmbeddingServicer, SearchServicer
 from resight.service.rpc_gallery import GalleryServicer
-from resight.service.runtime import OnnxRuntime
+from resight.service.runtime import Runtime, open_runtime
 from resight.service.settings import Settings
 from resight.service.standard import add_standard_services
 from resight.service.store import Store
@@ -132,13 +132,15 @@ async def serving(settings: Settings) -> AsyncIterator[Server]:
         yield Server(server, status, address)
 
 
-def _load(settings: Settings) -> OnnxRuntime:
-    return OnnxRuntime(
+def _load(settings: Settings) -> Runtime:
+    return open_runtime(
         open_bundle(settings.bundle),
         provider=settings.provider,
         precision=settings.precision,
         max_batch=settings.max_batch,
         threads=settings.inference_threads,
+        device_id=settings.device_id,
+        engine_cache=settings.engine_cache,
     )
 
 

@@ -1,31 +1,24 @@
-"""Pixels to features: what runs the model, behind one small protocol.
+"""Pixels to features: what runs the model, behind one small protocol, and the one place that chooses it.
 
 A runtime proves itself on the bundle's probes before it is handed out, and that run is its warm-up.
 """
 
 from __future__ import annotations
 
-import logging
-from typing import Protocol
+from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
-from resight.bundle import Bundle, check_probes
-from resight.errors import BundleError, StartupError
+from resight.bundle import Bundle
 from resight.image import ImageSpec, Pixels
-
-log = logging.getLogger(__name__)
 
 Feature = NDArray[np.float32]
 """float32 (D,), unit length; (N, D) for a batch."""
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# fp32 must equal what was exported; the lower precisions are held to the parity of their own export,
-# less this much for another machine's kernels.
-MIN_COSINE_FP32 = 0.9999
-KERNEL_SLACK = 0.001
+Provider = Literal["cpu", "cuda", "ort-tensorrt", "tensorrt"]
+"""``cpu``, ``cuda`` and ``ort-tensorrt`` are onnxruntime's, ``tensorrt`` is TensorRT's own API."""
 
 
 class Runtime(Protocol):
@@ -43,77 +36,63 @@ class Runtime(Protocol):
         ...
 
 
-class OnnxRuntime:
-    """The bundle's ONNX graph in onnxruntime, on one provider chosen by name.
+def open_runtime(
+    bundle: Bundle,
+    *,
+    provider: Provider = "cpu",
+    precision: str = "fp32",
+    max_batch: int = 32,
+    threads: int = 0,
+    device_id: int = 0,
+    engine_cache: Path | None = None,
+) -> Runtime:
+    """The runtime that was asked for, proven on the bundle's probes and warm; never another one instead.
 
     Args:
         bundle: verified by `resight.bundle.open_bundle`.
-        provider: ``cpu`` or ``cuda``; no silent fallback from one to the other.
+        provider: where it runs; told back in the runtime's ``provider``.
         precision: which of the bundle's graphs.
         max_batch: crops per run.
-        threads: of one run; 0 = onnxruntime's choice.
+        threads: of one run on the CPU; 0 = one for each core this process may use.
+        device_id: which GPU.
+        engine_cache: folder of TensorRT's engines; None = `resight.engine_cache.default_folder`.
 
     Raises:
-        BundleError: the graph cannot be loaded, is not uint8 (N, H, W, 3) -> (N, D), or fails the probes.
-        StartupError: this onnxruntime has no such provider.
+        BundleError: no such graph, a hostile one, or it fails the probes.
+        StartupError: the provider's library or GPU is missing, or the cache cannot be used.
     """
+    # Each where it is used: onnxruntime and TensorRT are large, and the second is not everywhere.
+    if provider == "tensorrt":
+        from resight.service.tensorrt_runtime import TensorRTRuntime
 
-    def __init__(
-        self, bundle: Bundle, *, provider: str = "cpu", precision: str = "fp32", max_batch: int = 32, threads: int = 0
-    ) -> None:
-        manifest = bundle.manifest
-        self.name, self.space_id, self.feature_dim = manifest.name, manifest.space_id, manifest.feature_dim
-        self.image, self.max_batch, self.provider = manifest.image, max_batch, f"{provider}-{precision}"
-        if PROVIDERS[provider] not in ort.get_available_providers():
-            raise StartupError(
-                f"provider {provider} needs {PROVIDERS[provider]}, this onnxruntime has "
-                f"{', '.join(ort.get_available_providers())}: install resight[gpu] or use --provider cpu"
-            )
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        try:
-            self._session = ort.InferenceSession(bundle.read(precision), options, providers=[PROVIDERS[provider]])
-        except Exception as error:  # onnxruntime raises a dozen classes of its own that share no base
-            raise BundleError(
-                f"bundle {bundle.path.name}: onnxruntime cannot load its {precision} graph: "
-                f"{str(error).splitlines()[0][:300]}: export the bundle anew"
-            ) from error
-        self._check_provider(provider)
-        self._check_signature(bundle)
-        parity = next(a.min_cosine for a in manifest.artefacts if a.precision == precision and a.runtime == "onnx")
-        found = check_probes(
-            bundle.probes(),
-            self.image,
-            self.embed,
-            what=f"the {precision} graph of bundle {self.name} on {provider}",
-            min_cosine=MIN_COSINE_FP32 if precision == "fp32" else parity - KERNEL_SLACK,
+        return TensorRTRuntime(
+            bundle, precision=precision, max_batch=max_batch, device_id=device_id, engine_cache=engine_cache
         )
-        # The largest batch once, so that the first full one does not pay for its allocations.
-        self.embed(np.zeros((max_batch, self.image.height, self.image.width, 3), np.uint8))
-        log.info("probes passed bundle=%s provider=%s min_cosine=%.6f", self.name, self.provider, found.min_cosine)
+    from resight.service.onnx_runtime import OnnxRuntime
 
-    def _check_provider(self, provider: str) -> None:
-        """Onnxruntime falls back to the CPU with a warning when a GPU's libraries are missing; we do not."""
-        if self._session.get_providers()[0] != PROVIDERS[provider]:
-            raise StartupError(
-                f"provider {provider} could not be started, onnxruntime chose {self._session.get_providers()[0]}: "
-                "mend the GPU's driver and libraries, or use --provider cpu"
-            )
+    return OnnxRuntime(
+        bundle,
+        provider=provider,
+        precision=precision,
+        max_batch=max_batch,
+        threads=threads,
+        device_id=device_id,
+        engine_cache=engine_cache,
+    )
 
-    def _check_signature(self, bundle: Bundle) -> None:
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        found = [(node.name, node.type, len(node.shape)) for node in (*inputs, *outputs)]
-        expected = [("images", "tensor(uint8)", 4), ("features", "tensor(float)", 2)]
-        if found != expected:
-            raise BundleError(
-                f"bundle {bundle.path.name}: expected a graph {expected[0]} -> {expected[1]}, found {found}: "
-                "export the bundle anew"
-            )
 
-    def embed(self, images: Pixels) -> Feature:
-        """Embed fitted crops: uint8 (N, H, W, 3) RGB -> float32 (N, D) unit rows."""
-        features: Feature = self._session.run(["features"], {"images": images})[0]
-        return features
+def warm_up(runtime: Runtime, *, every_size: bool) -> None:
+    """Run what later runs should not pay for: the largest batch, which takes all memory there is to take.
+
+    Args:
+        runtime: to run.
+        every_size: also the other powers of two a batcher makes. A GPU's libraries choose kernels when they first
+            meet a shape, and the sizes between share them with a neighbour; on a CPU nothing depends on the size.
+    """
+    size = runtime.max_batch
+    while size:
+        runtime.embed(np.zeros((size, runtime.image.height, runtime.image.width, 3), np.uint8))
+        size = size // 2 if every_size else 0
 
 
 class DummyRuntime:

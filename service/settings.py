@@ -13,8 +13,10 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from resight.engine_cache import default_folder
 from resight.errors import RecipeError
 from resight.image import MAX_BYTES, MAX_PIXELS
+from resight.service.runtime import Provider
 
 MIB = 1024 * 1024
 PREFIX = "RESIGHT_"
@@ -35,9 +37,11 @@ class Settings(BaseSettings):
         rate_limit: calls a second of one principal; 0 = no limit.
         rate_burst: calls of one principal at once, after a rest.
         reflection: answer ``grpc.reflection``; None = only on loopback.
-        provider: where the model runs.
+        provider: what runs the model, and where; never another one instead.
         precision: which of the bundle's graphs.
-        inference_threads: of onnxruntime; 0 = its own choice (one per core).
+        device_id: which GPU.
+        engine_cache: folder of TensorRT's engines, private to the user; made when missing.
+        inference_threads: of onnxruntime on the CPU; 0 = one for each core the process may use.
         decode_threads: crops decoded at once; each holds at most ``max_image_pixels`` of RGB.
         max_batch: crops of one inference.
         batch_delay_s: wait for more crops when the model is idle; 0 batches what gathers while it is busy.
@@ -71,8 +75,10 @@ class Settings(BaseSettings):
     rate_limit: float = Field(default=0.0, ge=0.0)
     rate_burst: int = Field(default=20, ge=1)
     reflection: bool | None = None
-    provider: Literal["cpu", "cuda"] = "cpu"
+    provider: Provider = "cpu"
     precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    device_id: int = Field(default=0, ge=0, le=63)
+    engine_cache: Path = Field(default_factory=default_folder)
     inference_threads: int = Field(default=0, ge=0, le=256)
     decode_threads: int = Field(default=min(8, os.cpu_count() or 1), ge=1, le=64)
     max_batch: int = Field(default=32, ge=1, le=1024)

@@ -79,9 +79,9 @@ def open_model(model: str, device: str) -> tuple[ImageSpec, Callable[[Pixels], F
     if not is_bundle(Path(model)):
         encoder = load_weights(model).encoder.to(device)
         return encoder.config.image, encoder_embedding(encoder, device)
-    from resight.service.runtime import OnnxRuntime
+    from resight.service.runtime import open_runtime
 
-    runtime = OnnxRuntime(open_bundle(Path(model)), max_batch=EXTRACTION_BATCH)
+    runtime = open_runtime(open_bundle(Path(model)), max_batch=EXTRACTION_BATCH)
     return runtime.image, runtime.embed
 
 

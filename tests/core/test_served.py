@@ -19,7 +19,7 @@ from resight.client import Client
 from resight.errors import SiteError, UnavailableError
 from resight.exporters.export import export_encoder
 from resight.image import decode, fit
-from resight.service.runtime import OnnxRuntime
+from resight.service.onnx_runtime import OnnxRuntime
 from resight.training.datasets import Site, open_site
 from resight.training.evaluate import evaluate_site, evaluation_splits, percentages
 from resight.training.features import extract

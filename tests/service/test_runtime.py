@@ -1,4 +1,6 @@
 import dataclasses
+import os
+import warnings
 
 import numpy as np
 import onnxruntime as ort
@@ -10,7 +12,9 @@ from resight.bundle import Graph, Parity, space_id, write_bundle
 from resight.errors import BundleError, StartupError
 from resight.image import ImageSpec
 from resight.probes import make_probes
-from resight.service.runtime import DummyRuntime, OnnxRuntime
+from resight.service import onnx_runtime
+from resight.service.onnx_runtime import PROVIDERS, OnnxRuntime, cuda_options, session_options, tensorrt_options
+from resight.service.runtime import DummyRuntime, open_runtime, warm_up
 
 
 def pixels(count: int, spec: ImageSpec = SPEC) -> np.ndarray:
@@ -37,16 +41,67 @@ def test_a_precision_the_bundle_does_not_have_is_refused(bundle):
         OnnxRuntime(bundle, precision="int8")
 
 
-@pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="this onnxruntime has CUDA")
-def test_a_provider_that_is_not_there_is_refused_not_replaced(bundle):
-    with pytest.raises(StartupError, match=r"CUDAExecutionProvider.*--provider cpu"):
-        OnnxRuntime(bundle, provider="cuda")
+@pytest.mark.parametrize("provider", ["cuda", "ort-tensorrt"])
+def test_a_provider_that_is_not_there_is_refused_not_replaced(bundle, provider, tmp_path):
+    if PROVIDERS[provider] in ort.get_available_providers():
+        pytest.skip(f"this onnxruntime has {PROVIDERS[provider]}: nothing is missing")
+    with pytest.raises(StartupError, match=rf"{PROVIDERS[provider]}.*--provider cpu"):
+        open_runtime(bundle, provider=provider, engine_cache=tmp_path / "engines")
+
+
+@pytest.mark.parametrize("provider", ["cuda", "ort-tensorrt"])
+def test_a_provider_that_does_not_start_is_refused_not_replaced(bundle, provider, tmp_path, monkeypatch):
+    """Its library is listed but does not load: onnxruntime goes on with the CPU, and says so in a printed line."""
+    if PROVIDERS[provider] in ort.get_available_providers():
+        pytest.skip(f"this onnxruntime has {PROVIDERS[provider]}: it may well start")
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: list(PROVIDERS.values()))
+    with (
+        pytest.raises(StartupError, match=rf"provider {provider} could not be started.*CPUExecutionProvider"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # onnxruntime's own about the provider
+        open_runtime(bundle, provider=provider, engine_cache=tmp_path / "engines")
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif("CUDAExecutionProvider" not in ort.get_available_providers(), reason="needs onnxruntime-gpu")
 def test_the_gpu_answers_as_the_cpu(bundle):
-    assert np.abs(OnnxRuntime(bundle, provider="cuda").embed(pixels(7)) - embed_by_hand(pixels(7))).max() < 1e-3
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        pytest.skip("this onnxruntime has no CUDAExecutionProvider: install onnxruntime-gpu")
+    assert np.abs(open_runtime(bundle, provider="cuda").embed(pixels(7)) - embed_by_hand(pixels(7))).max() < 1e-3
+
+
+def test_the_session_leaves_the_cores_to_the_service():
+    options = session_options(0)
+    assert options.intra_op_num_threads == len(os.sched_getaffinity(0)) and options.inter_op_num_threads == 1
+    assert options.enable_cpu_mem_arena and not options.enable_mem_pattern
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert options.get_session_config_entry("session.set_denormal_as_zero") == "1"
+    assert session_options(3).intra_op_num_threads == 3
+
+
+def test_fp32_is_no_tf32():
+    assert [cuda_options(precision=p, device_id=1)["use_tf32"] for p in ("fp32", "fp16", "int8")] == ["0", "1", "1"]
+
+
+def test_the_engines_of_onnxruntime_have_explicit_shapes_and_a_private_folder(tmp_path):
+    options = tensorrt_options(tmp_path, ("a:1", "a:8", "a:16"), precision="fp16", device_id=2)
+    assert options["trt_profile_min_shapes"] == "a:1" and options["trt_profile_max_shapes"] == "a:16"
+    assert options["trt_profile_opt_shapes"] == "a:8" and options["device_id"] == "2"
+    assert {options["trt_engine_cache_path"], options["trt_timing_cache_path"]} == {str(tmp_path)}
+    assert (options["trt_fp16_enable"], options["trt_int8_enable"]) == ("True", "False")
+
+
+@pytest.mark.parametrize(("every", "sizes"), [(True, [32, 16, 8, 4, 2, 1]), (False, [32])])
+def test_warming_up_begins_with_the_largest_batch(every, sizes):
+    met = []
+
+    class Counting(DummyRuntime):
+        def embed(self, images):
+            met.append(len(images))
+            return super().embed(images)
+
+    warm_up(Counting(), every_size=every)
+    assert met == sizes
 
 
 def bundle_of(path, data: bytes):
@@ -63,7 +118,13 @@ def bundle_of(path, data: bytes):
 
 
 def test_bytes_that_are_no_graph_are_refused(tmp_path):
-    with pytest.raises(BundleError, match="onnxruntime cannot load"):
+    with pytest.raises(BundleError, match=r"model\.onnx was refused before anything ran it"):
+        OnnxRuntime(bundle_of(tmp_path / "b", graph(0)[:200]))
+
+
+def test_what_onnxruntime_cannot_load_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_runtime, "check_graph", lambda *_, **__: None)
+    with pytest.raises(BundleError, match=r"onnxruntime [\d.]+ cannot load model\.onnx on cpu"):
         OnnxRuntime(bundle_of(tmp_path / "b", graph(0)[:200]))
 
 
@@ -72,7 +133,7 @@ def test_a_graph_of_another_shape_is_refused(tmp_path):
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3, 64, 32])
     made = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    with pytest.raises(BundleError, match="expected a graph"):
+    with pytest.raises(BundleError, match="refused before anything ran it: expected one input images"):
         OnnxRuntime(bundle_of(tmp_path / "b", model.SerializeToString()))
 
 

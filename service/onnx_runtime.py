@@ -1,0 +1,208 @@
+"""The bundle's ONNX graph in onnxruntime, on the provider that was asked for and no other."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from resight.bundle import Bundle, check_probes
+from resight.engine_build import WORKSPACE_BYTES, cast_first
+from resight.engine_cache import EngineCache
+from resight.errors import BundleError, StartupError
+from resight.graph_check import INPUT, OUTPUT, check_graph
+from resight.image import Pixels
+from resight.probes import BATCH_SIZES
+from resight.service.runtime import Feature, Provider, warm_up
+from resight.tolerance import least_cosine
+
+log = logging.getLogger(__name__)
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "ort-tensorrt": "TensorrtExecutionProvider",
+}
+
+
+class OnnxRuntime:
+    """The bundle's ONNX graph in onnxruntime.
+
+    Args:
+        bundle: verified by `resight.bundle.open_bundle`.
+        provider: ``cpu``, ``cuda`` or ``ort-tensorrt``; no silent fallback from one to another.
+        precision: which of the bundle's graphs.
+        max_batch: crops per run.
+        threads: of one run on the CPU; 0 = one for each core this process may use.
+        device_id: which GPU.
+        engine_cache: where ``ort-tensorrt`` keeps its engines; None = `resight.engine_cache.default_folder`.
+
+    Raises:
+        BundleError: the graph is refused, cannot be loaded, or fails the probes.
+        StartupError: this onnxruntime has no such provider, or it does not start.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        provider: Provider = "cpu",
+        precision: str = "fp32",
+        max_batch: int = 32,
+        threads: int = 0,
+        device_id: int = 0,
+        engine_cache: Path | None = None,
+    ) -> None:
+        manifest = bundle.manifest
+        self.name, self.space_id, self.feature_dim = manifest.name, manifest.space_id, manifest.feature_dim
+        self.image, self.max_batch, self.provider = manifest.image, max_batch, f"{provider}-{precision}"
+        if PROVIDERS[provider] not in ort.get_available_providers():
+            raise StartupError(
+                f"provider {provider} needs {PROVIDERS[provider]}, this onnxruntime has "
+                f"{', '.join(ort.get_available_providers())}: install resight[gpu] or use --provider cpu"
+            )
+        runtime = "tensorrt" if (provider, precision) == ("ort-tensorrt", "int8") else "onnx"
+        artefact, data = bundle.find(precision, runtime), bundle.read(precision, runtime)
+        check_graph(data, self.image, self.feature_dim, what=artefact.file)
+        with contextlib.ExitStack() as stack:
+            if provider == "ort-tensorrt":
+                data = cast_first(data)
+                folder = stack.enter_context(_engines(EngineCache(engine_cache), data, self.provider, max_batch))
+                chosen = tensorrt_options(folder, self._batch_shapes(), precision=precision, device_id=device_id)
+            else:
+                chosen = cuda_options(precision=precision, device_id=device_id) if provider == "cuda" else {}
+            self._session = self._open(data, provider, chosen, session_options(threads), artefact.file)
+            found = check_probes(
+                bundle.probes(),
+                self.image,
+                self.embed,
+                what=f"{artefact.file} of bundle {self.name} on {provider}",
+                min_cosine=least_cosine(artefact),
+            )
+            warm_up(self, every_size=provider != "cpu")
+        log.info("probes passed bundle=%s provider=%s min_cosine=%.6f", self.name, self.provider, found.min_cosine)
+
+    def _batch_shapes(self) -> tuple[str, str, str]:
+        """Smallest, usual and largest input, as onnxruntime's TensorRT provider spells shapes."""
+        crop = f"{self.image.height}x{self.image.width}x3"
+        batches = (1, self.max_batch, max(self.max_batch, *BATCH_SIZES))
+        least, usual, most = (f"{INPUT}:{batch}x{crop}" for batch in batches)
+        return least, usual, most
+
+    def _open(
+        self, data: bytes, provider: str, chosen: dict[str, str], options: ort.SessionOptions, file: str
+    ) -> ort.InferenceSession:
+        """A session on the chosen provider; onnxruntime would fall back to the CPU with a printed line, we do not."""
+        # What TensorRT leaves (the transposition of bytes, at most) runs on CUDA.
+        beside = [("CUDAExecutionProvider", {"device_id": chosen["device_id"]})] if provider == "ort-tensorrt" else []
+        try:
+            session = ort.InferenceSession(
+                data, options, providers=[(PROVIDERS[provider], chosen), *beside], enable_fallback=0
+            )
+        except Exception as error:  # onnxruntime raises a dozen classes of its own that share no base
+            kind = BundleError if provider == "cpu" else StartupError
+            raise kind(
+                f"bundle {self.name}: onnxruntime {ort.__version__} cannot load {file} on {provider}: "
+                f"{str(error).splitlines()[0][:300]}: "
+                + ("export the bundle anew" if provider == "cpu" else "mend the GPU's driver, or use --provider cpu")
+            ) from error
+        session.disable_fallback()  # nor when a run fails
+        if session.get_providers()[0] != PROVIDERS[provider]:
+            raise StartupError(
+                f"provider {provider} could not be started, onnxruntime chose {session.get_providers()[0]}: "
+                "mend the GPU's driver and libraries, or use --provider cpu"
+            )
+        return session
+
+    def embed(self, images: Pixels) -> Feature:
+        """Embed fitted crops: uint8 (N, H, W, 3) RGB -> float32 (N, D) unit rows."""
+        features: Feature = self._session.run([OUTPUT], {INPUT: images})[0]
+        return features
+
+
+def session_options(threads: int) -> ort.SessionOptions:
+    """How onnxruntime runs a graph beside a service on the same cores; figures by `benchmarks/bench_session.py`.
+
+    Args:
+        threads: of one run; 0 = one for each core this process may use.
+    """
+    options = ort.SessionOptions()
+    # Given as a number, even where it is onnxruntime's own: left at 0 it also pins each thread to a core (its page
+    # "Thread management"), where it waits for whatever of the service runs there.
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    # A pattern is planned and kept for every shape, and a batcher makes max_batch of them: the peak of OSNet x0.25
+    # was 182 MiB with patterns and 123 MiB without, at the same speed. The arena itself stays: without it each run
+    # asks the system anew (RSS 139 MiB, no faster); after the warm-up it grew by 2 MiB, so nothing is shrunk.
+    options.enable_cpu_mem_arena = True
+    options.enable_mem_pattern = False
+    # Threads that spin for work took 1.6-1.9 times the CPU time per crop, which decoding and gRPC on the same cores
+    # want; sleeping costs a lone crop up to 1 ms.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Numbers below 1e-38 take a CPU a hundred times as long and change no feature.
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    options.log_severity_level = 3  # errors: its warnings are about graphs, and a user of a bundle writes none
+    return options
+
+
+def cuda_options(*, precision: str, device_id: int) -> dict[str, str]:
+    """Of onnxruntime's CUDA provider; names and meanings from its page "CUDA Execution Provider"."""
+    return {
+        "device_id": str(device_id),
+        # The default tries every algorithm for each new shape, and a batcher makes many shapes.
+        "cudnn_conv_algo_search": "HEURISTIC",
+        # The default doubles what it takes; a gallery's index may want the rest.
+        "arena_extend_strategy": "kSameAsRequested",
+        "use_tf32": "0" if precision == "fp32" else "1",  # on by default: 10 bits of mantissa, which is no fp32
+    }
+
+
+def tensorrt_options(folder: Path, shapes: tuple[str, str, str], *, precision: str, device_id: int) -> dict[str, str]:
+    """Of onnxruntime's TensorRT provider; names and meanings from its page "TensorRT Execution Provider".
+
+    Args:
+        folder: for its engines and timings.
+        shapes: smallest, usual and largest input. Without them the engine is built anew for each larger batch.
+        precision: of the graph; its build for TensorRT 10 has to be allowed what the graph holds.
+        device_id: the GPU.
+    """
+    least, usual, most = shapes
+    return {
+        "device_id": str(device_id),
+        "trt_max_workspace_size": str(WORKSPACE_BYTES),
+        "trt_profile_min_shapes": least,
+        "trt_profile_opt_shapes": usual,
+        "trt_profile_max_shapes": most,
+        "trt_engine_cache_enable": "True",
+        "trt_engine_cache_path": str(folder),
+        "trt_timing_cache_enable": "True",
+        "trt_timing_cache_path": str(folder),
+        "trt_fp16_enable": str(precision == "fp16"),
+        "trt_int8_enable": str(precision == "int8"),
+    }
+
+
+@contextlib.contextmanager
+def _engines(cache: EngineCache, data: bytes, provider: str, max_batch: int) -> Iterator[Path]:
+    """The sealed folder of one graph; onnxruntime itself tells GPUs and versions of TensorRT apart in it."""
+    key: dict[str, Any] = {
+        "onnx": hashlib.sha256(data).hexdigest(),
+        "provider": provider,
+        "max_batch": max_batch,
+        "onnxruntime": ort.__version__,
+    }
+    spelled = json.dumps(key, sort_keys=True).encode()
+    with (
+        cache.lock(),
+        cache.sealed_folder(f"{hashlib.sha256(spelled).hexdigest()[:32]}.onnxruntime", spelled) as folder,
+    ):
+        yield folder

@@ -1,0 +1,206 @@
+"""Run a TensorRT engine: pixels in, features out, with nothing but TensorRT and CUDA's runtime API."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resight.bundle import Bundle
+from resight.engine import Profile, cuda, engine_key, find_engine, load_cudart, load_tensorrt, tensorrt_logger
+from resight.engine_cache import EngineCache
+from resight.errors import BundleError, LimitError, ModelError
+from resight.graph_check import INPUT, OUTPUT, check_graph
+from resight.image import ImageSpec, Pixels
+from resight.probes import BATCH_SIZES, Parity, check_probes
+from resight.tolerance import least_cosine
+
+log = logging.getLogger(__name__)
+
+
+class EngineSession:
+    """One engine on one GPU, with buffers for its largest batch. Calls from several threads wait for one another.
+
+    Args:
+        plan: from `resight.engine.find_engine`, built on this machine: TensorRT runs what it says.
+        image: height and width of a crop.
+        device_id: the GPU.
+
+    Raises:
+        BundleError: TensorRT refuses the engine, or it is not uint8 (N, H, W, 3) -> float32 (N, D).
+        StartupError: no TensorRT, no CUDA, or no memory on the GPU.
+    """
+
+    def __init__(self, plan: bytes, image: ImageSpec, *, device_id: int = 0) -> None:
+        trt, self._cudart = load_tensorrt(), load_cudart()
+        self._device_id = device_id
+        self._lock = threading.Lock()
+        cuda(self._cudart.cudaSetDevice(device_id))
+        # All three live as long as the session: an engine needs its runtime, a runtime its logger.
+        self._logger = tensorrt_logger(trt)
+        self._runtime = trt.Runtime(self._logger)
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise BundleError("TensorRT refuses the engine: it is of another version or GPU; it has to be built anew")
+        self.profile, self.feature_dim = self._check_tensors(trt, image)
+        self._shape = (image.height, image.width, 3)
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise BundleError("TensorRT cannot make room for the engine on this GPU: free memory, or lower max_batch")
+        self._allocate()
+
+    def _check_tensors(self, trt: ModuleType, image: ImageSpec) -> tuple[Profile, int]:
+        engine = self._engine
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        found = {
+            name: (engine.get_tensor_mode(name), engine.get_tensor_dtype(name), tuple(engine.get_tensor_shape(name)))
+            for name in names
+        }
+        expected = {
+            INPUT: (trt.TensorIOMode.INPUT, trt.uint8, (-1, image.height, image.width, 3)),
+            OUTPUT: (trt.TensorIOMode.OUTPUT, trt.float32, (-1, *found.get(OUTPUT, (0, 0, (-1, -1)))[2][1:])),
+        }
+        if found != expected or len(found[OUTPUT][2]) != 2 or found[OUTPUT][2][1] < 1:
+            raise BundleError(f"expected an engine with tensors {expected}, found {found}: export the bundle anew")
+        batches = [int(shape[0]) for shape in engine.get_tensor_profile_shape(INPUT, 0)]
+        return Profile(*batches), int(found[OUTPUT][2][1])
+
+    def _allocate(self) -> None:
+        """Page-locked buffers on the host, so that copies need no staging, and others on the GPU; freed with it."""
+        cudart, most = self._cudart, self.profile.most
+        sizes = (int(most * np.prod(self._shape)), most * self.feature_dim * 4)
+        held: list[tuple[Callable[[Any], Any], Any]] = []
+        self.close = weakref.finalize(self, _free, held)
+        self._stream = cuda(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking))
+        held.append((cudart.cudaStreamDestroy, self._stream))
+        host, self._device = [], []
+        for size in sizes:
+            host.append(cuda(cudart.cudaMallocHost(size)))
+            held.append((cudart.cudaFreeHost, host[-1]))
+            self._device.append(cuda(cudart.cudaMalloc(size)))
+            held.append((cudart.cudaFree, self._device[-1]))
+        shapes = (most, *self._shape), (most, self.feature_dim)
+        self._images: Pixels = _array_at(host[0], shapes[0], np.uint8)
+        self._features: NDArray[np.float32] = _array_at(host[1], shapes[1], np.float32)
+        self._images[:] = 0
+        for name, address in zip((INPUT, OUTPUT), self._device, strict=True):
+            if not self._context.set_tensor_address(name, int(address)):
+                raise BundleError(f"TensorRT refuses the address of {name}: export the bundle anew")
+
+    def run(self, images: Pixels) -> NDArray[np.float32]:
+        """Embed fitted crops.
+
+        Args:
+            images: uint8 (N, H, W, 3) RGB, N in 1..profile.most; fewer than ``profile.least`` are filled up with black.
+
+        Returns:
+            float32 (N, D), unit rows.
+
+        Raises:
+            LimitError: too many crops, or crops of another size.
+            ModelError: the GPU failed, or the session was closed.
+        """
+        count = len(images)
+        if not 1 <= count <= self.profile.most or images.shape[1:] != self._shape or images.dtype != np.uint8:
+            raise LimitError(
+                f"expected uint8 of 1..{self.profile.most} x {self._shape}, found {images.dtype} {images.shape}: "
+                "the engine was built for no other batch"
+            )
+        with self._lock:
+            if not self.close.alive:
+                raise ModelError("the engine was closed: open the bundle again")
+            batch = max(count, self.profile.least)
+            self._images[:count] = images
+            self._images[count:batch] = 0
+            self._compute(batch)
+            features: NDArray[np.float32] = self._features[:count].copy()
+        return features
+
+    def _compute(self, batch: int) -> None:
+        """The buffers' first ``batch`` crops to features, through the GPU."""
+        cudart, kinds, stream = self._cudart, self._cudart.cudaMemcpyKind, self._stream
+        incoming, outgoing = self._images[:batch], self._features[:batch]
+        cuda(cudart.cudaSetDevice(self._device_id), ModelError)  # the current GPU is each thread's own
+        cuda(
+            cudart.cudaMemcpyAsync(
+                self._device[0], incoming.ctypes.data, incoming.nbytes, kinds.cudaMemcpyHostToDevice, stream
+            ),
+            ModelError,
+        )
+        fits = self._context.set_input_shape(INPUT, (batch, *self._shape))
+        if not fits or not self._context.execute_async_v3(int(stream)):
+            raise ModelError(f"TensorRT failed on a batch of {batch}: its log says why; restart the server")
+        cuda(
+            cudart.cudaMemcpyAsync(
+                outgoing.ctypes.data, self._device[1], outgoing.nbytes, kinds.cudaMemcpyDeviceToHost, stream
+            ),
+            ModelError,
+        )
+        cuda(cudart.cudaStreamSynchronize(stream), ModelError)
+
+
+def _array_at(address: Any, shape: tuple[int, ...], kind: type[np.generic]) -> NDArray[Any]:
+    """Memory of CUDA's, which outlives the array, as an array."""
+    size = math.prod(shape) * np.dtype(kind).itemsize
+    buffer: Any = (ctypes.c_uint8 * size).from_address(int(address))
+    return np.frombuffer(buffer, kind).reshape(shape)
+
+
+def _free(held: list[tuple[Callable[[Any], Any], Any]]) -> None:
+    """Give back what a session held, the last first; a context that is gone has nothing to give back."""
+    while held:
+        give_back, handle = held.pop()
+        give_back(handle)
+
+
+def open_engine(
+    bundle: Bundle, *, precision: str, max_batch: int, device_id: int = 0, folder: Path | None = None
+) -> tuple[EngineSession, Parity]:
+    """Find or build the engine of one form of a bundle, and prove it on the bundle's probes.
+
+    Args:
+        bundle: verified by `resight.bundle.open_bundle`.
+        precision: fp32 and fp16 are the bundle's ONNX graphs, int8 the one made for TensorRT.
+        max_batch: the engine's largest batch.
+        device_id: the GPU.
+        folder: of the engine cache; `resight.engine_cache.default_folder` by default.
+
+    Returns:
+        The session and how near its features of the probes came.
+
+    Raises:
+        BundleError: no such form, a hostile graph, TensorRT does not take it, or it fails the probes.
+        StartupError: no TensorRT, no CUDA, no such GPU, or the cache cannot be used.
+    """
+    load_tensorrt()
+    cuda(load_cudart().cudaSetDevice(device_id))
+    manifest, runtime = bundle.manifest, "tensorrt" if precision == "int8" else "onnx"
+    artefact, data = bundle.find(precision, runtime), bundle.read(precision, runtime)
+    check_graph(data, manifest.image, manifest.feature_dim, what=artefact.file)
+    profile = Profile(1, max_batch, max(max_batch, *BATCH_SIZES))  # full batches are what counts under load
+    key = engine_key(data, precision=precision, image=manifest.image, profile=profile, device_id=device_id)
+    cache = EngineCache(folder)
+    plan = find_engine(data, key, cache)
+    try:
+        session = EngineSession(plan, manifest.image, device_id=device_id)
+    except BundleError as error:
+        log.warning("%s (%s in %s)", error, key.file, cache.folder)
+        plan = find_engine(data, key, cache, anew=True)
+        session = EngineSession(plan, manifest.image, device_id=device_id)
+    found = check_probes(
+        bundle.probes(),
+        manifest.image,
+        session.run,
+        what=f"the TensorRT engine of {artefact.file}",
+        min_cosine=least_cosine(artefact),
+    )
+    return session, found
