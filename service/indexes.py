@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Event
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from resight.errors import CollectionNotFoundError, InputError, ReIDError, UnavailableError
 from resight.service.candidates import VectorIndex
@@ -20,8 +20,12 @@ from resight.service.entries import Collection, Space
 from resight.service.feed import Feed
 from resight.service.ladder import Kind, Ladder
 from resight.service.ladder_build import Built, build, scanned
+from resight.service.milvus import MilvusIndex, connect
 from resight.service.segment import SegmentFiles
 from resight.service.store import Store
+
+if TYPE_CHECKING:
+    from pymilvus import MilvusClient
 
 log = logging.getLogger(__name__)
 
@@ -81,12 +85,18 @@ class Indexes:
         self._held: dict[Place, Held] = {}
         self._reading: dict[Place, int] = {}  # from which revision on a first reading needs the change log
         self._stop = Event()
+        self._milvus: MilvusClient | None = None
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="index")
 
     def close(self) -> None:
         """End a running build at its next piece, and wait for it."""
         self._stop.set()
         self._builder.shutdown(cancel_futures=True)
+
+    def disconnect(self) -> None:
+        """Leave Milvus, when nothing searches any more."""
+        if self._milvus is not None:
+            self._milvus.close()
 
     def held(self, collection: Collection) -> Held | None:
         """The index of a collection in its space, as it stands; from any thread, to look at."""
@@ -116,8 +126,7 @@ class Indexes:
         try:
             if held is None:
                 self._reading[place] = feed.revision()
-                kind = self._ladder.wanted(feed.count())
-                held = self._held[place] = Held(scanned(feed, kind, self._stop), feed)
+                held = self._held[place] = Held(self._first(feed), feed)
             self._follow(held)
         except CollectionNotFoundError:
             self.drop(collection)
@@ -138,9 +147,21 @@ class Indexes:
         """Forget a collection, or one of its spaces."""
         for place in [place for place in self._held if place[0] == collection.key]:
             if space is None or place[1] == space.space_id:
-                del self._held[place]
+                index = self._held.pop(place).index
+                if isinstance(index, MilvusIndex):
+                    index.drop()
         if self._ladder.folder is not None:
             SegmentFiles(self._ladder.folder).delete(collection, space)
+
+    def _first(self, feed: Feed) -> VectorIndex:
+        """What serves until the ladder has something better: a scan, or Milvus."""
+        if not self._ladder.milvus:
+            return scanned(feed, self._ladder.wanted(feed.count()), self._stop)
+        if self._milvus is None:
+            self._milvus = connect(self._ladder.milvus, self._ladder.token)
+        index = MilvusIndex(self._milvus, feed)
+        index.reconcile(self._stop)
+        return index
 
     def _follow(self, held: Held) -> None:
         reached = held.feed.revision()
@@ -150,13 +171,13 @@ class Indexes:
         held.index.remove(change.removed)
         if not held.index.add(change.added, change.features):  # entries came among older ones: a migration's
             log.info("index of %s is built anew: entries came among older ones", held.feed.collection.name)
-            held.index = scanned(held.feed, self._ladder.wanted(len(held.index)), self._stop)
+            held.index = self._first(held.feed)
             return self._follow(held)
         held.index.revision = change.revision
 
     def _climb(self, held: Held) -> None:
         """Begin to build the index it should have, if it has another or that one is worn."""
-        if held.pinned is not None or len(held.index) < REFUSED_GROWTH * held.refused_at:
+        if self._ladder.milvus or held.pinned is not None or len(held.index) < REFUSED_GROWTH * held.refused_at:
             return
         kind = self._ladder.wanted(len(held.index), held=held.index.kind, asked=held.asked)
         if kind != held.index.kind or self._ladder.worn(held.index):
@@ -171,6 +192,11 @@ class Indexes:
         if asked not in ("", "auto", *get_args(Kind)):
             raise InputError(
                 f"an index is {', '.join(get_args(Kind))} or auto, found {asked!r}: leave it out for auto",
+                field="index_type",
+            )
+        if self._ladder.milvus:
+            raise InputError(
+                f"{collection.name} is searched by Milvus, which builds its own index: change it there",
                 field="index_type",
             )
         held = self.current(collection)

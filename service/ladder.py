@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
 
@@ -29,6 +29,8 @@ class Ladder:
         min_recall: at 10, below which a graph does not go live.
         sample: one in so many approximate searches is repeated exactly.
         folder: where graphs are kept; None = nowhere.
+        milvus: its address, and then every collection is there; empty = indexes are our own.
+        token: Milvus asks for.
     """
 
     kind: Literal["auto", "flat", "flat-fp16", "hnsw"] = "auto"
@@ -38,6 +40,8 @@ class Ladder:
     min_recall: float = 0.95
     sample: int = 1000
     folder: Path | None = None
+    milvus: str = ""
+    token: str = field(default="", repr=False)
 
     def wanted(self, count: int, *, held: str = "", asked: str = "") -> Kind:
         """The kind for ``count`` entries.
@@ -78,4 +82,6 @@ def ladder_of(settings: Settings, folder: Path) -> Ladder:
         tail_max=settings.index_tail_max,
         sample=settings.index_sample,
         folder=folder,
+        milvus="" if settings.gallery == "embedded" else settings.gallery,
+        token=settings.milvus_token.get_secret_value(),
     )

@@ -122,6 +122,7 @@ class Searcher:
         self._indexes.close()
         self._thread.shutdown(cancel_futures=True)
         self._queue.close()
+        self._indexes.disconnect()
 
     def follow(self, collection: Collection) -> None:
         """Let the index take in what was committed, before the next search has to wait for it."""

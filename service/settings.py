@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from resight.engine_cache import default_folder
@@ -59,6 +59,8 @@ class Settings(BaseSettings):
         index_half_max: entries up to which ``auto`` scans float16 features; above, a graph is walked.
         index_tail_max: a graph with so many newer entries beside it is built anew.
         index_sample: one in so many approximate searches is repeated exactly; 0 = none.
+        gallery: ``embedded``, or where Milvus finds candidates: ``milvus://HOST:PORT``, a URL, or a file of milvus-lite.
+        milvus_token: that Milvus asks for; better in the environment than on a command line.
         max_search_queue: queries that wait or are searched; more are refused.
     """
 
@@ -102,6 +104,8 @@ class Settings(BaseSettings):
     index_half_max: int = Field(default=1_000_000, ge=1)
     index_tail_max: int = Field(default=50_000, ge=1)
     index_sample: int = Field(default=1000, ge=0)
+    gallery: str = Field(default="embedded", pattern=r"^(embedded|milvus://[^/]+|https?://.+|.+\.db)$")
+    milvus_token: SecretStr = SecretStr("")
     max_search_queue: int = Field(default=1024, ge=1, le=65536)
 
     @classmethod

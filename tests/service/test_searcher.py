@@ -17,7 +17,7 @@ from resight.service.store import Store
 
 DIM = 24
 SPACE = Space("ab" * 16, "tiny", DIM)
-KINDS = ("flat", "flat-fp16", "hnsw")
+KINDS = ("flat", "flat-fp16", "hnsw", "milvus")
 PEOPLE, SHOTS = 40, 8
 ANY = Filter()
 
@@ -61,7 +61,8 @@ class Site:
 @asynccontextmanager
 async def opened(path, kind, **rules):
     store = Store(path / "gallery.sqlite3", dim=DIM)
-    searcher = Searcher(store, Ladder(kind=kind, folder=path, **rules))
+    where = {"milvus": str(path / "milvus.db")} if kind == "milvus" else {"kind": kind}
+    searcher = Searcher(store, Ladder(folder=path, **where, **rules))
     try:
         await searcher.load()
         yield Site(store, searcher)
@@ -88,6 +89,8 @@ def by_hand(features, query, k, allowed=lambda n: True):
 
 @pytest.fixture(params=KINDS)
 def kind(request):
+    if request.param == "milvus":
+        pytest.importorskip("milvus_lite", reason="needs milvus-lite: install resight[dev]")
     return request.param
 
 
@@ -121,7 +124,7 @@ def test_similarities_and_features_are_those_of_the_store_to_the_bit(tmp_path, k
             await site.enrol(lobby, features)
             await settled(site, lobby, kind)
             (found,) = await site.searcher.search(lobby, [Query(features[5], 9, Filter())], with_features=True)
-            assert found.exact == (kind != "hnsw") and len(found.hits) == 9
+            assert found.exact == (kind in ("flat", "flat-fp16")) and len(found.hits) == 9
             for hit in found.hits:
                 row = features[int(hit.entry.entry_id[1:])]
                 assert np.array_equal(hit.feature, row)
