@@ -112,13 +112,13 @@ async def measured(path: Path, kind: Kind, count: int) -> None:
     searcher.close()
     store.close()
     bare_lone, bare_batch = await bare(kind, count, np.stack([one.feature for one in asked]), times)
+    print(f"    lone query {lone:.2f} ms, bare {bare_lone:.2f} ms: {lone / bare_lone:.2f}x, {lone - bare_lone:+.2f} ms")
     print(
-        f"    lone query {lone:.2f} ms, bare faiss {bare_lone:.2f} ms: {lone / bare_lone:.2f}x, {lone - bare_lone:+.2f} ms"
+        f"    batch of {BATCH} {batch / BATCH:.2f} ms each, bare {bare_batch / BATCH:.2f} ms: {batch / bare_batch:.2f}x"
     )
     print(
-        f"    batch of {BATCH} {batch / BATCH:.2f} ms each, bare faiss {bare_batch / BATCH:.2f}: {batch / bare_batch:.2f}x"
+        f"    {BATCH} callers at once {crowd / BATCH:.2f} ms each: {lone * BATCH / crowd:.1f}x the rate of one by one"
     )
-    print(f"    {BATCH} callers at once {crowd / BATCH:.2f} ms each: {lone * BATCH / crowd:.1f}x the rate of one by one")
 
 
 async def bare(kind: Kind, count: int, queries: Feature, times: int) -> tuple[float, float]:

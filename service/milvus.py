@@ -50,7 +50,7 @@ def connect(address: str, token: str = "") -> MilvusClient:
         return MilvusClient(uri=uri, token=token, timeout=TIMEOUT_S)
     except Exception as error:  # pymilvus raises grpc's, its own and plain ones
         raise StartupError(
-            f"Milvus at {address} cannot be reached ({type(error).__name__}): start it, or serve with --gallery embedded"
+            f"Milvus at {address} cannot be reached ({type(error).__name__}): start it or use --gallery embedded"
         ) from error
 
 

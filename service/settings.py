@@ -59,7 +59,7 @@ class Settings(BaseSettings):
         index_half_max: entries up to which ``auto`` scans float16 features; above, a graph is walked.
         index_tail_max: a graph with so many newer entries beside it is built anew.
         index_sample: one in so many approximate searches is repeated exactly; 0 = none.
-        gallery: ``embedded``, or where Milvus finds candidates: ``milvus://HOST:PORT``, a URL, or a file of milvus-lite.
+        gallery: ``embedded``, or Milvus as finder of candidates: ``milvus://HOST:PORT``, a URL, a file of milvus-lite.
         milvus_token: that Milvus asks for; better in the environment than on a command line.
         max_search_queue: queries that wait or are searched; more are refused.
     """
