@@ -59,8 +59,8 @@ def test_every_single_byte_matters() -> None:
 
 
 def test_a_newer_schema_says_so() -> None:
-    with pytest.raises(BundleError, match="schema_version 2, this program reads 1"):
-        from_json(altered(schema_version=2, a_new_key=1))
+    with pytest.raises(BundleError, match="schema_version 3, this program reads 2"):
+        from_json(altered(schema_version=3, a_new_key=1))
 
 
 ENTRY = {"file": "model.onnx", "sha256": "0" * 64, "precision": "fp32", "runtime": "onnx"}
