@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 WIDTH, HEIGHT = 340, 190  # viewBox units; the style sheet scales the drawing to its column
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 18, 24
-SERIES_COLOURS = 8  # classes s0..s7 in report.html.j2
+SERIES_COLOURS = 8  # classes s0..s7 in page.css.j2
 
 Point = tuple[float, float, str]  # x, y and the words told for it
 Series = Mapping[str, Sequence[float | None]]

@@ -135,7 +135,7 @@ def bytes_of(colour: str) -> list[float]:
 
 
 def test_marks_stand_out_from_the_card_in_light_and_dark() -> None:
-    style = Path(resight.training.report.__file__).with_name("report.html.j2").read_text()
+    style = Path(resight.training.report.__file__).with_name("page.css.j2").read_text()
     blocks = re.findall(r":root \{(.*?)\n *\}", style, re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:
