@@ -15,7 +15,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from resight.errors import DeadlineError, OverloadedError, UnavailableError
+from resight.errors import DeadlineError, DrainingError, ExpiredInQueueError, OverloadedError
 
 Kind = TypeVar("Kind")
 Job = TypeVar("Job")
@@ -77,7 +77,7 @@ class SearchQueue(Generic[Kind, Job, Answer]):
     def close(self) -> None:
         """Refuse who still waits; call it when the thread has ended."""
         while self._items:
-            _tell(self._items.popleft(), UnavailableError("the gallery is closing: try again when the server is back"))
+            _tell(self._items.popleft(), DrainingError("the gallery is closing: try again when the server is back"))
 
     def _admit(self, count: int, deadline: float) -> None:
         left_s = deadline - time.monotonic()
@@ -123,7 +123,7 @@ class SearchQueue(Generic[Kind, Job, Answer]):
 
 
 def _late() -> DeadlineError:
-    return DeadlineError("the deadline passed before the search began: allow more time or send less at once")
+    return ExpiredInQueueError("the deadline passed before the search began: allow more time or send less at once")
 
 
 def _tell(item: _Item[Kind, Job, Answer], outcome: list[Answer] | Exception) -> None:

@@ -16,8 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from resight.errors import ReIDError, UnavailableError
+from resight.errors import DrainingError, ReIDError
 from resight.service.disk import Watermark
+from resight.service.exchange import finish
 from resight.service.schema import connect, open_database, translated
 from resight.service.secret import load_key, register
 
@@ -55,6 +56,7 @@ class Store:
     def __init__(self, path: Path, *, dim: int, quick_check_s: float = 5.0, watermark: Watermark | None = None) -> None:
         self._watermark = watermark
         self.path, self.folder = path, path.parent
+        finish(self.folder)
         self._connection = open_database(path, dim=dim, quick_check_s=quick_check_s)
         try:
             self.key = load_key(self.folder)
@@ -107,7 +109,7 @@ class Store:
             DiskWatermarkError: little room is left on the disk.
             StorageFullError: no room; nothing was stored.
             StoreError: the database is damaged.
-            UnavailableError: the store is closing.
+            DrainingError: the store is closing.
         """
         if self._watermark is not None:
             self._watermark.check()
@@ -142,7 +144,7 @@ class Store:
 
     async def _put(self, run: Callable[[sqlite3.Connection], Any], *, deletes: bool) -> _Job:
         if self._closing:
-            raise UnavailableError("the gallery is closing: try again when the server is back")
+            raise DrainingError("the gallery is closing: try again when the server is back")
         job = _Job(run, deletes=deletes)
         self._jobs.put(job)
         await asyncio.wrap_future(job.future)

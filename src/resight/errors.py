@@ -5,7 +5,8 @@
     │   ├── ImageError
     │   │   ├── ImageUndecodableError
     │   │   ├── ImageTooLargeError
-    │   │   └── ImageTooSmallError
+    │   │   ├── ImageTooSmallError
+    │   │   └── QualityTooLowError
     │   ├── SiteError              a folder of crops is missing, empty or lacks what is needed
     │   ├── WeightsError           initial weights do not fit the encoder
     │   ├── RecipeError            a recipe or setting is unknown or out of range
@@ -17,9 +18,11 @@
     ├── TrainingError              the adaptation cannot go on (no cluster, one cluster, NaN)
     ├── ModelError                 the served model failed on this input
     ├── SpaceMismatchError         features of two embedding spaces would be compared
+    ├── UncalibratedError          a probability is asked of a space that knows none
     ├── NotFoundError
     │   ├── CollectionNotFoundError
     │   ├── EntryNotFoundError
+    │   ├── ModelNotFoundError
     │   └── OperationNotFoundError
     ├── AlreadyExistsError
     │   ├── CollectionExistsError
@@ -33,7 +36,10 @@
     ├── UnauthenticatedError       no credential, or one the server does not know
     ├── PermissionDeniedError      a credential whose role is too small for the call
     ├── DeadlineError              the caller's deadline passed before the work was done
-    ├── UnavailableError           starting, draining, or the server cannot be reached
+    │   ├── ExpiredInQueueError
+    │   └── RevisionNotSearchableError
+    ├── UnavailableError           starting, or the server cannot be reached
+    │   └── DrainingError
     ├── StorageFullError
     │   └── DiskWatermarkError
     └── StartupError               a port or a data folder is taken
@@ -72,6 +78,10 @@ class ImageTooLargeError(ImageError):
 
 class ImageTooSmallError(ImageError):
     """A side shorter than the limit."""
+
+
+class QualityTooLowError(ImageError):
+    """A crop tells less than the collection asks of what is enrolled."""
 
 
 class SiteError(InputError):
@@ -118,6 +128,10 @@ class SpaceMismatchError(ReIDError):
     """Features of two embedding spaces would be compared."""
 
 
+class UncalibratedError(ReIDError):
+    """A probability is asked of an embedding space without a calibration."""
+
+
 class NotFoundError(ReIDError):
     """Something named does not exist."""
 
@@ -128,6 +142,10 @@ class CollectionNotFoundError(NotFoundError):
 
 class EntryNotFoundError(NotFoundError):
     """No entry of that id in the collection."""
+
+
+class ModelNotFoundError(NotFoundError):
+    """No model of that id is loaded."""
 
 
 class OperationNotFoundError(NotFoundError):
@@ -186,8 +204,20 @@ class DeadlineError(ReIDError):
     """The caller's deadline passed before the work was done."""
 
 
+class ExpiredInQueueError(DeadlineError):
+    """The deadline passed while the work waited; nothing was started."""
+
+
+class RevisionNotSearchableError(DeadlineError):
+    """The write a search was to wait for was not committed before the deadline."""
+
+
 class UnavailableError(ReIDError):
-    """The server is starting, draining or out of reach."""
+    """The server is starting or out of reach."""
+
+
+class DrainingError(UnavailableError):
+    """The server is going down."""
 
 
 class StorageFullError(ReIDError):

@@ -35,6 +35,7 @@ WIRE: dict[type[ReIDError], Wire] = {
     errors.ImageUndecodableError: Wire(grpc.StatusCode.INVALID_ARGUMENT, "IMAGE_UNDECODABLE"),
     errors.ImageTooLargeError: Wire(grpc.StatusCode.INVALID_ARGUMENT, "IMAGE_TOO_LARGE"),
     errors.ImageTooSmallError: Wire(grpc.StatusCode.INVALID_ARGUMENT, "IMAGE_TOO_SMALL"),
+    errors.QualityTooLowError: Wire(grpc.StatusCode.INVALID_ARGUMENT, "QUALITY_TOO_LOW"),
     errors.SiteError: Wire(grpc.StatusCode.INVALID_ARGUMENT, "SITE_UNUSABLE"),
     errors.WeightsError: Wire(grpc.StatusCode.INVALID_ARGUMENT, "WEIGHTS_UNUSABLE"),
     errors.RecipeError: Wire(grpc.StatusCode.INVALID_ARGUMENT, "RECIPE_INVALID"),
@@ -45,9 +46,11 @@ WIRE: dict[type[ReIDError], Wire] = {
     errors.TrainingError: Wire(grpc.StatusCode.FAILED_PRECONDITION, "TRAINING_FAILED"),
     errors.ModelError: Wire(grpc.StatusCode.INTERNAL, "MODEL_FAILED"),
     errors.SpaceMismatchError: Wire(grpc.StatusCode.FAILED_PRECONDITION, "EMBEDDING_SPACE_MISMATCH"),
+    errors.UncalibratedError: Wire(grpc.StatusCode.FAILED_PRECONDITION, "SPACE_UNCALIBRATED"),
     errors.NotFoundError: Wire(grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
     errors.CollectionNotFoundError: Wire(grpc.StatusCode.NOT_FOUND, "COLLECTION_NOT_FOUND"),
     errors.EntryNotFoundError: Wire(grpc.StatusCode.NOT_FOUND, "ENTRY_NOT_FOUND"),
+    errors.ModelNotFoundError: Wire(grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
     errors.OperationNotFoundError: Wire(grpc.StatusCode.NOT_FOUND, "OPERATION_NOT_FOUND"),
     errors.AlreadyExistsError: Wire(grpc.StatusCode.ALREADY_EXISTS, "ALREADY_EXISTS"),
     errors.CollectionExistsError: Wire(grpc.StatusCode.ALREADY_EXISTS, "COLLECTION_EXISTS"),
@@ -61,7 +64,10 @@ WIRE: dict[type[ReIDError], Wire] = {
     errors.UnauthenticatedError: Wire(grpc.StatusCode.UNAUTHENTICATED, "NO_CREDENTIAL"),
     errors.PermissionDeniedError: Wire(grpc.StatusCode.PERMISSION_DENIED, "ROLE_REQUIRED"),
     errors.DeadlineError: Wire(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_PASSED"),
+    errors.ExpiredInQueueError: Wire(grpc.StatusCode.DEADLINE_EXCEEDED, "EXPIRED_IN_QUEUE"),
+    errors.RevisionNotSearchableError: Wire(grpc.StatusCode.DEADLINE_EXCEEDED, "REVISION_NOT_SEARCHABLE"),
     errors.UnavailableError: Wire(grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
+    errors.DrainingError: Wire(grpc.StatusCode.UNAVAILABLE, "DRAINING"),
     errors.StorageFullError: Wire(grpc.StatusCode.RESOURCE_EXHAUSTED, "STORAGE_FULL"),
     errors.DiskWatermarkError: Wire(grpc.StatusCode.RESOURCE_EXHAUSTED, "DISK_WATERMARK"),
     errors.StartupError: Wire(grpc.StatusCode.UNAVAILABLE, "STARTUP_FAILED"),
@@ -99,8 +105,9 @@ def to_status(error: ReIDError, *, field: str = "") -> status_pb2.Status:
     if code is grpc.StatusCode.FAILED_PRECONDITION:
         failure = details.PreconditionFailure.Violation(type=reason, subject=at, description=message)
         parts.append(details.PreconditionFailure(violations=[failure]))
-    if isinstance(error, errors.RateLimitedError):
-        quota = details.QuotaFailure.Violation(subject=error.facts.get("principal", ""), description=message)
+    if isinstance(error, errors.RateLimitedError | errors.CollectionFullError | errors.StorageFullError):
+        subject = error.facts.get("principal") or error.facts.get("collection", "")
+        quota = details.QuotaFailure.Violation(subject=subject, description=message)
         parts.append(details.QuotaFailure(violations=[quota]))
     retry_after_s = _retry_after_s(error)
     if retry_after_s is not None:

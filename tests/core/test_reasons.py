@@ -20,7 +20,6 @@ NEVER_SERVED = {
     "BundleError",
     "TrainingError",
     "StartupError",
-    "ConflictError",
 }
 
 
