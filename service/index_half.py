@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resight.service.candidates import MAX_FETCH, SPARE, Near, Truth, nothing, scored
+from resight.service.index_gpu import GpuScan
 from resight.service.reads import Keys
 from resight.service.runtime import Feature
 
@@ -92,6 +93,7 @@ class HalfIndex:
     def __init__(self, dim: int, truth: Truth, codes: faiss.IndexScalarQuantizer | None = None) -> None:
         self.codes = codes or faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
         self.rows = Rows()
+        self.gpu: GpuScan | None = None
         self.revision = -1
         self._truth = truth
 
@@ -136,12 +138,14 @@ class HalfIndex:
         selector = self.rows.selector(rows)
         if selector is not None:
             parameters.sel = selector
+        gpu = self.gpu if self.gpu is not None and (selector is None or self.gpu.filters) else None
+        scan, rounding = (self.codes.search, ROUNDING) if gpu is None else (gpu.search, gpu.rounding)
         fetch = min(k + SPARE, count)
         while True:
-            rounded, found = self.codes.search(queries, fetch, params=parameters)
+            rounded, found = scan(queries, fetch, params=parameters)
             near = scored(queries, [self.rows.keys[own[own >= 0]] for own in found], self._truth, k)
             if fetch >= min(count, max(MAX_FETCH, k)) or all(
-                len(keys) == k and last + ROUNDING < similarities[-1]
+                len(keys) == k and last + rounding < similarities[-1]
                 for (keys, similarities), last in zip(near, rounded[:, -1], strict=True)
             ):
                 return near

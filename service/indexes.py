@@ -18,8 +18,10 @@ from resight.errors import CollectionNotFoundError, InputError, ReIDError, Unava
 from resight.service.candidates import VectorIndex
 from resight.service.entries import Collection, Space
 from resight.service.feed import Feed
+from resight.service.index_gpu import Gpu, open_gpu
+from resight.service.index_half import HalfIndex
 from resight.service.ladder import Kind, Ladder
-from resight.service.ladder_build import Built, build, scanned
+from resight.service.ladder_build import Built, build, check_kinds, scanned
 from resight.service.milvus import MilvusIndex, connect
 from resight.service.segment import SegmentFiles
 from resight.service.store import Store
@@ -86,6 +88,7 @@ class Indexes:
         self._reading: dict[Place, int] = {}  # from which revision on a first reading needs the change log
         self._stop = Event()
         self._milvus: MilvusClient | None = None
+        self._gpu: Gpu | None = None
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="index")
 
     def close(self) -> None:
@@ -97,6 +100,15 @@ class Indexes:
         """Leave Milvus, when nothing searches any more."""
         if self._milvus is not None:
             self._milvus.close()
+
+    def prepare(self) -> None:
+        """Take hold of the GPU, and try whether filters are looked at; the owner does it before all else.
+
+        Raises:
+            StartupError: filters are not, or there is no GPU where one is asked for.
+        """
+        check_kinds(8)
+        self._gpu = open_gpu(self._ladder.device)
 
     def held(self, collection: Collection) -> Held | None:
         """The index of a collection in its space, as it stands; from any thread, to look at."""
@@ -156,11 +168,17 @@ class Indexes:
     def _first(self, feed: Feed) -> VectorIndex:
         """What serves until the ladder has something better: a scan, or Milvus."""
         if not self._ladder.milvus:
-            return scanned(feed, self._ladder.wanted(feed.count()), self._stop)
+            return self._placed(scanned(feed, self._ladder.wanted(feed.count()), self._stop))
         if self._milvus is None:
             self._milvus = connect(self._ladder.milvus, self._ladder.token)
         index = MilvusIndex(self._milvus, feed)
         index.reconcile(self._stop)
+        return index
+
+    def _placed(self, index: VectorIndex) -> VectorIndex:
+        """Let the GPU scan what it can."""
+        if self._gpu is not None and isinstance(index, HalfIndex):
+            index.gpu = self._gpu.scan(index.codes)
         return index
 
     def _follow(self, held: Held) -> None:
@@ -228,7 +246,7 @@ class Indexes:
         return done
 
     def _swap(self, held: Held, built: Built, done: Future[None]) -> None:
-        old, held.index = held.index, built.index
+        old, held.index = held.index, self._placed(built.index)
         try:
             self._follow(held)
         except Exception as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from resight.service.candidates import VectorIndex
+from resight.service.index_gpu import Device
 from resight.service.settings import Settings
 
 Kind = Literal["flat", "flat-fp16", "hnsw"]
@@ -29,6 +30,7 @@ class Ladder:
         min_recall: at 10, below which a graph does not go live.
         sample: one in so many approximate searches is repeated exactly.
         folder: where graphs are kept; None = nowhere.
+        device: where float16 rows are scanned; ``auto`` = on a GPU when faiss sees one.
         milvus: its address, and then every collection is there; empty = indexes are our own.
         token: Milvus asks for.
     """
@@ -40,6 +42,7 @@ class Ladder:
     min_recall: float = 0.95
     sample: int = 1000
     folder: Path | None = None
+    device: Device = "auto"
     milvus: str = ""
     token: str = field(default="", repr=False)
 
@@ -82,6 +85,7 @@ def ladder_of(settings: Settings, folder: Path) -> Ladder:
         tail_max=settings.index_tail_max,
         sample=settings.index_sample,
         folder=folder,
+        device=settings.index_device,
         milvus="" if settings.gallery == "embedded" else settings.gallery,
         token=settings.milvus_token.get_secret_value(),
     )

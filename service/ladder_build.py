@@ -23,6 +23,7 @@ from resight.service.ladder import Kind, Ladder
 from resight.service.reads import Keys
 from resight.service.runtime import Feature
 from resight.service.segment import Segment, SegmentFiles
+from resight.service.self_test import check_filters
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,18 @@ class Built:
 
     index: VectorIndex
     note: str = ""
+
+
+def check_kinds(dim: int) -> None:
+    """Try the filters of every kind that is built here; raises StartupError when one does not look at them."""
+    half = HalfIndex(dim, lambda keys: (keys, np.empty((0, dim), np.float32))).codes
+    check_filters(
+        {
+            "flat": (faiss.IndexFlatIP(dim), faiss.SearchParameters),
+            "flat-fp16": (half, faiss.SearchParameters),
+            "hnsw": (empty_graph(dim), faiss.SearchParametersHNSW),  # type: ignore[attr-defined]
+        }
+    )
 
 
 def build(feed: Feed, kind: Kind, ladder: Ladder, stop: Event) -> Built:

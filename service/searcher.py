@@ -54,7 +54,7 @@ class IndexStats:
     """How a collection's index stands.
 
     Attributes:
-        index_type: ``flat``, ``flat-fp16``, ``hnsw`` or ``milvus``.
+        index_type: ``flat``, ``flat-fp16``, ``hnsw`` or ``milvus``, with ``-gpu`` where it is scanned there.
         index_bytes: in memory.
         tombstones: deleted entries that still take room in it, never answered.
         sampled_recall_at_10: of approximate searches against exact ones; None = none was sampled.
@@ -103,7 +103,12 @@ class Searcher:
         self._queue: SearchQueue[_Kind, _Job, Found] = SearchQueue(self._thread, self._search, most=max_queue)
 
     async def load(self) -> None:
-        """Build the index of every collection from the store."""
+        """Build the index of every collection from the store.
+
+        Raises:
+            StartupError: this faiss does not look at filters, or the GPU or Milvus that is asked for is not there.
+        """
+        await self._run(self._indexes.prepare)
         held = await self._store.read(reads.collections, limit=-1)
         for collection in held:
             started = time.monotonic()
@@ -160,7 +165,8 @@ class Searcher:
         index = held.index
         revision = max(0, index.revision)
         built = (held.recall.value, revision, held.note, held.pinned is not None)
-        return IndexStats(index.kind, index.nbytes, index.tombstones, *built)
+        kind = f"{index.kind}-gpu" if getattr(index, "gpu", None) is not None else index.kind
+        return IndexStats(kind, index.nbytes, index.tombstones, *built)
 
     async def rebuild(self, collection: Collection, index_type: str = "") -> IndexStats:
         """Build a collection's index anew while the old one serves; returns when it is in place.

@@ -55,6 +55,7 @@ class Settings(BaseSettings):
         purge_interval_s: how often expired entries leave the disk (they leave the answers at once).
         quick_check_s: at most this long is the database checked at start.
         index_type: of every collection; ``auto`` = by its size.
+        index_device: where float16 features are scanned; ``auto`` = on a GPU when faiss sees one.
         index_flat_max: entries up to which ``auto`` scans float32 features.
         index_half_max: entries up to which ``auto`` scans float16 features; above, a graph is walked.
         index_tail_max: a graph with so many newer entries beside it is built anew.
@@ -100,6 +101,7 @@ class Settings(BaseSettings):
     purge_interval_s: float = Field(default=60.0, gt=0.0)
     quick_check_s: float = Field(default=5.0, ge=0.0)
     index_type: Literal["auto", "flat", "flat-fp16", "hnsw"] = "auto"
+    index_device: Literal["auto", "cpu", "cuda"] = "auto"
     index_flat_max: int = Field(default=100_000, ge=1)
     index_half_max: int = Field(default=1_000_000, ge=1)
     index_tail_max: int = Field(default=50_000, ge=1)
