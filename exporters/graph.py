@@ -44,7 +44,8 @@ class ServingGraph(nn.Module):
         Returns:
             float32 (N, D), unit rows.
         """
-        pixels = images.permute(0, 3, 1, 2).float() - self.mean  # (N, 3, H, W)
+        # Cast first: TensorRT takes bytes only as an input that a cast follows. It costs nothing measurable.
+        pixels = images.float().permute(0, 3, 1, 2) - self.mean  # (N, 3, H, W)
         maps = cut(self.backbone(pixels), self.config.parts)
         views = [_unit(head(part)) for head, part in zip(self.heads, maps, strict=False)]
         return join(views, self.config.local_share) if self.config.local_share else views[0]
