@@ -39,9 +39,7 @@ class GpuScan:
 
     rounding = ROUNDING
 
-    def __init__(
-        self, codes: faiss.IndexScalarQuantizer, make: Callable[[int], faiss.Index], *, filters: bool
-    ) -> None:
+    def __init__(self, codes: faiss.IndexScalarQuantizer, make: Callable[[int], faiss.Index], *, filters: bool) -> None:
         self.codes, self.filters = codes, filters
         self._index = make(codes.d)
 
@@ -59,15 +57,15 @@ class Gpu:
     """The first GPU, for one searching thread."""
 
     def __init__(self) -> None:
-        self._resources = faiss.StandardGpuResources()  # type: ignore[attr-defined]
+        self._resources = faiss.StandardGpuResources()
         self._resources.setTempMemory(TEMPORARY)
         self.filters = obeys_filter(self._make(8))
         log.info("searching on the GPU filters=%s", self.filters)
 
     def _make(self, dim: int) -> faiss.Index:
-        config = faiss.GpuIndexFlatConfig()  # type: ignore[attr-defined]
+        config = faiss.GpuIndexFlatConfig()
         config.useFloat16 = True
-        index: faiss.Index = faiss.GpuIndexFlatIP(self._resources, dim, config)  # type: ignore[attr-defined]
+        index: faiss.Index = faiss.GpuIndexFlatIP(self._resources, dim, config)
         return index
 
     def scan(self, codes: faiss.IndexScalarQuantizer) -> GpuScan:

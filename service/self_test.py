@@ -31,7 +31,7 @@ def obeys_filter(index: faiss.Index, parameters: Parameters = faiss.SearchParame
         _, found = index.search(rows[:1], 1, params=parameters(sel=second))
     except RuntimeError:  # it says that it cannot, which is as good as not obeying
         return False
-    return found.tolist() == [[1]]
+    return bool(found.tolist() == [[1]])
 
 
 def check_filters(kinds: Mapping[str, tuple[faiss.Index, Parameters]]) -> None:

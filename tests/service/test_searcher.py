@@ -351,3 +351,34 @@ def test_a_full_queue_and_a_past_deadline_are_refused_and_a_deleted_collection_f
             store.close()
 
     asyncio.run(body())
+
+
+def test_a_kept_graph_serves_again_after_changes_made_meanwhile(tmp_path):
+    features = people(count=600)
+
+    async def body():
+        async with opened(tmp_path, "hnsw") as site:
+            lobby = await site.made()
+            await site.enrol(lobby, features[:500])
+            await settled(site, lobby, "hnsw")
+        (path,) = (tmp_path / "index").iterdir()
+        written = path.stat().st_mtime_ns
+        store = Store(tmp_path / "gallery.sqlite3", dim=DIM)
+        for n in range(0, 500, 50):
+            await store.erase(writes.delete_entry, lobby, f"e{n}", allow_missing=False)
+        for n in range(500, 600):
+            await store.write(writes.enrol, lobby, Enrolment(Entry(f"e{n}"), features[n]))
+        store.close()
+        async with opened(tmp_path, "hnsw") as site:
+            stats = await settled(site, lobby, "hnsw")
+            assert stats.tombstones == 10 and path.stat().st_mtime_ns == written
+            allowed = lambda n: n >= 500 or n % 50 != 0  # noqa: E731
+            for query in features[::60]:
+                assert await site.ids(lobby, query, 12, exact=True) == by_hand(features, query, 12, allowed)
+                near = await site.ids(lobby, query, 12)
+                assert len(near) == 12 and all(allowed(int(one[1:])) for one in near)
+            await site.store.erase(writes.delete_collection, "lobby", force=True)
+            site.searcher.drop(lobby)
+        assert not path.exists()
+
+    asyncio.run(body())
