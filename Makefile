@@ -8,7 +8,7 @@ CODE := src training exporters service tests benchmarks
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := check
-.PHONY: check demo test format lint types spell quick proto bench lock clean help
+.PHONY: check demo test gpu format lint types spell quick proto bench lock clean help
 
 help:  ## Show what can be made.
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -24,6 +24,16 @@ demo: $(INSTALLED)  ## The whole road: adapt, export, serve, search. SITE= INIT=
 
 test: $(INSTALLED)  ## Every test; those that need real crops or a GPU are skipped, loudly, where there are none.
 	$(TEST)
+
+# onnxruntime and faiss come in two builds each, which overwrite one another: the GPU's are put in last.
+gpu:  ## With an NVIDIA GPU: the tests and benchmarks that need one, figures to docs/gpu.md.
+	@if ! nvidia-smi -L >/dev/null 2>&1; then echo "make gpu: no NVIDIA GPU on this machine, nothing was run"; exit 0; fi; \
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || exit 1; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gpu,train,export,dev]' && \
+	$(BIN)/python -m pip uninstall --quiet --yes onnxruntime faiss-cpu && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --force-reinstall --no-deps \
+	  onnxruntime-gpu faiss-gpu-cuvs && \
+	rm -f $(INSTALLED) && $(BIN)/python benchmarks/bench_gpu.py --tests
 
 check: lint types spell quick  ## Format, lint, types, spelling and the quick tests.
 

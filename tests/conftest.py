@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hardware import no_gpu
 from tiny import draw_site, write_random_checkpoint
 
 from resight.training.datasets import Site
@@ -20,6 +21,14 @@ def tiny_site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 def tiny_init(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder of a random encoder. Read only."""
     return write_random_checkpoint(tmp_path_factory.mktemp("tiny") / "init")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped, saying why, where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and (reason := no_gpu()):
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
