@@ -8,7 +8,7 @@ CODE := src training exporters service tests benchmarks
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := check
-.PHONY: check demo test gpu format lint types spell quick proto bench lock clean help
+.PHONY: check demo test gpu format lint types spell quick proto bench crash lock clean help
 
 help:  ## Show what can be made.
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -62,6 +62,9 @@ proto: $(INSTALLED)  ## Generate the Python stubs from proto/resight/v1/*.proto.
 
 bench: $(INSTALLED)  ## Ratios against named peers, each within one run.
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+crash: $(INSTALLED)  ## Kill a storm of writes 200 times (ROUNDS=) and look for anything lost or half.
+	ROUNDS=$(or $(ROUNDS),200) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/service/test_crash.py
 
 lock: $(INSTALLED)  ## Write the versions now in .venv to constraints.txt.
 	@{ echo "# The versions resight was tested with; \`make\` installs these. Made by \`make lock\`."; \

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 READY = "restored.sqlite3"
 MARKER = "restoring"
 INDEX_FOLDER = "index"
+SNAPSHOTS = "snapshots"
 LOGS = ("-wal", "-shm", "-journal")
 
 
@@ -37,13 +38,17 @@ def exchange(folder: Path) -> None:
 
 
 def finish(folder: Path) -> None:
-    """End an exchange that was begun, or clear away one that was only prepared; mostly there is nothing to do.
+    """End an exchange that was begun, or clear away one, and snapshots, that were only half prepared.
+
+    Mostly there is nothing to do.
 
     Raises:
         StorageFullError: the folder cannot be written.
     """
     database, ready = folder / DATABASE_FILE, folder / READY
     try:
+        for remnant in (folder / SNAPSHOTS).glob(".*"):
+            shutil.rmtree(remnant)
         if not (folder / MARKER).exists():
             remove(ready)
             return

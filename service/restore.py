@@ -20,12 +20,12 @@ from resight.errors import StorageFullError, StoreError
 from resight.service import audit, erasure, snapshot
 from resight.service.audit import Event
 from resight.service.erasure import LIST_FILE, Erased
-from resight.service.exchange import READY, exchange, finish, remove
+from resight.service.exchange import READY, SNAPSHOTS, exchange, finish, remove
 from resight.service.folder import DATABASE_FILE
 from resight.service.rows import NO_ENTRY, log_change
 from resight.service.schema import connect, open_database, translated
 from resight.service.secret import KEY_FILE, load_key, register
-from resight.service.snapshot import SNAPSHOTS, Manifest
+from resight.service.snapshot import Manifest
 
 QUICK_CHECK_S = 60.0
 METHOD = "snapshot.restore"

@@ -21,12 +21,12 @@ from typing import Any
 
 from resight.atomic import replace_folder, temporary_folder, write_atomic
 from resight.errors import InputError, StorageFullError, StoreError
+from resight.service.exchange import SNAPSHOTS
 from resight.service.folder import DATABASE_FILE
 from resight.service.schema import APPLICATION_ID, connect, translated
 from resight.service.secret import keyed, load_key
 from resight.service.tables import SCHEMA_VERSION
 
-SNAPSHOTS = "snapshots"
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")

@@ -1,0 +1,175 @@
+"""Power cuts: a storm of writes is killed at a random moment, again and again, and the gallery opened anew.
+
+ROUNDS=200 (``make crash``) sets the number of rounds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import random
+import select
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from stores import DIM, SPACE, feature, opened
+from storm import State
+
+from resight.service import reads
+from resight.service.entries import Filter
+from resight.service.nearest import Query
+from resight.service.searcher import Searcher
+from resight.service.store import Store
+
+log = logging.getLogger(__name__)
+
+ROUNDS = int(os.environ.get("ROUNDS", "6"))
+TESTS = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.slow
+
+
+class Ledger:
+    """What must be there: after each round what was answered, and for what was in flight, either."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, State] = {}
+        self.revision = 0
+
+    def take(self, lines: list[dict[str, Any]]) -> list[dict[str, State]]:
+        """Take a killed process's lines in; returns what was begun and not answered."""
+        begun: dict[int, dict[str, State]] = {}
+        for line in lines:
+            if "began" in line:
+                begun[line["number"]] = line["began"]
+            elif "answered" in line:
+                self.states |= begun.pop(line["answered"])
+                self.revision = max(self.revision, line["revision"])
+            else:
+                assert "ready" in line, line
+        return list(begun.values())
+
+    def settle(self, found: dict[str, dict[str, Any]], in_flight: list[dict[str, State]]) -> None:
+        """Compare with what is there, and go on from it."""
+        for begun in in_flight:
+            old = {entry_id: self.states.get(entry_id) for entry_id in begun}
+            now = {entry_id: found.get(entry_id) for entry_id in begun}
+            assert now in (old, begun), ("half of a write", now, old, begun)
+            self.states |= now
+        must = {entry_id: state for entry_id, state in self.states.items() if state is not None}
+        assert found == must
+        self.states = dict(must)
+
+
+def killed(folder: Path, seed: int, states: dict[str, State], after_s: float) -> list[dict[str, Any]]:
+    """Run the storm on what is there and kill it some time after it began; its lines."""
+    (folder / "states.json").write_text(json.dumps(states))
+    command = [sys.executable, TESTS / "storm.py", folder, str(seed)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0)
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    assert first, "the storm ended by itself"
+    got, end = bytearray(first), time.monotonic() + after_s
+    while (left := end - time.monotonic()) > 0:
+        if select.select([process.stdout], [], [], left)[0]:
+            got += process.stdout.read(1 << 16)
+    assert process.poll() is None, "the storm ended by itself"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with process.stdout:
+        got += process.stdout.readall()  # what it told and was not yet read
+    return [json.loads(line) for line in got.splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+async def stored(store: Store) -> dict[str, dict[str, Any]]:
+    """Every entry as the storm tells them, after checking that none is half there."""
+    lobby = await store.read(reads.collection, "lobby")
+    found = {}
+    crops = await store.read(lambda c: c.execute("SELECT entry, image FROM crop ORDER BY entry, number").fetchall())
+    kept: dict[int, list[bytes]] = {}
+    for key, image in crops:
+        kept.setdefault(key, []).append(image)
+    for key, entry in await store.read(reads.entries, lobby.key, Filter(), after=0, limit=1 << 30):
+        vector = await store.read(reads.feature, key, SPACE)
+        images = kept.pop(key, [])
+        found[entry.entry_id] = {"subject": entry.subject_id, "label": entry.labels["n"], "crops": len(images)}
+        found[entry.entry_id] |= {"vector": vector.tobytes(), "images": images}
+    assert not kept, "crops without an entry"
+    return found
+
+
+def as_told(found: dict[str, dict[str, Any]], states: list[dict[str, State]]) -> dict[str, dict[str, Any]]:
+    """Give each entry found the seed whose feature and crops it has, bit by bit."""
+    told: dict[str, dict[str, Any]] = {}
+    for entry_id, one in found.items():
+        seeds = {state["seed"] for known in states if (state := known.get(entry_id)) is not None}
+        (seed,) = [
+            seed for seed in seeds if feature(seed).tobytes() == one["vector"] and set(one["images"]) <= {b"%d" % seed}
+        ]
+        rest = {name: one[name] for name in ("subject", "label", "crops")}
+        told[entry_id] = {"id": entry_id, **rest, "seed": seed}
+    return told
+
+
+async def check_index(store: Store, found: dict[str, dict[str, Any]]) -> None:
+    """The index built from what was left answers every entry with its own feature, and nothing else."""
+    searcher = Searcher(store)
+    try:
+        await searcher.load()
+        lobby = await store.read(reads.collection, "lobby")
+        queries = [Query(feature(1), len(found) + 10, Filter())]
+        (answer,) = await searcher.search(lobby, queries, with_features=True)
+        held = {hit.entry.entry_id: np.asarray(hit.feature, np.float32).tobytes() for hit in answer.hits}
+        assert held == {entry_id: one["vector"] for entry_id, one in found.items()}
+        assert answer.revision == lobby.revision
+    finally:
+        searcher.close()
+
+
+def check_database(path: Path) -> None:
+    """SQLite's own checks, and counts that must agree."""
+    raw = sqlite3.connect(path)
+    assert raw.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    assert raw.execute("PRAGMA foreign_key_check").fetchall() == []
+    held, entries, features = raw.execute(
+        "SELECT (SELECT sum(held) FROM collection), (SELECT count(*) FROM entry), (SELECT count(*) FROM feature)"
+    ).fetchone()
+    assert held == entries == features
+    (last,) = raw.execute("SELECT seq FROM sqlite_sequence WHERE name = 'change'").fetchone()
+    assert raw.execute("SELECT max(revision) FROM collection").fetchone()[0] <= last
+    raw.close()
+
+
+def test_every_answered_write_survives_a_kill_at_any_moment(tmp_path: Path) -> None:
+    ledger = Ledger()
+    chance = random.Random(os.environ.get("SEED", "resight"))
+    answered = in_flight = 0
+    for number in range(ROUNDS):
+        lines = killed(tmp_path, number, ledger.states, after_s=chance.uniform(0.02, 0.9))
+        before = dict(ledger.states)
+        open_writes = ledger.take(lines)
+        answered += sum("answered" in line for line in lines)
+        in_flight += len(open_writes)
+        check_database(tmp_path / "gallery.sqlite3")
+
+        async def check(store: Store, states: list[dict[str, State]], writes: list[dict[str, State]]) -> None:
+            found = await stored(store)
+            lobby = await store.read(reads.collection, "lobby")
+            assert lobby.revision >= ledger.revision
+            ledger.settle(as_told(found, states), writes)
+            await check_index(store, found)
+
+        with opened(tmp_path) as store:
+            asyncio.run(check(store, [before, ledger.states, *open_writes], open_writes))
+        assert not list((tmp_path / "snapshots").glob(".*"))
+    log.info("%d rounds, %d answered, %d in flight, %d entries left", ROUNDS, answered, in_flight, len(ledger.states))
+    assert answered > 20 * ROUNDS and in_flight and DIM == SPACE.dim
