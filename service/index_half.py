@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resight.service.candidates import MAX_FETCH, SPARE, Near, Truth, nothing, scored
+from resight.service.half_scan import scan_blocks, worthwhile
 from resight.service.index_gpu import GpuScan
 from resight.service.reads import Keys
 from resight.service.runtime import Feature
@@ -33,9 +34,14 @@ class Rows:
         return self._keys[: self.filled]
 
     @property
+    def alive(self) -> NDArray[np.bool_]:
+        """Which rows are not dead."""
+        return ~self._dead[: self.filled]
+
+    @property
     def living(self) -> Keys:
         """A copy of the keys that are not dead."""
-        return self.keys[~self._dead[: self.filled]]
+        return self.keys[self.alive]
 
     @property
     def nbytes(self) -> int:
@@ -72,7 +78,7 @@ class Rows:
         """One bit a row: these rows, or all that live; None when that is every row."""
         if rows is None and not self.dead:
             return None
-        chosen = np.zeros(self.filled, bool) if rows is not None else ~self._dead[: self.filled]
+        chosen = np.zeros(self.filled, bool) if rows is not None else self.alive
         if rows is not None:
             chosen[rows] = True
         bits = np.packbits(chosen, bitorder="little")
@@ -134,15 +140,9 @@ class HalfIndex:
         count = len(self) if rows is None else len(rows)
         if not count:
             return nothing(queries)
-        parameters = faiss.SearchParameters()
-        selector = self.rows.selector(rows)
-        if selector is not None:
-            parameters.sel = selector
-        gpu = self.gpu if self.gpu is not None and (selector is None or self.gpu.filters) else None
-        scan, rounding = (self.codes.search, ROUNDING) if gpu is None else (gpu.search, gpu.rounding)
         fetch = min(k + SPARE, count)
         while True:
-            rounded, found = scan(queries, fetch, params=parameters)
+            rounded, found, rounding = self._scan(queries, fetch, rows)
             near = scored(queries, [self.rows.keys[own[own >= 0]] for own in found], self._truth, k)
             if fetch >= min(count, max(MAX_FETCH, k)) or all(
                 len(keys) == k and last + rounding < similarities[-1]
@@ -150,3 +150,18 @@ class HalfIndex:
             ):
                 return near
             fetch = min(fetch * 4, count)
+
+    def _scan(
+        self, queries: Feature, fetch: int, rows: NDArray[np.int64] | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], float]:
+        """Rounded similarities and rows (Q, fetch), on whatever is fastest, and how far off they may be."""
+        selector = self.rows.selector(rows)
+        parameters = faiss.SearchParameters()
+        if selector is not None:
+            parameters.sel = selector
+        if self.gpu is not None and (selector is None or self.gpu.filters):
+            return (*self.gpu.search(queries, fetch, params=parameters), self.gpu.rounding)
+        if worthwhile(len(queries), fetch):
+            chosen = np.flatnonzero(self.rows.alive) if rows is None and self.rows.dead else rows
+            return (*scan_blocks(self.codes, queries, fetch, chosen), ROUNDING)
+        return (*self.codes.search(queries, fetch, params=parameters), ROUNDING)

@@ -9,6 +9,7 @@ import pytest
 from resight.errors import StartupError
 from resight.service.candidates import best
 from resight.service.entries import Collection, Space
+from resight.service.half_scan import QUERIES
 from resight.service.index_gpu import GpuScan, open_gpu
 from resight.service.index_graph import GraphIndex, empty_graph
 from resight.service.index_half import ROUNDING, HalfIndex
@@ -75,6 +76,23 @@ def test_a_float16_index_settles_what_rounding_leaves_open():
     half.remove(wanted[0][:4])
     (after,) = half.search(rows[9:10], 6)
     assert after[0].tolist() == wanted[0][4:].tolist() and half.tombstones == 4
+
+
+@pytest.mark.parametrize("count", [40, 2048, 5000])
+@pytest.mark.parametrize("step", [None, 1, 7])
+def test_scanning_blocks_equals_scanning_rows(count, step):
+    rows, keys = unit(count), np.arange(count)
+    half = HalfIndex(DIM, truth_of(keys, rows))
+    half.add(keys, rows)
+    half.remove(keys[: count // 3])
+    among = None if step is None else keys[::step]
+    asked = unit(QUERIES, seed=1)
+    together = half.search(asked, 9, among=among)
+    for query, (found, similarities) in zip(asked, together, strict=True):
+        ((alone, same),) = half.search(query[None], 9, among=among)
+        assert found.tolist() == alone.tolist() and np.array_equal(similarities, same)
+        left = keys[count // 3 :] if step is None else np.intersect1d(keys[::step], keys[count // 3 :])
+        assert alone.tolist() == best(query, left, rows[left], 9)[0].tolist()
 
 
 def test_every_kind_looks_at_filters_and_one_that_does_not_is_caught():
