@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit
 
@@ -35,6 +36,7 @@ MIN_POSITIVES = 100
 # Persons seen twice alike are in clusters, the others are outliers: with 25 % of them the error was 0.02, with 76 %
 # 0.06. Without tracks to tell the outliers' clusters it was 0.02 with 15 % and 0.05 with 25 %.
 OUTLIER_LIMIT, TRACKLESS_OUTLIER_LIMIT = 0.5, 0.2
+MIN_CERTAIN = 100  # pairs: a percentage of fewer would be an accident
 FOLDS = 5
 NARROW = 0.1  # of a cosine: where nine in ten pairs of two persons lie closer together, thresholds need three digits
 
@@ -86,9 +88,8 @@ def calibrate(features: Floats, store: CropStore, *, seed: int = 0) -> tuple[Cal
     reliability = measure_reliability(
         (positive, negative),
         held_out,
-        tuple(drawn.units[rows] for rows in (drawn.positives, drawn.negatives)),
-        certain_accepted=float((certain >= accept).mean()) if len(certain) >= MIN_ACCEPTED else None,
-        notes=_notes(negative, drawn),
+        (drawn.units[drawn.positives], drawn.units[drawn.negatives]),
+        notes=_notes(negative, certain >= accept, drawn),
         seed=seed,
     )
     assert reliability.curve is not None
@@ -201,7 +202,7 @@ def _held_out(positive: Doubles, negative: Doubles, drawn: SearchPairs, seed: in
     return found
 
 
-def _notes(negative: Doubles, drawn: SearchPairs) -> tuple[str, ...]:
+def _notes(negative: Doubles, certain_accepted: NDArray[np.bool_], drawn: SearchPairs) -> tuple[str, ...]:
     """What a reader must know of the figures."""
     low, high = np.quantile(negative, [0.05, 0.95])
     notes = []
@@ -214,5 +215,10 @@ def _notes(negative: Doubles, drawn: SearchPairs) -> tuple[str, ...]:
         notes.append(
             "Without tracks the pairs of one person are those a clustering found alike: true ones are less alike, and "
             "more of them fall below the thresholds than is told here."
+        )
+    if len(certain_accepted) >= MIN_CERTAIN:
+        notes.append(
+            f"Of {len(certain_accepted)} pairs in one camera's picture at one time, surely two persons and more alike "
+            f"than those of two cameras, {certain_accepted.mean():.1%} are taken for a match."
         )
     return tuple(notes)

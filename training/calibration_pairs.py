@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from resight.training.cluster import OUTLIER
 from resight.training.crops import CropStore
@@ -113,10 +114,10 @@ def _within(labels: Ints, cameras: Ints, rng: np.random.Generator) -> Ints:
     high -= high * (high - 1) // 2 > number  # where the root was rounded up
     low = number - high * (high - 1) // 2
     pairs = rows[np.stack([first[group] + low, first[group] + high], axis=1)]
-    return pairs[cameras[pairs[:, 0]] != cameras[pairs[:, 1]]]
+    return np.asarray(pairs[cameras[pairs[:, 0]] != cameras[pairs[:, 1]]], np.int64)
 
 
-def _equal(labels: Ints, one: Ints, other: Ints) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+def _equal(labels: Ints, one: Ints, other: Ints) -> NDArray[np.bool_]:
     """Whether two crops share a cluster."""
     return np.asarray((labels[one] == labels[other]) & (labels[one] != OUTLIER))
 

@@ -34,8 +34,6 @@ class ReliabilityCurve:
         positive_shares, negative_shares: float64 (H,), share of the pairs of each kind between two edges.
         error: expected calibration error (Naeini et al. 2015): mean of |predicted - observed|, weighted by pairs.
         brier: mean squared difference of probability and truth, 0 is perfect, 0.25 is a constant half.
-        certain_accepted: share of the pairs in one camera's picture at one time, which are surely two persons and
-            more alike than those of two cameras, that ``accept`` takes for a match; None where there are under ten.
     """
 
     predicted: Doubles
@@ -49,7 +47,6 @@ class ReliabilityCurve:
     negative_shares: Doubles
     error: float
     brier: float
-    certain_accepted: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +69,6 @@ def measure_reliability(
     probability: Pair,
     units: tuple[Ints, Ints],
     *,
-    certain_accepted: float | None = None,
     notes: tuple[str, ...] = (),
     seed: int = 0,
 ) -> Reliability:
@@ -82,39 +78,44 @@ def measure_reliability(
         similarity: float64 (P,) and (M,).
         probability: float64 (P,) and (M,), NaN where none was fitted.
         units: int64 (P, 2) and (M, 2), whom the crops of each pair show; resampled as a whole.
-        certain_accepted: see `ReliabilityCurve`.
         notes: see `Reliability`.
         seed: of the resamples.
     """
-    known = tuple(np.isfinite(part) for part in probability)
-    positive, negative = (part[told] for part, told in zip(probability, known, strict=True))
-    bins = tuple(np.minimum((part * BINS).astype(np.int64), BINS - 1) for part in (positive, negative))
-    counts = tuple(np.bincount(part, minlength=BINS) for part in bins)
-    share = tuple(count / max(count.sum(), 1) for count in counts)
-    weight = share[0] + share[1]
-    sums = sum(
-        np.bincount(b, part, BINS) / max(len(part), 1) for b, part in zip(bins, (positive, negative), strict=True)
-    )
-    with np.errstate(invalid="ignore"):
-        predicted, observed = sums / weight, share[0] / weight
-    drawn = np.stack(list(_resample(bins, tuple(u[told] for u, told in zip(units, known, strict=True)), seed)))
+    told = np.isfinite(probability[0]), np.isfinite(probability[1])
+    positive, negative = probability[0][told[0]], probability[1][told[1]]
+    bins = _bin(positive), _bin(negative)
+    counts = np.bincount(bins[0], minlength=BINS), np.bincount(bins[1], minlength=BINS)
+    one, two = (count / max(count.sum(), 1) for count in counts)
+    weight = one + two
+    sums = np.bincount(bins[0], positive, BINS) / max(len(positive), 1)
+    sums += np.bincount(bins[1], negative, BINS) / max(len(negative), 1)
+    with np.errstate(invalid="ignore"):  # bins without pairs
+        predicted, observed = sums / weight, one / weight
+    drawn = np.stack(list(_resample(bins, (units[0][told[0]], units[1][told[1]]), seed)))
     edges = _edges(similarity)
     bars = [np.histogram(part, edges)[0] / len(part) for part in similarity]
     curve = ReliabilityCurve(
         predicted,
         observed,
-        *(_quantile(drawn, q) for q in ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)),
-        *counts,
+        _quantile(drawn, (1 - CONFIDENCE) / 2),
+        _quantile(drawn, (1 + CONFIDENCE) / 2),
+        counts[0],
+        counts[1],
         edges,
-        *bars,
+        bars[0],
+        bars[1],
         float(np.nansum(np.abs(predicted - observed) * weight) / 2),
         float((np.square(1 - positive).mean() + np.square(negative).mean()) / 2),
-        certain_accepted,
     )
     return Reliability(notes=notes, curve=curve)
 
 
-def _resample(bins: tuple[Ints, ...], units: tuple[Ints, ...], seed: int) -> Iterator[Doubles]:
+def _bin(probability: Doubles) -> Ints:
+    """Which bin each is in; 1 is in the last."""
+    return np.minimum((probability * BINS).astype(np.int64), BINS - 1)
+
+
+def _resample(bins: tuple[Ints, Ints], units: tuple[Ints, Ints], seed: int) -> Iterator[Doubles]:
     """Observed shares (B,) when the persons are drawn anew; a pair weighs as the product of its two (Owen 2007)."""
     rng = np.random.default_rng(seed)
     names, number = np.unique(np.concatenate([part.ravel() for part in units]), return_inverse=True)
