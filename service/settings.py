@@ -19,6 +19,7 @@ from resight.image import MAX_BYTES, MAX_PIXELS
 from resight.service.runtime import Provider
 
 MIB = 1024 * 1024
+DAY_S = 86_400
 PREFIX = "RESIGHT_"
 
 
@@ -54,6 +55,11 @@ class Settings(BaseSettings):
         drain_grace_s: for calls in flight to end.
         purge_interval_s: how often expired entries leave the disk (they leave the answers at once).
         quick_check_s: at most this long is the database checked at start.
+        disk_low_bytes: with less room on the data folder's disk writes are refused; 0 = no such mark.
+        disk_low_percent: the same as a share of the disk, 0..100; they go on 5 points above it.
+        audit_retention_s: how long rows of the audit are kept; a day at least.
+        keep_retired_space_s: how long the features of a space that was switched away from are kept for the way back.
+        max_tenants_open: galleries in memory at once.
         index_type: of every collection; ``auto`` = by its size.
         index_device: where float16 features are scanned; ``auto`` = on a GPU when faiss sees one.
         index_flat_max: entries up to which ``auto`` scans float32 features.
@@ -100,6 +106,11 @@ class Settings(BaseSettings):
     drain_grace_s: float = Field(default=10.0, ge=0.0)
     purge_interval_s: float = Field(default=60.0, gt=0.0)
     quick_check_s: float = Field(default=5.0, ge=0.0)
+    disk_low_bytes: int = Field(default=256 * MIB, ge=0)  # a whole write-ahead log, 16 times
+    disk_low_percent: float = Field(default=2.0, ge=0.0, lt=95.0)
+    audit_retention_s: float = Field(default=90 * DAY_S, ge=DAY_S)
+    keep_retired_space_s: float = Field(default=7 * DAY_S, ge=0.0)
+    max_tenants_open: int = Field(default=64, ge=1, le=4096)
     index_type: Literal["auto", "flat", "flat-fp16", "hnsw"] = "auto"
     index_device: Literal["auto", "cpu", "cuda"] = "auto"
     index_flat_max: int = Field(default=100_000, ge=1)
