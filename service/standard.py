@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # missing in the stubs
 from grpc_reflection.v1alpha import reflection, reflection_pb2
+from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from resight.service.listen import is_loopback
 from resight.service.settings import Settings
@@ -38,7 +39,7 @@ def _add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
     _describe_v1()
     names = (*services, REFLECTION_V1, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
-    servicer = reflection.aio.ReflectionServicer(names)
+    servicer = ReflectionServicer(names)
     handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,
         reflection_pb2.ServerReflectionRequest.FromString,
@@ -50,7 +51,7 @@ def _add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
 
 def _describe_v1() -> None:
     """Put the description of v1, v1alpha's under its other name, where reflection looks services up."""
-    pool = descriptor_pool.Default()  # type: ignore[no-untyped-call]
+    pool = descriptor_pool.Default()
     try:
         pool.FindServiceByName(REFLECTION_V1)
     except KeyError:

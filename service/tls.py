@@ -69,7 +69,9 @@ class Certificates:
     def credentials(self) -> grpc.ServerCredentials:
         """For `grpc.aio.Server.add_secure_port`; clients must show a certificate where a client CA is given."""
         return grpc.dynamic_ssl_server_credentials(
-            self._loaded.config, self._fetch, require_client_authentication=self._files.client_ca is not None
+            self._loaded.config,
+            self._fetch,  # type: ignore[arg-type]  # the stubs forget None, "no change"
+            require_client_authentication=self._files.client_ca is not None,
         )
 
     def _fetch(self) -> grpc.ServerCertificateConfiguration | None:
@@ -122,7 +124,9 @@ def _load(files: TlsFiles) -> _Loaded:
     try:
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
     except ImportError as error:
-        raise StartupError("TLS needs the package cryptography, found none: `pip install cryptography`") from error
+        raise StartupError(
+            "TLS needs the package cryptography, found none: `pip install 'resight[service]'`"
+        ) from error
     certificate, key = _read(files.certificate), _read_private(files.key)
     chain = _parsed(files.certificate, certificate)
     try:

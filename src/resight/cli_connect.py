@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from resight.client import Client
 
 TOKEN_VARIABLE = "RESIGHT_TOKEN"
+VARIABLES = {
+    "token_file": "RESIGHT_TOKEN_FILE",
+    "tls_ca": "RESIGHT_TLS_CA",
+    "client_cert": "RESIGHT_CLIENT_CERT",
+    "client_key": "RESIGHT_CLIENT_KEY",
+}
 
 
 @dataclass(frozen=True)
@@ -31,21 +37,22 @@ class Access:
     client_key: Path | None = None
 
 
-_NOTHING = Access()
-_access: ContextVar[Access] = ContextVar("resight_access", default=_NOTHING)
+_access: ContextVar[Access] = ContextVar("resight_access")
 
 
 def access(
     token_file: Annotated[
-        Path | None, typer.Option(help=f"File with the token; or {TOKEN_VARIABLE}.", envvar="RESIGHT_TOKEN_FILE")
+        Path | None, typer.Option(help=f"File with the token; or {TOKEN_VARIABLE}.", envvar=VARIABLES["token_file"])
     ] = None,
     tls_ca: Annotated[
-        Path | None, typer.Option(help="PEM authorities of the server's certificate.", envvar="RESIGHT_TLS_CA")
+        Path | None, typer.Option(help="PEM authorities of the server's certificate.", envvar=VARIABLES["tls_ca"])
     ] = None,
     client_cert: Annotated[
-        Path | None, typer.Option(help="PEM certificate of this client.", envvar="RESIGHT_CLIENT_CERT")
+        Path | None, typer.Option(help="PEM certificate of this client.", envvar=VARIABLES["client_cert"])
     ] = None,
-    client_key: Annotated[Path | None, typer.Option(help="PEM private key of it.", envvar="RESIGHT_CLIENT_KEY")] = None,
+    client_key: Annotated[
+        Path | None, typer.Option(help="PEM private key of it.", envvar=VARIABLES["client_key"])
+    ] = None,
 ) -> None:
     """Keep what the options before a command say for `connect`."""
     _access.set(Access(token_file, tls_ca, client_cert, client_key))
@@ -59,7 +66,7 @@ def connect(server: str) -> Client:
     """
     from resight.client import Client
 
-    found = _access.get()
+    found = _access.get(None) or _from_environment()
     return Client(
         server,
         token=_token(found.token_file),
@@ -67,6 +74,12 @@ def connect(server: str) -> Client:
         tls_cert=found.client_cert,
         tls_key=found.client_key,
     )
+
+
+def _from_environment() -> Access:
+    """What the options would be, for a program that is no command, such as a container's health check."""
+    named = {name: os.environ.get(variable) for name, variable in VARIABLES.items()}
+    return Access(**{name: Path(text) for name, text in named.items() if text})
 
 
 def _token(file: Path | None) -> str | None:

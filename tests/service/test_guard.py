@@ -11,7 +11,7 @@ from grpc_status import rpc_status
 from resight.errors import DeadlineError, LimitError
 from resight.reasons import from_status
 from resight.service.guard import Deadlines, Guard, check_batch, errors_told
-from resight.service.request_id import RequestIdFilter, with_request_id
+from resight.service.request_id import with_request_id
 from resight.service.settings import Settings
 from resight.v1 import admin_pb2, admin_pb2_grpc
 
