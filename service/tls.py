@@ -122,6 +122,7 @@ def _load(files: TlsFiles) -> _Loaded:
         StartupError: see `Certificates`.
     """
     try:
+        from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
     except ImportError as error:
         raise StartupError(
@@ -131,7 +132,7 @@ def _load(files: TlsFiles) -> _Loaded:
     chain = _parsed(files.certificate, certificate)
     try:
         same = load_pem_private_key(key, password=None).public_key() == chain[0].public_key()
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise StartupError(f"{files.key} is no private key in PEM without a passphrase: write one so") from error
     if not same:
         raise StartupError(f"{files.key} is not the key of {files.certificate}: give the two that belong together")

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import random
 import socket
 import ssl
 import time
@@ -207,6 +208,26 @@ def test_files_that_are_no_pem_are_refused_by_name(authority, which, told):
     files[which].unlink()
     with pytest.raises(StartupError, match="cannot be read: No such file"):
         Certificates(TlsFiles(*files))
+
+
+def test_damage_anywhere_in_a_file_is_an_error_of_ours_or_does_no_harm(authority):
+    certificate, key = authority.issue("server")
+    rng = random.Random(5)
+    outcomes = []
+    for path in (certificate, key, authority.ca):
+        good = path.read_bytes()
+        for _ in range(60):
+            bad = bytearray(good)
+            for _ in range(rng.choice((1, 1, 3, 40))):
+                bad[rng.randrange(len(bad))] = rng.randrange(256)
+            path.write_bytes(bad[: rng.randrange(len(bad))] if rng.random() < 0.2 else bad)
+            try:
+                Certificates(TlsFiles(certificate, key, authority.ca)).credentials()
+            except StartupError as error:
+                outcomes.append(str(error))
+        path.write_bytes(good)
+    assert len(outcomes) > 60
+    Certificates(TlsFiles(certificate, key, authority.ca))
 
 
 def test_a_key_of_another_certificate_and_an_ended_certificate_are_refused(authority):
