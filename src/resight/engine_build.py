@@ -52,12 +52,14 @@ def build(data: bytes, key: EngineKey, timing_cache: bytes = b"") -> tuple[bytes
         raise BundleError(f"TensorRT {trt.__version__} does not take the {key.precision} graph: {told[:500]}")
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
-    config.progress_monitor = _monitor(trt)
+    monitor = _monitor(trt)  # by a name, as the timings below: both must outlive the build
+    config.progress_monitor = monitor
     if key.precision == "fp32":
         config.clear_flag(trt.BuilderFlag.TF32)  # on by default: 10 bits of mantissa, which is no fp32
     timings = config.create_timing_cache(timing_cache)
     if not config.set_timing_cache(timings, False):  # of another GPU or version
-        config.set_timing_cache(config.create_timing_cache(b""), False)
+        timings = config.create_timing_cache(b"")
+        config.set_timing_cache(timings, False)
     profile = builder.create_optimization_profile()
     shapes = [(batch, *key.image, 3) for batch in (key.profile.least, key.profile.tuned, key.profile.most)]
     profile.set_shape(INPUT, *shapes)

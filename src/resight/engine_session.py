@@ -65,21 +65,22 @@ class EngineSession:
             name: (engine.get_tensor_mode(name), engine.get_tensor_dtype(name), tuple(engine.get_tensor_shape(name)))
             for name in names
         }
+        dim = found[OUTPUT][2][-1] if OUTPUT in found else 0
         expected = {
             INPUT: (trt.TensorIOMode.INPUT, trt.uint8, (-1, image.height, image.width, 3)),
-            OUTPUT: (trt.TensorIOMode.OUTPUT, trt.float32, (-1, *found.get(OUTPUT, (0, 0, (-1, -1)))[2][1:])),
+            OUTPUT: (trt.TensorIOMode.OUTPUT, trt.float32, (-1, dim)),
         }
-        if found != expected or len(found[OUTPUT][2]) != 2 or found[OUTPUT][2][1] < 1:
+        if found != expected or dim < 1:
             raise BundleError(f"expected an engine with tensors {expected}, found {found}: export the bundle anew")
         batches = [int(shape[0]) for shape in engine.get_tensor_profile_shape(INPUT, 0)]
-        return Profile(*batches), int(found[OUTPUT][2][1])
+        return Profile(*batches), int(dim)
 
     def _allocate(self) -> None:
         """Page-locked buffers on the host, so that copies need no staging, and others on the GPU; freed with it."""
         cudart, most = self._cudart, self.profile.most
         sizes = (int(most * np.prod(self._shape)), most * self.feature_dim * 4)
         held: list[tuple[Callable[[Any], Any], Any]] = []
-        self.close = weakref.finalize(self, _free, held)
+        self._give_back = weakref.finalize(self, _free, held)
         self._stream = cuda(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking))
         held.append((cudart.cudaStreamDestroy, self._stream))
         host, self._device = [], []
@@ -116,7 +117,7 @@ class EngineSession:
                 "the engine was built for no other batch"
             )
         with self._lock:
-            if not self.close.alive:
+            if not self._give_back.alive:
                 raise ModelError("the engine was closed: open the bundle again")
             batch = max(count, self.profile.least)
             self._images[:count] = images
@@ -124,6 +125,11 @@ class EngineSession:
             self._compute(batch)
             features: NDArray[np.float32] = self._features[:count].copy()
         return features
+
+    def close(self) -> None:
+        """Give the GPU's memory back, after the batch that runs; otherwise it goes with the object."""
+        with self._lock:
+            self._give_back()
 
     def _compute(self, batch: int) -> None:
         """The buffers' first ``batch`` crops to features, through the GPU."""
