@@ -91,6 +91,16 @@ def purge(connection: sqlite3.Connection, before_us: int) -> int:
     ).rowcount
 
 
+async def purge_older(store: Store, retention_s: float) -> int:
+    """Remove rows older than ``retention_s``, at least `MIN_RETENTION_S`; returns how many."""
+    before_us = now_us() - int(max(retention_s, MIN_RETENTION_S + 1) * 1e6)
+    gone = total = await store.book(purge, before_us)
+    while gone == PURGE_AT_ONCE:
+        gone = await store.book(purge, before_us)
+        total += gone
+    return total
+
+
 class Audit:
     """The audit of one gallery's database. `start` and `stop` it in the event loop."""
 
@@ -129,15 +139,6 @@ class Audit:
         """Rows of a window of time, the newest first, from the one before id ``before``; also those that wait."""
         await self.flush()
         return await self._store.read(listed, start_us=start_us, end_us=end_us, before=before, limit=limit)
-
-    async def purge(self, retention_s: float) -> int:
-        """Remove rows older than ``retention_s``, at least `MIN_RETENTION_S`; returns how many."""
-        before_us = now_us() - int(max(retention_s, MIN_RETENTION_S + 1) * 1e6)
-        gone = total = await self._store.book(purge, before_us)
-        while gone == PURGE_AT_ONCE:
-            gone = await self._store.book(purge, before_us)
-            total += gone
-        return total
 
     async def flush(self) -> None:
         """Write what waits; if the disk refuses, it goes on waiting."""

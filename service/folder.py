@@ -10,15 +10,19 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from resight.errors import StartupError, StorageFullError
+from resight.errors import InputError, StartupError, StorageFullError
+from resight.service.auth import DEFAULT_TENANT
 
 DATABASE_FILE = "gallery.sqlite3"
 LOCK_FILE = "lock"
 SERVER_FILE = "server.json"
+TENANTS_FOLDER = "tenants"
+TENANT_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
 class DataFolder:
@@ -78,3 +82,16 @@ class DataFolder:
     ) -> None:
         self.withdraw()
         os.close(self._lock)
+
+
+def tenant_folder(data: Path, name: str) -> Path:
+    """Where a tenant's database stands: the default one's in the data folder itself.
+
+    Raises:
+        InputError: no name of a tenant.
+    """
+    if not TENANT_NAME.fullmatch(name):
+        raise InputError(
+            f"a tenant's name is 1-63 of a-z 0-9 . _ -, a letter or digit first; found {name!r}"
+        )
+    return data if name == DEFAULT_TENANT else data / TENANTS_FOLDER / name

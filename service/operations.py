@@ -81,6 +81,10 @@ class Operations:
         """Begin one, RUNNING. One of the same kind and ``request_id`` is answered instead, as it stands."""
         return await self._store.book(_start, kind, total, request_id, details)
 
+    async def any_running(self) -> bool:
+        """Whether something is under way."""
+        return await self._store.read(_any_running)
+
     async def get(self, operation_id: str) -> Operation:
         """One by id; raises OperationNotFoundError."""
         return await self._store.read(_get, operation_id)
@@ -200,6 +204,10 @@ def _cancel(connection: sqlite3.Connection, operation_id: str) -> Operation:
     if not _get(connection, operation_id).state.ended:
         connection.execute("UPDATE operation SET cancel = 1 WHERE operation_id = ?", (operation_id,))
     return _get(connection, operation_id)
+
+
+def _any_running(connection: sqlite3.Connection) -> bool:
+    return connection.execute("SELECT 1 FROM operation WHERE end_us IS NULL LIMIT 1").fetchone() is not None
 
 
 def _interrupt(connection: sqlite3.Connection) -> int:

@@ -60,7 +60,7 @@ def test_rows_can_be_neither_changed_nor_removed(store):
             with pytest.raises(ReIDError, match="audit log"):
                 await store.write(lambda c, s=statement: c.execute(s))
         assert len(await book.listed()) == 2
-        assert await book.purge(10.0) == 1  # no less than a day is kept, whatever is asked
+        assert await audit.purge_older(store, 10.0) == 1  # no less than a day is kept, whatever is asked
         (left,) = await book.listed()
         assert left.method == "m" and int(left.audit_id) < int(old)
         with pytest.raises(ReIDError, match="audit log"):

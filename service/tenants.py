@@ -1,0 +1,186 @@
+"""The galleries of a data folder, one for each tenant: a database of its own, opened when it is first asked for.
+
+So an erasure, a copy or a full disk of one tenant is no other's, and nothing that is read can belong to another one.
+The tenant comes from the credential (`resight.service.auth`), never from a request. The default tenant's database
+stands in the data folder itself, the others' in ``tenants/NAME/``; the folder's one lock covers all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from resight.errors import InputError, OverloadedError, ReIDError, StorageFullError
+from resight.service import reads, retention
+from resight.service.audit import Audit
+from resight.service.auth import DEFAULT_TENANT
+from resight.service.disk import Watermark
+from resight.service.folder import DATABASE_FILE, TENANT_NAME, TENANTS_FOLDER, tenant_folder
+from resight.service.gallery import Gallery
+from resight.service.operations import Operations
+from resight.service.retention import Kept
+from resight.service.settings import Settings
+from resight.service.store import Store
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 120.0  # since it was last asked for; longer than any call may take, so nobody uses what is closed
+
+
+@dataclass
+class Tenant:
+    """One tenant's open gallery and what is kept about it."""
+
+    name: str
+    store: Store
+    gallery: Gallery
+    audit: Audit
+    operations: Operations
+    asked_s: float = field(default_factory=time.monotonic)
+
+
+class Tenants:
+    """The tenants of a data folder, whose lock the caller holds. `start` and `stop` it in the event loop.
+
+    Args:
+        folder: the data folder.
+        settings: of the server.
+        dim: of the features to come; see `resight.service.store.Store`.
+        make: a gallery over a tenant's store, not yet started.
+    """
+
+    def __init__(self, folder: Path, settings: Settings, *, dim: int, make: Callable[[Store], Gallery]) -> None:
+        self._folder, self._settings, self._dim, self._make = folder, settings, dim, make
+        self._kept = Kept(audit_s=settings.audit_retention_s, space_s=settings.keep_retired_space_s)
+        self._open: dict[str, Tenant] = {}
+        self._turn = asyncio.Lock()
+        self._purging: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Open the default tenant, so that a mistake shows at once, and begin to purge.
+
+        Raises:
+            StoreError: its database is damaged or newer than this program.
+            StorageFullError: it cannot be made.
+        """
+        await self.tenant(DEFAULT_TENANT)
+        self._purging = asyncio.create_task(self._purge_forever(), name="purge")
+
+    async def stop(self) -> None:
+        """Close all; what was answered is on the disk."""
+        if self._purging is not None:
+            self._purging.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._purging
+        for tenant in list(self._open.values()):
+            await self._close(tenant)
+
+    async def gallery(self, name: str) -> Gallery:
+        """A tenant's gallery; see `tenant`. Ask for it in every call anew, and keep it no longer than the call."""
+        return (await self.tenant(name)).gallery
+
+    async def tenant(self, name: str) -> Tenant:
+        """A tenant, opened if need be; one that is new gets an empty gallery.
+
+        Raises:
+            InputError: no name of a tenant.
+            OverloadedError: as many are in use as may be open.
+            StoreError: the database is damaged or newer than this program.
+            StorageFullError: it cannot be made.
+        """
+        found = self._open.get(name)
+        if found is None:
+            async with self._turn:  # opening takes a while; asked for twice, it is opened once
+                found = self._open.get(name) or await self._opened(name)
+        found.asked_s = time.monotonic()
+        return found
+
+    def names(self) -> Iterator[str]:
+        """All tenants with a database, open or not."""
+        yield DEFAULT_TENANT
+        for path in sorted((self._folder / TENANTS_FOLDER).glob("*")):
+            if TENANT_NAME.fullmatch(path.name) and not path.is_symlink() and (path / DATABASE_FILE).is_file():
+                yield path.name
+
+    async def purge(self) -> None:
+        """Remove what has had its time, also of tenants whose gallery nobody uses; one that fails stops no other."""
+        for name in list(self.names()):
+            try:
+                async with self._turn:
+                    await self._purge(name)
+            except ReIDError:
+                log.exception("the purge of tenant %s failed and is tried again", name)
+
+    async def _purge(self, name: str) -> None:
+        tenant = self._open.get(name)
+        if tenant is not None:
+            for collection in await tenant.store.read(reads.collections, limit=-1):
+                tenant.gallery.searcher.follow(collection)
+            await retention.purge(tenant.store, self._kept, taken_in=tenant.gallery.searcher.revisions())
+            return
+        store = await asyncio.to_thread(self._store, name)
+        try:
+            await retention.purge(store, self._kept)
+        finally:
+            await asyncio.to_thread(store.close)
+
+    async def _purge_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.purge_interval_s)
+            await self.purge()
+
+    async def _opened(self, name: str) -> Tenant:
+        place = tenant_folder(self._folder, name)
+        if len(self._open) >= self._settings.max_tenants_open:
+            await self._close_idle()
+        try:
+            place.parent.mkdir(mode=0o700, exist_ok=True)
+            place.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise StorageFullError(f"the folder of tenant {name} cannot be made: {error.strerror}") from error
+        if place.is_symlink():
+            raise InputError(f"the folder of tenant {name} is a link: put the folder itself there")
+        store = await asyncio.to_thread(self._store, name)
+        try:
+            gallery = self._make(store)
+            operations = Operations(store)
+            await operations.recover()
+            await gallery.start()
+        except BaseException:
+            await asyncio.to_thread(store.close)
+            raise
+        audit = Audit(store)
+        await audit.start()
+        self._open[name] = tenant = Tenant(name, store, gallery, audit, operations)
+        log.info("tenant opened name=%s", name)
+        return tenant
+
+    def _store(self, name: str) -> Store:
+        path, settings = tenant_folder(self._folder, name) / DATABASE_FILE, self._settings
+        mark = Watermark(path.parent, low_bytes=settings.disk_low_bytes, low_percent=settings.disk_low_percent)
+        return Store(path, dim=self._dim, quick_check_s=settings.quick_check_s, watermark=mark)
+
+    async def _close_idle(self) -> None:
+        """Close the one that was not asked for longest, if nobody can still use it."""
+        for tenant in sorted(self._open.values(), key=lambda one: one.asked_s):
+            idle_s = time.monotonic() - tenant.asked_s
+            if tenant.name != DEFAULT_TENANT and idle_s >= IDLE_S and not await tenant.operations.any_running():
+                await self._close(tenant)
+                return
+        raise OverloadedError(
+            f"{len(self._open)} tenants are in use, at most {self._settings.max_tenants_open} may be open: try again, "
+            "or raise max_tenants_open",
+            retry_after_s=IDLE_S,
+        )
+
+    async def _close(self, tenant: Tenant) -> None:
+        del self._open[tenant.name]
+        await tenant.gallery.stop()
+        await tenant.audit.stop()
+        await asyncio.to_thread(tenant.store.close)
+        log.info("tenant closed name=%s", tenant.name)
