@@ -36,6 +36,7 @@ ROADS = {
     "cli_json",
     "cli_judge",
     "cli_serve",
+    "cli_snapshot",
     "cli_token",
     "cli_train",
     "demo",
