@@ -22,7 +22,7 @@ from resight.service.index_gpu import Gpu, open_gpu
 from resight.service.index_half import HalfIndex
 from resight.service.ladder import Kind, Ladder
 from resight.service.ladder_build import Built, build, check_kinds, scanned
-from resight.service.milvus import MilvusIndex, connect
+from resight.service.milvus import MilvusIndex, connect, sweep
 from resight.service.segment import SegmentFiles
 from resight.service.store import Store
 
@@ -96,19 +96,28 @@ class Indexes:
         self._stop.set()
         self._builder.shutdown(cancel_futures=True)
 
+    def sweep(self) -> None:
+        """Remove from Milvus what belongs to no index, when every collection has its own."""
+        if self._milvus is not None:
+            indexes = [held.index for held in self._held.values()]
+            sweep(self._milvus, self._store, {index.name for index in indexes if isinstance(index, MilvusIndex)})
+
     def disconnect(self) -> None:
         """Leave Milvus, when nothing searches any more."""
         if self._milvus is not None:
             self._milvus.close()
 
     def prepare(self) -> None:
-        """Take hold of the GPU, and try whether filters are looked at; the owner does it before all else.
+        """Take hold of the GPU or Milvus, and try whether filters are looked at; the owner does it before all else.
 
         Raises:
-            StartupError: filters are not, or there is no GPU where one is asked for.
+            StartupError: filters are not, or the GPU or Milvus that is asked for is not there.
         """
         check_kinds(8)
-        self._gpu = open_gpu(self._ladder.device)
+        if self._ladder.milvus:
+            self._milvus = connect(self._ladder.milvus, self._ladder.token)
+        else:
+            self._gpu = open_gpu(self._ladder.device)
 
     def held(self, collection: Collection) -> Held | None:
         """The index of a collection in its space, as it stands; from any thread, to look at."""
@@ -169,8 +178,7 @@ class Indexes:
         """What serves until the ladder has something better: a scan, or Milvus."""
         if not self._ladder.milvus:
             return self._placed(scanned(feed, self._ladder.wanted(feed.count()), self._stop))
-        if self._milvus is None:
-            self._milvus = connect(self._ladder.milvus, self._ladder.token)
+        assert self._milvus is not None  # `prepare` has connected
         index = MilvusIndex(self._milvus, feed)
         index.reconcile(self._stop)
         return index

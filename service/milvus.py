@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from resight.service.index import ExactIndex
 from resight.service.index_half import Rows
 from resight.service.reads import Keys
 from resight.service.runtime import Feature
+from resight.service.store import Store
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
@@ -54,6 +55,23 @@ def connect(address: str, token: str = "") -> MilvusClient:
         ) from error
 
 
+def named(store: Store, place: str = "") -> str:
+    """A Milvus collection's name; without a place, what those of one data folder begin with."""
+    folder, own = (
+        hashlib.blake2b(part, key=store.key[:64], digest_size=12).hexdigest() for part in (b"", place.encode())
+    )
+    return f"resight_{folder}_{own if place else ''}"
+
+
+def sweep(client: MilvusClient, store: Store, keep: Collection[str]) -> None:
+    """Remove this data folder's Milvus collections but those to keep: their own was deleted while Milvus was away."""
+    with _answering():
+        for name in client.list_collections():
+            if name.startswith(named(store)) and name not in keep:
+                log.info("a Milvus collection without an owner is removed name=%s", name)
+                client.drop_collection(name)
+
+
 @contextlib.contextmanager
 def _answering() -> Iterator[None]:
     from pymilvus.exceptions import MilvusException
@@ -79,8 +97,7 @@ class MilvusIndex:
 
     def __init__(self, client: MilvusClient, feed: Feed) -> None:
         self._client, self._feed = client, feed
-        place = f"{feed.collection.key}/{feed.space.space_id}".encode()
-        self.name = "resight_" + hashlib.blake2b(place, key=feed.store.key[:64], digest_size=16).hexdigest()
+        self.name = named(feed.store, f"{feed.collection.key}/{feed.space.space_id}")
         self._rows = Rows()
         self.revision = -1
 

@@ -98,7 +98,7 @@ class Nearest:
         features = np.stack([queries[number].feature for number in numbers])
         near = self._held.index.search(features, fetch, exact=self._exact)
         if not self._exact:
-            self._sample(features[:1], near[:1])
+            self._sample(features[:1])
         groups: dict[Filter, list[int]] = {}
         for place, number in enumerate(numbers):
             groups.setdefault(queries[number].filters, []).append(place)
@@ -135,10 +135,10 @@ class Nearest:
         told = dict(zip(keys.tolist(), vectors, strict=True))
         return tuple(Hit(living[key], similarity, told[key]) for key, similarity in kept if key in told)
 
-    def _sample(self, query: Feature, near: Sequence[Near]) -> None:
+    def _sample(self, query: Feature) -> None:
         """Repeat one in so many approximate searches exactly, to know what they miss."""
-        recall = self._held.recall
+        recall, index = self._held.recall, self._held.index
         recall.searches += 1
         if self._ladder.sample and (recall.searches - 1) % self._ladder.sample == 0:
-            true, found = self._held.index.search(query, SAMPLED, exact=True)[0][0], near[0][0]
-            recall.add(len(np.intersect1d(true, found[:SAMPLED])), len(true))
+            ((true, _),), ((found, _),) = index.search(query, SAMPLED, exact=True), index.search(query, SAMPLED)
+            recall.add(len(np.intersect1d(true, found)), len(true))

@@ -122,6 +122,13 @@ class Searcher:
                 time.monotonic() - started,
             )
 
+        await self._run(self._indexes.sweep)
+
+    @property
+    def erases(self) -> bool:
+        """Whether what is deleted leaves no byte in files; Milvus keeps it until it compacts."""
+        return not self._ladder.milvus
+
     def close(self) -> None:
         """End after the running search; an index that is being built is given up."""
         self._indexes.close()

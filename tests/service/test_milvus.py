@@ -54,11 +54,17 @@ def test_milvus_is_brought_to_the_store_whatever_it_held(tmp_path):
         client = connect(address)
         (name,) = client.list_collections()
         assert client.get_collection_stats(name)["row_count"] == 30
+        client.create_collection(f"{name[:-24]}{24 * 'f'}", dimension=4)  # of a collection deleted meanwhile
+        client.create_collection("someone_elses", dimension=4)
+        client.close()
+        searcher.close()
+        searcher = Searcher(store, Ladder(milvus=address))
+        await searcher.load()
         searcher.drop(lobby)
         await store.erase(writes.delete_collection, "lobby", force=True)
         searcher.close()
         client = connect(address)
-        assert client.list_collections() == []
+        assert client.list_collections() == ["someone_elses"] and not searcher.erases
         client.close()
         store.close()
 
