@@ -103,7 +103,7 @@ def test_what_makes_no_sense_is_refused(change: dict[str, Any], told: str) -> No
         Calibration.from_json(SOUND.to_json() | change)
 
 
-@pytest.mark.parametrize("body", [None, [], "x", {}, {**SOUND.to_json(), 3: 4}])
+@pytest.mark.parametrize("body", [None, [], "x", {}, {1: 2}])
 def test_another_shape_is_refused(body: object) -> None:
     with pytest.raises(BundleError, match=r"calibration: its (value|keys): expected"):
         Calibration.from_json(body)
