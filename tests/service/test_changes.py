@@ -145,3 +145,21 @@ def test_an_atomic_batch_is_stored_whole_or_not_at_all(store):
         assert done[-1].revision == (await store.read(reads.collection, "lobby")).revision > before.revision
 
     asyncio.run(body())
+
+
+def test_of_a_batch_each_is_stored_or_refused_by_itself(store):
+    async def body():
+        lobby = await made(store, max_entries=4)
+        await store.write(writes.enrol, lobby, enrolment(1))
+        batch = [enrolment(0), enrolment(1), enrolment(1, replace=True), enrolment(2), enrolment(3), enrolment(4)]
+        done = await store.write(writes.enrol_each, lobby, batch)
+        kinds = [type(one).__name__ for one in done]
+        assert kinds == ["Enrolled", "EntryExistsError", "Enrolled", "Enrolled", "Enrolled", "CollectionFullError"]
+        (full,) = await store.write(writes.enrol_each, lobby, [enrolment(9)])
+        assert isinstance(full, CollectionFullError)
+        (swapped,) = await store.write(writes.enrol_each, lobby, [enrolment(1, replace=True)])
+        assert swapped.entry.entry_id == "e1"  # in a full collection, for it takes the old one's place
+        found = await store.read(reads.entries, lobby.key, Filter(), after=0, limit=9)
+        assert [entry.entry_id for _, entry in found] == ["e0", "e2", "e3", "e1"]
+
+    asyncio.run(body())
