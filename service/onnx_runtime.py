@@ -14,7 +14,7 @@ from typing import Any
 import onnxruntime as ort
 
 from resight.bundle import Bundle, check_probes
-from resight.engine_build import WORKSPACE_BYTES, cast_first
+from resight.engine_build import WORKSPACE_BYTES
 from resight.engine_cache import EngineCache
 from resight.errors import BundleError, StartupError
 from resight.graph_check import INPUT, OUTPUT, check_graph
@@ -73,7 +73,6 @@ class OnnxRuntime:
         check_graph(data, self.image, self.feature_dim, what=artefact.file)
         with contextlib.ExitStack() as stack:
             if provider == "ort-tensorrt":
-                data = cast_first(data)
                 folder = stack.enter_context(_engines(EngineCache(engine_cache), data, self.provider, max_batch))
                 chosen = tensorrt_options(folder, self._batch_shapes(), precision=precision, device_id=device_id)
             else:
@@ -87,6 +86,7 @@ class OnnxRuntime:
                 min_cosine=least_cosine(artefact),
             )
             warm_up(self, every_size=provider != "cpu")
+        self.min_cosine = found.min_cosine
         log.info("probes passed bundle=%s provider=%s min_cosine=%.6f", self.name, self.provider, found.min_cosine)
 
     def _batch_shapes(self) -> tuple[str, str, str]:
@@ -100,7 +100,7 @@ class OnnxRuntime:
         self, data: bytes, provider: str, chosen: dict[str, str], options: ort.SessionOptions, file: str
     ) -> ort.InferenceSession:
         """A session on the chosen provider; onnxruntime would fall back to the CPU with a printed line, we do not."""
-        # What TensorRT leaves (the transposition of bytes, at most) runs on CUDA.
+        # What TensorRT leaves runs on CUDA.
         beside = [("CUDAExecutionProvider", {"device_id": chosen["device_id"]})] if provider == "ort-tensorrt" else []
         try:
             session = ort.InferenceSession(

@@ -22,7 +22,7 @@ Provider = Literal["cpu", "cuda", "ort-tensorrt", "tensorrt"]
 
 
 class Runtime(Protocol):
-    """What the batcher needs of a model."""
+    """What the batcher needs of a model; ``min_cosine`` is of its worst probe here."""
 
     name: str
     space_id: str
@@ -30,6 +30,7 @@ class Runtime(Protocol):
     image: ImageSpec
     max_batch: int
     provider: str
+    min_cosine: float
 
     def embed(self, images: Pixels) -> Feature:
         """Embed fitted crops: uint8 (N, H, W, 3) RGB, N in 1..max_batch -> float32 (N, D) unit rows."""
@@ -101,7 +102,7 @@ class DummyRuntime:
     D = 48. For tests of everything around the model, and for load tests that must not measure it.
     """
 
-    name, space_id, feature_dim, provider = "dummy", "d0" * 16, 48, "dummy"
+    name, space_id, feature_dim, provider, min_cosine = "dummy", "d0" * 16, 48, "dummy", 1.0
 
     def __init__(self, image: ImageSpec | None = None, *, max_batch: int = 32) -> None:
         self.image, self.max_batch = image or ImageSpec(), max_batch

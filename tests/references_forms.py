@@ -14,9 +14,9 @@ from resight.bundle import Bundle, Graph, space_id, write_bundle
 from resight.probes import Run, make_probes, measure_parity
 
 HEAD = [
-    helper.make_node("Transpose", ["images"], ["t"], perm=[0, 3, 1, 2]),
-    helper.make_node("Cast", ["t"], ["f"], to=TensorProto.FLOAT),
-    helper.make_node("Div", ["f", "scale"], ["s"]),
+    helper.make_node("Cast", ["images"], ["f"], to=TensorProto.FLOAT),
+    helper.make_node("Transpose", ["f"], ["t"], perm=[0, 3, 1, 2]),
+    helper.make_node("Div", ["t", "scale"], ["s"]),
     helper.make_node("Sub", ["s", "half"], ["c"]),
     helper.make_node("AveragePool", ["c"], ["p"], kernel_shape=[8, 8], strides=[8, 8]),
     helper.make_node("Flatten", ["p"], ["v"]),

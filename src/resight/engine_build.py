@@ -12,8 +12,6 @@ import time
 from types import ModuleType
 from typing import Any
 
-import onnx
-
 from resight.engine import EngineKey, load_tensorrt, tensorrt_logger
 from resight.errors import BundleError
 from resight.graph_check import INPUT
@@ -47,9 +45,11 @@ def build(data: bytes, key: EngineKey, timing_cache: bytes = b"") -> tuple[bytes
     strong = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if trt.__version__.startswith("10.") else 0
     network = builder.create_network(strong)
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(cast_first(data)):
+    if not parser.parse(data):
         told = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
-        raise BundleError(f"TensorRT {trt.__version__} does not take the {key.precision} graph: {told[:500]}")
+        raise BundleError(
+            f"TensorRT {trt.__version__} does not take the {key.precision} graph: {told[:500]}: export it anew"
+        )
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
     monitor = _monitor(trt)  # by a name, as the timings below: both must outlive the build
@@ -72,34 +72,6 @@ def build(data: bytes, key: EngineKey, timing_cache: bytes = b"") -> tuple[bytes
             "says why; use --provider cuda, or another precision"
         )
     return bytes(plan), bytes(config.get_timing_cache().serialize())
-
-
-def cast_first(data: bytes) -> bytes:
-    """Let the graph's first step be its Cast, not its Transpose; the numbers are the same.
-
-    TensorRT takes uint8 as an input only when it is cast before anything else (its documentation of
-    ``DataType.UINT8``); on a CPU moving bytes before they become floats is the cheaper order, so the bundle has that.
-    """
-    model = onnx.load_from_string(data)
-    found = [_only_user(model, INPUT, "Transpose")]
-    found.append(_only_user(model, found[0].output[0], "Cast") if found[0] else None)
-    transpose, cast = found
-    if transpose is None or cast is None:
-        return data
-    between, after = transpose.output[0], cast.output[0]
-    cast.input[0], cast.output[0] = INPUT, between
-    transpose.input[0], transpose.output[0] = between, after
-    first = onnx.NodeProto.FromString(cast.SerializeToString())
-    cast.CopyFrom(transpose)  # each takes the other's place in the sorted list of nodes
-    transpose.CopyFrom(first)
-    del model.graph.value_info[:]  # the value between the two has another type now
-    return bytes(model.SerializeToString())
-
-
-def _only_user(model: onnx.ModelProto, value: str, operator: str) -> onnx.NodeProto | None:
-    """The one node that takes a value, if it is of this kind."""
-    users = [node for node in model.graph.node if value in node.input]
-    return users[0] if len(users) == 1 and users[0].op_type == operator else None
 
 
 def _monitor(trt: ModuleType) -> Any:

@@ -55,7 +55,8 @@ def test_every_runtime_agrees_with_the_model_at_every_batch(forms, provider, pre
     assert runtime.provider == f"{provider}-{precision}"
     kind = "tensorrt" if "tensorrt" in provider and precision == "int8" else "onnx"
     least = least_cosine(forms.find(precision, kind))
-    assert measure_parity(forms.probes(), runtime.embed).min_cosine >= least
+    again = measure_parity(forms.probes(), runtime.embed).min_cosine
+    assert again >= least and abs(again - runtime.min_cosine) < 1e-4
     crops = np.random.default_rng(0).integers(0, 256, (MAX_BATCH, SPEC.height, SPEC.width, 3), dtype=np.uint8)
     alone = np.concatenate([runtime.embed(crops[row : row + 1]) for row in range(MAX_BATCH)])
     for count in (1, 7, MAX_BATCH):
