@@ -15,18 +15,17 @@ from collections.abc import AsyncIterator
 import grpc
 from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # missing in the stubs
 
-from resight.bundle import open_bundle
 from resight.service.embedder import Embedder
 from resight.service.folder import DataFolder
 from resight.service.gallery import Gallery
 from resight.service.gate import Gate
 from resight.service.guard import Deadlines, Guard, Stage, errors_told
 from resight.service.listen import bind, certificates, check_listen
+from resight.service.models import ModelHost
 from resight.service.rate import RateLimit
 from resight.service.request_id import with_request_id
 from resight.service.rpc import AdminServicer, EmbeddingServicer, SearchServicer
 from resight.service.rpc_gallery import GalleryServicer
-from resight.service.runtime import Runtime, open_runtime
 from resight.service.settings import Settings
 from resight.service.standard import add_standard_services
 from resight.service.store import Store
@@ -106,42 +105,28 @@ async def serving(settings: Settings) -> AsyncIterator[Server]:
         folder = stack.enter_context(DataFolder(settings.data))
         server, port = bind(settings, Guard(_stages(settings, TokenBook(TokenFile(settings.data)))), tls)
         stack.push_async_callback(server.stop, 0)
-        runtime = await asyncio.to_thread(_load, settings)
-        store = Store(folder.database, dim=runtime.feature_dim, quick_check_s=settings.quick_check_s)
-        stack.callback(store.close)
-        embedder = Embedder(runtime, settings)
+        embedder = Embedder(settings)
         embedder.start()
         stack.push_async_callback(embedder.stop)
-        gallery = Gallery(store, embedder, settings)
+        models = ModelHost(embedder, settings, settings.data)
+        await models.start()
+        store = Store(folder.database, dim=models.active.space.dim, quick_check_s=settings.quick_check_s)
+        stack.callback(store.close)
+        gallery = Gallery(store, models, settings)
         stack.push_async_callback(gallery.stop)
         await gallery.start()
-        embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(
-            EmbeddingServicer(embedder, gallery.space, settings), server
-        )
+        embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(EmbeddingServicer(models, settings), server)
         search_pb2_grpc.add_SearchServiceServicer_to_server(SearchServicer(gallery, settings), server)
         gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryServicer(gallery, settings), server)
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(
-            AdminServicer(gallery.space, runtime.provider, settings), server
-        )
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(models, settings), server)
         status = await add_standard_services(server, SERVICES, settings)
         await server.start()
         stack.push_async_callback(server.stop, 0)
         address = f"{settings.listen.rpartition(':')[0]}:{port}"
-        folder.announce(address, runtime.space_id)
-        log.info("serving %s space=%s model=%s", address, runtime.space_id, runtime.name)
+        space = models.active.space
+        folder.announce(address, space.space_id)
+        log.info("serving %s space=%s model=%s", address, space.space_id, space.model_id)
         yield Server(server, status, address)
-
-
-def _load(settings: Settings) -> Runtime:
-    return open_runtime(
-        open_bundle(settings.bundle),
-        provider=settings.provider,
-        precision=settings.precision,
-        max_batch=settings.max_batch,
-        threads=settings.inference_threads,
-        device_id=settings.device_id,
-        engine_cache=settings.engine_cache,
-    )
 
 
 def _stages(settings: Settings, tokens: TokenBook) -> tuple[Stage, ...]:

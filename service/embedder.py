@@ -1,23 +1,20 @@
-"""Image bytes to a unit feature: decode and fit in threads, then the batcher.
+"""Image bytes to a unit feature: admitted, decoded and fitted in threads, embedded in batches.
 
-Decoding and fitting are one job, so at most ``decode_threads`` full-size images are in memory at a
-time; what waits for the model is already of the encoder's size, and its number is bounded by `Batcher`.
+One future stands for a call, however many crops it has: they come back to the event loop with their batch.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from resight.errors import ImageError, InputError, ReIDError
-from resight.image import Pixels, decode, fit
-from resight.service.batcher import Batcher, expired
-from resight.service.quality import quality
+from resight.service.batcher import Batcher
+from resight.service.decode import Decoders
+from resight.service.lanes import Job, Priority
 from resight.service.runtime import Feature, Runtime
 from resight.service.settings import Settings
 
@@ -46,56 +43,91 @@ class Embedded:
 
 
 class Embedder:
-    """Embeds crops with one runtime. `start` and `stop` it in the event loop."""
+    """Embeds crops with whatever model a call names; all share the threads and the queue.
 
-    def __init__(self, runtime: Runtime, settings: Settings) -> None:
-        self.runtime = runtime
-        self._settings = settings
-        self._batcher = Batcher(runtime, max_queue=settings.max_queue, delay_s=settings.batch_delay_s)
-        self._threads = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+    `start` and `stop` it in the event loop that calls it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._batcher = Batcher(
+            self._finished, max_queue=settings.max_queue, most=settings.max_batch, delay_s=settings.batch_delay_s
+        )
+        self._decoders = Decoders(self._batcher.put, self._missed, self._batcher.check, settings)
+        self._left: dict[asyncio.Future[None], int] = {}
 
     def start(self) -> None:
         """Begin to serve."""
+        self._loop = asyncio.get_running_loop()
         self._batcher.start()
+        self._decoders.start()
 
     async def stop(self) -> None:
         """End after the running batch."""
-        await self._batcher.stop()
-        self._threads.shutdown()
+        await asyncio.to_thread(self._decoders.stop)
+        await asyncio.to_thread(self._batcher.stop)
 
-    async def embed(self, crops: Sequence[bytes], deadline: float) -> list[Embedded | ReIDError]:
+    def waiting(self) -> dict[Priority, int]:
+        """Crops admitted and not yet answered, of each priority."""
+        return self._batcher.waiting()
+
+    async def embed(
+        self,
+        runtime: Runtime,
+        crops: Sequence[bytes],
+        deadline: float,
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+    ) -> list[Embedded | ReIDError]:
         """Embed crops; what is wrong with one is that one's outcome.
 
         Args:
+            runtime: the model.
             crops: JPEG, PNG or WebP files.
             deadline: in `time.monotonic` seconds.
+            priority: who waits for it.
 
         Raises:
             OverloadedError: the queue has no room for all of them; none was decoded.
             DeadlineError: it has passed already.
         """
-        with self._batcher.admit(len(crops), deadline):
-            return list(await asyncio.gather(*(self._one(crop, deadline) for crop in crops)))
+        with self._batcher.admit(len(crops), deadline, priority):
+            answer = self._loop.create_future()
+            jobs = [Job(crop, runtime, priority, deadline, answer) for crop in crops]
+            if not jobs:
+                return []
+            self._left[answer] = len(jobs)
+            try:
+                self._batcher.expect(jobs)
+                for job in jobs:
+                    self._decoders.put(job)
+                await answer
+            finally:
+                del self._left[answer]
+        return [_outcome(job) for job in jobs]
 
-    async def _one(self, crop: bytes, deadline: float) -> Embedded | ReIDError:
-        try:
-            fitted, figure, decode_ns = await asyncio.get_running_loop().run_in_executor(
-                self._threads, self._decode, crop, deadline
-            )
-            inferred = await self._batcher.embed(fitted, deadline)
-        except ReIDError as error:
-            return error
-        return Embedded(inferred.feature, figure, Timings(decode_ns, inferred.queue_ns, inferred.infer_ns))
+    def _missed(self, job: Job) -> None:
+        self._batcher.missed(job)
+        self._finished((job,))
 
-    def _decode(self, crop: bytes, deadline: float) -> tuple[Pixels, float, int]:
-        if error := expired(deadline):
-            raise error
-        started_ns = time.perf_counter_ns()
-        limits = self._settings
-        image = decode(crop, max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels)
-        fitted = fit(image, self.runtime.image)
-        figure = quality(fitted, image.shape[:2])
-        return fitted, figure, time.perf_counter_ns() - started_ns
+    def _finished(self, jobs: Sequence[Job]) -> None:
+        """From any thread: hand jobs back to the event loop, all at once."""
+        if jobs and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver, jobs)
+
+    def _deliver(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            if job.answer not in self._left:  # its caller left
+                continue
+            self._left[job.answer] -= 1
+            if not self._left[job.answer] and not job.answer.done():
+                job.answer.set_result(None)
+
+
+def _outcome(job: Job) -> Embedded | ReIDError:
+    assert job.outcome is not None
+    if isinstance(job.outcome, ReIDError):
+        return job.outcome
+    return Embedded(job.outcome, job.quality, Timings(job.decode_ns, job.queue_ns, job.infer_ns))
 
 
 def combined(shots: Sequence[Embedded]) -> Embedded:

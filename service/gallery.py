@@ -17,9 +17,11 @@ import numpy as np
 
 from resight.errors import InputError, LimitError, ReIDError, SpaceMismatchError
 from resight.service import reads, writes
-from resight.service.embedder import Embedded, Embedder, Timings, all_embedded, combined
+from resight.service.embedder import Embedded, Timings, all_embedded, combined
 from resight.service.entries import Collection, Enrolled, Enrolment, Entry, Filter, Space
 from resight.service.ladder import ladder_of
+from resight.service.lanes import Priority
+from resight.service.models import ModelHost
 from resight.service.runtime import Feature
 from resight.service.searcher import Searcher
 from resight.service.settings import Settings
@@ -61,12 +63,15 @@ class EnrolRequest:
 class Gallery:
     """All collections of one data folder. `start` and `stop` it in the event loop."""
 
-    def __init__(self, store: Store, embedder: Embedder, settings: Settings) -> None:
-        runtime = embedder.runtime
-        self.space = Space(runtime.space_id, runtime.name, runtime.feature_dim)
+    def __init__(self, store: Store, models: ModelHost, settings: Settings) -> None:
         self.searcher = Searcher(store, ladder_of(settings, store.folder), max_queue=settings.max_search_queue)
-        self._store, self._embedder, self._settings = store, embedder, settings
+        self._store, self._models, self._settings = store, models, settings
         self._purging: asyncio.Task[None] | None = None
+
+    @property
+    def space(self) -> Space:
+        """Of the model that embeds now, and so of new collections."""
+        return self._models.active.space
 
     async def start(self) -> None:
         """Build the indexes from the store and begin to purge what expires."""
@@ -141,14 +146,31 @@ class Gallery:
 
     async def _made(self, into: Collection, request: EnrolRequest, deadline: float) -> Enrolment | ReIDError:
         try:
-            made = await self.feature(into, request.source, deadline)
+            made = await self.feature(into, request.source, deadline, priority=Priority.ENROL)
+            others = await self._others(into, request.source, deadline)
         except ReIDError as error:
             return error
         crops = request.source.images if isinstance(request.source, Crops) else ()
         entry = replace(request.entry, entry_id=request.entry.entry_id or uuid4().hex, shot_count=len(crops))
         if crops:
             entry = replace(entry, quality=made.quality)
-        return Enrolment(entry, made.feature, crops, request.replace, request.request_id, request.digest)
+        return Enrolment(entry, made.feature, crops, request.replace, request.request_id, request.digest, others)
+
+    async def _others(
+        self, into: Collection, source: Crops | Given, deadline: float
+    ) -> tuple[tuple[str, Feature], ...]:
+        """Features in the collection's other spaces, as far as their models are loaded.
+
+        What is left out a migration fills in, or the switch back refuses.
+        """
+        if isinstance(source, Given):
+            return ()
+        made = []
+        for space_id in into.other_space_ids:
+            if model := self._models.in_space(space_id):
+                one = await self.feature(into, source, deadline, space=model.space, priority=Priority.ENROL)
+                made.append((space_id, one.feature))
+        return tuple(made)
 
     async def _stored(self, into: Collection, new: Enrolment | ReIDError) -> Enrolled | ReIDError:
         if isinstance(new, ReIDError):
@@ -158,8 +180,16 @@ class Gallery:
         except ReIDError as error:
             return error
 
-    async def feature(self, of: Collection, source: Crops | Given, deadline: float) -> Embedded:
-        """The feature of a source, in a collection's space.
+    async def feature(
+        self,
+        of: Collection,
+        source: Crops | Given,
+        deadline: float,
+        *,
+        space: Space | None = None,
+        priority: Priority = Priority.INTERACTIVE,
+    ) -> Embedded:
+        """The feature of a source, in a collection's space or another one.
 
         Raises:
             SpaceMismatchError: the model, or the given feature, is of another space.
@@ -168,22 +198,14 @@ class Gallery:
         """
         if isinstance(source, Given):
             return Embedded(given_feature(source, of), 0.0, Timings())
-        if of.space.space_id != self.space.space_id:
-            raise SpaceMismatchError(
-                f"collection {of.name} holds features of model {of.space.model_id} (space {of.space.space_id}), this "
-                f"server embeds with {self.space.model_id} (space {self.space.space_id}): serve that model, or enrol "
-                "the crops in a new collection",
-                field="collection_id",
-                expected_space_id=of.space.space_id,
-                found_space_id=self.space.space_id,
-            )
         if not 1 <= len(source.images) <= self._settings.max_shots:
             raise LimitError(
                 f"1 to {self._settings.max_shots} shots make a feature, found {len(source.images)}: send the best ones",
                 field="shots.images",
                 max_shots=self._settings.max_shots,
             )
-        outcomes = await self._embedder.embed(source.images, deadline)
+        with self._models.lease_space(space or of.space, collection=of.name) as model:
+            outcomes = await model.embed(source.images, deadline, priority=priority)
         return combined(all_embedded(outcomes, source.fields))
 
     async def entry(self, name: str, entry_id: str, *, with_feature: bool) -> tuple[Collection, Entry, Feature | None]:

@@ -13,10 +13,11 @@ import grpc
 from resight.errors import InputError, LimitError, ReIDError
 from resight.reasons import to_status
 from resight.service import translate
-from resight.service.embedder import Embedded, Embedder, Timings, all_embedded
-from resight.service.entries import Collection, Space
+from resight.service.embedder import Embedded, Timings, all_embedded
+from resight.service.entries import Collection
 from resight.service.gallery import Gallery
 from resight.service.guard import check_batch, deadline_of
+from resight.service.models import ModelHost
 from resight.service.searcher import Query
 from resight.service.settings import Settings
 from resight.v1 import (
@@ -35,17 +36,18 @@ DEFAULT_TOP_K = 10
 class EmbeddingServicer(embedding_pb2_grpc.EmbeddingServiceServicer):
     """Crops to features."""
 
-    def __init__(self, embedder: Embedder, space: Space, settings: Settings) -> None:
-        self._embedder, self._space, self._settings = embedder, space, settings
+    def __init__(self, models: ModelHost, settings: Settings) -> None:
+        self._models, self._settings = models, settings
 
     async def Embed(self, request: embedding_pb2.EmbedRequest, context: Context) -> embedding_pb2.EmbedResponse:
         """Embed one crop."""
         deadline = deadline_of(context, self._settings.deadline_s)
-        outcomes = await self._embedder.embed([request.image.data], deadline)
+        with self._models.lease(request.model_id) as model:
+            outcomes = await model.embed([request.image.data], deadline)
         (embedded,) = all_embedded(outcomes, ["image.data"])
         return embedding_pb2.EmbedResponse(
-            embedding=translate.feature_message(embedded.feature, self._space),
-            space=translate.space_message(self._space),
+            embedding=translate.feature_message(embedded.feature, model.space),
+            space=translate.space_message(model.space),
             quality=embedded.quality,
             timings=translate.timings_message(embedded.timings),
         )
@@ -56,7 +58,8 @@ class EmbeddingServicer(embedding_pb2_grpc.EmbeddingServiceServicer):
         """Embed up to 64 crops, each with its own status."""
         check_batch(len(request.images), self._settings, "images")
         deadline = deadline_of(context, self._settings.batch_deadline_s)
-        outcomes = await self._embedder.embed([image.data for image in request.images], deadline)
+        with self._models.lease(request.model_id) as model:
+            outcomes = await model.embed([image.data for image in request.images], deadline)
         results, total = [], Timings()
         for number, outcome in enumerate(outcomes):
             if isinstance(outcome, ReIDError):
@@ -64,10 +67,10 @@ class EmbeddingServicer(embedding_pb2_grpc.EmbeddingServiceServicer):
                 results.append(embedding_pb2.EmbedResult(error=error))
                 continue
             total += outcome.timings
-            feature = translate.feature_message(outcome.feature, self._space)
+            feature = translate.feature_message(outcome.feature, model.space)
             results.append(embedding_pb2.EmbedResult(embedding=feature, quality=outcome.quality))
         return embedding_pb2.BatchEmbedResponse(
-            results=results, space=translate.space_message(self._space), timings=translate.timings_message(total)
+            results=results, space=translate.space_message(model.space), timings=translate.timings_message(total)
         )
 
 
@@ -167,8 +170,8 @@ class SearchServicer(search_pb2_grpc.SearchServiceServicer):
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     """What this server is and accepts."""
 
-    def __init__(self, space: Space, provider: str, settings: Settings) -> None:
-        self._space, self._provider, self._settings = space, provider, settings
+    def __init__(self, models: ModelHost, settings: Settings) -> None:
+        self._models, self._settings = models, settings
 
     async def GetServerInfo(
         self, request: admin_pb2.GetServerInfoRequest, context: Context
@@ -186,7 +189,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         )
         return admin_pb2.GetServerInfoResponse(
             server_version=version("resight"),
-            active_space=translate.space_message(self._space),
+            active_space=translate.space_message(self._models.active.space),
             limits=limits,
-            provider=self._provider,
+            provider=self._models.active.provider,
         )

@@ -28,6 +28,8 @@ class Settings(BaseSettings):
 
     Attributes:
         bundle: folder of the model to serve.
+        models: folder of more bundles, loaded by name; None = the bundle alone.
+        trusted_keys: minisign public keys, or files of them; with any, every bundle must be signed by one.
         data: folder of the gallery; made when missing, held by one server at a time.
         listen: ``HOST:PORT``; port 0 takes a free one, told in ``server.json``.
         auth: ``auto`` asks for a token once one was made in ``data``; ``tokens`` always does.
@@ -43,10 +45,11 @@ class Settings(BaseSettings):
         device_id: which GPU.
         engine_cache: folder of TensorRT's engines, private to the user; made when missing.
         inference_threads: of onnxruntime on the CPU; 0 = one for each core the process may use.
-        decode_threads: crops decoded at once; each holds at most ``max_image_pixels`` of RGB.
+        decode_threads: crops decoded at once.
+        decode_pixels: of full-size images in memory at once, however many threads; each takes up to 9 bytes.
         max_batch: crops of one inference.
         batch_delay_s: wait for more crops when the model is idle; 0 batches what gathers while it is busy.
-        max_queue: crops admitted and not yet answered (8 batches).
+        max_queue: crops admitted and not yet answered (8 batches), of each priority.
         max_rpcs: calls in flight; times ``max_message_bytes`` this is the fence on memory.
         max_message_bytes: 64 crops of 100 KB fit.
         deadline_s: for a lone item when the client set none.
@@ -74,6 +77,8 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
     bundle: Path
+    models: Path | None = None
+    trusted_keys: tuple[str, ...] = ()
     data: Path
     listen: str = Field(default="127.0.0.1:50051", pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\[\]]+):\d{1,5}$")
     auth: Literal["auto", "tokens"] = "auto"
@@ -90,6 +95,7 @@ class Settings(BaseSettings):
     engine_cache: Path = Field(default_factory=default_folder)
     inference_threads: int = Field(default=0, ge=0, le=256)
     decode_threads: int = Field(default=min(8, os.cpu_count() or 1), ge=1, le=64)
+    decode_pixels: int = Field(default=16_000_000, ge=256)
     max_batch: int = Field(default=32, ge=1, le=1024)
     batch_delay_s: float = Field(default=0.0, ge=0.0, le=1.0)
     max_queue: int = Field(default=256, ge=1, le=65536)

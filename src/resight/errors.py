@@ -17,6 +17,9 @@
     │   └── StoreError
     ├── TrainingError              the adaptation cannot go on (no cluster, one cluster, NaN)
     ├── ModelError                 the served model failed on this input
+    ├── ModelInUseError            a model that is needed would go or change
+    ├── CropsMissingError          entries without crops cannot be embedded anew
+    ├── MigrationError             a migration did not pass its gate
     ├── SpaceMismatchError         features of two embedding spaces would be compared
     ├── UncalibratedError          a probability is asked of a space that knows none
     ├── NotFoundError
@@ -39,7 +42,8 @@
     │   ├── ExpiredInQueueError
     │   └── RevisionNotSearchableError
     ├── UnavailableError           starting, or the server cannot be reached
-    │   └── DrainingError
+    │   ├── DrainingError
+    │   └── ModelNotReadyError
     ├── StorageFullError
     │   └── DiskWatermarkError
     └── StartupError               a port or a data folder is taken
@@ -122,6 +126,18 @@ class TrainingError(ReIDError):
 
 class ModelError(ReIDError):
     """The served model failed on this input, or answered what is no feature."""
+
+
+class ModelInUseError(ReIDError):
+    """A model that is active, or that a migration needs, would be unloaded or change its space."""
+
+
+class CropsMissingError(ReIDError):
+    """Entries without stored crops cannot be embedded with another model."""
+
+
+class MigrationError(ReIDError):
+    """A migration did not pass its gate; the collection is searched as before."""
 
 
 class SpaceMismatchError(ReIDError):
@@ -218,6 +234,10 @@ class UnavailableError(ReIDError):
 
 class DrainingError(UnavailableError):
     """The server is going down."""
+
+
+class ModelNotReadyError(UnavailableError):
+    """The model is being loaded."""
 
 
 class StorageFullError(ReIDError):

@@ -7,6 +7,7 @@ rank-1 in this field), so nobody else may decode or resize a crop.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,11 +48,23 @@ class ImageSpec:
             raise ValueError(f"image filter must be one of {', '.join(_FILTERS)}, found {self.filter!r}")
 
 
-def decode(data: bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS) -> Pixels:
+def decode(
+    data: bytes,
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_pixels: int = MAX_PIXELS,
+    on_header: Callable[[int], None] | None = None,
+) -> Pixels:
     """Decode one still image to RGB after its header has passed the limits.
 
     EXIF orientation is applied, alpha is dropped, grey, palette and CMYK become RGB; animations and
     more than 8 bits a channel are refused.
+
+    Args:
+        data: the file.
+        max_bytes: of it.
+        max_pixels: height times width.
+        on_header: is told the pixels to come before any is decoded; it may wait for memory.
 
     Returns:
         uint8 (H, W, 3), H and W in 16..4096.
@@ -70,6 +83,8 @@ def decode(data: bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIX
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as header:
             _check_header(header, max_pixels)
+            if on_header is not None:
+                on_header(header.width * header.height)
             image = ImageOps.exif_transpose(header)
             if "transparency" in image.info:
                 image = image.convert("RGBA")  # Pillow warns when palette transparency goes straight to RGB

@@ -5,9 +5,10 @@ import time
 import numpy as np
 import pytest
 
-from resight.errors import DeadlineError, ModelError, OverloadedError
+from resight.errors import DeadlineError, ModelError, OverloadedError, ReIDError, UnavailableError
 from resight.image import ImageSpec
 from resight.service.batcher import Batcher
+from resight.service.lanes import Job, Priority
 from resight.service.runtime import DummyRuntime
 
 SPEC = ImageSpec(height=16, width=16)
@@ -15,11 +16,11 @@ SOON, FAR = 30.0, 600.0
 
 
 def crop(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 254, (16, 16, 3), dtype=np.uint8)
+    return np.random.default_rng(seed).integers(0, 250, (16, 16, 3), dtype=np.uint8)
 
 
 class GatedRuntime(DummyRuntime):
-    """The dummy behind a gate, noting each batch; a crop that begins with 255 makes it fail, with 254 answer NaN."""
+    """The dummy behind a gate, noting each batch; by its first byte a crop makes it fail, run out of memory or NaN."""
 
     def __init__(self, max_batch: int = 8) -> None:
         super().__init__(SPEC, max_batch=max_batch)
@@ -27,11 +28,16 @@ class GatedRuntime(DummyRuntime):
         self.gate.set()
         self.started = threading.Event()
         self.batches: list[int] = []
+        self.firsts: list[int] = []
+        self.room = 1000
 
     def embed(self, images):
         self.batches.append(len(images))
+        self.firsts.append(int(images[0, 0, 0, 0]))
         self.started.set()
         assert self.gate.wait(SOON)
+        if len(images) > self.room:
+            raise RuntimeError("CUDA failure 2: out of memory ; GPU=0")
         if (images[:, 0, 0, 0] == 255).any():
             raise RuntimeError("poison")
         features = super().embed(images)
@@ -39,27 +45,48 @@ class GatedRuntime(DummyRuntime):
         return features
 
 
-async def submit(batcher: Batcher, image: np.ndarray, deadline: float | None = None):
-    deadline = time.monotonic() + FAR if deadline is None else deadline
-    with batcher.admit(1, deadline):
-        return await batcher.embed(image, deadline)
+class Submitting(Batcher):
+    """The batcher with what the embedder does around it."""
+
+    def __init__(self, runtime: GatedRuntime, **settings) -> None:
+        super().__init__(self._finished_jobs, **settings)
+        self.runtime, self.loop = runtime, asyncio.get_running_loop()
+
+    def _finished_jobs(self, jobs):
+        self.loop.call_soon_threadsafe(lambda: [job.answer.done() or job.answer.set_result(None) for job in jobs])
+
+    async def submit(self, image, deadline=None, priority=Priority.INTERACTIVE, runtime=None):
+        deadline = time.monotonic() + FAR if deadline is None else deadline
+        with self.admit(1, deadline, priority):
+            self.check(image.tobytes())
+            job = Job(image.tobytes(), runtime or self.runtime, priority, deadline, self.loop.create_future(), image)
+            self.expect([job])
+            self.put(job)
+            await job.answer
+        if isinstance(job.outcome, ReIDError):
+            raise job.outcome
+        return job.outcome
+
+
+async def submit(batcher: Submitting, image: np.ndarray, deadline: float | None = None):
+    return await batcher.submit(image, deadline)
 
 
 def run(test, *, max_batch: int = 8, max_queue: int = 64):
     async def body():
         runtime = GatedRuntime(max_batch)
-        batcher = Batcher(runtime, max_queue=max_queue)
+        batcher = Submitting(runtime, max_queue=max_queue, most=max_batch)
         batcher.start()
         try:
             await asyncio.wait_for(test(batcher, runtime), SOON)
         finally:
             runtime.gate.set()
-            await batcher.stop()
+            await asyncio.to_thread(batcher.stop)
 
     asyncio.run(body())
 
 
-async def blocked(batcher: Batcher, runtime: GatedRuntime) -> asyncio.Task:
+async def blocked(batcher: Submitting, runtime: GatedRuntime) -> asyncio.Task:
     """A first crop that keeps the model busy until the gate opens."""
     runtime.gate.clear()
     task = asyncio.create_task(submit(batcher, crop(0)))
@@ -72,7 +99,7 @@ def test_each_caller_gets_the_feature_of_its_own_crop():
         images = [crop(seed) for seed in range(37)]
         found = await asyncio.gather(*(submit(batcher, image) for image in images))
         expected = DummyRuntime(SPEC).embed(np.stack(images))
-        assert np.array_equal(np.stack([one.feature for one in found]), expected)
+        assert np.array_equal(np.stack(found), expected)
         assert sum(runtime.batches) == 37 and max(runtime.batches) <= 8
 
     run(test)
@@ -159,5 +186,137 @@ def test_a_poisoned_crop_fails_alone():
         assert [isinstance(one, ModelError) for one in found] == [False, False, True, True, False]
         await first
         await submit(batcher, crop(9))
+
+    run(test)
+
+
+def test_a_crop_that_made_a_batch_fail_is_not_tried_again():
+    async def test(batcher, runtime):
+        poison = crop(1)
+        poison[0, 0, 0] = 255
+        with pytest.raises(ModelError, match="failed on it"):
+            await batcher.submit(poison)  # alone it may be the model that fails: it may come again
+        with pytest.raises(ModelError, match="failed on it"):
+            await batcher.submit(poison)
+        first = await blocked(batcher, runtime)
+        tasks = [asyncio.create_task(batcher.submit(image)) for image in (crop(2), poison, crop(3))]
+        await asyncio.sleep(0.02)
+        runtime.gate.set()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [isinstance(one, ModelError) for one in found] == [False, True, False]
+        await first
+        runs = len(runtime.batches)
+        with pytest.raises(ModelError, match="before"):
+            await batcher.submit(poison)
+        assert len(runtime.batches) == runs
+
+    run(test)
+
+
+@pytest.mark.parametrize("room, served", [(4, 8), (3, 0)])
+def test_without_memory_a_batch_is_halved_once_and_the_queue_goes_on(room, served):
+    async def test(batcher, runtime):
+        first = await blocked(batcher, runtime)
+        tasks = [asyncio.create_task(batcher.submit(crop(seed))) for seed in range(1, 9)]
+        await asyncio.sleep(0.02)
+        runtime.room = room
+        runtime.gate.set()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert sum(isinstance(one, np.ndarray) for one in found) == served
+        assert sum(isinstance(one, UnavailableError) for one in found) == 8 - served
+        assert runtime.batches == [1, 8, 4, 4]
+        await first
+        await batcher.submit(crop(9))
+
+    run(test)
+
+
+def marked(value: int) -> np.ndarray:
+    image = crop(value)
+    image[0, 0, 0] = value
+    return image
+
+
+def test_callers_go_before_enrolments_which_fill_their_batch_and_both_before_a_migration():
+    async def test(batcher, runtime):
+        first = await blocked(batcher, runtime)
+        order = [Priority.REEMBED, Priority.ENROL, Priority.INTERACTIVE]
+        tasks = [
+            asyncio.create_task(batcher.submit(marked(10 * priority + number), None, priority))
+            for priority in order
+            for number in range(3)
+        ]
+        await asyncio.sleep(0.02)
+        batcher._lanes.ran(Priority.REEMBED, 1.0)  # it had its turn just now
+        runtime.gate.set()
+        await asyncio.gather(first, *tasks)
+        assert runtime.batches == [1, 4, 2, 3] and runtime.firsts[1:] == [0, 11, 20]
+
+    run(test, max_batch=4)
+
+
+def test_an_idle_model_waits_for_what_is_being_decoded_but_not_for_ever():
+    async def test(batcher, runtime):
+        await batcher.submit(crop(0))
+        batcher._batch_s = SOON / 3
+        far = time.monotonic() + FAR
+        jobs = [Job(b"", runtime, Priority.INTERACTIVE, far, batcher.loop.create_future(), crop(n)) for n in range(4)]
+        batcher.expect(jobs)
+        for job in jobs[:2]:
+            batcher.put(job)
+        await asyncio.sleep(0.05)
+        assert runtime.batches == [1]
+        batcher.missed(jobs[2])
+        batcher.put(jobs[3])
+        await asyncio.gather(*(job.answer for job in jobs if job is not jobs[2]))
+        assert runtime.batches == [1, 3]
+        batcher._batch_s = 0.05
+        batcher.expect(jobs[:1])  # and never comes
+        await batcher.submit(crop(5))
+        assert runtime.batches == [1, 3, 1]
+
+    run(test)
+
+
+def test_a_full_lane_refuses_its_own_priority_only():
+    async def test(batcher, runtime):
+        first = await blocked(batcher, runtime)
+        enrolling = [asyncio.create_task(batcher.submit(crop(n), None, Priority.ENROL)) for n in range(2)]
+        await asyncio.sleep(0.02)
+        with pytest.raises(OverloadedError):
+            await batcher.submit(crop(3), None, Priority.ENROL)
+        caller = asyncio.create_task(batcher.submit(crop(4)))
+        await asyncio.sleep(0.02)
+        assert batcher.waiting() == {Priority.INTERACTIVE: 2, Priority.ENROL: 2, Priority.REEMBED: 0}
+        runtime.gate.set()
+        await asyncio.gather(first, caller, *enrolling)
+
+    run(test, max_queue=2)
+
+
+def test_two_models_take_turns_and_never_share_a_batch():
+    async def test(batcher, runtime):
+        first = await blocked(batcher, runtime)
+        other = GatedRuntime()
+        tasks = [asyncio.create_task(batcher.submit(crop(n), runtime=(runtime, other)[n % 2])) for n in range(1, 9)]
+        await asyncio.sleep(0.02)
+        runtime.gate.set()
+        await asyncio.gather(first, *tasks)
+        assert runtime.batches == [1, 4] and other.batches == [4]
+
+    run(test)
+
+
+def test_who_waits_when_it_stops_is_told():
+    async def test(batcher, runtime):
+        first = await blocked(batcher, runtime)
+        waiting = asyncio.create_task(batcher.submit(crop(1)))
+        await asyncio.sleep(0.02)
+        stopping = asyncio.create_task(asyncio.to_thread(batcher.stop))
+        await asyncio.sleep(0.02)
+        runtime.gate.set()
+        await asyncio.gather(first, stopping)
+        with pytest.raises(UnavailableError, match="going down"):
+            await waiting
 
     run(test)

@@ -15,11 +15,12 @@ from resight.service.runtime import DummyRuntime
 from resight.service.settings import Settings
 
 SPEC = ImageSpec(height=64, width=32)
+RUNTIME = DummyRuntime(SPEC)
 
 
 def run(test, tmp_path, **settings):
     async def body():
-        embedder = Embedder(DummyRuntime(SPEC), Settings(bundle=tmp_path, data=tmp_path, **settings))
+        embedder = Embedder(Settings(bundle=tmp_path, data=tmp_path, **settings))
         embedder.start()
         try:
             return await test(embedder)
@@ -33,7 +34,7 @@ def test_features_are_those_of_the_one_decoder_and_the_one_resize(tmp_path):
     crops = [jpeg(n, size=(40 + n, 90)) for n in range(40)]
 
     async def test(embedder):
-        return await embedder.embed(crops, time.monotonic() + 60)
+        return await embedder.embed(RUNTIME, crops, time.monotonic() + 60)
 
     found = run(test, tmp_path)
     expected = DummyRuntime(SPEC).embed(np.stack([fit(decode(crop), SPEC) for crop in crops]))
@@ -43,7 +44,7 @@ def test_features_are_those_of_the_one_decoder_and_the_one_resize(tmp_path):
 
 def test_limits_of_the_settings_hold(tmp_path):
     async def test(embedder):
-        return await embedder.embed([jpeg(1, size=(30, 30)), jpeg(1, size=(64, 64))], time.monotonic() + 60)
+        return await embedder.embed(RUNTIME, [jpeg(1, size=(30, 30)), jpeg(1, size=(64, 64))], time.monotonic() + 60)
 
     small, large = run(test, tmp_path, max_image_pixels=1000)
     assert isinstance(small, Embedded) and "at most 1000" in str(large)
@@ -52,10 +53,10 @@ def test_limits_of_the_settings_hold(tmp_path):
 def test_more_than_the_queue_holds_is_refused_before_any_of_it_is_decoded(tmp_path):
     async def test(embedder):
         with pytest.raises(OverloadedError):
-            await embedder.embed([b"never looked at"] * 65, time.monotonic() + 60)
+            await embedder.embed(RUNTIME, [b"never looked at"] * 65, time.monotonic() + 60)
         with pytest.raises(DeadlineError):
-            await embedder.embed([jpeg(1)], time.monotonic() - 1)
-        (outcome,) = await embedder.embed([b"looked at"], time.monotonic() + 60)
+            await embedder.embed(RUNTIME, [jpeg(1)], time.monotonic() - 1)
+        (outcome,) = await embedder.embed(RUNTIME, [b"looked at"], time.monotonic() + 60)
         assert isinstance(outcome, ImageUndecodableError)
 
     run(test, tmp_path, max_queue=64)

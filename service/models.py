@@ -1,0 +1,265 @@
+"""The models of a server: loaded beside the one that serves, switched at once, freed when the last request ends.
+
+A model is a bundle in a folder of the model root; a request names it, never a path. Loading verifies every byte and
+signature, reads the graph as hostile, runs the probes and warms up, all in a thread, and changes nothing until it has
+succeeded. A request leases the model it begins with and ends on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from resight.bundle import open_bundle
+from resight.errors import (
+    BundleError,
+    ConflictError,
+    ModelInUseError,
+    ModelNotFoundError,
+    ModelNotReadyError,
+    ReIDError,
+    SpaceMismatchError,
+    StartupError,
+)
+from resight.service.embedder import Embedder
+from resight.service.entries import Space
+from resight.service.model import Model, ModelInfo, ModelState
+from resight.service.model_root import ModelMemory, ModelRoot, Remembered, digest_of
+from resight.service.runtime import open_runtime
+from resight.service.settings import Settings
+from resight.signature import load_public_keys
+
+log = logging.getLogger(__name__)
+
+
+class ModelHost:
+    """All models of one server. Everything but the loading itself happens in the event loop's thread.
+
+    Args:
+        embedder: runs them.
+        settings: names the bundle to begin with, the root, the keys and the provider.
+        folder: remembers which models were loaded.
+    """
+
+    def __init__(self, embedder: Embedder, settings: Settings, folder: Path) -> None:
+        self._embedder, self._settings = embedder, settings
+        self._root = None if settings.models is None else ModelRoot(settings.models)
+        self._keys = load_public_keys(settings.trusted_keys)
+        self._memory = ModelMemory(folder)
+        self._loaded: dict[str, Model] = {}
+        self._failed: dict[str, str] = {}
+        self._loading, self._one = "", asyncio.Lock()
+        self._active, self._bundle, self._first = "", "", ""  # names, and the manifest it was started with
+
+    @property
+    def active(self) -> Model:
+        """The model that embeds what names none."""
+        return self._loaded[self._active]
+
+    @property
+    def root(self) -> ModelRoot:
+        """The folder of models; raises ModelNotFoundError where the server has none."""
+        if self._root is None:
+            raise ModelNotFoundError("this server has no folder of models: start it with --models FOLDER")
+        return self._root
+
+    async def start(self) -> None:
+        """Load the bundle of the settings, and what was loaded and active when the server stopped.
+
+        A model that was loaded and cannot be any more is told as FAILED; one that was active is an error.
+
+        Raises:
+            BundleError: the bundle, or the model that was active, does not prove itself.
+            StartupError: the provider cannot be started, or the bundle has the name of another one in the root.
+        """
+        path = self._settings.bundle
+        first = await asyncio.to_thread(self._open, "", path)
+        own = self._root is not None and path.resolve().parent == self._root.path
+        first.model_id = path.resolve().name if own else first.manifest.name
+        if self._root is not None and not own and (self._root.path / first.model_id).exists():
+            raise StartupError(
+                f"bundle {path} is called {first.model_id}, and so is another one in {self._root.path}: give the "
+                "latter to --bundle, or rename its folder"
+            )
+        self._loaded[first.model_id] = first
+        self._active, self._bundle, self._first = first.model_id, first.model_id, first.sha256
+        memory = self._memory.read()
+        for model_id in memory.loaded if self._root is not None else ():
+            if model_id not in self._loaded:
+                with contextlib.suppress(ReIDError):
+                    await self.load(model_id)
+        if memory.active and memory.bundle == first.sha256:  # else another bundle was named since: that counts
+            if memory.active not in self._loaded:
+                raise BundleError(
+                    f"model {memory.active} was active when the server stopped and cannot be loaded now "
+                    f"({self._failed.get(memory.active, 'there is no folder of models')}): put it right, or remove "
+                    f"{self._memory.path} to begin with {path}"
+                )
+            self._active = memory.active
+        log.info("models loaded=%s active=%s", ",".join(sorted(self._loaded)), self._active)
+
+    @contextlib.contextmanager
+    def lease(self, model_id: str = "", *, pin: bool = False) -> Iterator[Model]:
+        """A model by name, empty = the active one, for the time of the block.
+
+        Raises:
+            ModelNotFoundError: none of that name is loaded.
+            ModelNotReadyError: it is being loaded.
+        """
+        with self._find(model_id or self._active).lease(pin=pin) as found:
+            yield found
+
+    def in_space(self, space_id: str) -> Model | None:
+        """A loaded model whose features are of a space, the active one before others."""
+        loaded = sorted(self._loaded.values(), key=lambda model: model.model_id != self._active)
+        return next((model for model in loaded if model.space.space_id == space_id), None)
+
+    @contextlib.contextmanager
+    def lease_space(self, space: Space, *, collection: str) -> Iterator[Model]:
+        """A model that embeds into a collection's space, for the time of the block.
+
+        Raises:
+            SpaceMismatchError: none is loaded.
+        """
+        found = self.in_space(space.space_id)
+        if found is None:
+            now = self.active.space
+            raise SpaceMismatchError(
+                f"collection {collection} holds features of model {space.model_id} (space {space.space_id}), this "
+                f"server embeds with {now.model_id} (space {now.space_id}): serve that model, load it beside, migrate "
+                "the collection, or enrol the crops in a new one",
+                field="collection_id",
+                expected_space_id=space.space_id,
+                found_space_id=now.space_id,
+            )
+        with found.lease():
+            yield found
+
+    def info(self, model_id: str) -> ModelInfo:
+        """One model as it stands.
+
+        Raises:
+            ModelNotFoundError: neither loaded nor in the root.
+        """
+        loaded = self._loaded.get(model_id)
+        if loaded is not None:
+            state = ModelState.LOADING if self._loading == model_id else ModelState.READY
+            problem = self._failed.get(model_id, "")  # of a newer bundle under the same name
+            return ModelInfo(model_id, state, loaded.manifest, loaded.sha256, loaded, model_id == self._active, problem)
+        if self._loading == model_id:
+            return ModelInfo(model_id, ModelState.LOADING)
+        path = self.root.find(model_id)
+        try:
+            manifest, sha256 = self.root.manifest(path)
+        except BundleError as error:
+            return ModelInfo(model_id, ModelState.FAILED, problem=self.root.told(error))
+        problem = self._failed.get(model_id, "")
+        return ModelInfo(
+            model_id, ModelState.FAILED if problem else ModelState.AVAILABLE, manifest, sha256, problem=problem
+        )
+
+    def names(self) -> list[str]:
+        """All models, loaded or in the root, by name."""
+        return sorted({*self._loaded, *(self._root.names() if self._root is not None else ())})
+
+    async def load(self, model_id: str) -> Model:
+        """Load a model of the root beside the others, or the newer bundle under the name of a loaded one.
+
+        Raises:
+            ModelNotFoundError: no such folder.
+            BundleError: it does not prove itself; what was loaded stays.
+            ModelInUseError: it would change the space of the active model, or of one a migration needs.
+            StartupError: the provider has no room for it.
+        """
+        async with self._one:
+            path, self._loading = self.root.find(model_id), model_id
+            try:
+                old = self._loaded.get(model_id)
+                if old is not None and old.sha256 == await asyncio.to_thread(digest_of, path):
+                    return old
+                new = await asyncio.to_thread(self._open, model_id, path)
+                if old is not None and old.space.space_id != new.space.space_id:
+                    self._check_idle(old, "load the new one under another name")
+            except ReIDError as error:
+                self._failed[model_id] = self.root.told(error)
+                log.error("model %s cannot be loaded: %s", model_id, error)
+                raise self.root.without_path(error) from error
+            finally:
+                self._loading = ""
+            self._failed.pop(model_id, None)
+            self._loaded[model_id] = new
+            if old is not None:
+                old.retire()
+            self._remember()
+            return new
+
+    def activate(self, model_id: str, *, expected: str = "") -> tuple[Model, Model]:
+        """Let a loaded model embed what names none; returns it and the one before.
+
+        Raises:
+            ModelNotFoundError: it is not loaded.
+            ConflictError: another than ``expected`` is active.
+        """
+        if expected and expected != self._active:
+            raise ConflictError(
+                f"model {self._active} is active, expected {expected}: somebody switched first",
+                field="expected_current_model_id",
+                active_model_id=self._active,
+            )
+        found, previous = self._find(model_id), self.active
+        self._active = model_id
+        self._remember()
+        log.info("model %s is active, %s was", model_id, previous.model_id)
+        return found, previous
+
+    def unload(self, model_id: str) -> Model:
+        """Let a model go; its memory is free when the last request that began with it has ended.
+
+        Raises:
+            ModelNotFoundError: it is not loaded.
+            ModelInUseError: it is the active one, or a migration needs it.
+        """
+        gone = self._find(model_id)
+        self._check_idle(gone, "unload it then")
+        del self._loaded[model_id]
+        gone.retire()
+        self._remember()
+        return gone
+
+    def _find(self, model_id: str) -> Model:
+        if model_id in self._loaded:
+            return self._loaded[model_id]
+        if model_id == self._loading:
+            raise ModelNotReadyError(f"model {model_id} is being loaded: try again in a moment", field="model_id")
+        raise ModelNotFoundError(
+            f"model {model_id!r} is not loaded, only {', '.join(sorted(self._loaded))}: load it first, or see "
+            "ListModels",
+            field="model_id",
+            model=model_id,
+        )
+
+    def _check_idle(self, model: Model, then: str) -> None:
+        if model.model_id == self._active:
+            raise ModelInUseError(f"model {model.model_id} is active: activate another one, and {then}")
+        if model.pinned:
+            raise ModelInUseError(f"a migration needs model {model.model_id}: wait for it or cancel it, and {then}")
+
+    def _remember(self) -> None:
+        others = tuple(sorted(name for name in self._loaded if name != self._bundle))
+        self._memory.write(Remembered(self._first, self._active, others))
+
+    def _open(self, model_id: str, path: Path) -> Model:
+        bundle, settings = open_bundle(path, trusted_keys=self._keys), self._settings
+        runtime = open_runtime(
+            bundle,
+            provider=settings.provider,
+            precision=settings.precision,
+            max_batch=settings.max_batch,
+            threads=settings.inference_threads,
+            device_id=settings.device_id,
+            engine_cache=settings.engine_cache,
+        )
+        return Model(model_id, bundle, runtime, self._embedder)
