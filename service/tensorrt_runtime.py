@@ -46,7 +46,6 @@ class TensorRTRuntime:
         )
         warm_up(self, every_size=True)
         self.min_cosine = found.min_cosine
-        self.min_cosine = found.min_cosine
         log.info("probes passed bundle=%s provider=%s min_cosine=%.6f", self.name, self.provider, found.min_cosine)
 
     def embed(self, images: Pixels) -> Feature:
