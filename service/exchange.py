@@ -47,8 +47,7 @@ def finish(folder: Path) -> None:
     """
     database, ready = folder / DATABASE_FILE, folder / READY
     try:
-        for remnant in (folder / SNAPSHOTS).glob(".*"):
-            shutil.rmtree(remnant)
+        _settle_snapshots(folder / SNAPSHOTS)
         if not (folder / MARKER).exists():
             remove(ready)
             return
@@ -63,6 +62,16 @@ def finish(folder: Path) -> None:
     except OSError as error:
         raise StorageFullError(f"a restore cannot be finished: {error.strerror}: let {folder} be written") from error
     log.info("a restored database took the place of the old one in %s", folder.name)
+
+
+def _settle_snapshots(folder: Path) -> None:
+    """Put back a snapshot that was moved aside and has no successor yet; remove what else a crash left."""
+    for remnant in folder.glob(".*"):
+        final = folder / remnant.name.removeprefix(".").removesuffix(".old")
+        if remnant.name.endswith(".old") and not final.exists():  # see resight.atomic.replace_folder
+            remnant.rename(final)
+        else:
+            shutil.rmtree(remnant)
 
 
 def remove(database: Path) -> None:

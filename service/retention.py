@@ -1,4 +1,4 @@
-"""What leaves the disk by itself: expired entries, old requests, spaces given up, old rows of the audit.
+"""What leaves the disk by itself: expired entries, old requests, spaces given up, old audit, the erased in snapshots.
 
 It looks at the database alone, so it runs for every tenant, whether anybody uses the gallery or not, and whatever else
 is switched off. Answers leave expired entries out from the instant they expire; this is about the disk.
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from resight.service import audit, reads, spaces, writes
+from resight.service.cleansing import cleanse
 from resight.service.entries import now_us
 from resight.service.store import Store
 
@@ -49,3 +50,4 @@ async def purge(store: Store, kept: Kept, *, taken_in: Sequence[tuple[int, int]]
         log.info("space dropped collection=%s space=%s features=%d", name, space_id, dropped)
     await audit.purge_older(store, kept.audit_s)
     await store.book(writes.forget, taken_in)
+    await cleanse(store)

@@ -51,6 +51,7 @@ class Manifest:
         entries: in all collections, expired ones too.
         collections: name to its entries and the space it is searched in.
         key_id: tells whether a folder's key is the one its hashes were made with.
+        erased: lines of the erase list that it has taken account of.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Manifest:
     entries: int
     collections: dict[str, dict[str, Any]]
     key_id: str
+    erased: int
     format_version: int = FORMAT_VERSION
 
 
@@ -108,7 +110,7 @@ def create(database: Path, name: str, *, progress: Progress | None = None) -> Ma
             copy = folder / DATABASE_FILE
             os.close(os.open(copy, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             _copy(database, copy, progress)
-            manifest = _described(copy, name, load_key(database.parent))
+            manifest = described(copy, name, load_key(database.parent))
             write_atomic(folder / MANIFEST_FILE, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
             replace_folder(folder, final)
     except sqlite3.Error as error:
@@ -118,13 +120,18 @@ def create(database: Path, name: str, *, progress: Progress | None = None) -> Ma
     return manifest
 
 
+def names(folder: Path) -> list[str]:
+    """The snapshots beside a database, by name; what is no snapshot is left out."""
+    return [
+        path.name
+        for path in sorted((folder / SNAPSHOTS).glob("*"))
+        if NAME.fullmatch(path.name) and not path.is_symlink() and (path / MANIFEST_FILE).is_file()
+    ]
+
+
 def listed(folder: Path) -> list[Manifest]:
-    """Manifests of the snapshots beside a database, by name; what is no snapshot is left out."""
-    found = []
-    for path in sorted((folder / SNAPSHOTS).glob("*")):
-        if NAME.fullmatch(path.name) and not path.is_symlink() and (path / MANIFEST_FILE).is_file():
-            found.append(manifest_of(folder, path.name))
-    return found
+    """Manifests of the snapshots beside a database, by name; raises StoreError for a damaged one."""
+    return [manifest_of(folder, name) for name in names(folder)]
 
 
 def remove(folder: Path, name: str) -> None:
@@ -213,7 +220,8 @@ def _copy(database: Path, copy: Path, progress: Progress | None) -> None:
         target.execute("PRAGMA journal_mode=DELETE")  # one file, without a log beside it
 
 
-def _described(copy: Path, name: str, key: bytes) -> Manifest:
+def described(copy: Path, name: str, key: bytes) -> Manifest:
+    """The manifest of a database that nobody writes to any more."""
     with copy.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     with closing(_immutable(copy)) as connection:
@@ -221,6 +229,7 @@ def _described(copy: Path, name: str, key: bytes) -> Manifest:
             "SELECT name, space_id, (SELECT count(*) FROM entry e WHERE e.collection = c.key) FROM collection c"
         ).fetchall()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
+        (erased,) = connection.execute("SELECT count(*) FROM erased").fetchone()
     return Manifest(
         name=name,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -230,4 +239,5 @@ def _described(copy: Path, name: str, key: bytes) -> Manifest:
         entries=sum(count for *_, count in rows),
         collections={of: {"entries": count, "space_id": space} for of, space, count in rows},
         key_id=key_id(key),
+        erased=erased,
     )
