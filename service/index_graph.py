@@ -7,7 +7,6 @@ is built in the background and never changed; what changes is small and searched
 from __future__ import annotations
 
 import faiss
-import numpy as np
 
 from resight.service.candidates import SPARE, Near, Truth, merged, nothing, scored
 from resight.service.index_half import HalfIndex
@@ -69,11 +68,6 @@ class GraphIndex:
         """Memory, in bytes: rows, and the links as faiss stores them (4 bytes each, 2 M on the lowest level)."""
         return self.sealed.nbytes + self.recent.nbytes + 4 * int(self.graph.hnsw.neighbors.size())  # type: ignore[attr-defined]
 
-    @property
-    def living(self) -> Keys:
-        """The keys that can be found."""
-        return np.concatenate([self.sealed.rows.living, self.recent.rows.living])
-
     def add(self, keys: Keys, features: Feature) -> bool:
         """Append to the tail; see `resight.service.candidates.VectorIndex.add`."""
         new = keys > (self.sealed.rows.keys[-1] if self.sealed.rows.filled else -1)
@@ -93,10 +87,11 @@ class GraphIndex:
         if exact or among is not None:
             parts = [part.search(queries, k, among=among) for part in (self.sealed, self.recent)]
         else:
-            parts = [self._walk(queries, k), self.recent.search(queries, k)]
+            parts = [self.walk(queries, k), self.recent.search(queries, k)]
         return merged(parts, k)
 
-    def _walk(self, queries: Feature, k: int) -> list[Near]:
+    def walk(self, queries: Feature, k: int) -> list[Near]:
+        """The k nearest of each query that the graph finds, without the tail."""
         fetch = min(OVERFETCH * k + SPARE, len(self.sealed))
         if not fetch:
             return nothing(queries)

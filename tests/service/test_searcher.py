@@ -257,6 +257,18 @@ def test_a_graph_that_misses_too_much_does_not_go_live_and_says_why(tmp_path):
     asyncio.run(body())
 
 
+def test_an_empty_collection_can_have_a_graph(tmp_path):
+    async def body():
+        async with opened(tmp_path, "hnsw") as site:
+            lobby = await site.made()
+            assert (await settled(site, lobby, "hnsw")).note == ""
+            assert await site.ids(lobby, people()[0]) == []
+            await site.enrol(lobby, people(count=5))
+            assert len(await site.ids(lobby, people()[0])) == 5
+
+    asyncio.run(body())
+
+
 def test_rebuild_changes_the_kind_and_samples_recall(tmp_path):
     async def body():
         async with opened(tmp_path, "auto", sample=1) as site:
@@ -371,7 +383,7 @@ def test_a_kept_graph_serves_again_after_changes_made_meanwhile(tmp_path):
         store.close()
         async with opened(tmp_path, "hnsw") as site:
             stats = await settled(site, lobby, "hnsw")
-            assert stats.tombstones == 10 and path.stat().st_mtime_ns == written
+            assert stats.tombstones == 5 and path.stat().st_mtime_ns == written  # half of the entries are the tail
             allowed = lambda n: n >= 500 or n % 50 != 0  # noqa: E731
             for query in features[::60]:
                 assert await site.ids(lobby, query, 12, exact=True) == by_hand(features, query, 12, allowed)
