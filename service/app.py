@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 import grpc
 from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # missing in the stubs
 
+from resight.service.auth import DEFAULT_TENANT
 from resight.service.embedder import Embedder
 from resight.service.folder import DataFolder
 from resight.service.gallery import Gallery
@@ -28,7 +29,7 @@ from resight.service.rpc import AdminServicer, EmbeddingServicer, SearchServicer
 from resight.service.rpc_gallery import GalleryServicer
 from resight.service.settings import Settings
 from resight.service.standard import add_standard_services
-from resight.service.store import Store
+from resight.service.tenants import Tenants
 from resight.service.tokens import TokenBook, TokenFile
 from resight.v1 import (
     admin_pb2,
@@ -110,11 +111,11 @@ async def serving(settings: Settings) -> AsyncIterator[Server]:
         stack.push_async_callback(embedder.stop)
         models = ModelHost(embedder, settings, settings.data)
         await models.start()
-        store = Store(folder.database, dim=models.active.space.dim, quick_check_s=settings.quick_check_s)
-        stack.callback(store.close)
-        gallery = Gallery(store, models, settings)
-        stack.push_async_callback(gallery.stop)
-        await gallery.start()
+        dim = models.active.space.dim
+        tenants = Tenants(settings.data, settings, dim=dim, make=lambda store: Gallery(store, models, settings))
+        stack.push_async_callback(tenants.stop)
+        await tenants.start()
+        gallery = await tenants.gallery(DEFAULT_TENANT)
         embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(EmbeddingServicer(models, settings), server)
         search_pb2_grpc.add_SearchServiceServicer_to_server(SearchServicer(gallery, settings), server)
         gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryServicer(gallery, settings), server)

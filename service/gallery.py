@@ -6,8 +6,6 @@ Searching stands in `resight.service.searcher`, which follows the store's change
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,8 +24,6 @@ from resight.service.runtime import Feature
 from resight.service.searcher import Searcher
 from resight.service.settings import Settings
 from resight.service.store import Store
-
-log = logging.getLogger(__name__)
 
 NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
 MAX_PAGE, DEFAULT_PAGE = 1000, 100
@@ -66,7 +62,6 @@ class Gallery:
     def __init__(self, store: Store, models: ModelHost, settings: Settings) -> None:
         self.searcher = Searcher(store, ladder_of(settings, store.folder), max_queue=settings.max_search_queue)
         self._store, self._models, self._settings = store, models, settings
-        self._purging: asyncio.Task[None] | None = None
 
     @property
     def space(self) -> Space:
@@ -74,16 +69,12 @@ class Gallery:
         return self._models.active.space
 
     async def start(self) -> None:
-        """Build the indexes from the store and begin to purge what expires."""
+        """Remember what the served model's similarities mean, and build the indexes from the store."""
+        await self._store.book(writes.note_space, self.space)
         await self.searcher.load()
-        self._purging = asyncio.create_task(self._purge_forever(), name="purge")
 
     async def stop(self) -> None:
-        """End purging and searching; the store stays open."""
-        if self._purging is not None:
-            self._purging.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._purging
+        """End searching; the store stays open."""
         self.searcher.close()
 
     async def create_collection(self, new: Collection, *, allow_unlimited: bool) -> Collection:
@@ -139,10 +130,9 @@ class Gallery:
         """
         into = await self.collection(name)
         made = await asyncio.gather(*(self._made(into, request, deadline) for request in requests))
-        # Handed to the writer in the order of the request, so that this is the order of enrolment.
-        outcomes = await asyncio.gather(*(self._stored(into, new) for new in made))
+        outcomes = await self._stored(into, made)
         self.searcher.follow(into)
-        return list(outcomes)
+        return outcomes
 
     async def _made(self, into: Collection, request: EnrolRequest, deadline: float) -> Enrolment | ReIDError:
         try:
@@ -172,13 +162,14 @@ class Gallery:
                 made.append((space_id, one.feature))
         return tuple(made)
 
-    async def _stored(self, into: Collection, new: Enrolment | ReIDError) -> Enrolled | ReIDError:
-        if isinstance(new, ReIDError):
-            return new
+    async def _stored(self, into: Collection, made: Sequence[Enrolment | ReIDError]) -> list[Enrolled | ReIDError]:
+        """Store what has a feature, in the order of the request, which so is the order of enrolment."""
+        ready = [new for new in made if isinstance(new, Enrolment)]
         try:
-            return await self._store.write(writes.enrol, into, new)
-        except ReIDError as error:
-            return error
+            stored = iter(await self._store.write(writes.enrol_each, into, ready))
+        except ReIDError as error:  # no room, or a damaged database: nothing of this was stored
+            return [error if isinstance(new, Enrolment) else new for new in made]
+        return [next(stored) if isinstance(new, Enrolment) else new for new in made]
 
     async def feature(
         self,
@@ -247,23 +238,6 @@ class Gallery:
         deleted, revision = await self._store.erase(writes.delete_entries, found_in, filters, cap=cap)
         self.searcher.follow(found_in)
         return deleted, deleted, revision
-
-    async def purge(self) -> None:
-        """Take expired entries off the disk, forget old requests and what the index has taken in."""
-        while await self._store.read(reads.any_expired):
-            await self._store.erase(writes.purge)
-        held = await self._store.read(reads.collections, limit=-1)
-        for collection in held:
-            self.searcher.follow(collection)
-        await self._store.book(writes.forget, self.searcher.revisions())
-
-    async def _purge_forever(self) -> None:
-        while True:
-            await asyncio.sleep(self._settings.purge_interval_s)
-            try:
-                await self.purge()
-            except ReIDError:
-                log.exception("the purge failed and is tried again in %.0f s", self._settings.purge_interval_s)
 
 
 def given_feature(source: Given, of: Collection) -> Feature:

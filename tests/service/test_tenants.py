@@ -1,8 +1,9 @@
 import asyncio
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import pytest
-from stores import DIM, enrolment, feature, held, holding, made
+from stores import DIM, SPACE, enrolment, feature, held, holding, made
 
 from resight.errors import CollectionNotFoundError, InputError, OverloadedError
 from resight.service import reads, tenants, writes
@@ -22,7 +23,8 @@ async def opened(folder, **more):
     """Galleries that are given features: they need no model."""
     settings = Settings(bundle=folder, data=folder, **more)
     with DataFolder(folder):
-        found = Tenants(folder, settings, dim=DIM, make=lambda store: Gallery(store, None, settings))
+        models = SimpleNamespace(active=SimpleNamespace(space=SPACE))
+        found = Tenants(folder, settings, dim=DIM, make=lambda store: Gallery(store, models, settings))
         await found.start()
         try:
             yield found
