@@ -53,11 +53,6 @@ class DataFolder:
         os.truncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
 
-    @property
-    def database(self) -> Path:
-        """The SQLite file."""
-        return self.path / DATABASE_FILE
-
     def announce(self, address: str, space_id: str) -> None:
         """Tell that the server is ready, and where: one atomic write of ``server.json``."""
         text = json.dumps({"address": address, "pid": os.getpid(), "space_id": space_id})
