@@ -1,0 +1,57 @@
+import asyncio
+
+import pytest
+from stores import OTHER, SPACE, enrolment, feature, held, holding, made, opened
+
+from resight.service import reads, spaces, writes
+from resight.service.audit import Audit, Event
+from resight.service.entries import now_us
+from resight.service.retention import Kept, purge
+
+DAY_S = 86_400.0
+
+
+@pytest.fixture
+def store(tmp_path):
+    with opened(tmp_path) as made:
+        yield made
+
+
+def test_each_thing_leaves_when_its_time_has_come(store, tmp_path):
+    async def body():
+        await made(store)
+        both = await store.write(spaces.begin, "lobby", OTHER)
+        for number in range(8):
+            expire_us = now_us() - 1 if number < 3 else None
+            others = ((OTHER.space_id, feature(100 + number)),)
+            await store.write(writes.enrol, both, enrolment(number, expire_us=expire_us, others=others))
+        await store.write(spaces.activate, "lobby", OTHER.space_id, expected=SPACE.space_id)
+        book = Audit(store)
+        await book.record(Event("a", "old", at_us=now_us() - int(40 * DAY_S * 1e6)))
+        await book.record(Event("a", "new"))
+
+        await purge(store, Kept(audit_s=90 * DAY_S, space_s=7 * DAY_S))
+        assert not holding(tmp_path, feature(2).tobytes()) and not holding(tmp_path, feature(102).tobytes())
+        assert holding(tmp_path, feature(5).tobytes())  # the way back is open
+        assert [event.method for event in await book.listed()] == ["new", "old"]
+
+        reached = (await store.read(reads.collection, "lobby")).revision
+        await purge(store, Kept(audit_s=30 * DAY_S, space_s=0.0), taken_in=[(both.key, reached)])
+        assert not holding(tmp_path, feature(5).tobytes()) and holding(tmp_path, feature(105).tobytes())
+        assert [event.method for event in await book.listed()] == ["new"]
+        assert await store.read(lambda c: c.execute("SELECT count(*) FROM change").fetchall()) == [(0,)]
+        lobby = await store.read(reads.collection, "lobby")
+        assert (await held(store), lobby.space, lobby.previous_space_id, lobby.other_space_ids) == (5, OTHER, "", ())
+
+    asyncio.run(body())
+
+
+def test_revisions_rise_although_the_change_log_is_forgotten(store):
+    async def body():
+        lobby = await made(store)
+        first = await store.write(writes.enrol, lobby, enrolment(1))
+        await purge(store, Kept(audit_s=DAY_S, space_s=0.0), taken_in=[(lobby.key, first.revision)])
+        second = await store.write(writes.enrol, lobby, enrolment(2))
+        assert second.revision > first.revision
+
+    asyncio.run(body())
