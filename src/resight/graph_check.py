@@ -28,8 +28,8 @@ OPERATORS = frozenset(
     "Transpose Cast Sub Conv Relu MaxPool AveragePool ReduceMean Sigmoid Add Mul BatchNormalization"
     # The heads: GeM pooling, stripes, a linear layer, the unit length; MatMul is a linear layer without bias.
     " Clip Pow Slice Concat Flatten Gemm MatMul ReduceL2 Div"
-    # INT8.
-    " QuantizeLinear DequantizeLinear".split()
+    # INT8; SpaceToDepth gives the first layer's three channels a width that INT8 kernels are made for.
+    " QuantizeLinear DequantizeLinear SpaceToDepth GlobalAveragePool".split()
 )
 OPSETS = range(17, 22)  # ours is 20; onnxruntime runs 21 since 1.20, and before 17 other attributes were in use
 IR_VERSIONS = range(8, 11)  # those of opsets 17 to 21 (ONNX, docs/Versioning.md)
@@ -63,7 +63,7 @@ _ALLOWED_FIELDS = {
 }
 _ALLOWED = {message: frozenset(fields.split()) for message, fields in _ALLOWED_FIELDS.items()}
 _METADATA = {"onnx.infer", "onnx.quant.pre_process"}  # onnxruntime's quantizer; "ort_config" would set its session
-_AT_LEAST_ONE = {"kernel_shape", "strides", "dilations", "group"}
+_AT_LEAST_ONE = {"kernel_shape", "strides", "dilations", "group", "blocksize"}
 
 Shape = tuple[int | str, ...]
 """Lengths; a free one goes by its name."""
@@ -282,6 +282,6 @@ def _work(node: NodeProto, values: Mapping[str, Value]) -> int:
         return math.prod(lengths(1)[1:])  # weights (out, in, height, width)
     if node.op_type in ("Gemm", "MatMul"):
         return max(lengths(0), default=1)
-    if node.op_type in ("ReduceMean", "ReduceL2"):
+    if node.op_type in ("ReduceMean", "ReduceL2", "GlobalAveragePool"):
         return math.prod(lengths(0))
     return math.prod(number for entry in node.attribute if entry.name == "kernel_shape" for number in entry.ints)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import tracemalloc
-import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -22,6 +21,8 @@ from serving import weights as weights_of
 
 from resight.errors import BundleError
 from resight.exporters.graph import ServingGraph
+from resight.exporters.quantize import quantize
+from resight.exporters.to_fp16 import to_fp16
 from resight.exporters.to_onnx import to_onnx
 from resight.graph_bytes import MAX_BYTES, MAX_STRUCTURE_BYTES
 from resight.graph_check import MAX_NODES, OPERATORS, check_graph
@@ -73,31 +74,11 @@ def test_a_small_graph_passes_and_its_length_is_checked_where_known() -> None:
     refused(graph(0), rf"features as FLOAT \(N, {DIM + 1}\), found .*FLOAT .*{DIM}\)", feature_dim=DIM + 1)
 
 
-def quantized(data: bytes, image: ImageSpec, folder: Path, **options: Any) -> bytes:
-    """As onnxruntime's own static quantizer writes it, with QDQ nodes."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-
-    class Noise(CalibrationDataReader):  # type: ignore[misc]
-        left = 2
-
-        def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
-            self.left -= 1
-            shape = (4, image.height, image.width, 3)
-            images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-            return {"images": images} if self.left >= 0 else None
-
-    (folder / "in.onnx").write_bytes(data)
-    quantize_static(
-        folder / "in.onnx",
-        folder / "out.onnx",
-        Noise(),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        weight_type=QuantType.QInt8,
-        activation_type=QuantType.QInt8 if options else QuantType.QUInt8,
-        extra_options=options,
-    )
-    return (folder / "out.onnx").read_bytes()
+@cache
+def quantized(name: str, *, symmetric: bool = False) -> bytes:
+    image = CONFIGS[name].image
+    crops = np.random.default_rng(0).integers(0, 256, (16, image.height, image.width, 3), dtype=np.uint8)
+    return quantize(exported(name), crops, symmetric=symmetric)
 
 
 @cache
@@ -107,23 +88,17 @@ def exported(name: str) -> bytes:
 
 
 @pytest.fixture(scope="module", params=["stripes", pytest.param("osnet-avg", marks=pytest.mark.slow)])
-def forms(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def forms(request: pytest.FixtureRequest) -> dict[str, bytes]:
     """One encoder in fp32, fp16 and both kinds of INT8."""
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    config, folder = CONFIGS[request.param], tmp_path_factory.mktemp("forms")
-    data = exported(request.param)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of constants that float16 rounds to nothing
-        half = convert_float_to_float16(onnx.load_from_string(data), keep_io_types=True)
-        symmetric = {"ActivationSymmetric": True, "QuantizeBias": False, "AddQDQPairToWeight": True}
-        return {
-            "fp32": data,
-            "fp16": half.SerializeToString(deterministic=True),
-            "int8": quantized(data, config.image, folder),
-            "int8 for TensorRT": quantized(data, config.image, folder, **symmetric),
-            "image": repr((config.image.height, config.image.width)).encode(),
-        }
+    name = request.param
+    image = CONFIGS[name].image
+    return {
+        "fp32": exported(name),
+        "fp16": to_fp16(exported(name)),
+        "int8": quantized(name),
+        "int8 for TensorRT": quantized(name, symmetric=True),
+        "image": repr((image.height, image.width)).encode(),
+    }
 
 
 @pytest.mark.parametrize("form", ["fp32", "fp16", "int8", "int8 for TensorRT"])
@@ -135,10 +110,10 @@ def test_what_our_exporters_write_passes(forms: dict[str, bytes], form: str) -> 
 
 
 @pytest.mark.slow
-def test_no_operator_is_allowed_that_no_graph_of_ours_needs(tmp_path: Path) -> None:
+def test_no_operator_is_allowed_that_no_graph_of_ours_needs() -> None:
     found = {entry.op_type for entry in model().graph.node}
-    for name, config in CONFIGS.items():
-        for data in (exported(name), quantized(exported(name), config.image, tmp_path)):
+    for name in CONFIGS:
+        for data in (exported(name), quantized(name)):
             found |= {entry.op_type for entry in onnx.load_from_string(data).graph.node}
     assert found == OPERATORS
 
