@@ -7,12 +7,13 @@ handed to the owner, takes in what was committed meanwhile, and only then takes 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Event
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 from resight.errors import CollectionNotFoundError, InputError, ReIDError, UnavailableError
 from resight.service.candidates import VectorIndex
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 Place = tuple[int, str]
 """A collection's key and a space id: what one index is of."""
 REFUSED_GROWTH = 1.2  # a graph that was refused is tried again when the collection has grown by so much
+RETRY_S = 60.0  # after a build that failed: a full disk or a lost reader does not heal at once
 
 
 @dataclass
@@ -62,6 +64,8 @@ class Held:
         asked: the kind an operator asked for; empty = by size.
         note: why it is not of the kind it should be.
         pinned: the revision a build began at, from which on the change log is needed; None = none runs.
+        refused_at: the size at which a graph was refused.
+        not_before: when a build that failed may be tried again, in `time.monotonic` seconds.
     """
 
     index: VectorIndex
@@ -70,6 +74,7 @@ class Held:
     note: str = ""
     pinned: int | None = None
     refused_at: int = 0
+    not_before: float = 0.0
     recall: Recall = field(default_factory=Recall)
 
 
@@ -203,10 +208,13 @@ class Indexes:
 
     def _climb(self, held: Held) -> None:
         """Begin to build the index it should have, if it has another or that one is worn."""
-        if self._ladder.milvus or held.pinned is not None or len(held.index) < REFUSED_GROWTH * held.refused_at:
+        index = held.index
+        if self._ladder.milvus or held.pinned is not None or time.monotonic() < held.not_before:
             return
-        kind = self._ladder.wanted(len(held.index), held=held.index.kind, asked=held.asked)
-        if kind != held.index.kind or self._ladder.worn(held.index):
+        kind = self._ladder.wanted(len(index), held=index.kind, asked=held.asked)
+        if kind != index.kind and len(index) < REFUSED_GROWTH * held.refused_at:
+            kind = cast(Kind, index.kind)
+        if kind != index.kind or self._ladder.worn(index):
             self.rebuild(held, kind)
 
     def begin(self, collection: Collection, asked: str) -> Future[None]:
@@ -272,7 +280,7 @@ class Indexes:
             log.error(
                 "an index of %s could not be built; the old one serves", held.feed.collection.name, exc_info=error
             )
-        held.refused_at = len(held.index)
+        held.not_before = time.monotonic() + RETRY_S
         held.note = f"it could not be built anew: {error}"
         if isinstance(error, CollectionNotFoundError):
             self.drop(held.feed.collection)  # with the file that the build may have left

@@ -43,12 +43,15 @@ class SearchQueue(Generic[Kind, Job, Answer]):
         thread: one thread, which runs them.
         run: answers jobs of one kind, in their order; what it raises is every one's answer.
         most: queries that may wait or run.
+
+    Attributes:
+        taken: queries that wait or run.
     """
 
     def __init__(self, thread: Executor, run: Callable[[Kind, Sequence[Job]], list[Answer]], *, most: int) -> None:
         self._thread, self._run, self._most = thread, run, most
         self._items: deque[_Item[Kind, Job, Answer]] = deque()
-        self._taken = 0
+        self.taken = 0
         self._each_s = 0.0
 
     async def submit(self, kind: Kind, jobs: Sequence[Job], *, deadline: float) -> list[Answer]:
@@ -66,13 +69,13 @@ class SearchQueue(Generic[Kind, Job, Answer]):
         self._admit(len(jobs), deadline)
         loop = asyncio.get_running_loop()
         item: _Item[Kind, Job, Answer] = _Item(kind, jobs, deadline, loop.create_future(), loop)
-        self._taken += len(jobs)
+        self.taken += len(jobs)
         try:
             self._items.append(item)
             self._thread.submit(self._drain)
             return await item.result
         finally:
-            self._taken -= len(jobs)
+            self.taken -= len(jobs)
 
     def close(self) -> None:
         """Refuse who still waits; call it when the thread has ended."""
@@ -83,11 +86,11 @@ class SearchQueue(Generic[Kind, Job, Answer]):
         left_s = deadline - time.monotonic()
         if left_s <= 0:
             raise _late()
-        wait_s = self._taken * self._each_s
+        wait_s = self.taken * self._each_s
         retry_s = max(MIN_RETRY_S, wait_s)
-        if self._taken + count > self._most or (self._taken and wait_s > left_s):
+        if self.taken + count > self._most or (self.taken and wait_s > left_s):
             raise OverloadedError(
-                f"{self._taken} queries are being searched, {count} more came; at most {self._most} may, and the "
+                f"{self.taken} queries are being searched, {count} more came; at most {self._most} may, and the "
                 f"deadline leaves {left_s:.2f} s: try again in {retry_s:.2f} s",
                 retry_after_s=retry_s,
                 max_search_queue=self._most,

@@ -125,6 +125,11 @@ class Searcher:
         await self._run(self._indexes.sweep)
 
     @property
+    def waiting(self) -> int:
+        """Queries that wait or are being searched."""
+        return self._queue.taken
+
+    @property
     def erases(self) -> bool:
         """Whether what is deleted leaves no byte in files; Milvus keeps it until it compacts."""
         return not self._ladder.milvus

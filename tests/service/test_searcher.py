@@ -394,3 +394,23 @@ def test_a_kept_graph_serves_again_after_changes_made_meanwhile(tmp_path):
         assert not path.exists()
 
     asyncio.run(body())
+
+
+def test_a_build_that_fails_leaves_the_old_index_serving_and_says_why(tmp_path, monkeypatch):
+    def no_room(*_):
+        raise MemoryError("no room for a graph")
+
+    async def body():
+        async with opened(tmp_path, "auto") as site:
+            lobby = await site.made()
+            await site.enrol(lobby, people())
+            monkeypatch.setattr("resight.service.ladder_build.empty_graph", no_room)
+            with pytest.raises(MemoryError):
+                await site.searcher.rebuild(lobby, "hnsw")
+            stats = site.searcher.stats(lobby)
+            assert stats.index_type == "flat" and "no room for a graph" in stats.note and not stats.building
+            assert (await site.ids(lobby, people()[4]))[0] == "e4" and site.searcher.waiting == 0
+            await site.ids(lobby, people()[4])
+            assert not site.searcher.stats(lobby).building  # it is not tried again at once
+
+    asyncio.run(body())
