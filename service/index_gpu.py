@@ -83,6 +83,6 @@ def open_gpu(device: Device) -> Gpu | None:
     if device == "cuda" and not found:
         raise StartupError(
             "index_device cuda needs a GPU and faiss built for it, this one sees none: install resight[gpu], or use "
-            "--index-device cpu"
+            "RESIGHT_INDEX_DEVICE=cpu"
         )
     return Gpu() if found else None

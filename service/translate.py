@@ -242,7 +242,7 @@ def search_message(found: Found, space: Space, *, quality: float, timings: Timin
         hits=hits_message(found.hits, space),
         space=space_message(space),
         searched_revision=found.revision,
-        exact=True,  # the index is exact, and a filter is applied before the k best are taken
+        exact=found.exact,
         query_quality=quality,
         timings=timings_message(timings, found.search_ns),
     )

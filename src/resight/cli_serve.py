@@ -31,6 +31,9 @@ def serve(
     behind_tls_proxy: Annotated[
         bool | None, typer.Option("--behind-tls-proxy", help="Off loopback without TLS: a proxy before it has it.")
     ] = None,
+    gallery: Annotated[
+        str | None, typer.Option(help="Who finds candidates: embedded, or milvus://HOST:PORT. [default: embedded]")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any setting; flags come first.")] = None,
 ) -> None:
     """Serve a bundle over gRPC until SIGTERM or Ctrl-C.
@@ -68,5 +71,6 @@ def serve(
         tls_key=tls_key,
         tls_client_ca=tls_client_ca,
         behind_tls_proxy=behind_tls_proxy,
+        gallery=gallery,
     )
     asyncio.run(run(settings))
