@@ -227,6 +227,7 @@ class Store:
     def _tell_spare(self) -> None:
         """Let the watermark count the pages that deletions have freed and the next writes fill."""
         if self._watermark is not None:
-            (pages,) = self._connection.execute("PRAGMA freelist_count").fetchone()
-            (size,) = self._connection.execute("PRAGMA page_size").fetchone()
-            self._watermark.spare = pages * size
+            with contextlib.suppress(sqlite3.Error):  # of a broken disk the next write tells
+                (pages,) = self._connection.execute("PRAGMA freelist_count").fetchone()
+                (size,) = self._connection.execute("PRAGMA page_size").fetchone()
+                self._watermark.spare = pages * size

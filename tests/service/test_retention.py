@@ -3,9 +3,9 @@ import asyncio
 import pytest
 from stores import OTHER, SPACE, enrolment, feature, held, holding, made, opened
 
-from resight.service import reads, spaces, writes
+from resight.service import audit, changes, entries, reads, spaces, writes
 from resight.service.audit import Audit, Event
-from resight.service.entries import now_us
+from resight.service.entries import Filter, now_us
 from resight.service.retention import Kept, purge
 
 DAY_S = 86_400.0
@@ -53,5 +53,31 @@ def test_revisions_rise_although_the_change_log_is_forgotten(store):
         await purge(store, Kept(audit_s=DAY_S, space_s=0.0), taken_in=[(lobby.key, first.revision)])
         second = await store.write(writes.enrol, lobby, enrolment(2))
         assert second.revision > first.revision
+
+    asyncio.run(body())
+
+
+def test_a_clock_that_is_set_back_loses_no_order_and_no_audit(store, monkeypatch):
+    async def body():
+        lobby = await made(store, ttl_us=3_600_000_000)
+        first = await store.write(writes.enrol, lobby, enrolment(1))
+        book = Audit(store)
+        await book.record(Event("a", "before"))
+        await purge(store, Kept(audit_s=2 * DAY_S, space_s=0.0))
+        back = now_us() - int(30 * DAY_S * 1e6)
+        for module in (writes, reads, audit, entries, changes):
+            if hasattr(module, "now_us"):
+                monkeypatch.setattr(module, "now_us", lambda: back)
+        second = await store.write(writes.enrol, lobby, enrolment(2))
+        assert second.revision > first.revision
+        found = await store.read(reads.entries, lobby.key, Filter(), after=0, limit=9)
+        assert [entry.entry_id for _, entry in found] == ["e1", "e2"]
+        assert found[0][1].expire_us == first.entry.expire_us  # as it was told
+        await book.record(Event("a", "after"))
+        await purge(store, Kept(audit_s=2 * DAY_S, space_s=0.0))
+        assert [event.method for event in await book.listed()] == ["after", "before"]
+        monkeypatch.undo()
+        left = await store.read(reads.entries, lobby.key, Filter(), after=0, limit=9)
+        assert [entry.entry_id for _, entry in left] == ["e1"]  # the other one was told a time that has passed
 
     asyncio.run(body())

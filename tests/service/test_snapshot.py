@@ -263,6 +263,7 @@ asyncio.run(body())
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_of_a_restore_the_old_or_the_new_is_there(tmp_path):
     """The old one with its last write still in the log: neither half, nor the new one read through the old log."""
 
