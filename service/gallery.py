@@ -71,7 +71,7 @@ class Gallery:
     async def start(self) -> None:
         """Remember what the served model's similarities mean, and build the indexes from the store."""
         await self._store.book(writes.note_space, self.space)
-        await self.searcher.load()
+        await self.searcher.load(self.space.dim)
 
     async def stop(self) -> None:
         """End searching; the store stays open."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from resight.errors import CollectionNotFoundError
-from resight.service import reads
+from resight.service import reads, watch
 from resight.service.entries import Collection, Hit, Space
 from resight.service.indexes import Indexes
 from resight.service.ladder import Ladder
@@ -56,6 +56,7 @@ class IndexStats:
     Attributes:
         index_type: ``flat``, ``flat-fp16``, ``hnsw`` or ``milvus``, with ``-gpu`` where it is scanned there.
         index_bytes: in memory.
+        entries: in it; expired ones until the purge.
         tombstones: deleted entries that still take room in it, never answered.
         sampled_recall_at_10: of approximate searches against exact ones; None = none was sampled.
         revision: the last write it has taken in.
@@ -70,6 +71,7 @@ class IndexStats:
     revision: int
     note: str = ""
     building: bool = False
+    entries: int = 0
 
 
 class _Kind(NamedTuple):
@@ -102,13 +104,18 @@ class Searcher:
         self._following: set[int] = set()
         self._queue: SearchQueue[_Kind, _Job, Found] = SearchQueue(self._thread, self._search, most=max_queue)
 
-    async def load(self) -> None:
-        """Build the index of every collection from the store.
+    async def load(self, dim: int = 0) -> None:
+        """Tune the scan to this machine and build the index of every collection from the store.
+
+        Args:
+            dim: of the features to come; 0 = not known yet, and then the first search tunes.
 
         Raises:
             StartupError: this faiss does not look at filters, or the GPU or Milvus that is asked for is not there.
         """
         await self._run(self._indexes.prepare)
+        if dim:
+            await self._run(tune, dim)
         held = await self._store.read(reads.collections, limit=-1)
         for collection in held:
             started = time.monotonic()
@@ -121,7 +128,6 @@ class Searcher:
                 len(index),
                 time.monotonic() - started,
             )
-
         await self._run(self._indexes.sweep)
 
     @property
@@ -176,7 +182,7 @@ class Searcher:
             return IndexStats(self._ladder.wanted(0), 0, 0, None, 0)
         index = held.index
         revision = max(0, index.revision)
-        built = (held.recall.value, revision, held.note, held.pinned is not None)
+        built = (held.recall.value, revision, held.note, held.pinned is not None, len(index))
         kind = f"{index.kind}-gpu" if getattr(index, "gpu", None) is not None else index.kind
         return IndexStats(kind, index.nbytes, index.tombstones, *built)
 
@@ -223,7 +229,10 @@ class Searcher:
             StoreError: the database is damaged.
         """
         kind = _Kind(collection.key, collection.space.space_id, with_features, exact)
-        return await self._queue.submit(kind, [_Job(collection, query) for query in queries], deadline=deadline)
+        with watch.timed("search"):
+            found = await self._queue.submit(kind, [_Job(collection, query) for query in queries], deadline=deadline)
+        watch.searched(collection, [one.hits[0].similarity if one.hits else None for one in found])
+        return found
 
     async def _run(self, function: Callable[..., T], *args: object) -> T:
         def run() -> T:
