@@ -88,6 +88,15 @@ _LEAF_OF_CODE: dict[int, type[ReIDError]] = {
 }
 
 
+def reason_of(error: ReIDError) -> str:
+    """The reason an error is told with, such as ``OVERLOADED``."""
+    return _wire(error).reason
+
+
+def _wire(error: ReIDError) -> Wire:
+    return next(WIRE[kind] for kind in type(error).__mro__ if kind in WIRE)
+
+
 def to_status(error: ReIDError, *, field: str = "") -> status_pb2.Status:
     """Tell an error to the other side.
 
@@ -95,7 +104,7 @@ def to_status(error: ReIDError, *, field: str = "") -> status_pb2.Status:
         error: any error of the tree.
         field: where the item stands in the request (``requests[3]``); the error's own field follows it.
     """
-    code, reason = next(WIRE[kind] for kind in type(error).__mro__ if kind in WIRE)
+    code, reason = _wire(error)
     message = str(error)[:MAX_MESSAGE]
     at = ".".join(part for part in (field, error.field) if part)
     parts: list[Message] = [details.ErrorInfo(reason=reason, domain=DOMAIN, metadata=error.facts)]
