@@ -175,11 +175,13 @@ def decide(
     """
     if not mean_cosine >= gate.min_mean_cosine:
         return f"mean cosine to fp32 {mean_cosine:.4f} on crops not calibrated on, under {gate.min_mean_cosine}"
-    if map_before is not None and map_after is not None and not map_before - map_after <= gate.max_map_loss:
-        return (
-            f"mAP {100 * map_after:.1f} against {100 * map_before:.1f} of fp32: "
-            f"{100 * (map_before - map_after):.1f} lost, more than {100 * gate.max_map_loss:g}"
-        )
+    if map_before is not None and map_after is not None:
+        lost = map_before - map_after
+        if not lost <= gate.max_map_loss + 1e-9:  # 0.50 less 0.49 is a trifle more than 0.01 in binary
+            return (
+                f"mAP {100 * map_after:.1f} against {100 * map_before:.1f} of fp32: {100 * lost:.1f} lost, "
+                f"more than {100 * gate.max_map_loss:g}"
+            )
     if speedup is not None and not speedup >= gate.min_speedup:
         return f"{speedup:.2f} of the speed of fp32 on this machine, under {gate.min_speedup:g}"
     return ""

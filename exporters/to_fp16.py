@@ -59,7 +59,8 @@ def _join_casts(graph: onnx.GraphProto) -> None:
         if _casts_to(node, TensorProto.FLOAT) and node.input[0] in rounding
     }
     outputs = {exact[value.name]: value.name for value in graph.output if value.name in exact}
-    nodes = [node for node in graph.node if not exact.keys() & set(node.output)]
+    unique = {tuple(node.output): node for node in graph.node}  # it casts a tensor once for each reader, by one name
+    nodes = [node for node in unique.values() if not exact.keys() & set(node.output)]
     for node in nodes:
         node.input[:] = [outputs.get(exact.get(name, name), exact.get(name, name)) for name in node.input]
         node.output[:] = [outputs.get(name, name) for name in node.output]
