@@ -15,18 +15,21 @@ from collections.abc import AsyncIterator
 import grpc
 from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # missing in the stubs
 
-from resight.service.auth import DEFAULT_TENANT
 from resight.service.embedder import Embedder
 from resight.service.folder import DataFolder
 from resight.service.gallery import Gallery
 from resight.service.gate import Gate
 from resight.service.guard import Deadlines, Guard, Stage, errors_told
 from resight.service.listen import bind, certificates, check_listen
+from resight.service.long_work import LongWork
 from resight.service.models import ModelHost
 from resight.service.rate import RateLimit
 from resight.service.request_id import with_request_id
-from resight.service.rpc import AdminServicer, EmbeddingServicer, SearchServicer
+from resight.service.rpc_admin import AdminServicer
+from resight.service.rpc_embedding import EmbeddingServicer
 from resight.service.rpc_gallery import GalleryServicer
+from resight.service.rpc_operations import OperationServicer
+from resight.service.rpc_search import SearchServicer
 from resight.service.settings import Settings
 from resight.service.standard import add_standard_services
 from resight.service.tenants import Tenants
@@ -38,6 +41,8 @@ from resight.v1 import (
     embedding_pb2_grpc,
     gallery_pb2,
     gallery_pb2_grpc,
+    operation_pb2,
+    operation_pb2_grpc,
     search_pb2,
     search_pb2_grpc,
 )
@@ -51,6 +56,7 @@ SERVICES = tuple(
         (search_pb2, "SearchService"),
         (gallery_pb2, "GalleryService"),
         (admin_pb2, "AdminService"),
+        (operation_pb2, "OperationService"),
     )
 )
 
@@ -115,11 +121,13 @@ async def serving(settings: Settings) -> AsyncIterator[Server]:
         tenants = Tenants(settings.data, settings, dim=dim, make=lambda store: Gallery(store, models, settings))
         stack.push_async_callback(tenants.stop)
         await tenants.start()
-        gallery = await tenants.gallery(DEFAULT_TENANT)
+        work = LongWork()
+        stack.push_async_callback(work.stop)
         embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(EmbeddingServicer(models, settings), server)
-        search_pb2_grpc.add_SearchServiceServicer_to_server(SearchServicer(gallery, settings), server)
-        gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryServicer(gallery, settings), server)
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(models, settings), server)
+        search_pb2_grpc.add_SearchServiceServicer_to_server(SearchServicer(tenants, settings), server)
+        gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryServicer(tenants, settings), server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(tenants, models, work, settings), server)
+        operation_pb2_grpc.add_OperationServiceServicer_to_server(OperationServicer(tenants), server)
         status = await add_standard_services(server, SERVICES, settings)
         await server.start()
         stack.push_async_callback(server.stop, 0)

@@ -135,6 +135,7 @@ class Filter:
     labels: tuple[tuple[str, str], ...] = ()
     min_quality: float | None = None
     exclude_entry_ids: tuple[str, ...] = ()
+    exclude_subject_ids: tuple[str, ...] = ()
 
     @property
     def selective(self) -> bool:

@@ -86,7 +86,11 @@ def tenant_folder(data: Path, name: str) -> Path:
         InputError: no name of a tenant.
     """
     if not TENANT_NAME.fullmatch(name):
-        raise InputError(
-            f"a tenant's name is 1-63 of a-z 0-9 . _ -, a letter or digit first; found {name!r}"
-        )
+        raise InputError(f"a tenant's name is 1-63 of a-z 0-9 . _ -, a letter or digit first; found {name!r}")
     return data if name == DEFAULT_TENANT else data / TENANTS_FOLDER / name
+
+
+def disk_bytes(folder: Path) -> int:
+    """What a tenant's files take on the disk, less its snapshots and the folders of other tenants."""
+    files = [*folder.glob(f"{DATABASE_FILE}*"), *folder.glob("index/*")]
+    return sum(path.stat().st_size for path in files if path.is_file())

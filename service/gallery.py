@@ -1,25 +1,29 @@
-"""Enrol, list and delete over the store: what callers ask of a gallery, checked and carried out.
+"""Enrol, list, change and delete over the store: what callers ask of a gallery, checked and carried out.
 
-Searching stands in `resight.service.searcher`, which follows the store's changes by itself.
+Searching stands in `resight.service.searcher`, which follows the store's changes by itself. Deletions leave their row
+in the audit in their own transaction.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from uuid import uuid4
+from dataclasses import replace
 
-import numpy as np
-
-from resight.errors import InputError, LimitError, ReIDError, SpaceMismatchError
-from resight.service import reads, writes
-from resight.service.embedder import Embedded, Timings, all_embedded, combined
-from resight.service.entries import Collection, Enrolled, Enrolment, Entry, Filter, Space
+from resight.errors import InputError, ReIDError, RevisionNotSearchableError
+from resight.service import audited, changes, reads, writes
+from resight.service.audit import Event
+from resight.service.auth import current
+from resight.service.enrol import EnrolRequest, enrolled, enrolled_together
+from resight.service.entries import Collection, Enrolled, Entry, Filter, Space
+from resight.service.erasure import Erasure, erase_subject
+from resight.service.features import Crops, FeatureMaker, Given, Made
 from resight.service.ladder import ladder_of
 from resight.service.lanes import Priority
 from resight.service.models import ModelHost
+from resight.service.ranked import RankedAnswer, Wanted, ranked
 from resight.service.runtime import Feature
 from resight.service.searcher import Searcher
 from resight.service.settings import Settings
@@ -27,46 +31,23 @@ from resight.service.store import Store
 
 NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
 MAX_PAGE, DEFAULT_PAGE = 1000, 100
-
-
-@dataclass(frozen=True)
-class Crops:
-    """A source of a feature: one or more crops of one person, and what the request calls each."""
-
-    images: tuple[bytes, ...]
-    fields: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Given:
-    """A source of a feature: the caller's own, as little-endian float32 bytes."""
-
-    float32_le: bytes
-    space_id: str
-
-
-@dataclass(frozen=True)
-class EnrolRequest:
-    """One entry to enrol, with what its feature is made from."""
-
-    entry: Entry
-    source: Crops | Given
-    replace: bool = False
-    request_id: str = ""
-    digest: bytes = b""
+LOOK_AGAIN_S = 0.01  # for a write that is to come
+ANSWER_S = 0.1  # kept of a deadline, at most a tenth, so that a refusal still arrives
 
 
 class Gallery:
-    """All collections of one data folder. `start` and `stop` it in the event loop."""
+    """All collections of one tenant. `start` and `stop` it in the event loop.
+
+    Args:
+        store: the truth.
+        models: make its features.
+        settings: limits.
+    """
 
     def __init__(self, store: Store, models: ModelHost, settings: Settings) -> None:
         self.searcher = Searcher(store, ladder_of(settings, store.folder), max_queue=settings.max_search_queue)
-        self._store, self._models, self._settings = store, models, settings
-
-    @property
-    def space(self) -> Space:
-        """Of the model that embeds now, and so of new collections."""
-        return self._models.active.space
+        self._store, self._models = store, models
+        self._maker = FeatureMaker(models, settings)
 
     async def start(self) -> None:
         """Remember what the served model's similarities mean, and build the indexes from the store."""
@@ -77,11 +58,21 @@ class Gallery:
         """End searching; the store stays open."""
         self.searcher.close()
 
+    @property
+    def space(self) -> Space:
+        """Of the model that embeds now, and so of new collections that name none."""
+        return self._models.active.space
+
+    def space_of(self, model_id: str) -> Space:
+        """Of a loaded model, empty = the one that embeds now. Raises ModelNotFoundError, ModelNotReadyError."""
+        with self._models.lease(model_id) as model:
+            return model.space
+
     async def create_collection(self, new: Collection, *, allow_unlimited: bool) -> Collection:
-        """Make an empty collection of the served model's space.
+        """Make an empty collection of its space, that of a loaded model.
 
         Raises:
-            InputError: a bad name, or no time to live although unlimited retention was not asked for.
+            InputError: a bad name or setting, or no time to live although unlimited retention was not asked for.
             CollectionExistsError: the name is taken.
         """
         if not NAME.fullmatch(new.name):
@@ -94,15 +85,51 @@ class Gallery:
                 "entries are people and must expire: set default_ttl, or allow_unlimited_retention to keep them",
                 field="collection.default_ttl",
             )
-        if new.ttl_us is not None and new.ttl_us <= 0:
+        _check_thresholds(new)
+        return await self._store.write(writes.create_collection, new)
+
+    async def update_collection(self, new: Collection, fields: Sequence[str], *, etag: str) -> Collection:
+        """Change a collection's settings.
+
+        Raises:
+            InputError: no field, one that cannot be changed, or a time to live taken away.
+            CollectionNotFoundError: no such one.
+            ConflictError: it was changed since ``etag`` was read.
+        """
+        found = await self.collection(new.name)
+        if "ttl_us" in fields and new.ttl_us is None and found.ttl_us is not None:
             raise InputError(
-                f"default_ttl must be positive, found {new.ttl_us / 1e6} s", field="collection.default_ttl"
+                "entries are people and must expire: a collection with a default_ttl keeps one; give another",
+                field="collection.default_ttl",
             )
-        return await self._store.write(writes.create_collection, replace(new, space=self.space))
+        _check_thresholds(replace(found, **{name: getattr(new, name) for name in set(fields) & set(vars(new))}))
+        return await self._store.erase(changes.update_collection, new, fields, etag=etag)
 
     async def collection(self, name: str) -> Collection:
         """One collection; raises CollectionNotFoundError."""
         return await self._store.read(reads.collection, name)
+
+    async def collection_at(self, name: str, revision: int, deadline: float) -> Collection:
+        """One collection, once a write of it is committed; a search that begins then finds it.
+
+        Raises:
+            CollectionNotFoundError: no such one.
+            RevisionNotSearchableError: it was not before the deadline, in `time.monotonic` seconds.
+        """
+        found = await self.collection(name)
+        last = deadline - min(ANSWER_S, 0.1 * (deadline - time.monotonic()))
+        while found.revision < revision:
+            if time.monotonic() >= last:
+                raise RevisionNotSearchableError(
+                    f"collection {name} is at revision {found.revision}, the search was to wait for {revision}: allow "
+                    "more time, or pass the revision that this collection's own write answered",
+                    field="min_revision",
+                    revision=found.revision,
+                    min_revision=revision,
+                )
+            await asyncio.sleep(LOOK_AGAIN_S)
+            found = await self.collection(name)
+        return found
 
     async def collections(self, *, after: str, limit: int) -> list[Collection]:
         """Collections by name, from the one after ``after``."""
@@ -112,64 +139,31 @@ class Gallery:
         """Collections with the number of their living entries."""
         return await self._store.read(reads.counted, found)
 
-    async def delete_collection(self, name: str, *, force: bool) -> None:
-        """Remove a collection and all it holds; raises CollectionNotFoundError, CollectionNotEmptyError."""
-        gone = await self._store.erase(writes.delete_collection, name, force=force)
+    async def delete_collection(self, name: str, *, force: bool, etag: str) -> None:
+        """Remove a collection and all it holds.
+
+        Raises:
+            CollectionNotFoundError: no such one.
+            CollectionNotEmptyError: it has entries, and ``force`` is not set.
+            ConflictError: it was changed since ``etag`` was read.
+        """
+        event = _event("DeleteCollection")
+        gone = await self._store.erase(audited.delete_collection, name, event, force=force, etag=etag)
         self.searcher.drop(gone)
 
     async def enrol(self, name: str, requests: Sequence[EnrolRequest], deadline: float) -> list[Enrolled | ReIDError]:
-        """Enrol entries; each has its own outcome, and one that is answered is on disk.
-
-        Args:
-            name: of the collection.
-            requests: at most ``max_batch_items``.
-            deadline: in `time.monotonic` seconds.
-
-        Raises:
-            CollectionNotFoundError: no such collection.
-        """
+        """Enrol entries, each with its own outcome; see `resight.service.enrol`. Raises CollectionNotFoundError."""
         into = await self.collection(name)
-        made = await asyncio.gather(*(self._made(into, request, deadline) for request in requests))
-        outcomes = await self._stored(into, made)
+        outcomes = await enrolled(self._store, self._maker, into, requests, deadline)
         self.searcher.follow(into)
         return outcomes
 
-    async def _made(self, into: Collection, request: EnrolRequest, deadline: float) -> Enrolment | ReIDError:
-        try:
-            made = await self.feature(into, request.source, deadline, priority=Priority.ENROL)
-            others = await self._others(into, request.source, deadline)
-        except ReIDError as error:
-            return error
-        crops = request.source.images if isinstance(request.source, Crops) else ()
-        entry = replace(request.entry, entry_id=request.entry.entry_id or uuid4().hex, shot_count=len(crops))
-        if crops:
-            entry = replace(entry, quality=made.quality)
-        return Enrolment(entry, made.feature, crops, request.replace, request.request_id, request.digest, others)
-
-    async def _others(
-        self, into: Collection, source: Crops | Given, deadline: float
-    ) -> tuple[tuple[str, Feature], ...]:
-        """Features in the collection's other spaces, as far as their models are loaded.
-
-        What is left out a migration fills in, or the switch back refuses.
-        """
-        if isinstance(source, Given):
-            return ()
-        made = []
-        for space_id in into.other_space_ids:
-            if model := self._models.in_space(space_id):
-                one = await self.feature(into, source, deadline, space=model.space, priority=Priority.ENROL)
-                made.append((space_id, one.feature))
-        return tuple(made)
-
-    async def _stored(self, into: Collection, made: Sequence[Enrolment | ReIDError]) -> list[Enrolled | ReIDError]:
-        """Store what has a feature, in the order of the request, which so is the order of enrolment."""
-        ready = [new for new in made if isinstance(new, Enrolment)]
-        try:
-            stored = iter(await self._store.write(writes.enrol_each, into, ready))
-        except ReIDError as error:  # no room, or a damaged database: nothing of this was stored
-            return [error if isinstance(new, Enrolment) else new for new in made]
-        return [next(stored) if isinstance(new, Enrolment) else new for new in made]
+    async def enrol_together(self, name: str, requests: Sequence[EnrolRequest], deadline: float) -> list[Enrolled]:
+        """Enrol all entries or none. Raises CollectionNotFoundError, and what the first refused one was refused for."""
+        into = await self.collection(name)
+        done = await enrolled_together(self._store, self._maker, into, requests, deadline)
+        self.searcher.follow(into)
+        return done
 
     async def feature(
         self,
@@ -179,25 +173,13 @@ class Gallery:
         *,
         space: Space | None = None,
         priority: Priority = Priority.INTERACTIVE,
-    ) -> Embedded:
-        """The feature of a source, in a collection's space or another one.
+    ) -> Made:
+        """The feature of a source, in a collection's space or another one; what cannot be decoded is left out."""
+        return await self._maker.made(of, source, deadline, every=False, space=space, priority=priority)
 
-        Raises:
-            SpaceMismatchError: the model, or the given feature, is of another space.
-            InputError: a bad feature or image.
-            LimitError: too many shots.
-        """
-        if isinstance(source, Given):
-            return Embedded(given_feature(source, of), 0.0, Timings())
-        if not 1 <= len(source.images) <= self._settings.max_shots:
-            raise LimitError(
-                f"1 to {self._settings.max_shots} shots make a feature, found {len(source.images)}: send the best ones",
-                field="shots.images",
-                max_shots=self._settings.max_shots,
-            )
-        with self._models.lease_space(space or of.space, collection=of.name) as model:
-            outcomes = await model.embed(source.images, deadline, priority=priority)
-        return combined(all_embedded(outcomes, source.fields))
+    async def search(self, of: Collection, wanted: Sequence[Wanted], deadline: float) -> list[RankedAnswer]:
+        """Answer searches of one collection; see `resight.service.ranked`."""
+        return await ranked(self.searcher, of, wanted, deadline)
 
     async def entry(self, name: str, entry_id: str, *, with_feature: bool) -> tuple[Collection, Entry, Feature | None]:
         """One entry; raises CollectionNotFoundError, EntryNotFoundError, StoreError."""
@@ -211,10 +193,26 @@ class Gallery:
         found_in = await self.collection(name)
         return await self._store.read(reads.entries, found_in.key, filters, after=after, limit=limit)
 
-    async def delete_entry(self, name: str, entry_id: str, *, allow_missing: bool) -> int:
-        """Remove an entry, its feature and crops; returns the revision. Raises EntryNotFoundError."""
+    async def update_entry(self, name: str, new: Entry, fields: Sequence[str], *, etag: str) -> Enrolled:
+        """Change what is told of an entry.
+
+        Raises:
+            EntryNotFoundError: no such one.
+            ConflictError: it was changed since ``etag`` was read.
+            InputError: no field, or one that cannot be changed.
+        """
         found_in = await self.collection(name)
-        revision = await self._store.erase(writes.delete_entry, found_in, entry_id, allow_missing=allow_missing)
+        changed = await self._store.erase(changes.update_entry, found_in, new, fields, etag=etag)
+        self.searcher.follow(found_in)
+        return changed
+
+    async def delete_entry(self, name: str, entry_id: str, *, allow_missing: bool, etag: str) -> int:
+        """Remove an entry, its feature and crops; returns the revision. Raises EntryNotFoundError, ConflictError."""
+        found_in = await self.collection(name)
+        event = _event("DeleteEntry")
+        revision = await self._store.erase(
+            audited.delete_entry, found_in, entry_id, event, allow_missing=allow_missing, etag=etag
+        )
         self.searcher.follow(found_in)
         return revision
 
@@ -235,39 +233,43 @@ class Gallery:
         if validate_only:
             matched = await self._store.read(reads.count, found_in.key, filters)
             return matched, 0, found_in.revision
-        deleted, revision = await self._store.erase(writes.delete_entries, found_in, filters, cap=cap)
+        event = _event("DeleteEntries")
+        deleted, revision = await self._store.erase(audited.delete_entries, found_in, filters, event, cap=cap)
         self.searcher.follow(found_in)
         return deleted, deleted, revision
 
+    async def erase(self, collection: str, subject_id: str, *, reason: str, deadline: float) -> Erasure:
+        """Erase a person for good; see `resight.service.erasure.erase_subject`."""
+        done = await erase_subject(
+            self._store,
+            subject_id,
+            principal=current().name,
+            deadline=deadline - ANSWER_S,  # graphs on the disk hold numbers of entries, and no features
+            collection=collection,
+            reason=reason,
+        )
+        for touched in await self.collections(after="", limit=-1):
+            self.searcher.follow(touched)
+        return done
 
-def given_feature(source: Given, of: Collection) -> Feature:
-    """Check a caller's feature and bring it to unit length: float32 (D,).
+
+def _event(method: str) -> Event:
+    """A row of the audit for a call of this service that now runs."""
+    return Event(current().name, f"GalleryService.{method}")
+
+
+def _check_thresholds(new: Collection) -> None:
+    """Refuse a collection that would call unknown what it calls a match.
 
     Raises:
-        SpaceMismatchError: of another space than the collection.
-        InputError: wrong length, not finite, or zero.
+        InputError: the threshold to reject lies above the one to accept.
     """
-    if source.space_id != of.space.space_id:
-        raise SpaceMismatchError(
-            f"collection {of.name} holds features of space {of.space.space_id}, the given one says "
-            f"{source.space_id or 'nothing'}: embed the crop with that model",
-            field="embedding.space_id",
-            expected_space_id=of.space.space_id,
-            found_space_id=source.space_id,
-        )
-    if len(source.float32_le) != 4 * of.space.dim:
+    calibration = new.space.calibration
+    accept = new.accept_probability or (calibration.accept if calibration else 1.0)
+    reject = new.reject_probability or (calibration.reject if calibration else 0.0)
+    if reject > accept:
         raise InputError(
-            f"a feature of this space is {of.space.dim} float32 in {4 * of.space.dim} bytes, found "
-            f"{len(source.float32_le)} bytes: send all of it, little-endian",
-            field="embedding.float32_le",
-            expected_bytes=4 * of.space.dim,
-            found_bytes=len(source.float32_le),
+            f"reject_probability {reject:g} is above accept_probability {accept:g} (0 = the calibration's own): lower "
+            "the first or raise the second",
+            field="collection.reject_probability",
         )
-    feature = np.frombuffer(source.float32_le, "<f4").astype(np.float32)
-    length = float(np.linalg.norm(feature.astype(np.float64)))
-    if not np.isfinite(length) or length < 1e-12:
-        raise InputError(
-            f"a feature needs finite numbers and a length above 0, found length {length}", field="embedding.float32_le"
-        )
-    unit: Feature = (feature / length).astype(np.float32)
-    return unit

@@ -147,7 +147,7 @@ async def errors_told(call: Call) -> AsyncIterator[None]:
     except (grpc.aio.AbortError, asyncio.CancelledError):
         raise
     except Exception:
-        status = _internal(call.method)
+        status = internal(call.method)
     answer = rpc_status.to_status(status)
     await call.context.abort(answer.code, answer.details, (*answer.trailing_metadata, *call.trailers))
 
@@ -176,7 +176,8 @@ class Deadlines:
             ) from error
 
 
-def _internal(method: str) -> status_pb2.Status:
+def internal(method: str) -> status_pb2.Status:
+    """The status of an error that nobody foresaw, which the log tells in full; call it where it is handled."""
     correlation = secrets.token_hex(8)
     log.exception("internal error method=%s correlation=%s", method, correlation)
     status = status_pb2.Status(

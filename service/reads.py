@@ -64,6 +64,7 @@ def where(key: int, filters: Filter) -> Where:
         ("track_id", filters.track_ids, "IN"),
         ("track_id", filters.exclude_track_ids, "NOT IN"),
         ("subject_id", filters.subject_ids, "IN"),
+        ("subject_id", filters.exclude_subject_ids, "NOT IN"),
         ("entry_id", filters.exclude_entry_ids, "NOT IN"),
     ):
         if wanted:  # json_each: one statement whatever the list's length, so SQLite's cache of them works
@@ -190,6 +191,14 @@ def count(connection: sqlite3.Connection, key: int, filters: Filter) -> int:
     """How many living entries pass a filter."""
     passing = where(key, filters)
     return int(connection.execute(f"SELECT count(*) FROM entry e WHERE {passing.sql}", passing.values).fetchone()[0])
+
+
+def expired(connection: sqlite3.Connection, key: int) -> int:
+    """How many entries of a collection wait to be purged."""
+    row = connection.execute(
+        "SELECT count(*) FROM entry WHERE collection = ? AND expire_us <= ?", (key, now_us())
+    ).fetchone()
+    return int(row[0])
 
 
 def any_expired(connection: sqlite3.Connection) -> bool:

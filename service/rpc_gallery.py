@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
 
 from resight.errors import InputError, ReIDError
-from resight.reasons import to_status
-from resight.service import translate
+from resight.service import translate, watch
+from resight.service.auth import current
+from resight.service.enrol import EnrolRequest
 from resight.service.entries import Collection, Enrolled
-from resight.service.gallery import DEFAULT_PAGE, MAX_PAGE, EnrolRequest, Gallery
+from resight.service.gallery import DEFAULT_PAGE, MAX_PAGE, Gallery
 from resight.service.guard import check_batch, deadline_of
 from resight.service.settings import Settings
+from resight.service.tenants import Tenants
 from resight.v1 import gallery_pb2, gallery_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -23,64 +26,70 @@ MAX_REQUEST_ID = 128  # a UUID has 36
 class GalleryServicer(gallery_pb2_grpc.GalleryServiceServicer):
     """Collections and their entries."""
 
-    def __init__(self, gallery: Gallery, settings: Settings) -> None:
-        self._gallery, self._settings = gallery, settings
+    def __init__(self, tenants: Tenants, settings: Settings) -> None:
+        self._tenants, self._settings = tenants, settings
 
-    async def _messages(self, *found: Collection) -> list[gallery_pb2.Collection]:
-        return [
-            translate.collection_message(collection, count, self._gallery.searcher.revision(collection))
-            for collection, count in await self._gallery.counted(found)
-        ]
+    async def _gallery(self) -> Gallery:
+        """The caller's own."""
+        return await self._tenants.gallery(current().tenant)
 
     async def CreateCollection(
         self, request: gallery_pb2.CreateCollectionRequest, context: Context
     ) -> gallery_pb2.CreateCollectionResponse:
-        """Make an empty collection of the served model's space."""
-        wanted = request.collection
-        new = Collection(
-            name=wanted.collection_id,
-            space=self._gallery.space,
-            ttl_us=translate.ttl_us(wanted),
-            keep_crops=wanted.crop_retention == gallery_pb2.CROP_RETENTION_STORE,
-        )
-        made = await self._gallery.create_collection(new, allow_unlimited=request.allow_unlimited_retention)
-        (message,) = await self._messages(made)
+        """Make an empty collection of a loaded model's space."""
+        gallery = await self._gallery()
+        new = translate.collection(request.collection, gallery.space_of(request.model_id))
+        made = await gallery.create_collection(new, allow_unlimited=request.allow_unlimited_retention)
+        (message,) = await _messages(gallery, made)
         return gallery_pb2.CreateCollectionResponse(collection=message)
 
     async def GetCollection(
         self, request: gallery_pb2.GetCollectionRequest, context: Context
     ) -> gallery_pb2.GetCollectionResponse:
         """One collection."""
-        found = await self._gallery.collection(request.collection_id)
-        (message,) = await self._messages(found)
+        gallery = await self._gallery()
+        (message,) = await _messages(gallery, await gallery.collection(request.collection_id))
         return gallery_pb2.GetCollectionResponse(collection=message)
 
     async def ListCollections(
         self, request: gallery_pb2.ListCollectionsRequest, context: Context
     ) -> gallery_pb2.ListCollectionsResponse:
         """Collections by name, page by page."""
+        gallery = await self._gallery()
         limit = page_size(request.page_size)
-        after = translate.name_of_token(request.page_token)
-        found = await self._gallery.collections(after=after, limit=limit + 1)
+        found = await gallery.collections(after=translate.name_of_token(request.page_token), limit=limit + 1)
         return gallery_pb2.ListCollectionsResponse(
-            collections=await self._messages(*found[:limit]),
+            collections=await _messages(gallery, *found[:limit]),
             next_page_token=translate.page_token(found[limit - 1].name) if len(found) > limit else "",
         )
+
+    async def UpdateCollection(
+        self, request: gallery_pb2.UpdateCollectionRequest, context: Context
+    ) -> gallery_pb2.UpdateCollectionResponse:
+        """Change the masked settings of a collection."""
+        gallery = await self._gallery()
+        new = translate.collection(request.collection, gallery.space)
+        fields = translate.fields(request.update_mask, translate.COLLECTION_PATHS)
+        changed = await gallery.update_collection(new, fields, etag=request.collection.etag)
+        (message,) = await _messages(gallery, changed)
+        return gallery_pb2.UpdateCollectionResponse(collection=message)
 
     async def DeleteCollection(
         self, request: gallery_pb2.DeleteCollectionRequest, context: Context
     ) -> gallery_pb2.DeleteCollectionResponse:
         """Remove a collection, with ``force`` also one that has entries."""
-        await self._gallery.delete_collection(request.collection_id, force=request.force)
+        gallery = await self._gallery()
+        await gallery.delete_collection(request.collection_id, force=request.force, etag=request.etag)
         return gallery_pb2.DeleteCollectionResponse()
 
     async def EnrollEntry(
         self, request: gallery_pb2.EnrollEntryRequest, context: Context
     ) -> gallery_pb2.EnrollEntryResponse:
         """Enrol one entry; it is on disk when this answers."""
+        gallery = await self._gallery()
         deadline = deadline_of(context, self._settings.deadline_s)
         wanted = enrol_request(request, request.collection_id)
-        (outcome,) = await self._gallery.enrol(request.collection_id, [wanted], deadline)
+        (outcome,) = await gallery.enrol(request.collection_id, [wanted], deadline)
         if isinstance(outcome, ReIDError):
             raise outcome
         return gallery_pb2.EnrollEntryResponse(
@@ -90,23 +99,34 @@ class GalleryServicer(gallery_pb2_grpc.GalleryServiceServicer):
     async def BatchEnrollEntries(
         self, request: gallery_pb2.BatchEnrollEntriesRequest, context: Context
     ) -> gallery_pb2.BatchEnrollEntriesResponse:
-        """Enrol up to 64 entries, each with its own status."""
+        """Enrol up to 64 entries, each with its own status or, ``atomic``, all or none."""
+        gallery = await self._gallery()
         check_batch(len(request.requests), self._settings, "requests")
         deadline = deadline_of(context, self._settings.batch_deadline_s)
         wanted: list[EnrolRequest] = []
         outcomes: list[Enrolled | ReIDError | None] = []
-        for child in request.requests:
+        for number, child in enumerate(request.requests):
             try:
                 wanted.append(enrol_request(child, request.collection_id))
                 outcomes.append(None)
             except ReIDError as error:
+                if request.atomic:
+                    raise _at(error, number) from None
                 outcomes.append(error)
-        made = iter(await self._gallery.enrol(request.collection_id, wanted, deadline))
+        if request.atomic:
+            try:
+                done: Iterator[Enrolled | ReIDError] = iter(
+                    await gallery.enrol_together(request.collection_id, wanted, deadline)
+                )
+            except ReIDError as error:
+                raise _at(error, int(error.facts.pop("item", -1))) from None
+        else:
+            done = iter(await gallery.enrol(request.collection_id, wanted, deadline))
         revision, results = 0, []
         for number, early in enumerate(outcomes):
-            outcome = early or next(made)
+            outcome = early or next(done)
             if isinstance(outcome, ReIDError):
-                status = to_status(outcome, field=f"requests[{number}]")
+                status = watch.told(outcome, field=f"requests[{number}]")
                 results.append(gallery_pb2.EnrollResult(error=status))
             else:
                 revision = max(revision, outcome.revision)
@@ -115,7 +135,8 @@ class GalleryServicer(gallery_pb2_grpc.GalleryServiceServicer):
 
     async def GetEntry(self, request: gallery_pb2.GetEntryRequest, context: Context) -> gallery_pb2.GetEntryResponse:
         """One entry, with its feature where asked for."""
-        found_in, entry, feature = await self._gallery.entry(
+        gallery = await self._gallery()
+        found_in, entry, feature = await gallery.entry(
             request.collection_id, request.entry_id, with_feature=request.include_embedding
         )
         return gallery_pb2.GetEntryResponse(
@@ -127,22 +148,33 @@ class GalleryServicer(gallery_pb2_grpc.GalleryServiceServicer):
         self, request: gallery_pb2.ListEntriesRequest, context: Context
     ) -> gallery_pb2.ListEntriesResponse:
         """Entries in order of enrolment, page by page."""
+        gallery = await self._gallery()
         limit = page_size(request.page_size)
         after = translate.key_of_token(request.page_token)
-        found = await self._gallery.entries(
-            request.collection_id, translate.filters(request.filter), after=after, limit=limit + 1
-        )
+        filters = translate.filters(request.filter)
+        found = await gallery.entries(request.collection_id, filters, after=after, limit=limit + 1)
         return gallery_pb2.ListEntriesResponse(
             entries=[translate.entry_message(entry) for _, entry in found[:limit]],
             next_page_token=translate.page_token(found[limit - 1][0]) if len(found) > limit else "",
         )
 
+    async def UpdateEntry(
+        self, request: gallery_pb2.UpdateEntryRequest, context: Context
+    ) -> gallery_pb2.UpdateEntryResponse:
+        """Change the masked fields of an entry."""
+        gallery = await self._gallery()
+        new, etag = translate.entry(request.entry), request.entry.etag
+        fields = translate.fields(request.update_mask, translate.ENTRY_PATHS)
+        changed = await gallery.update_entry(request.collection_id, new, fields, etag=etag)
+        return gallery_pb2.UpdateEntryResponse(entry=translate.entry_message(changed.entry), revision=changed.revision)
+
     async def DeleteEntry(
         self, request: gallery_pb2.DeleteEntryRequest, context: Context
     ) -> gallery_pb2.DeleteEntryResponse:
         """Remove one entry with its feature and crops."""
-        revision = await self._gallery.delete_entry(
-            request.collection_id, request.entry_id, allow_missing=request.allow_missing
+        gallery = await self._gallery()
+        revision = await gallery.delete_entry(
+            request.collection_id, request.entry_id, allow_missing=request.allow_missing, etag=request.etag
         )
         return gallery_pb2.DeleteEntryResponse(revision=revision)
 
@@ -152,13 +184,40 @@ class GalleryServicer(gallery_pb2_grpc.GalleryServiceServicer):
         """Remove what passes a filter, or count it."""
         if request.max_deletes < 0:
             raise InputError(f"max_deletes is 0 (no cap) or more, found {request.max_deletes}", field="max_deletes")
-        matched, deleted, revision = await self._gallery.delete_entries(
+        gallery = await self._gallery()
+        matched, deleted, revision = await gallery.delete_entries(
             request.collection_id,
             translate.filters(request.filter),
             validate_only=request.validate_only,
             cap=request.max_deletes or None,
         )
         return gallery_pb2.DeleteEntriesResponse(matched_count=matched, deleted_count=deleted, revision=revision)
+
+    async def EraseSubject(
+        self, request: gallery_pb2.EraseSubjectRequest, context: Context
+    ) -> gallery_pb2.EraseSubjectResponse:
+        """Erase a person for good, and tell whether the storage was scrubbed."""
+        gallery = await self._gallery()
+        subject_id = translate.identity(request.subject_id, "subject_id")
+        deadline = deadline_of(context, self._settings.deadline_s)
+        done = await gallery.erase(request.collection_id, subject_id, reason=request.reason, deadline=deadline)
+        return gallery_pb2.EraseSubjectResponse(
+            erased_count=done.erased_count, audit_id=done.audit_id, storage_scrubbed=done.storage_scrubbed
+        )
+
+
+async def _messages(gallery: Gallery, *found: Collection) -> list[gallery_pb2.Collection]:
+    return [
+        translate.collection_message(collection, count, gallery.searcher.revision(collection))
+        for collection, count in await gallery.counted(found)
+    ]
+
+
+def _at(error: ReIDError, number: int) -> ReIDError:
+    """An item's error as that of the whole call."""
+    if number >= 0:
+        error.field = ".".join(part for part in (f"requests[{number}]", error.field) if part)
+    return error
 
 
 def enrol_request(request: gallery_pb2.EnrollEntryRequest, collection_id: str) -> EnrolRequest:

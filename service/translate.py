@@ -9,16 +9,14 @@ import base64
 import binascii
 import struct
 from collections.abc import Collection as Container
-from collections.abc import Sequence
 
-from google.protobuf import duration_pb2, timestamp_pb2
+from google.protobuf import duration_pb2, field_mask_pb2, timestamp_pb2
 
 from resight.errors import InputError, LimitError
 from resight.service.embedder import Timings
-from resight.service.entries import Collection, Entry, Filter, Hit, Space, now_us
-from resight.service.gallery import Crops, Given
+from resight.service.entries import Collection, Entry, Filter, Space, now_us
+from resight.service.features import Crops, Given
 from resight.service.runtime import Feature
-from resight.service.searcher import Found
 from resight.v1 import common_pb2, gallery_pb2, search_pb2
 
 MAX_ID = 256  # characters of an entry, subject, camera or track id
@@ -27,7 +25,7 @@ MAX_LISTED = 1000  # values of one list in a filter
 MAX_US = 253_402_300_800_000_000  # the year 10000, where google.protobuf.Timestamp ends
 
 
-def _identity(value: str, field: str) -> str:
+def identity(value: str, field: str) -> str:
     """An id as it came, when it is one."""
     if len(value) > MAX_ID or not value.isprintable():
         raise InputError(
@@ -43,14 +41,15 @@ def _identities(values: Container[str], field: str) -> tuple[str, ...]:
             field=field,
             max_listed=MAX_LISTED,
         )
-    return tuple(_identity(value, f"{field}[{number}]") for number, value in enumerate(values))
+    return tuple(identity(value, f"{field}[{number}]") for number, value in enumerate(values))
 
 
-def _micros(time: timestamp_pb2.Timestamp, field: str) -> int:
-    micros = time.seconds * 1_000_000 + time.nanos // 1000
-    if not (abs(micros) < MAX_US and 0 <= time.nanos < 1_000_000_000):
+def micros(time: timestamp_pb2.Timestamp, field: str) -> int:
+    """A time in microseconds since 1970."""
+    told = time.seconds * 1_000_000 + time.nanos // 1000
+    if not (abs(told) < MAX_US and 0 <= time.nanos < 1_000_000_000):
         raise InputError(f"expected a time from year 1 to 9999, found {time.seconds} s {time.nanos} ns", field=field)
-    return micros
+    return told
 
 
 def _labels(labels: dict[str, str], field: str) -> dict[str, str]:
@@ -72,28 +71,33 @@ def entry(message: gallery_pb2.Entry) -> Entry:
     """What a caller may tell of an entry; the output-only fields are left to the server."""
     if not 0.0 <= message.quality <= 1.0:
         raise InputError(f"quality is 0..1, found {message.quality}", field="entry.quality")
-    expire_us = _micros(message.expire_time, "entry.expire_time") if message.HasField("expire_time") else None
+    expire_us = micros(message.expire_time, "entry.expire_time") if message.HasField("expire_time") else None
     if expire_us is not None and expire_us <= now_us():
         raise InputError("expire_time has passed: give a later one, or none", field="entry.expire_time")
     return Entry(
-        entry_id=_identity(message.entry_id, "entry.entry_id"),
-        subject_id=_identity(message.subject_id, "entry.subject_id"),
-        camera_id=_identity(message.camera_id, "entry.camera_id"),
-        track_id=_identity(message.track_id, "entry.track_id"),
-        capture_us=_micros(message.capture_time, "entry.capture_time") if message.HasField("capture_time") else None,
+        entry_id=identity(message.entry_id, "entry.entry_id"),
+        subject_id=identity(message.subject_id, "entry.subject_id"),
+        camera_id=identity(message.camera_id, "entry.camera_id"),
+        track_id=identity(message.track_id, "entry.track_id"),
+        capture_us=micros(message.capture_time, "entry.capture_time") if message.HasField("capture_time") else None,
         expire_us=expire_us,
         labels=_labels(dict(message.labels), "entry.labels"),
         quality=message.quality,
     )
 
 
+def window(message: common_pb2.TimeWindow, field: str) -> tuple[int | None, int | None]:
+    """A window of time in microseconds; None = without that end."""
+    start_us = micros(message.start_time, f"{field}.start_time") if message.HasField("start_time") else None
+    end_us = micros(message.end_time, f"{field}.end_time") if message.HasField("end_time") else None
+    if start_us is not None and end_us is not None and start_us >= end_us:
+        raise InputError("end_time is exclusive and must be after start_time", field=field)
+    return start_us, end_us
+
+
 def filters(message: gallery_pb2.EntryFilter) -> Filter:
     """A filter, checked."""
-    window = message.capture_window
-    start_us = _micros(window.start_time, "filter.capture_window.start_time") if window.HasField("start_time") else None
-    end_us = _micros(window.end_time, "filter.capture_window.end_time") if window.HasField("end_time") else None
-    if start_us is not None and end_us is not None and start_us >= end_us:
-        raise InputError("end_time is exclusive and must be after start_time", field="filter.capture_window")
+    start_us, end_us = window(message.capture_window, "filter.capture_window")
     if message.HasField("min_quality") and not 0.0 <= message.min_quality <= 1.0:
         raise InputError(f"min_quality is 0..1, found {message.min_quality}", field="filter.min_quality")
     return Filter(
@@ -114,9 +118,65 @@ def source(message: gallery_pb2.EnrollEntryRequest | search_pb2.SearchRequest, k
     if kind == "embedding":
         return Given(message.embedding.float32_le, message.embedding.space_id)
     if kind == "image":
-        return Crops((message.image.data,), ("image.data",))
-    images = tuple(image.data for image in message.shots.images)
-    return Crops(images, tuple(f"shots.images[{number}].data" for number in range(len(images))))
+        identity(message.image.crop_id, "image.crop_id")
+        return Crops((message.image.data,), ("image.data",), "image")
+    return shots(message.shots, "shots")
+
+
+def shots(message: common_pb2.ImageCropSet, field: str) -> Crops:
+    """The crops of a track."""
+    for number, image in enumerate(message.images):
+        identity(image.crop_id, f"{field}.images[{number}].crop_id")
+    names = tuple(f"{field}.images[{number}].data" for number in range(len(message.images)))
+    return Crops(tuple(image.data for image in message.images), names, f"{field}.images")
+
+
+def collection(message: gallery_pb2.Collection, space: Space) -> Collection:
+    """What a caller may tell of a collection; the output-only fields are left to the server."""
+    for name in ("accept_probability", "reject_probability", "min_quality"):
+        value = getattr(message, name)
+        if not 0.0 <= value <= 1.0:
+            raise InputError(f"{name} is 0..1, found {value}", field=f"collection.{name}")
+    if message.max_entries < 0:
+        raise InputError(
+            f"max_entries is 0 (no limit) or more, found {message.max_entries}", field="collection.max_entries"
+        )
+    return Collection(
+        name=message.collection_id,
+        space=space,
+        ttl_us=ttl_us(message),
+        keep_crops=message.crop_retention == gallery_pb2.CROP_RETENTION_STORE,
+        max_entries=message.max_entries,
+        accept_probability=message.accept_probability,
+        reject_probability=message.reject_probability,
+        min_quality=message.min_quality,
+    )
+
+
+def fields(mask: field_mask_pb2.FieldMask, known: dict[str, str]) -> list[str]:
+    """Our names of the fields a mask names, each once.
+
+    Raises:
+        InputError: none, or one that cannot be changed.
+    """
+    unknown = sorted(set(mask.paths) - set(known))
+    if unknown or not mask.paths:
+        raise InputError(
+            f"update_mask names one or more of {', '.join(known)}; found {', '.join(unknown)[:200] or 'none'}",
+            field="update_mask",
+        )
+    return [ours for path, ours in known.items() if path in mask.paths]
+
+
+ENTRY_PATHS = {"subject_id": "subject_id", "labels": "labels", "expire_time": "expire_us"}
+COLLECTION_PATHS = {
+    "default_ttl": "ttl_us",
+    "max_entries": "max_entries",
+    "crop_retention": "keep_crops",
+    "accept_probability": "accept_probability",
+    "reject_probability": "reject_probability",
+    "min_quality": "min_quality",
+}
 
 
 def ttl_us(message: gallery_pb2.Collection) -> int | None:
@@ -126,7 +186,10 @@ def ttl_us(message: gallery_pb2.Collection) -> int | None:
         return None
     if not abs(ttl.seconds) < MAX_US // 1_000_000:
         raise InputError(f"default_ttl is out of range: {ttl.seconds} s", field="collection.default_ttl")
-    return ttl.seconds * 1_000_000 + ttl.nanos // 1000
+    told_us = ttl.seconds * 1_000_000 + ttl.nanos // 1000
+    if told_us <= 0:
+        raise InputError(f"default_ttl must be positive, found {told_us / 1e6} s", field="collection.default_ttl")
+    return told_us
 
 
 def page_token(after: int | str) -> str:
@@ -167,8 +230,9 @@ def name_of_token(token: str) -> str:
         raise _bad_token(token) from error
 
 
-def _timestamp(micros: int) -> timestamp_pb2.Timestamp:
-    return timestamp_pb2.Timestamp(seconds=micros // 1_000_000, nanos=micros % 1_000_000 * 1000)
+def timestamp(told_us: int) -> timestamp_pb2.Timestamp:
+    """A time for the wire."""
+    return timestamp_pb2.Timestamp(seconds=told_us // 1_000_000, nanos=told_us % 1_000_000 * 1000)
 
 
 def entry_message(entry: Entry) -> gallery_pb2.Entry:
@@ -181,18 +245,21 @@ def entry_message(entry: Entry) -> gallery_pb2.Entry:
         labels=entry.labels or None,
         quality=entry.quality,
         shot_count=entry.shot_count,
-        create_time=_timestamp(entry.created_us),
+        create_time=timestamp(entry.created_us),
+        etag=entry.etag,
     )
     if entry.capture_us is not None:
-        message.capture_time.CopyFrom(_timestamp(entry.capture_us))
+        message.capture_time.CopyFrom(timestamp(entry.capture_us))
     if entry.expire_us is not None:
-        message.expire_time.CopyFrom(_timestamp(entry.expire_us))
+        message.expire_time.CopyFrom(timestamp(entry.expire_us))
     return message
 
 
 def space_message(space: Space) -> common_pb2.EmbeddingSpace:
     """A space for the wire."""
-    return common_pb2.EmbeddingSpace(space_id=space.space_id, model_id=space.model_id, dim=space.dim)
+    return common_pb2.EmbeddingSpace(
+        space_id=space.space_id, model_id=space.model_id, model_version=space.model_version, dim=space.dim
+    )
 
 
 def feature_message(feature: Feature, space: Space) -> common_pb2.Embedding:
@@ -200,11 +267,10 @@ def feature_message(feature: Feature, space: Space) -> common_pb2.Embedding:
     return common_pb2.Embedding(float32_le=feature.astype("<f4").tobytes(), space_id=space.space_id)
 
 
-def timings_message(timings: Timings, search_ns: int = 0) -> common_pb2.Timings:
+def timings_message(timings: Timings, search_ns: int = 0, rerank_ns: int = 0) -> common_pb2.Timings:
     """Timings for the wire."""
-    return common_pb2.Timings(
-        decode_ns=timings.decode_ns, queue_ns=timings.queue_ns, infer_ns=timings.infer_ns, search_ns=search_ns
-    )
+    embedded = {"decode_ns": timings.decode_ns, "queue_ns": timings.queue_ns, "infer_ns": timings.infer_ns}
+    return common_pb2.Timings(**embedded, search_ns=search_ns, rerank_ns=rerank_ns)
 
 
 def collection_message(collection: Collection, entry_count: int, indexed_revision: int) -> gallery_pb2.Collection:
@@ -217,32 +283,13 @@ def collection_message(collection: Collection, entry_count: int, indexed_revisio
         entry_count=entry_count,
         revision=collection.revision,
         indexed_revision=indexed_revision,
+        max_entries=collection.max_entries,
+        accept_probability=collection.accept_probability,
+        reject_probability=collection.reject_probability,
+        min_quality=collection.min_quality,
+        etag=collection.etag,
     )
     if collection.ttl_us is not None:
         seconds, micros = divmod(collection.ttl_us, 1_000_000)
         message.default_ttl.CopyFrom(duration_pb2.Duration(seconds=seconds, nanos=micros * 1000))
     return message
-
-
-def hits_message(hits: Sequence[Hit], space: Space) -> list[search_pb2.Hit]:
-    """Hits for the wire, features where they were asked for."""
-    return [
-        search_pb2.Hit(
-            entry=entry_message(hit.entry),
-            score=common_pb2.Score(cosine=hit.similarity),
-            embedding=None if hit.feature is None else feature_message(hit.feature, space),
-        )
-        for hit in hits
-    ]
-
-
-def search_message(found: Found, space: Space, *, quality: float, timings: Timings) -> search_pb2.SearchResponse:
-    """The answer to one search for the wire."""
-    return search_pb2.SearchResponse(
-        hits=hits_message(found.hits, space),
-        space=space_message(space),
-        searched_revision=found.revision,
-        exact=found.exact,
-        query_quality=quality,
-        timings=timings_message(timings, found.search_ns),
-    )

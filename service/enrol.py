@@ -1,0 +1,87 @@
+"""Requests to enrol become features and go to the writer, each with its own outcome, or all or none."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from uuid import uuid4
+
+from resight.errors import QualityTooLowError, ReIDError
+from resight.service import writes
+from resight.service.entries import Collection, Enrolled, Enrolment, Entry
+from resight.service.features import Crops, FeatureMaker, Given
+from resight.service.lanes import Priority
+from resight.service.store import Store
+
+
+@dataclass(frozen=True)
+class EnrolRequest:
+    """One entry to enrol, with what its feature is made from."""
+
+    entry: Entry
+    source: Crops | Given
+    replace: bool = False
+    request_id: str = ""
+    digest: bytes = b""
+
+
+async def enrolled(
+    store: Store, maker: FeatureMaker, into: Collection, requests: Sequence[EnrolRequest], deadline: float
+) -> list[Enrolled | ReIDError]:
+    """Enrol entries in the order of the request; each has its own outcome, and one that is answered is on disk.
+
+    Args:
+        store: of the collection.
+        maker: makes their features.
+        into: the collection, as it was read a moment ago.
+        requests: at most ``max_batch_items``.
+        deadline: in `time.monotonic` seconds.
+    """
+    made = await asyncio.gather(*(_made(maker, into, request, deadline) for request in requests))
+    ready = [new for new in made if isinstance(new, Enrolment)]
+    try:
+        stored = iter(await store.write(writes.enrol_each, into, ready))
+    except ReIDError as error:  # no room, or a damaged database: nothing of this was stored
+        return [error if isinstance(new, Enrolment) else new for new in made]
+    return [next(stored) if isinstance(new, Enrolment) else new for new in made]
+
+
+async def enrolled_together(
+    store: Store, maker: FeatureMaker, into: Collection, requests: Sequence[EnrolRequest], deadline: float
+) -> list[Enrolled]:
+    """Enrol all entries or none, in one transaction; see `enrolled`.
+
+    Raises:
+        ReIDError: of the first that cannot be enrolled; its ``item`` fact tells which.
+    """
+    made = await asyncio.gather(*(_made(maker, into, request, deadline) for request in requests))
+    good: list[Enrolment] = []
+    for number, new in enumerate(made):
+        if isinstance(new, ReIDError):
+            new.facts["item"] = str(number)
+            raise new
+        good.append(new)
+    return await store.write(writes.enrol_all, into, good)
+
+
+async def _made(maker: FeatureMaker, into: Collection, request: EnrolRequest, deadline: float) -> Enrolment | ReIDError:
+    source = request.source
+    try:
+        made = await maker.made(into, source, deadline, every=True, priority=Priority.ENROL)
+        others = await maker.others(into, source, deadline)
+    except ReIDError as error:
+        return error
+    entry = replace(request.entry, entry_id=request.entry.entry_id or uuid4().hex, shot_count=made.used)
+    if isinstance(source, Given):
+        return Enrolment(entry, made.feature, (), request.replace, request.request_id, request.digest)
+    if made.quality < into.min_quality:
+        return QualityTooLowError(
+            f"quality {made.quality:.3f} is below the {into.min_quality:.3f} that collection {into.name} asks for: "
+            "enrol a larger, sharper or better lit crop",
+            field=source.within,
+            quality=f"{made.quality:.4f}",
+            min_quality=f"{into.min_quality:.4f}",
+        )
+    entry = replace(entry, quality=made.quality)
+    return Enrolment(entry, made.feature, source.images, request.replace, request.request_id, request.digest, others)

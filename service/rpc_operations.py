@@ -1,0 +1,89 @@
+"""The servicer of long operations: translate, call, translate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from google.protobuf import timestamp_pb2
+
+from resight.errors import InputError
+from resight.reasons import to_status
+from resight.service import translate
+from resight.service.auth import current
+from resight.service.operations import Operation, State
+from resight.service.tenants import Tenants
+from resight.v1 import operation_pb2, operation_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+MAX_PAGE, DEFAULT_PAGE = 1000, 100
+
+STATES = {
+    State.PENDING: operation_pb2.OPERATION_STATE_PENDING,
+    State.RUNNING: operation_pb2.OPERATION_STATE_RUNNING,
+    State.SUCCEEDED: operation_pb2.OPERATION_STATE_SUCCEEDED,
+    State.FAILED: operation_pb2.OPERATION_STATE_FAILED,
+    State.CANCELLED: operation_pb2.OPERATION_STATE_CANCELLED,
+    State.INTERRUPTED: operation_pb2.OPERATION_STATE_INTERRUPTED,
+}
+
+
+def operation_message(operation: Operation) -> operation_pb2.Operation:
+    """A long operation for the wire."""
+    message = operation_pb2.Operation(
+        operation_id=operation.operation_id,
+        kind=operation.kind,
+        state=STATES[operation.state],
+        total=operation.total,
+        succeeded=operation.succeeded,
+        failed=operation.failed,
+        skipped=operation.skipped,
+        error=None if operation.error is None else to_status(operation.error),
+        start_time=_timestamp(operation.start_us),
+        result=operation.result,
+    )
+    if operation.end_us is not None:
+        message.end_time.CopyFrom(_timestamp(operation.end_us))
+    return message
+
+
+class OperationServicer(operation_pb2_grpc.OperationServiceServicer):
+    """The caller's own tenant's long operations."""
+
+    def __init__(self, tenants: Tenants) -> None:
+        self._tenants = tenants
+
+    async def GetOperation(
+        self, request: operation_pb2.GetOperationRequest, context: Context
+    ) -> operation_pb2.GetOperationResponse:
+        """One operation as it stands."""
+        tenant = await self._tenants.tenant(current().tenant)
+        found = await tenant.operations.get(request.operation_id)
+        return operation_pb2.GetOperationResponse(operation=operation_message(found))
+
+    async def ListOperations(
+        self, request: operation_pb2.ListOperationsRequest, context: Context
+    ) -> operation_pb2.ListOperationsResponse:
+        """Operations, the newest first, page by page."""
+        if request.page_size < 0:
+            raise InputError(f"page_size is 0 or more, found {request.page_size}", field="page_size")
+        limit = min(request.page_size or DEFAULT_PAGE, MAX_PAGE)
+        before = translate.key_of_token(request.page_token) or None
+        tenant = await self._tenants.tenant(current().tenant)
+        found = await tenant.operations.listed(before=before, limit=limit + 1)
+        return operation_pb2.ListOperationsResponse(
+            operations=[operation_message(one) for one in found[:limit]],
+            next_page_token=translate.page_token(found[limit - 1].key) if len(found) > limit else "",
+        )
+
+    async def CancelOperation(
+        self, request: operation_pb2.CancelOperationRequest, context: Context
+    ) -> operation_pb2.CancelOperationResponse:
+        """Ask an operation to end; it does so at its next step."""
+        tenant = await self._tenants.tenant(current().tenant)
+        found = await tenant.operations.cancel(request.operation_id)
+        return operation_pb2.CancelOperationResponse(operation=operation_message(found))
+
+
+def _timestamp(micros: int) -> timestamp_pb2.Timestamp:
+    return timestamp_pb2.Timestamp(seconds=micros // 1_000_000, nanos=micros % 1_000_000 * 1000)
