@@ -109,11 +109,16 @@ class Operations:
         return await self._store.book(_progress, operation_id, counts, details or {}, result or {})
 
     async def finish(
-        self, operation_id: str, *, error: ReIDError | None = None, cancelled: bool = False, **result: str
+        self,
+        operation_id: str,
+        *,
+        error: ReIDError | None = None,
+        cancelled: bool = False,
+        result: dict[str, str] | None = None,
     ) -> Operation:
         """End one: FAILED with an error, CANCELLED, or SUCCEEDED; one that has ended stays as it is."""
         state = State.CANCELLED if cancelled else State.SUCCEEDED if error is None else State.FAILED
-        return await self._store.book(_finish, operation_id, state, error, result)
+        return await self._store.book(_finish, operation_id, state, error, result or {})
 
     async def cancel(self, operation_id: str) -> Operation:
         """Ask it to end; the one who works on it does so at the next step. What has ended stays as it is."""

@@ -23,7 +23,7 @@ def test_work_is_counted_finished_and_listed_newest_first(store):
         going = await work.progress(one.operation_id, succeeded=6, result={"recall_at_10": "0.98"})
         assert (going.state, going.total, going.succeeded, going.skipped) == (State.RUNNING, 10, 6, 1)
         assert going.details == {"collection": "lobby", "after": 17} and going.end_us is None
-        done = await work.finish(one.operation_id, space_id="ab")
+        done = await work.finish(one.operation_id, result={"space_id": "ab"})
         assert done.state is State.SUCCEEDED and done.result == {"recall_at_10": "0.98", "space_id": "ab"}
         assert done.end_us >= done.start_us
         failed = await work.finish(two.operation_id, error=InputError("no such thing", field="x", limit=3))
