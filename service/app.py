@@ -34,6 +34,7 @@ from resight.service.settings import Settings
 from resight.service.standard import add_standard_services
 from resight.service.tenants import Tenants
 from resight.service.tokens import TokenBook, TokenFile
+from resight.service.watchers import Watchers
 from resight.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -110,7 +111,10 @@ async def serving(settings: Settings) -> AsyncIterator[Server]:
     tls = certificates(settings)
     async with contextlib.AsyncExitStack() as stack:
         folder = stack.enter_context(DataFolder(settings.data))
-        server, port = bind(settings, Guard(_stages(settings, TokenBook(TokenFile(settings.data)))), tls)
+        book = TokenBook(TokenFile(settings.data))
+        watchers = Watchers(settings, book)
+        server, port = bind(settings, Guard(_stages(settings, book, watchers.stages)), tls)
+        metrics_url = stack.enter_context(watchers.answering())
         stack.push_async_callback(server.stop, 0)
         embedder = Embedder(settings)
         embedder.start()
@@ -129,17 +133,18 @@ async def serving(settings: Settings) -> AsyncIterator[Server]:
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(tenants, models, work, settings), server)
         operation_pb2_grpc.add_OperationServiceServicer_to_server(OperationServicer(tenants), server)
         status = await add_standard_services(server, SERVICES, settings)
+        watchers.know(embedder, models, tenants, status)
         await server.start()
         stack.push_async_callback(server.stop, 0)
         address = f"{settings.listen.rpartition(':')[0]}:{port}"
         space = models.active.space
-        folder.announce(address, space.space_id)
+        folder.announce(address, space.space_id, metrics_url)
         log.info("serving %s space=%s model=%s", address, space.space_id, space.model_id)
         yield Server(server, status, address)
 
 
-def _stages(settings: Settings, tokens: TokenBook) -> tuple[Stage, ...]:
+def _stages(settings: Settings, tokens: TokenBook, watchers: tuple[Stage, ...]) -> tuple[Stage, ...]:
     """What a call passes through, outermost first: what refuses it is told like any error, and has an id."""
     limits: tuple[Stage, ...] = (RateLimit(settings.rate_limit, settings.rate_burst),) if settings.rate_limit else ()
     gate = Gate(tokens, always=settings.auth == "tokens")
-    return (with_request_id, errors_told, gate, *limits, Deadlines(settings))
+    return (with_request_id, *watchers, errors_told, gate, *limits, Deadlines(settings))

@@ -15,6 +15,7 @@ import logging
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from resight.errors import ReIDError
 from resight.service.entries import now_us
@@ -101,13 +102,21 @@ async def purge_older(store: Store, retention_s: float) -> int:
     return total
 
 
+class Waiting(NamedTuple):
+    """Rows not on disk: how many, when the oldest was gathered (0 = none), and those given up since the start."""
+
+    rows: int
+    oldest_us: int
+    lost: int
+
+
 class Audit:
     """The audit of one gallery's database. `start` and `stop` it in the event loop."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._waiting: list[Event] = []
-        self._lost = 0
+        self._lost = self._lost_ever = 0
         self._flushing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -126,8 +135,15 @@ class Audit:
         """Gather a row; it is on disk within `FLUSH_S` and a commit."""
         if len(self._waiting) >= WAITING:
             self._lost += 1
+            self._lost_ever += 1
         else:
             self._waiting.append(replace(event, at_us=event.at_us or now_us()))
+
+    @property
+    def waiting(self) -> Waiting:
+        """What is not on disk yet."""
+        oldest_us = self._waiting[0].at_us if self._waiting else 0
+        return Waiting(len(self._waiting), oldest_us, self._lost_ever)
 
     async def record(self, event: Event) -> str:
         """Write one row now; returns its id once it is on disk."""

@@ -58,6 +58,7 @@ class Batcher:
         self._coming = 0
         self._stopping = False
         self._poison: dict[bytes, None] = {}  # as an ordered set
+        self._sizes: dict[int, int] = {}
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
 
     def start(self) -> None:
@@ -109,6 +110,10 @@ class Batcher:
     def waiting(self) -> dict[Priority, int]:
         """Crops admitted and not yet answered."""
         return dict(self._admitted)
+
+    def sizes(self) -> dict[int, int]:
+        """How many batches ran, by their number of crops."""
+        return dict(self._sizes)
 
     def check(self, crop: bytes) -> None:
         """Refuse a crop that made a batch fail before: its neighbours shall not pay again.
@@ -173,6 +178,7 @@ class Batcher:
         for job, outcome in zip(jobs, self._infer(jobs), strict=True):
             job.outcome = outcome
         taken_ns = time.perf_counter_ns() - started_ns
+        self._sizes[len(jobs)] = self._sizes.get(len(jobs), 0) + 1
         for job in jobs:
             job.queue_ns, job.infer_ns = started_ns - job.queued_ns, taken_ns // len(jobs)
         self._batch_s += SMOOTHING * (taken_ns / 1e9 - self._batch_s)

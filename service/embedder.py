@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from resight.errors import ImageError, InputError, ReIDError
+from resight.service import watch
 from resight.service.batcher import Batcher
 from resight.service.decode import Decoders
 from resight.service.lanes import Job, Priority
@@ -70,6 +71,10 @@ class Embedder:
         """Crops admitted and not yet answered, of each priority."""
         return self._batcher.waiting()
 
+    def batch_sizes(self) -> dict[int, int]:
+        """How many batches ran, by their number of crops."""
+        return self._batcher.sizes()
+
     async def embed(
         self,
         runtime: Runtime,
@@ -103,6 +108,7 @@ class Embedder:
                 await answer
             finally:
                 del self._left[answer]
+        watch.embedded(jobs)
         return [_outcome(job) for job in jobs]
 
     def _missed(self, job: Job) -> None:

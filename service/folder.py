@@ -53,9 +53,10 @@ class DataFolder:
         os.truncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
 
-    def announce(self, address: str, space_id: str) -> None:
+    def announce(self, address: str, space_id: str, metrics_url: str = "") -> None:
         """Tell that the server is ready, and where: one atomic write of ``server.json``."""
-        text = json.dumps({"address": address, "pid": os.getpid(), "space_id": space_id})
+        told = {"address": address, "pid": os.getpid(), "space_id": space_id}
+        text = json.dumps({**told, "metrics": metrics_url} if metrics_url else told)
         temporary = self.path / f"{SERVER_FILE}.tmp"
         try:
             temporary.write_text(text + "\n")

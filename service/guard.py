@@ -24,7 +24,8 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from resight.errors import DeadlineError, LimitError, ReIDError
-from resight.reasons import DOMAIN, to_status
+from resight.reasons import DOMAIN
+from resight.service import watch
 from resight.service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,11 @@ class Call:
     context: Context
     streaming: bool
     trailers: tuple[tuple[str, str | bytes], ...] = ()
+
+    def code(self) -> grpc.StatusCode:
+        """What it was aborted with; gRPC keeps its number."""
+        number = self.context.code()
+        return next((code for code in grpc.StatusCode if number in (code, code.value[0])), grpc.StatusCode.UNKNOWN)
 
 
 Stage = Callable[[Call], AbstractAsyncContextManager[None]]
@@ -143,7 +149,7 @@ async def errors_told(call: Call) -> AsyncIterator[None]:
         yield
         return
     except ReIDError as error:
-        status = to_status(error)
+        status = watch.told(error)
     except (grpc.aio.AbortError, asyncio.CancelledError):
         raise
     except Exception:

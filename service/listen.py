@@ -28,14 +28,18 @@ def is_loopback(host: str) -> bool:
 
 
 def check_listen(settings: Settings) -> None:
-    """Refuse an address that other machines can reach, unless callers are authenticated and the way is encrypted.
+    """Refuse addresses that other machines can reach, unless callers are authenticated and the way is encrypted.
 
     Raises:
         StartupError: authentication or encryption is missing.
     """
-    if is_loopback(settings.host):
-        return
-    told = f"{settings.listen} can be reached from other machines"
+    for address in (settings.listen, settings.metrics_listen):
+        if address is not None and not is_loopback(address.rpartition(":")[0].strip("[]")):
+            _check_open(address, settings)
+
+
+def _check_open(address: str, settings: Settings) -> None:
+    told = f"{address} can be reached from other machines"
     if settings.auth != "tokens" and not TokenFile(settings.data).exists():
         raise StartupError(
             f"{told}, and nobody would be authenticated: make a token with `resight token create NAME --role admin "

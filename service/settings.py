@@ -21,6 +21,7 @@ from resight.service.runtime import Provider
 MIB = 1024 * 1024
 DAY_S = 86_400
 PREFIX = "RESIGHT_"
+ADDRESS = r"^(\[[0-9a-fA-F:]+\]|[^:\[\]]+):\d{1,5}$"
 
 
 class Settings(BaseSettings):
@@ -74,6 +75,10 @@ class Settings(BaseSettings):
         gallery: ``embedded``, or Milvus as finder of candidates: ``milvus://HOST:PORT``, a URL, a file of milvus-lite.
         milvus_token: that Milvus asks for; better in the environment than on a command line.
         max_search_queue: queries that wait or are searched; more are refused.
+        metrics_listen: ``HOST:PORT`` of ``/metrics``, ``/livez`` and ``/readyz``; None = none; port 0 takes a free one.
+        metrics_collections: collections that metrics tell by name; those beyond are summed.
+        otlp_endpoint: URL of an OpenTelemetry collector that takes OTLP over gRPC; None = no traces.
+        log_format: of each line of the log.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
@@ -82,7 +87,7 @@ class Settings(BaseSettings):
     models: Path | None = None
     trusted_keys: tuple[str, ...] = ()
     data: Path
-    listen: str = Field(default="127.0.0.1:50051", pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\[\]]+):\d{1,5}$")
+    listen: str = Field(default="127.0.0.1:50051", pattern=ADDRESS)
     auth: Literal["auto", "tokens"] = "auto"
     tls_cert: Path | None = None
     tls_key: Path | None = None
@@ -130,6 +135,10 @@ class Settings(BaseSettings):
     gallery: str = Field(default="embedded", pattern=r"^(embedded|milvus://[^/]+|https?://.+|.+\.db)$")
     milvus_token: SecretStr = SecretStr("")
     max_search_queue: int = Field(default=1024, ge=1, le=65536)
+    metrics_listen: str | None = Field(default=None, pattern=ADDRESS)
+    metrics_collections: int = Field(default=100, ge=0, le=10_000)
+    otlp_endpoint: str | None = Field(default=None, pattern=r"^https?://[^/\s@]+$")
+    log_format: Literal["text", "json"] = "text"
 
     @classmethod
     def settings_customise_sources(

@@ -73,6 +73,11 @@ class Store:
         self._writer = threading.Thread(target=self._write_forever, name="writer")
         self._writer.start()
 
+    @property
+    def low(self) -> bool:
+        """Whether `write` refuses for want of room."""
+        return self._watermark is not None and self._watermark.low
+
     def reader(self) -> sqlite3.Connection:
         """This thread's connection for reading. Fetch all rows at once: an open read keeps deletions in the log."""
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)

@@ -52,6 +52,9 @@ class Tenants:
         settings: of the server.
         dim: of the features to come; see `resight.service.store.Store`.
         make: a gallery over a tenant's store, not yet started.
+
+    Attributes:
+        purged_s: when a purge last ended well, in `time.monotonic` seconds; before the first, the start.
     """
 
     def __init__(self, folder: Path, settings: Settings, *, dim: int, make: Callable[[Store], Gallery]) -> None:
@@ -60,6 +63,7 @@ class Tenants:
         self._open: dict[str, Tenant] = {}
         self._turn = asyncio.Lock()
         self._purging: asyncio.Task[None] | None = None
+        self.purged_s = time.monotonic()
 
     async def start(self) -> None:
         """Open the default tenant, so that a mistake shows at once, and begin to purge.
@@ -100,6 +104,10 @@ class Tenants:
         found.asked_s = time.monotonic()
         return found
 
+    def opened(self) -> list[Tenant]:
+        """Those whose gallery is in memory, by name."""
+        return [self._open[name] for name in sorted(self._open)]
+
     def names(self) -> Iterator[str]:
         """All tenants with a database, open or not."""
         yield DEFAULT_TENANT
@@ -109,12 +117,16 @@ class Tenants:
 
     async def purge(self) -> None:
         """Remove what has had its time, also of tenants whose gallery nobody uses; one that fails stops no other."""
+        good = True
         for name in list(self.names()):
             try:
                 async with self._turn:
                     await self._purge(name)
             except ReIDError:
+                good = False
                 log.exception("the purge of tenant %s failed and is tried again", name)
+        if good:
+            self.purged_s = time.monotonic()
 
     async def _purge(self, name: str) -> None:
         tenant = self._open.get(name)

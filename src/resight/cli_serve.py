@@ -34,6 +34,10 @@ def serve(
     gallery: Annotated[
         str | None, typer.Option(help="Who finds candidates: embedded, or milvus://HOST:PORT. [default: embedded]")
     ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="HOST:PORT of /metrics, /livez and /readyz over HTTP. [default: none]")
+    ] = None,
+    log_format: Annotated[str | None, typer.Option(help="Of the log: text or json. [default: text]")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any setting; flags come first.")] = None,
 ) -> None:
     """Serve a bundle over gRPC until SIGTERM or Ctrl-C.
@@ -50,13 +54,9 @@ def serve(
 
     logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells each build it tries
     from resight.service.app import run
-    from resight.service.request_id import RequestIdFilter
+    from resight.service.logs import set_up_log
     from resight.service.settings import load_settings
 
-    told = logging.StreamHandler()
-    told.addFilter(RequestIdFilter())
-    line = "%(asctime)s %(levelname)s %(name)s request=%(request_id)s %(message)s"
-    logging.basicConfig(level=logging.INFO, format=line, handlers=[told], force=True)
     settings = load_settings(
         config=config,
         bundle=bundle,
@@ -71,6 +71,9 @@ def serve(
         tls_key=tls_key,
         tls_client_ca=tls_client_ca,
         behind_tls_proxy=behind_tls_proxy,
+        metrics_listen=metrics,
+        log_format=log_format,
         gallery=gallery,
     )
+    set_up_log(settings.log_format)
     asyncio.run(run(settings))
