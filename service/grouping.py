@@ -49,5 +49,7 @@ class Groups:
         known: dict[str, list[str]] = {}
         for kind, name in self.members:
             known.setdefault(kind, []).append(name)
-        names: dict[str, Any] = {f"exclude_{kind}s": tuple(own) for kind, own in known.items()}
-        return replace(filters, **{name: (*getattr(filters, name), *own) for name, own in names.items()})
+        more: dict[str, Any] = {
+            f"exclude_{kind}s": (*getattr(filters, f"exclude_{kind}s"), *own) for kind, own in known.items()
+        }
+        return replace(filters, **more)

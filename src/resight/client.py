@@ -8,72 +8,92 @@
 
 The server's errors arrive as the classes of `resight.errors`. Calls that can be repeated without
 harm are, while the server is overloaded or away; that includes enrolments, which carry a request id.
+`resight.client_async` has the same methods to await.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
-from uuid import uuid4
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import grpc
-from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from resight import answers
+from resight import asks, asks_models, asks_operator, streams
 from resight.answers import (
+    AuditRow,
     CollectionInfo,
+    CollectionStats,
+    Comparison,
     Entry,
-    EntryId,
-    Feature,
-    GivenFeature,
-    NewEntry,
-    Query,
+    Erased,
+    ModelInfo,
+    OperationInfo,
     SearchAnswer,
     SearchHit,
     ServerInfo,
-    Source,
-    Where,
 )
-from resight.calls import call, chunks, outcome, pause
+from resight.calls import BATCH_FACTOR, OPTIONS, Ask, Listing, Pause, Road, Stubs, Try, translated, tries
 from resight.channel import channel_credentials, open_channel
-from resight.errors import OverloadedError, ReIDError, UnavailableError
-from resight.v1 import (
-    admin_pb2,
-    admin_pb2_grpc,
-    common_pb2,
-    embedding_pb2,
-    embedding_pb2_grpc,
-    gallery_pb2,
-    gallery_pb2_grpc,
-    search_pb2,
-    search_pb2_grpc,
-)
+from resight.errors import ReIDError, UnavailableError
+from resight.questions import CollectionChange, EntryId, Feature, GivenFeature, NewEntry, Query, Rerank, Where
 
 __all__ = [
+    "AuditRow",
     "Client",
+    "CollectionChange",
     "CollectionInfo",
+    "CollectionStats",
+    "Comparison",
     "Entry",
     "EntryId",
+    "Erased",
     "GivenFeature",
+    "ModelInfo",
     "NewEntry",
+    "OperationInfo",
     "Query",
+    "Rerank",
     "SearchAnswer",
     "SearchHit",
     "ServerInfo",
     "Where",
 ]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
-MESSAGE_BYTES = 64 * 1024 * 1024  # of an answer; the server has its own limit
-BATCH_FACTOR = 6  # a batch may take 60 s where a lone item may take 10, as on the server
+
+
+def does(road: Callable[P, Road[T]]) -> Callable[Concatenate[Client, P], T]:
+    """A method that walks a road."""
+
+    @wraps(road)
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._walk(road(*args, **kwargs))
+
+    return method
+
+
+def lists(listing: Callable[P, Listing[T]]) -> Callable[Concatenate[Client, P], Iterator[T]]:
+    """A method that goes through a listing, asking for a page when it is needed."""
+
+    @wraps(listing)
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+        found = listing(*args, **kwargs)
+        while True:
+            page = self._reply(found.ask)
+            yield from found.items(page)
+            if not page.next_page_token:
+                return
+            found.ask.request.page_token = page.next_page_token
+
+    return method
 
 
 class Client:
@@ -102,19 +122,9 @@ class Client:
         tls_key: Path | None = None,
     ) -> None:
         self.address, self._timeout_s = address, timeout_s
-        options = [
-            ("grpc.max_receive_message_length", MESSAGE_BYTES),
-            ("grpc.max_send_message_length", MESSAGE_BYTES),
-            ("grpc.initial_reconnect_backoff_ms", 100),  # gRPC's own 1 s outlasts a restart
-            ("grpc.max_reconnect_backoff_ms", 1000),
-        ]
         credentials = channel_credentials(tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key)
-        self._channel = open_channel(address, options, credentials, token)
-        self._embedding = embedding_pb2_grpc.EmbeddingServiceStub(self._channel)
-        self._search = search_pb2_grpc.SearchServiceStub(self._channel)
-        self._gallery = gallery_pb2_grpc.GalleryServiceStub(self._channel)
-        self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._channel = open_channel(address, OPTIONS, credentials, token)
+        self._stubs = Stubs(self._channel)
 
     def __enter__(self) -> Self:
         return self
@@ -128,9 +138,39 @@ class Client:
         """End the connection; calls in flight are cancelled."""
         self._channel.close()
 
-    def _call(self, method: Callable[..., T], request: Message, *, retry: bool = True, batch: bool = False) -> T:
-        timeout_s = self._timeout_s * (BATCH_FACTOR if batch else 1)
-        return call(method, request, address=self.address, timeout_s=timeout_s, retry=retry)
+    def _walk(self, road: Road[T]) -> T:
+        told: Any = None
+        while True:
+            try:
+                step = road.send(told)
+            except StopIteration as end:
+                found: T = end.value
+                return found
+            if isinstance(step, Pause):
+                time.sleep(step.seconds)
+                told = None
+            else:
+                told = self._reply(step)
+
+    def _reply(self, ask: Ask) -> Any:
+        method, told = self._stubs.method(ask.method), None
+        trying = tries(self._timeout_s * (BATCH_FACTOR if ask.batch else 1), retry=ask.retry)
+        while True:
+            try:
+                step = trying.send(told)
+            except StopIteration as end:
+                return end.value
+            if isinstance(step, Pause):
+                time.sleep(step.seconds)
+                told = None
+            else:
+                told = self._told(method, ask, step)
+
+    def _told(self, method: Any, ask: Ask, step: Try) -> Any:
+        try:
+            return method(ask.request, timeout=step.timeout_s)
+        except grpc.RpcError as failure:
+            return translated(failure, self.address)
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Return when the server says that it serves.
@@ -138,10 +178,10 @@ class Client:
         Raises:
             UnavailableError: it did not within ``timeout_s``.
         """
-        deadline = time.monotonic() + timeout_s
+        health, deadline = health_pb2_grpc.HealthStub(self._channel), time.monotonic() + timeout_s
         while (left_s := deadline - time.monotonic()) > 0:
             try:
-                reply = self._health.Check(health_pb2.HealthCheckRequest(), timeout=min(left_s, 1.0))
+                reply = health.Check(health_pb2.HealthCheckRequest(), timeout=min(left_s, 1.0))
                 if reply.status == health_pb2.HealthCheckResponse.SERVING:
                     return
             except grpc.RpcError:
@@ -149,145 +189,63 @@ class Client:
             time.sleep(0.05)
         raise UnavailableError(f"no server became ready at {self.address} within {timeout_s:.0f} s: see its log")
 
-    def info(self) -> ServerInfo:
-        """What the server serves and accepts."""
-        return answers.server_info(self._call(self._admin.GetServerInfo, admin_pb2.GetServerInfoRequest()))
+    def stream_embed(
+        self, images: Iterable[bytes], *, timeout_s: float | None = None
+    ) -> Iterator[tuple[int, Feature | ReIDError]]:
+        """Embed crops as they come: (number of the crop, outcome), as they are ready. No time limit by default."""
+        return self._stream(streams.embedding(), images, timeout_s)
 
-    def embed(self, image: bytes) -> Feature:
-        """Embed one crop, a JPEG, PNG or WebP file: float32 (D,) of unit length."""
-        request = embedding_pb2.EmbedRequest(image=common_pb2.ImageCrop(data=image))
-        return answers.feature(self._call(self._embedding.Embed, request).embedding)
+    def stream_search(
+        self, collection: str, queries: Iterable[Query], *, timeout_s: float | None = None
+    ) -> Iterator[tuple[int, SearchAnswer | ReIDError]]:
+        """Search as queries come: (number of the query, outcome), as they are ready. No time limit by default."""
+        return self._stream(streams.searching(collection), queries, timeout_s)
 
-    def embed_batch(self, images: Sequence[bytes]) -> list[Feature | ReIDError]:
-        """Embed crops; the outcomes stand in their order."""
-        out: list[Feature | ReIDError] = []
-        for part in chunks([common_pb2.ImageCrop(data=image) for image in images]):
-            reply = self._call(self._embedding.BatchEmbed, embedding_pb2.BatchEmbedRequest(images=part), batch=True)
-            out += [outcome(result, "embedding", answers.feature) for result in reply.results]
-        return out
+    def _stream(
+        self, stream: streams.Stream[streams.Item, T], items: Iterable[streams.Item], timeout_s: float | None
+    ) -> Iterator[tuple[int, T | ReIDError]]:
+        sent = (stream.request(number, item) for number, item in enumerate(items))
+        call = self._stubs.method(stream.method)(sent, timeout=timeout_s)
+        try:
+            for reply in call:
+                yield stream.outcome(reply)
+        except grpc.RpcError as failure:
+            raise translated(failure, self.address) from None
+        finally:
+            call.cancel()
 
-    def create_collection(
-        self, name: str, *, ttl: timedelta | None = None, unlimited_retention: bool = False, keep_crops: bool = False
-    ) -> CollectionInfo:
-        """Make an empty collection for features of the model now served.
-
-        Args:
-            name: 1-63 of ``a-z 0-9 -``, a letter first.
-            ttl: how long entries live that say nothing else.
-            unlimited_retention: must be said where no ``ttl`` is.
-            keep_crops: keep the images, to embed them again with another model.
-        """
-        kept = gallery_pb2.CROP_RETENTION_STORE if keep_crops else gallery_pb2.CROP_RETENTION_NONE
-        wanted = gallery_pb2.Collection(collection_id=name, crop_retention=kept)
-        if ttl is not None:
-            wanted.default_ttl.FromTimedelta(ttl)
-        request = gallery_pb2.CreateCollectionRequest(collection=wanted, allow_unlimited_retention=unlimited_retention)
-        return answers.collection(self._call(self._gallery.CreateCollection, request, retry=False).collection)
-
-    def collection(self, name: str) -> CollectionInfo:
-        """One collection."""
-        request = gallery_pb2.GetCollectionRequest(collection_id=name)
-        return answers.collection(self._call(self._gallery.GetCollection, request).collection)
-
-    def collections(self) -> Iterator[CollectionInfo]:
-        """All collections by name."""
-        request = gallery_pb2.ListCollectionsRequest()
-        while True:
-            reply = self._call(self._gallery.ListCollections, request)
-            yield from (answers.collection(collection) for collection in reply.collections)
-            if not reply.next_page_token:
-                return
-            request.page_token = reply.next_page_token
-
-    def delete_collection(self, name: str, *, force: bool = False) -> None:
-        """Remove a collection; with ``force`` also one that has entries."""
-        request = gallery_pb2.DeleteCollectionRequest(collection_id=name, force=force)
-        self._call(self._gallery.DeleteCollection, request, retry=False, batch=True)
-
-    def enrol(self, collection: str, entry: NewEntry) -> Entry:
-        """Enrol one entry; when this returns, it is on the server's disk."""
-        request = entry.message(collection, str(uuid4()))
-        return answers.entry(self._call(self._gallery.EnrollEntry, request).entry)
-
-    def enrol_batch(self, collection: str, entries: Sequence[NewEntry]) -> list[Entry | ReIDError]:
-        """Enrol entries; the outcomes stand in their order. Those the server had no room for are sent again."""
-        messages = [entry.message("", str(uuid4())) for entry in entries]
-        out: list[Entry | ReIDError] = []
-        for part in chunks(messages):
-            deadline = time.monotonic() + self._timeout_s * BATCH_FACTOR
-            done = self._enrol_part(collection, part)
-            for number in itertools.count():
-                refused = [(at, error) for at, error in enumerate(done) if isinstance(error, OverloadedError)]
-                pause_s = max((pause(error, number) or 0.0 for _, error in refused), default=0.0)
-                if not refused or time.monotonic() + pause_s >= deadline:
-                    break
-                time.sleep(pause_s)
-                again = self._enrol_part(collection, [part[at] for at, _ in refused])
-                for (at, _), result in zip(refused, again, strict=True):
-                    done[at] = result
-            out += done
-        return out
-
-    def _enrol_part(self, collection: str, part: Sequence[gallery_pb2.EnrollEntryRequest]) -> list[Entry | ReIDError]:
-        request = gallery_pb2.BatchEnrollEntriesRequest(collection_id=collection, requests=part)
-        reply = self._call(self._gallery.BatchEnrollEntries, request, batch=True)
-        return [outcome(result, "entry", answers.entry) for result in reply.results]
-
-    def search(
-        self,
-        collection: str,
-        source: Source | EntryId,
-        *,
-        top_k: int | None = None,
-        where: Where | None = None,
-        min_similarity: float | None = None,
-        with_features: bool = False,
-    ) -> SearchAnswer:
-        """The entries nearest to a crop, to several of one person, to a feature or to an entry."""
-        query = Query(source, top_k, where or Where(), min_similarity, with_features)
-        return answers.search_answer(self._call(self._search.Search, query.message(collection)))
-
-    def search_batch(self, collection: str, queries: Sequence[Query]) -> list[SearchAnswer | ReIDError]:
-        """Search one collection for many queries; the outcomes stand in their order."""
-        out: list[SearchAnswer | ReIDError] = []
-        for part in chunks([query.message(collection) for query in queries]):
-            reply = self._call(self._search.BatchSearch, search_pb2.BatchSearchRequest(requests=part), batch=True)
-            out += [outcome(result, "response", answers.search_answer) for result in reply.results]
-        return out
-
-    def get_entry(self, collection: str, entry_id: str) -> Entry:
-        """One entry."""
-        request = gallery_pb2.GetEntryRequest(collection_id=collection, entry_id=entry_id)
-        return answers.entry(self._call(self._gallery.GetEntry, request).entry)
-
-    def get_feature(self, collection: str, entry_id: str) -> GivenFeature:
-        """The stored feature of an entry."""
-        request = gallery_pb2.GetEntryRequest(collection_id=collection, entry_id=entry_id, include_embedding=True)
-        found = self._call(self._gallery.GetEntry, request).embedding
-        return GivenFeature(answers.feature(found), found.space_id)
-
-    def entries(self, collection: str, *, where: Where | None = None, page_size: int = 1000) -> Iterator[Entry]:
-        """The entries of a collection in order of enrolment, fetched page by page."""
-        request = gallery_pb2.ListEntriesRequest(
-            collection_id=collection, filter=(where or Where()).message(), page_size=page_size
-        )
-        while True:
-            reply = self._call(self._gallery.ListEntries, request)
-            yield from (answers.entry(entry) for entry in reply.entries)
-            if not reply.next_page_token:
-                return
-            request.page_token = reply.next_page_token
-
-    def delete_entry(self, collection: str, entry_id: str, *, allow_missing: bool = False) -> None:
-        """Remove an entry with its feature and crops."""
-        request = gallery_pb2.DeleteEntryRequest(
-            collection_id=collection, entry_id=entry_id, allow_missing=allow_missing
-        )
-        self._call(self._gallery.DeleteEntry, request, retry=allow_missing)
-
-    def delete_entries(self, collection: str, where: Where, *, max_deletes: int = 0, dry_run: bool = False) -> int:
-        """Remove what passes a filter; returns how many. ``max_deletes`` 0 = no cap; a dry run only counts."""
-        request = gallery_pb2.DeleteEntriesRequest(
-            collection_id=collection, filter=where.message(), max_deletes=max_deletes, validate_only=dry_run
-        )
-        return self._call(self._gallery.DeleteEntries, request, retry=dry_run, batch=True).matched_count
+    info = does(asks.info)
+    embed = does(asks.embed)
+    embed_batch = does(asks.embed_batch)
+    create_collection = does(asks.create_collection)
+    collection = does(asks.collection)
+    collections = lists(asks.collections)
+    update_collection = does(asks.update_collection)
+    delete_collection = does(asks.delete_collection)
+    enrol = does(asks.enrol)
+    enrol_batch = does(asks.enrol_batch)
+    search = does(asks.search)
+    search_batch = does(asks.search_batch)
+    verify = does(asks.verify)
+    get_entry = does(asks.get_entry)
+    get_feature = does(asks.get_feature)
+    entries = lists(asks.entries)
+    update_entry = does(asks.update_entry)
+    delete_entry = does(asks.delete_entry)
+    delete_entries = does(asks.delete_entries)
+    erase_subject = does(asks.erase_subject)
+    stats = does(asks_operator.stats)
+    rebuild_index = does(asks_operator.rebuild_index)
+    create_snapshot = does(asks_operator.create_snapshot)
+    audit_events = lists(asks_operator.audit_events)
+    operation = does(asks_operator.operation)
+    operations = lists(asks_operator.operations)
+    cancel_operation = does(asks_operator.cancel_operation)
+    wait = does(asks_operator.wait)
+    models = lists(asks_models.models)
+    model = does(asks_models.model)
+    load_model = does(asks_models.load_model)
+    unload_model = does(asks_models.unload_model)
+    activate_model = does(asks_models.activate_model)
+    migrate = does(asks_models.migrate)
+    activate_space = does(asks_models.activate_space)

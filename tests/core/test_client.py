@@ -11,9 +11,8 @@ import grpc
 import pytest
 from grpc_status import rpc_status
 
-from resight.answers import EntryId, GivenFeature, NewEntry, Query, Where
 from resight.calls import MAX_BYTES, MAX_ITEMS, TRIES, chunks, pause
-from resight.client import Client
+from resight.client import Client, EntryId, GivenFeature, NewEntry, Query, Where
 from resight.errors import DeadlineError, InputError, OverloadedError, ReIDError, UnavailableError
 from resight.reasons import to_status
 from resight.v1 import admin_pb2, admin_pb2_grpc, common_pb2

@@ -1,0 +1,93 @@
+"""The calls of operators, as those in `resight.asks`: how things stand, long work, and the audit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import datetime
+
+from resight import replies
+from resight.answers import AuditRow, CollectionStats, OperationInfo
+from resight.calls import Ask, Listing, Pause, Road
+from resight.errors import DeadlineError
+from resight.v1 import admin_pb2, operation_pb2
+
+FIRST_LOOK_S, LAST_LOOK_S = 0.05, 1.0  # between two looks at an operation
+
+
+def stats(collection: str) -> Road[CollectionStats]:
+    """How a collection and its index stand."""
+    request = admin_pb2.GetCollectionStatsRequest(collection_id=collection)
+    return replies.stats((yield Ask("admin.GetCollectionStats", request)))
+
+
+def rebuild_index(collection: str, index_type: str = "") -> Road[OperationInfo]:
+    """Begin to build a collection's index anew: ``flat``, ``flat-fp16``, ``hnsw``, or empty = by its size."""
+    request = admin_pb2.RebuildIndexRequest(collection_id=collection, index_type=index_type)
+    return replies.operation((yield Ask("admin.RebuildIndex", request, retry=False)).operation)
+
+
+def create_snapshot(name: str = "") -> Road[OperationInfo]:
+    """Begin to copy the tenant's database; empty = named by the time. The name stands in the result."""
+    request = admin_pb2.CreateSnapshotRequest(snapshot_id=name)
+    return replies.operation((yield Ask("admin.CreateSnapshot", request, retry=False)).operation)
+
+
+def audit_events(*, start: datetime | None = None, end: datetime | None = None) -> Listing[AuditRow]:
+    """Who searched, deleted and erased what; the newest first. ``start`` is inclusive, ``end`` exclusive."""
+    request = admin_pb2.ListAuditEventsRequest()
+    if start is not None:
+        request.window.start_time.FromDatetime(start)
+    if end is not None:
+        request.window.end_time.FromDatetime(end)
+    return Listing(Ask("admin.ListAuditEvents", request), lambda page: [replies.audit_row(row) for row in page.events])
+
+
+def operation(operation_id: str) -> Road[OperationInfo]:
+    """Long work as it stands."""
+    request = operation_pb2.GetOperationRequest(operation_id=operation_id)
+    return replies.operation((yield Ask("operations.GetOperation", request)).operation)
+
+
+def operations() -> Listing[OperationInfo]:
+    """Long work, the newest first."""
+    ask = Ask("operations.ListOperations", operation_pb2.ListOperationsRequest())
+    return Listing(ask, lambda page: [replies.operation(one) for one in page.operations])
+
+
+def cancel_operation(operation_id: str) -> Road[OperationInfo]:
+    """Ask long work to end at its next step."""
+    request = operation_pb2.CancelOperationRequest(operation_id=operation_id)
+    return replies.operation((yield Ask("operations.CancelOperation", request)).operation)
+
+
+def wait(
+    operation: OperationInfo,
+    *,
+    timeout_s: float = 600.0,
+    told: Callable[[OperationInfo], None] = lambda operation: None,
+) -> Road[OperationInfo]:
+    """Return when long work has ended, however it did.
+
+    Args:
+        operation: from the call that began it.
+        timeout_s: for that.
+        told: is told each time it is looked at.
+
+    Raises:
+        DeadlineError: it goes on after ``timeout_s``.
+    """
+    deadline, pause_s = time.monotonic() + timeout_s, FIRST_LOOK_S
+    while not operation.ended:
+        if time.monotonic() > deadline:
+            raise DeadlineError(
+                f"operation {operation.operation_id} goes on after {timeout_s:.0f} s: look at it again later"
+            )
+        yield Pause(pause_s)
+        pause_s = min(LAST_LOOK_S, 1.5 * pause_s)
+        operation = yield from _operation(operation.operation_id)
+        told(operation)
+    return operation
+
+
+_operation = operation  # which `wait` calls its argument
