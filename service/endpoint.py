@@ -78,7 +78,7 @@ class Watched:
     def ready(self) -> bool:
         """Whether health says SERVING, and the event loop turns."""
         try:
-            return self._ask(self._status, ALIVE_S) == health_pb2.HealthCheckResponse.SERVING
+            return bool(self._ask(self._status, ALIVE_S) == health_pb2.HealthCheckResponse.SERVING)
         except TimeoutError:
             return False
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Literal
 
 import grpc
 from prometheus_client import (
@@ -26,7 +25,6 @@ from resight.errors import ReIDError
 from resight.reasons import reason_of
 from resight.service import watch
 from resight.service.drift import Drift
-from resight.service.entries import Collection
 from resight.service.guard import Call
 
 # Half a millisecond (a search among thousands) to the ten seconds of the default deadline.
@@ -37,7 +35,6 @@ SHED = frozenset(
 )
 """Reasons that tell of the server's state, not of the request."""
 SPACES = 16  # told apart; a server that migrates has two
-Told = Literal["match", "uncertain", "unknown", "uncalibrated"]
 
 
 class Metrics:
@@ -129,14 +126,13 @@ class Metrics:
         if reason in SHED:
             self._shed.labels(reason).inc()
 
-    def searched(self, collection: Collection, best: Sequence[float | None]) -> None:
+    def searched(self, space_id: str, best: Sequence[watch.Best]) -> None:
         """Count what best hits are taken for, and keep their similarities for the drift."""
-        space = collection.space.space_id
-        if space not in self._drifts and len(self._drifts) >= SPACES:
-            space = "_other"
+        full = space_id not in self._drifts and len(self._drifts) >= SPACES
+        space = "_other" if full else space_id
         drift = self._drifts.setdefault(space, Drift())
-        for cosine in best:
-            self._decided.labels(taken_for(collection, cosine)).inc()
+        for cosine, decision in best:
+            self._decided.labels(decision or "uncalibrated").inc()
             if cosine is not None:
                 drift.add(cosine)
 
@@ -146,16 +142,3 @@ class Metrics:
             if drift.ready:
                 self._drift.labels(space).set(drift.index())
                 self._shift.labels(space).set(drift.shift())
-
-
-def taken_for(collection: Collection, cosine: float | None) -> Told:
-    """What a query's best hit is taken for, by the collection's thresholds or the calibration's; no hit = unknown."""
-    calibration = collection.space.calibration
-    if calibration is None:
-        return "uncalibrated"
-    if cosine is None:
-        return "unknown"
-    probability = float(calibration.probability(cosine))
-    if probability >= (collection.accept_probability or calibration.accept):
-        return "match"
-    return "uncertain" if probability >= (collection.reject_probability or calibration.reject) else "unknown"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from resight.calibration import Decision
+from resight.service import watch
 from resight.service.decide import Decider
 from resight.service.entries import Collection, Hit
 from resight.service.grouping import PER_GROUP, GroupBy, Groups
@@ -101,7 +102,10 @@ async def ranked(
     for one in rounds:
         alike.setdefault((one.with_features, one.wanted.exact), []).append(one)
     await asyncio.gather(*(_first(searcher, collection, kind, ones, deadline) for kind, ones in alike.items()))
-    return list(await asyncio.gather(*(one.answer() for one in rounds)))
+    answers = await asyncio.gather(*(one.answer() for one in rounds))
+    best = [(one.hits[0].hit.similarity if one.hits else None, one.decision) for one in answers]
+    watch.searched(collection.space.space_id, best)
+    return answers
 
 
 async def _first(
@@ -140,7 +144,8 @@ class _Rounds:
         started_ns = time.perf_counter_ns()
         by = [hit.similarity for hit in hits]
         if self.wanted.rerank is not None and hits:
-            by = await asyncio.to_thread(_scored, self.wanted, hits)
+            with watch.timed("rerank"):
+                by = await asyncio.to_thread(_scored, self.wanted, hits)
         rerank_ns = time.perf_counter_ns() - started_ns if self.wanted.rerank else 0
         best = self._judged(hits, by)
         return RankedAnswer(

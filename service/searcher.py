@@ -230,9 +230,7 @@ class Searcher:
         """
         kind = _Kind(collection.key, collection.space.space_id, with_features, exact)
         with watch.timed("search"):
-            found = await self._queue.submit(kind, [_Job(collection, query) for query in queries], deadline=deadline)
-        watch.searched(collection, [one.hits[0].similarity if one.hits else None for one in found])
-        return found
+            return await self._queue.submit(kind, [_Job(collection, query) for query in queries], deadline=deadline)
 
     async def _run(self, function: Callable[..., T], *args: object) -> T:
         def run() -> T:

@@ -16,7 +16,6 @@ import grpc
 from resight.errors import ReIDError, StartupError
 from resight.reasons import reason_of
 from resight.service import watch
-from resight.service.entries import Collection
 from resight.service.guard import Call
 from resight.service.request_id import request_id
 
@@ -107,5 +106,5 @@ class _Told:
     def refused(self, error: ReIDError) -> None:
         self._span.add_event("refused", {"reason": reason_of(error)})
 
-    def searched(self, collection: Collection, best: Sequence[float | None]) -> None:
+    def searched(self, space_id: str, best: Sequence[watch.Best]) -> None:
         self._span.set_attribute("resight.queries", len(best))

@@ -15,12 +15,14 @@ from typing import Literal, Protocol
 
 from google.rpc import status_pb2
 
+from resight.calibration import Decision
 from resight.errors import ReIDError
 from resight.reasons import to_status
-from resight.service.entries import Collection
 from resight.service.lanes import Job
 
 Stage = Literal["decode", "queue", "infer", "search", "rerank"]
+Best = tuple[float | None, Decision | None]
+"""The cosine similarity of a query's best hit, None = it has none; what it is taken for, None = nothing was fitted."""
 
 
 class Listener(Protocol):
@@ -32,8 +34,8 @@ class Listener(Protocol):
     def refused(self, error: ReIDError) -> None:
         """The call, or one item of it, was answered with an error."""
 
-    def searched(self, collection: Collection, best: Sequence[float | None]) -> None:
-        """Queries were searched; the cosine similarity of each one's best hit, None = it has no hit."""
+    def searched(self, space_id: str, best: Sequence[Best]) -> None:
+        """Queries were searched; what each one's best hit was."""
 
 
 _listeners: ContextVar[tuple[Listener, ...]] = ContextVar("resight_listeners", default=())
@@ -78,10 +80,10 @@ def embedded(jobs: Sequence[Job]) -> None:
     spent("infer", min(begun), time.perf_counter_ns())
 
 
-def searched(collection: Collection, best: Sequence[float | None]) -> None:
+def searched(space_id: str, best: Sequence[Best]) -> None:
     """Tell how near the best hits of some queries were."""
     for listener in _listeners.get():
-        listener.searched(collection, best)
+        listener.searched(space_id, best)
 
 
 def told(error: ReIDError, *, field: str = "") -> status_pb2.Status:
