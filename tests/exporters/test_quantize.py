@@ -1,0 +1,216 @@
+"""INT8 forms: near fp32 on crops they were not calibrated on, the same every time, and honest about what they lose."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from exports import CONFIGS, SPEC, cosines, draw_crops, export, make_encoder
+from onnx import TensorProto, numpy_helper
+
+from resight.errors import BundleError
+from resight.exporters import qdq
+from resight.exporters.graph import ServingGraph
+from resight.exporters.int8_graph import suit_cpu
+from resight.exporters.quantize import Gate, decide, keep_sensitive, quantize, quantize_kept
+from resight.exporters.to_onnx import to_onnx
+from resight.exporters.verify import run_onnx
+from resight.image import ImageSpec
+from resight.model import Encoder
+
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("osnet_x1_0", "resnet50")]
+BLOCKS = ("conv1", "layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer3.0", "layer3.1", "layer4.0", "layer4.1")
+
+
+@cache
+def calibrated(name: str) -> qdq.Calibrated:
+    return qdq.calibrate(export(name), draw_crops())
+
+
+@cache
+def form(name: str, symmetric: bool) -> onnx.ModelProto:
+    return onnx.load_model_from_string(qdq.apply(calibrated(name), symmetric=symmetric))
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["cpu", "tensorrt"])
+@pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18", *LARGE])
+def test_int8_is_near_fp32_on_crops_it_has_not_seen(name: str, symmetric: bool) -> None:
+    made = keep_sensitive(calibrated(name), symmetric=symmetric, gate=Gate(min_mean_cosine=0.95))
+    assert made.kept == () and made.crops == 32
+    assert made.mean_cosine >= (0.98 if name == "osnet_x0_25" else 0.95)  # random weights lose more than trained ones
+    crops = draw_crops(32, seed=77)
+    found, wanted = run_onnx(made.model)(crops), run_onnx(export(name))(crops)
+    assert abs(cosines(found, wanted).mean() - made.mean_cosine) < 0.01
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-5)
+    assert (wanted @ wanted.T).min() < 0.9  # the features of other crops are elsewhere
+
+
+@pytest.mark.parametrize("width", [32, 33])
+def test_the_graph_for_cpus_is_the_same_function(width: int) -> None:
+    spec = ImageSpec(64, width)
+    encoder = Encoder(dataclasses.replace(make_encoder("osnet_x0_25").config, image=spec)).eval()
+    encoder.load_state_dict(make_encoder("osnet_x0_25").state_dict())
+    data = export("osnet_x0_25") if spec == SPEC else to_onnx(ServingGraph(encoder), spec)
+    plain = onnx.load_model_from_string(data)
+    suited = suit_cpu(plain)
+    assert plain.SerializeToString(deterministic=True) == data  # left as it was
+    operators = [node.op_type for node in suited.graph.node]
+    assert operators.count("SpaceToDepth") == (width % 2 == 0)  # of odd images the first layer stays as it is
+    assert operators.count("GlobalAveragePool") == 24 and "AveragePool" not in operators
+    crops = draw_crops(9, spec)
+    np.testing.assert_allclose(run_onnx(suited.SerializeToString())(crops), run_onnx(data)(crops), atol=2e-6)
+
+
+def constants(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+@pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
+def test_the_cpu_form_is_uint8_by_int8_per_channel(name: str) -> None:
+    model, values = form(name, False), constants(form(name, False))
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    for node in model.graph.node:
+        if node.op_type == "Conv":
+            activation, weight = made_by[node.input[0]], made_by[node.input[1]]
+            assert values[activation.input[2]].dtype == np.uint8
+            assert values[weight.input[0]].dtype == np.int8
+            assert len(values[weight.input[1]]) == len(values[weight.input[0]])  # a scale for each output channel
+    assert not model.functions and {opset.domain for opset in model.opset_import} == {""}
+
+
+@pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
+def test_the_form_for_tensorrt_is_symmetric_and_small_in_its_demands(name: str) -> None:
+    model, values = form(name, True), constants(form(name, True))
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    assert [node.op_type for node in model.graph.node if "images" in node.input] == ["Cast"]
+    pairs = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert pairs and all(values[node.input[2]].dtype == np.int8 and not values[node.input[2]].any() for node in pairs)
+    assert not any(tensor.data_type == TensorProto.INT32 for tensor in model.graph.initializer)  # biases are float
+    for node in model.graph.node:
+        if node.op_type == "Conv":
+            assert [made_by[name].op_type for name in node.input[:2]] == ["DequantizeLinear"] * 2
+        if node.op_type == "QuantizeLinear" and node.input[0] in made_by:
+            assert made_by[node.input[0]].op_type != "Conv" or "Relu" not in {
+                reader.op_type for reader in model.graph.node if node.output[0] in reader.input
+            }
+
+
+def test_nothing_is_said_and_the_file_is_the_same_in_another_process(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, crops = export("osnet_x0_25"), draw_crops(32)
+    with caplog.at_level(logging.WARNING):
+        mine = [hashlib.sha256(quantize(model, crops, symmetric=symmetric)).hexdigest() for symmetric in (False, True)]
+    assert capfd.readouterr() == ("", "") and not caplog.records
+    (tmp_path / "model.onnx").write_bytes(model)
+    np.save(tmp_path / "crops.npy", crops)
+    program = (
+        "import hashlib, numpy, pathlib; from resight.exporters.quantize import quantize\n"
+        "model, crops = pathlib.Path('model.onnx').read_bytes(), numpy.load('crops.npy')\n"
+        "for symmetric in (False, True): print(hashlib.sha256(quantize(model, crops, symmetric=symmetric)).hexdigest())"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert told.stdout.split() == mine and told.stderr == ""
+
+
+def brittle_encoder() -> Encoder:
+    """One channel inside layer2.0 is ten thousand times the others and weighs as much less: the same function."""
+    encoder = Encoder(CONFIGS["resnet18"])
+    encoder.load_state_dict(make_encoder("resnet18").state_dict())
+    block = encoder.backbone.layer2[0]
+    with torch.no_grad():
+        block.bn1.weight[0] *= 1e4
+        block.bn1.bias[0] *= 1e4
+        block.conv2.weight[:, 0] /= 1e4
+    return encoder.eval()
+
+
+def test_the_block_that_int8_breaks_stays_in_float() -> None:
+    model = to_onnx(ServingGraph(brittle_encoder()), SPEC)
+    found = qdq.calibrate(model, draw_crops())
+    assert found.blocks == BLOCKS
+    whole = keep_sensitive(found, gate=Gate(min_mean_cosine=-1.0))
+    steps: list[str] = []
+    wanted = keep_sensitive(calibrated("resnet18")).mean_cosine - 0.01
+    assert whole.mean_cosine < wanted  # broken, or this would show nothing
+    made = keep_sensitive(found, gate=Gate(min_mean_cosine=wanted), progress=steps.append)
+    assert made.kept == ("layer2.0",) and made.mean_cosine >= wanted
+    assert steps == [*(f"trying {block}" for block in BLOCKS), "keeping 1 blocks in float"]
+    assert made.model == qdq.apply(found, keep=["layer2.0"])
+    crops = draw_crops(32, seed=77)
+    mean = cosines(run_onnx(made.model)(crops), run_onnx(model)(crops)).mean()
+    assert abs(mean - made.mean_cosine) < 0.01  # what is told holds for other crops
+
+
+def test_a_gate_out_of_reach_ends_with_half_of_the_blocks_at_most() -> None:
+    steps: list[str] = []
+    made = quantize_kept(export("resnet18"), draw_crops(48), gate=Gate(min_mean_cosine=1.1), progress=steps.append)
+    assert steps[0] == "calibrating" and len(steps) <= 1 + len(BLOCKS) + 3
+    assert 0 < len(made.kept) <= len(BLOCKS) // 2 and made.mean_cosine < 1.1
+
+
+def test_with_all_blocks_kept_the_features_are_those_of_fp32() -> None:
+    data = qdq.apply(calibrated("resnet18"), keep=BLOCKS)
+    assert "QuantizeLinear" not in {node.op_type for node in onnx.load_model_from_string(data).graph.node}
+    crops = draw_crops(8)
+    np.testing.assert_allclose(run_onnx(data)(crops), run_onnx(export("resnet18"))(crops), atol=1e-5)
+
+
+def test_crops_are_held_back_from_the_calibration() -> None:
+    plain = onnx.load_model_from_string(export("resnet18"))
+    crops = np.zeros((400, 64, 32, 3), np.uint8)
+    crops[:, 0, 0, 0], crops[:, 0, 0, 1] = np.arange(400) % 256, np.arange(400) // 256
+    fitting, held_back = (part[:, 0, 0, 0] + 256 * part[:, 0, 0, 1].astype(int) for part in qdq.split(crops, plain))
+    assert (len(fitting), len(held_back)) == (qdq.MAX_CALIBRATED, qdq.MAX_HELD_BACK)
+    assert not set(fitting) & set(held_back)
+    for part in (fitting, held_back):  # over all of them, in order
+        assert part[0] < 8 and part[-1] > 390 and (np.diff(part) > 0).all()
+    assert [len(part) for part in qdq.split(crops[:16], plain)] == [12, 4]
+
+
+def test_what_cannot_be_quantised_is_refused_with_what_to_do() -> None:
+    with pytest.raises(BundleError, match=r"at least 16 crops .* found 15: give more"):
+        quantize(export("resnet18"), draw_crops()[:15])
+    with pytest.raises(BundleError, match=r"needs uint8 crops \(N, 64, 32, 3\), found uint8 \(20, 32, 32, 3\)"):
+        quantize(export("resnet18"), draw_crops()[:20, :32])
+    with pytest.raises(BundleError, match=r"unknown block 'layer9.9' .* choose among conv1, layer1.0"):
+        qdq.apply(calibrated("resnet18"), keep=["layer9.9"])
+
+
+@pytest.mark.parametrize(
+    ("figures", "reason"),
+    [
+        ({"mean_cosine": 0.99}, ""),
+        ({"mean_cosine": 0.98, "map_before": 0.5, "map_after": 0.49, "speedup": 1.0}, ""),
+        ({"mean_cosine": 0.9799}, "mean cosine to fp32 0.9799 on crops not calibrated on, under 0.98"),
+        ({"mean_cosine": float("nan")}, "mean cosine to fp32 nan on crops not calibrated on, under 0.98"),
+        (
+            {"mean_cosine": 0.99, "map_before": 0.5, "map_after": 0.48},
+            "mAP 48.0 against 50.0 of fp32: 2.0 lost, more than 1",
+        ),
+        ({"mean_cosine": 0.99, "map_before": 0.5, "map_after": 0.52}, ""),
+        ({"mean_cosine": 0.99, "map_before": None, "map_after": 0.1}, ""),
+        ({"mean_cosine": 0.99, "speedup": 0.68}, "0.68 of the speed of fp32 on this machine, under 1"),
+        ({"mean_cosine": 0.99, "speedup": None}, ""),
+    ],
+)
+def test_the_gate_decides_with_figures(figures: dict[str, float], reason: str) -> None:
+    assert decide(Gate(), **figures) == reason
