@@ -47,8 +47,7 @@ class LongWork:
 async def _carried_out(operations: Operations, operation: Operation, work: Work) -> None:
     of = operation.operation_id
     try:
-        result: dict[str, Any] = dict(await work(operation))
-        await operations.finish(of, **result)
+        await operations.finish(of, result=await work(operation))
     except CancelledWork:
         await operations.finish(of, cancelled=True)
     except ReIDError as error:
