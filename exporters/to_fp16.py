@@ -30,7 +30,8 @@ def to_fp16(model: bytes) -> bytes:
     half.topological_sort()  # the converter puts its casts at the end
     half.model.graph.ClearField("value_info")
     onnx.checker.check_model(half.model, full_check=True)
-    return half.model.SerializeToString(deterministic=True)
+    data: bytes = half.model.SerializeToString(deterministic=True)
+    return data
 
 
 def _outside_trunk(model: onnx.ModelProto) -> list[str]:

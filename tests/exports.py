@@ -15,6 +15,7 @@ from resight.exporters.graph import ServingGraph
 from resight.exporters.to_onnx import to_onnx
 from resight.image import ImageSpec, Pixels
 from resight.model import Encoder, EncoderConfig
+from resight.probes import Run
 from resight.weights import load_weights
 
 SPEC = ImageSpec(64, 32)
@@ -66,9 +67,8 @@ def export(name: str) -> bytes:
     return to_onnx(ServingGraph(make_encoder(name)), CONFIGS[name].image)
 
 
-def in_batches(run: object, crops: Pixels, batch: int) -> NDArray[np.float32]:
+def in_batches(run: Run, crops: Pixels, batch: int) -> NDArray[np.float32]:
     """Features of all crops, ``batch`` at a time."""
-    assert callable(run)
     return np.concatenate([run(crops[start : start + batch]) for start in range(0, len(crops), batch)])
 
 
