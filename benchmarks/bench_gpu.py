@@ -198,18 +198,20 @@ def environment(**values: str) -> Iterator[None]:
 
 def service(bundle: Bundle, providers: tuple[str, ...], seconds: float, folder: Path) -> Rows:
     """Crops a second through `resight serve`, with 32 callers."""
-    from bench_embed import IN_FLIGHT, served_rate
+    from load import EMBED, IN_FLIGHT, Load, put
 
     from resight.served import server
+    from resight.v1 import common_pb2, embedding_pb2
 
     found: Rows = []
     jpegs = draw_jpegs()
+    asked = [embedding_pb2.EmbedRequest(image=common_pb2.ImageCrop(data=jpeg)).SerializeToString() for jpeg in jpegs]
     for provider in providers:
         what = f"service on {provider}, {IN_FLIGHT} in flight"
         with environment(RESIGHT_PROVIDER=provider, RESIGHT_ENGINE_CACHE=str(folder / "engines")):
             try:
                 with server(bundle.path, folder / f"data-{provider}", max_top_k=10) as address:
-                    found.append((what, f"{served_rate(address, jpegs, seconds):.0f} crops/s"))
+                    found.append((what, f"{put(Load(address, EMBED, asked, seconds, warm_s=1.0)).rate:.0f} crops/s"))
             except ReIDError as error:
                 found.append((what, f"not run: {str(error).strip().splitlines()[-1][:300]}"))
     decoded = rate(lambda: [fit(decode(jpeg), bundle.manifest.image) for jpeg in jpegs], len(jpegs), seconds)

@@ -1,0 +1,190 @@
+"""A load on a gRPC server from a process of its own: requests made beforehand, answers not parsed while it runs.
+
+Either so many calls are held in flight, or calls are sent at a rate, whether or not the earlier ones were answered
+(open loop; a call's time then counts from when it was due).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+EMBED = "/resight.v1.EmbeddingService/Embed"
+SEARCH = "/resight.v1.SearchService/Search"
+ENROL_BATCH = "/resight.v1.GalleryService/BatchEnrollEntries"
+TICKS = os.sysconf("SC_CLK_TCK")
+BYTES = 64 * 1024 * 1024
+IN_FLIGHT = 32
+TICK_S = 0.002  # between looks at what is due; below it the loop does nothing else
+
+
+@dataclass(frozen=True)
+class Load:
+    """What to send.
+
+    Attributes:
+        address: ``HOST:PORT``.
+        method: full name, with slashes.
+        requests: serialised, sent in turn.
+        seconds: how long to begin calls; 0 = until each request was sent once.
+        warm_s: before anything counts.
+        in_flight: calls held.
+        rate: calls a second instead; 0 = hold ``in_flight``.
+        deadline_s: of each call.
+        keep: bring the answers back.
+        server_pid: of the process whose processor time is looked at; 0 = none.
+    """
+
+    address: str
+    method: str
+    requests: Sequence[bytes]
+    seconds: float = 0.0
+    warm_s: float = 0.0
+    in_flight: int = IN_FLIGHT
+    rate: float = 0.0
+    deadline_s: float = 60.0
+    keep: bool = False
+    server_pid: int = 0
+
+
+@dataclass
+class Heard:
+    """What came back of the time that counts.
+
+    Attributes:
+        wall_s: that time.
+        good_s: seconds each answered call took.
+        refused_s: seconds until each refusal (RESOURCE_EXHAUSTED).
+        codes: how calls ended.
+        client_cpu_s: processor time of this process.
+        server_cpu_s: processor time of the server.
+        late_s: the latest a call was sent after it was due.
+        answers: serialised, where asked for, in the order of ``good_s``.
+    """
+
+    wall_s: float = 0.0
+    good_s: list[float] = field(default_factory=list)
+    refused_s: list[float] = field(default_factory=list)
+    codes: Counter[str] = field(default_factory=Counter)
+    client_cpu_s: float = 0.0
+    server_cpu_s: float = 0.0
+    late_s: float = 0.0
+    answers: list[bytes] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Answered calls a second."""
+        return len(self.good_s) / self.wall_s
+
+    @property
+    def cores(self) -> str:
+        """Cores both took."""
+        return f"client {self.client_cpu_s / self.wall_s:.2f} cores, server {self.server_cpu_s / self.wall_s:.2f}"
+
+
+def cpu_s(pid: int) -> float:
+    """Processor seconds a process has taken; 0 for none."""
+    if not pid:
+        return 0.0
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS  # utime, stime: fields 14 and 15 of proc(5)
+
+
+class _Sender:
+    """Sends one load. Everything before ``counts_from`` is forgotten."""
+
+    def __init__(self, load: Load, channel: grpc.aio.Channel) -> None:
+        self._load, self._heard, self._number = load, Heard(), 0
+        self._call: Callable[..., Any] = channel.unary_unary(load.method, None, None)  # bytes in, bytes out
+        self._counts_from = 0.0
+
+    async def run(self) -> Heard:
+        load = self._load
+        begun = time.perf_counter()
+        self._counts_from, until = begun + load.warm_s, begun + load.warm_s + load.seconds
+        sending = asyncio.create_task(self._pace(begun, until) if load.rate else self._hold(until))
+        await asyncio.sleep(max(0.0, self._counts_from - time.perf_counter()))
+        before = cpu_s(os.getpid()), cpu_s(load.server_pid)
+        if load.seconds:
+            await asyncio.sleep(until - time.perf_counter())
+            self._stop(*before)
+            await sending
+        else:
+            await sending
+            self._stop(*before)
+        return self._heard
+
+    def _stop(self, client_cpu_s: float, server_cpu_s: float) -> None:
+        """Freeze the figures: what is answered later does not count."""
+        heard = self._heard
+        heard.wall_s = time.perf_counter() - self._counts_from
+        heard.client_cpu_s = cpu_s(os.getpid()) - client_cpu_s
+        heard.server_cpu_s = cpu_s(self._load.server_pid) - server_cpu_s
+
+    async def _hold(self, until: float) -> None:
+        async def caller() -> None:
+            while time.perf_counter() < until if self._load.seconds else self._number < len(self._load.requests):
+                await self._one(time.perf_counter())
+
+        await asyncio.gather(*(caller() for _ in range(self._load.in_flight)))
+
+    async def _pace(self, begun: float, until: float) -> None:
+        flying: set[asyncio.Task[None]] = set()
+        sent, load = 0, self._load
+        while (now := time.perf_counter()) < until:
+            while (due := begun + sent / load.rate) <= now:
+                task = asyncio.create_task(self._one(due))
+                flying.add(task)
+                task.add_done_callback(flying.discard)
+                sent += 1
+            await asyncio.sleep(TICK_S)
+        await asyncio.gather(*flying)
+
+    async def _one(self, due: float) -> None:
+        load, heard = self._load, self._heard
+        request = load.requests[self._number % len(load.requests)]
+        self._number += 1
+        late_s = time.perf_counter() - due
+        code, answer = "OK", b""
+        try:
+            answer = await self._call(request, timeout=load.deadline_s)
+        except grpc.aio.AioRpcError as error:
+            code = error.code().name
+        ended = time.perf_counter()
+        if (due if load.rate else ended) < self._counts_from or heard.wall_s:
+            return
+        heard.codes[code] += 1
+        heard.late_s = max(heard.late_s, late_s)
+        if code == "OK":
+            heard.good_s.append(ended - due)
+            if load.keep:
+                heard.answers.append(answer)
+        elif code == "RESOURCE_EXHAUSTED":
+            heard.refused_s.append(ended - due)
+
+
+async def _run(load: Load) -> Heard:
+    options = [("grpc.max_receive_message_length", BYTES), ("grpc.max_send_message_length", BYTES)]
+    async with grpc.aio.insecure_channel(load.address, options=options) as channel:
+        await channel.channel_ready()
+        return await _Sender(load, channel).run()
+
+
+def _main(load: Load) -> Heard:
+    return asyncio.run(_run(load))
+
+
+def put(load: Load) -> Heard:
+    """Run a load in a process of its own and return what it heard."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_main, load).result()
