@@ -50,14 +50,15 @@ class Tracing:
                 "pip install 'resight[otel]', or leave the setting out"
             ) from error
         self._provider = TracerProvider(resource=Resource.create({"service.name": "resight"}), shutdown_on_exit=False)
-        exporter = OTLPSpanExporter(endpoint, insecure=endpoint.startswith("http://"), timeout=STOP_S)
-        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._exporter = OTLPSpanExporter(endpoint, insecure=endpoint.startswith("http://"), timeout=STOP_S)
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
         self._tracer = self._provider.get_tracer("resight")
         self._propagator = TraceContextTextMapPropagator()
 
     def stop(self) -> None:
         """Send what waits, for at most `STOP_S`."""
         self._provider.force_flush(int(STOP_S * 1000))
+        self._exporter.shutdown()  # first, or a collector that is away would be asked again and again
         self._provider.shutdown()
 
     @contextlib.asynccontextmanager
