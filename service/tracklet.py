@@ -8,13 +8,11 @@ The shot that is most similar to all is the medoid. Another is left out when its
   spread of at least `LEAST_SPREAD`, or near-copies in a row would turn away the next step of their own person.
 
 On tracks of Market-1501 (OSNet x0.25 of MSMT17, one foreign crop of the same camera added to each) this leaves out
-82 % of the foreign crops of tracks of 3, 89 % of 5 and 91 % of 8, and at most 1.5 % of the person's own;
-``benchmarks/bench_tracklet.py`` measures it. Fewer than three shots have no majority: all are kept.
+82 % of the foreign crops of tracks of 3, 89 % of 5 and 91 % of 8, and at most 1.5 % of the person's own. Fewer than
+three shots have no majority: all are kept.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,22 +50,3 @@ def belonging(features: Feature, calibration: Calibration | None) -> NDArray[np.
         foreign = (foreign & (probability < calibration.accept)) | (probability < calibration.reject)
     foreign[medoid] = False
     return np.asarray(~foreign, np.bool_)
-
-
-def share_left_out(tracks: Sequence[tuple[Feature, Feature]], calibration: Calibration | None) -> tuple[float, float]:
-    """What the rule does to tracks with foreign shots put in.
-
-    Args:
-        tracks: own features (N, D) and foreign ones (M, D) of each.
-        calibration: of their space.
-
-    Returns:
-        The shares of foreign and of own shots left out, 0..1.
-    """
-    left_out, counts = np.zeros(2), np.zeros(2)
-    for own, foreign in tracks:
-        kept = belonging(np.concatenate((own, foreign)), calibration)
-        left_out += (~kept[len(own) :]).sum(), (~kept[: len(own)]).sum()
-        counts += len(foreign), len(own)
-    foreign_share, own_share = left_out / np.maximum(counts, 1)
-    return float(foreign_share), float(own_share)

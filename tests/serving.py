@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from resight.bundle import Bundle, Graph, Parity, space_id, write_bundle
+from resight.calibration import Calibration
 from resight.image import ImageSpec, decode, fit
 from resight.probes import make_probes
 
@@ -67,7 +68,9 @@ def graph(seed: int) -> bytes:
     return model.SerializeToString()
 
 
-def make_bundle(path: Path, *, seed: int = 0, probes_of: int | None = None) -> Bundle:
+def make_bundle(
+    path: Path, *, seed: int = 0, probes_of: int | None = None, calibration: Calibration | None = None
+) -> Bundle:
     """A bundle of the tiny graph; ``probes_of`` another seed makes one that fails its probes."""
     source = seed if probes_of is None else probes_of
     return write_bundle(
@@ -79,6 +82,7 @@ def make_bundle(path: Path, *, seed: int = 0, probes_of: int | None = None) -> B
         probes=make_probes(SPEC, lambda pixels: embed_by_hand(pixels, source), count=8),
         weights_licence="none",
         training={},
+        calibration=calibration,
     )
 
 

@@ -1,0 +1,94 @@
+"""A server whose bundle has a calibration: probabilities, decisions, and a collection's own thresholds."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from serving import ServerProcess, jpeg, make_bundle
+
+from resight.calibration import Calibration
+from resight.client import Client, CollectionChange, NewEntry
+from resight.errors import InputError
+
+CURVE = Calibration(0.5, 10.0, 0.95, 0.05, 0.001, 0.05, 100, 100, "tests", "tests", 0.01)
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    folder: Path = tmp_path_factory.mktemp("judged")
+    process = ServerProcess(make_bundle(folder / "tiny", calibration=CURVE).path, folder / "data")
+    try:
+        with Client(process.wait_ready()) as client:
+            client.create_collection("lobby", unlimited_retention=True)
+            client.enrol_batch(
+                "lobby", [NewEntry(jpeg(p, s), f"{p}-{s}", f"p{p}") for p in range(12) for s in range(2)]
+            )
+            yield client
+    finally:
+        assert process.end() == 0, process.log.read_text()
+
+
+def expected(similarity: float, accept: float = CURVE.accept, reject: float = CURVE.reject) -> str:
+    probability = float(CURVE.probability(similarity))
+    return "match" if probability >= accept else "uncertain" if probability >= reject else "unknown"
+
+
+def test_every_hit_has_a_probability_and_a_decision(judged):
+    answer = judged.search("lobby", jpeg(3, 9), top_k=24)
+    for hit in answer.hits:
+        assert abs(hit.probability - float(CURVE.probability(hit.similarity))) < 1e-5
+        assert hit.decision == expected(hit.similarity)
+    assert len({hit.decision for hit in answer.hits}) == 3 and answer.decision == "match"
+    assert {hit.entry.subject_id for hit in answer.hits if hit.decision == "match"} == {"p3"}
+
+
+def test_a_stranger_is_unknown(judged):
+    for answer in (
+        judged.search("lobby", jpeg(99), top_k=3),
+        judged.search("lobby", jpeg(3), min_similarity=1.0, top_k=1),
+    ):
+        assert answer.decision == (expected(answer.hits[0].similarity) if answer.hits else "unknown")
+    judged.create_collection("nobody", unlimited_retention=True)
+    assert judged.search("nobody", jpeg(3)).decision == "unknown"
+
+
+def test_hits_can_be_asked_to_be_probable(judged):
+    everyone = judged.search("lobby", jpeg(3, 9), top_k=24).hits
+    for hit in everyone:
+        kept = judged.search("lobby", jpeg(3, 9), top_k=24, min_probability=hit.probability).hits
+        assert [one.entry.entry_id for one in kept] == [
+            one.entry.entry_id for one in everyone if np.float32(one.probability) >= np.float32(hit.probability)
+        ]
+    reordered = judged.search("lobby", jpeg(3, 9), top_k=24, min_probability=0.95, rerank=True).hits
+    assert {one.entry.subject_id for one in reordered} == {"p3"}
+    assert len(judged.search("lobby", jpeg(3, 9), top_k=24, min_probability=0.0).hits) == 24
+
+
+def test_two_crops_are_judged(judged):
+    same, other = judged.verify("lobby", jpeg(3), jpeg(3, 1)), judged.verify("lobby", jpeg(3), jpeg(4))
+    assert same.decision == "match" and other.decision == expected(other.similarity) != "match"
+    assert abs(same.probability - float(CURVE.probability(same.similarity))) < 1e-5
+
+
+def test_a_collection_has_its_own_thresholds(judged):
+    made = judged.create_collection(
+        "strict", unlimited_retention=True, accept_probability=0.999, reject_probability=0.5
+    )
+    judged.enrol_batch("strict", [NewEntry(jpeg(p, s)) for p in range(6) for s in range(2)])
+    hits = judged.search("strict", jpeg(3, 9), top_k=12).hits
+    assert [hit.decision for hit in hits] == [expected(hit.similarity, 0.999, 0.5) for hit in hits]
+    assert (made.accept_probability, made.reject_probability) == (0.999, 0.5)
+    changed = judged.update_collection("strict", CollectionChange(accept_probability=0.0, reject_probability=0.0))
+    assert changed.accept_probability == 0 and changed.etag != made.etag
+    assert judged.search("strict", jpeg(3, 9), top_k=12).hits[-1].decision == expected(hits[-1].similarity)
+    for accept, reject in ((0.01, 0.0), (0.5, 0.6), (0.0, 0.99)):  # below the calibration's own 0.05; above 0.95
+        with pytest.raises(InputError, match="reject_probability"):
+            judged.update_collection("strict", CollectionChange(accept_probability=accept, reject_probability=reject))
+
+
+def test_shots_of_somebody_else_are_left_out_by_the_reject_threshold(judged):
+    answer = judged.search("lobby", [jpeg(3, 7), jpeg(99), jpeg(3, 8)], top_k=1)
+    assert (answer.shots_used, answer.shots_rejected) == (2, 1)
+    pair = judged.search("lobby", [jpeg(3, 7), jpeg(99)], top_k=1)  # of two nobody knows which is the foreign one
+    assert (pair.shots_used, pair.shots_rejected) == (2, 0)
