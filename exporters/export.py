@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,13 @@ import torch
 from resight.bundle import Bundle, Graph, open_bundle, require_room, space_id, write_bundle
 from resight.checkpoint import load_checkpoint
 from resight.errors import BundleError
+from resight.exporters.forms import Lent, Progress, Wanted, make_forms, require_crops
 from resight.exporters.graph import ServingGraph
 from resight.exporters.to_onnx import to_onnx
-from resight.exporters.verify import run_torch, verify_bundle, verify_graph
+from resight.exporters.verify import run_onnx, run_torch, verify_bundle, verify_graph
 from resight.model import Encoder
 from resight.probes import make_probes
-
-STEPS = ("reference features", "graph", "parity", "files")
-Progress = Callable[[str], None]
-"""Called with one of `STEPS` as it begins."""
+from resight.signature import PrivateKey
 
 
 def export_checkpoint(
@@ -34,7 +32,9 @@ def export_checkpoint(
     out: Path,
     *,
     name: str | None = None,
-    evaluation: Mapping[str, Any] | None = None,
+    wanted: Wanted | None = None,
+    lent: Lent | None = None,
+    key: PrivateKey | None = None,
     replace: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -44,13 +44,15 @@ def export_checkpoint(
         checkpoint: what `resight adapt` wrote.
         out: the bundle folder to make.
         name: of the model; ``out``'s own name by default, spelled as names are.
-        evaluation: figures to carry along.
+        wanted: which forms beside fp32.
+        lent: the site's crops and measures.
+        key: signs the bundle.
         replace: whether a bundle at ``out`` gives way.
         progress: told which step begins.
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another architecture.
-        BundleError: the exported graph does not reproduce the encoder.
+        BundleError: an exported graph does not reproduce the encoder, or INT8 lacks crops.
         AlreadyExistsError: something stands at ``out``.
     """
     loaded = load_checkpoint(checkpoint)
@@ -68,7 +70,9 @@ def export_checkpoint(
             "initial_weights": dict(origin.initial_weights),
         },
         weights_licence=origin.initial_weights.get("licence") or "unknown",
-        evaluation=evaluation,
+        wanted=wanted,
+        lent=lent,
+        key=key,
         replace=replace,
         progress=progress,
     )
@@ -81,16 +85,22 @@ def export_encoder(
     name: str,
     training: Mapping[str, Any],
     weights_licence: str,
-    evaluation: Mapping[str, Any] | None = None,
+    wanted: Wanted | None = None,
+    lent: Lent | None = None,
+    key: PrivateKey | None = None,
     replace: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
     """Make a bundle of an encoder in memory, which is left as it is.
 
+    What was measured, and why a form that was asked for is missing, stands in the manifest's ``evaluation``.
+
     Raises:
-        BundleError: a weight is not finite, or the exported graph does not reproduce the encoder.
+        BundleError: a weight is not finite, an exported graph does not reproduce the encoder, or INT8 lacks crops.
         AlreadyExistsError: something stands at ``out``.
     """
+    wanted, lent = wanted or Wanted(), lent or Lent()
+    require_crops(wanted, lent)
     tell = progress or (lambda step: None)
     require_room(out, replace=replace)
     encoder = copy.deepcopy(encoder).cpu().float().eval()
@@ -103,18 +113,23 @@ def export_encoder(
     tell("graph")
     model = to_onnx(ServingGraph(encoder), image)
     tell("parity")
-    parity = verify_graph(model, probes, what="the ONNX graph")
+    fp32 = Graph(model, verify_graph(model, probes, what="the ONNX graph"))
+    forms = make_forms(fp32, probes, wanted, lent, tell)
+    calibration = None
+    if lent.calibrate is not None:
+        tell("calibration")
+        calibration = lent.calibrate(run_onnx(model))
     tell("files")
     write_bundle(
         out,
         name=name,
         space_id=encoder_space_id(encoder),
         image=image,
-        graphs=[Graph(model, parity)],
+        graphs=forms.graphs,
         probes=probes,
         weights_licence=weights_licence,
         training=training,
-        evaluation=evaluation,
+        evaluation=forms.evaluation(),
         versions={
             "numpy": numpy.__version__,
             "onnx": onnx.__version__,
@@ -122,6 +137,8 @@ def export_encoder(
             "resight": version("resight"),
             "torch": torch.__version__,
         },
+        calibration=calibration,
+        key=key,
         replace=replace,
     )
     bundle = open_bundle(out)

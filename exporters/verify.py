@@ -9,9 +9,11 @@ from numpy.typing import NDArray
 
 from resight.bundle import Bundle
 from resight.errors import BundleError
+from resight.graph_check import check_graph
 from resight.image import Pixels
 from resight.model import Encoder
 from resight.probes import MIN_COSINE, Parity, Probes, Run, check_probes, measure_parity
+from resight.tolerance import least_cosine
 
 
 def run_torch(encoder: Encoder) -> Run:
@@ -72,12 +74,10 @@ def verify_bundle(bundle: Bundle) -> dict[str, Parity]:
     """
     probes = bundle.probes()
     found = {}
-    for artefact in bundle.manifest.artefacts:
-        if artefact.runtime == "onnx":
-            run = run_onnx(bundle.read(artefact.precision, artefact.runtime))
-            # fp32 meets the common bar; a quantised form meets what was measured at export, less kernel noise.
-            least = MIN_COSINE if artefact.precision == "fp32" else artefact.min_cosine - 1e-3
-            found[artefact.file] = check_probes(
-                probes, bundle.manifest.image, run, what=artefact.file, min_cosine=least
-            )
+    for artefact in bundle.manifest.artefacts:  # TensorRT's INT8 form too: onnxruntime computes it in float
+        data = bundle.read(artefact.precision, artefact.runtime)
+        check_graph(data, bundle.manifest.image, bundle.manifest.feature_dim, what=artefact.file)
+        found[artefact.file] = check_probes(
+            probes, bundle.manifest.image, run_onnx(data), what=artefact.file, min_cosine=least_cosine(artefact)
+        )
     return found
