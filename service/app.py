@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 import grpc
 from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # missing in the stubs
 
+from resight.service.auth import DEFAULT_TENANT
 from resight.service.embedder import Embedder
 from resight.service.folder import DataFolder
 from resight.service.gallery import Gallery
@@ -22,12 +23,14 @@ from resight.service.gate import Gate
 from resight.service.guard import Deadlines, Guard, Stage, errors_told
 from resight.service.listen import bind, certificates, check_listen
 from resight.service.long_work import LongWork
+from resight.service.migrate import Migrations
 from resight.service.models import ModelHost
 from resight.service.rate import RateLimit
 from resight.service.request_id import with_request_id
 from resight.service.rpc_admin import AdminServicer
 from resight.service.rpc_embedding import EmbeddingServicer
 from resight.service.rpc_gallery import GalleryServicer
+from resight.service.rpc_models import ModelServicer
 from resight.service.rpc_operations import OperationServicer
 from resight.service.rpc_search import SearchServicer
 from resight.service.settings import Settings
@@ -42,6 +45,8 @@ from resight.v1 import (
     embedding_pb2_grpc,
     gallery_pb2,
     gallery_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
     operation_pb2,
     operation_pb2_grpc,
     search_pb2,
@@ -57,6 +62,7 @@ SERVICES = tuple(
         (search_pb2, "SearchService"),
         (gallery_pb2, "GalleryService"),
         (admin_pb2, "AdminService"),
+        (model_pb2, "ModelService"),
         (operation_pb2, "OperationService"),
     )
 )
@@ -131,10 +137,15 @@ async def serving(settings: Settings) -> AsyncIterator[Server]:
         search_pb2_grpc.add_SearchServiceServicer_to_server(SearchServicer(tenants, settings), server)
         gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryServicer(tenants, settings), server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(tenants, models, work, settings), server)
+        migrations = Migrations(models)
+        stack.push_async_callback(migrations.stop)
+        model_servicer = ModelServicer(models, migrations, tenants, work)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(model_servicer, server)
         operation_pb2_grpc.add_OperationServiceServicer_to_server(OperationServicer(tenants), server)
         status = await add_standard_services(server, SERVICES, settings)
         watchers.know(embedder, models, tenants, status)
         await server.start()
+        await migrations.resume(await tenants.tenant(DEFAULT_TENANT))
         stack.push_async_callback(server.stop, 0)
         address = f"{settings.listen.rpartition(':')[0]}:{port}"
         space = models.active.space

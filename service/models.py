@@ -51,7 +51,7 @@ class ModelHost:
         self._memory = ModelMemory(folder)
         self._loaded: dict[str, Model] = {}
         self._failed: dict[str, str] = {}
-        self._loading, self._one = "", asyncio.Lock()
+        self._loading, self._one, self._noting = "", asyncio.Lock(), asyncio.Lock()
         self._active, self._bundle, self._first = "", "", ""  # names, and the manifest it was started with
 
     @property
@@ -90,7 +90,7 @@ class ModelHost:
         for model_id in memory.loaded if self._root is not None else ():
             if model_id not in self._loaded:
                 with contextlib.suppress(ReIDError):
-                    await self.load(model_id)
+                    await self._load(model_id)
         if memory.active and memory.bundle == first.sha256:  # else another bundle was named since: that counts
             if memory.active not in self._loaded:
                 raise BundleError(
@@ -99,6 +99,8 @@ class ModelHost:
                     f"{self._memory.path} to begin with {path}"
                 )
             self._active = memory.active
+        if memory != Remembered():  # what was named last is what counts
+            await self._remember()
         log.info("models loaded=%s active=%s", ",".join(sorted(self._loaded)), self._active)
 
     @contextlib.contextmanager
@@ -144,11 +146,8 @@ class ModelHost:
         Raises:
             ModelNotFoundError: neither loaded nor in the root.
         """
-        loaded = self._loaded.get(model_id)
-        if loaded is not None:
-            state = ModelState.LOADING if self._loading == model_id else ModelState.READY
-            problem = self._failed.get(model_id, "")  # of a newer bundle under the same name
-            return ModelInfo(model_id, state, loaded.manifest, loaded.sha256, loaded, model_id == self._active, problem)
+        if (loaded := self._loaded.get(model_id)) is not None:
+            return self.info_of(loaded)
         if self._loading == model_id:
             return ModelInfo(model_id, ModelState.LOADING)
         path = self.root.find(model_id)
@@ -160,6 +159,13 @@ class ModelHost:
         return ModelInfo(
             model_id, ModelState.FAILED if problem else ModelState.AVAILABLE, manifest, sha256, problem=problem
         )
+
+    def info_of(self, model: Model) -> ModelInfo:
+        """A loaded model as it stands."""
+        name = model.model_id
+        state = ModelState.LOADING if self._loading == name else ModelState.READY
+        problem = self._failed.get(name, "")  # of a newer bundle under the same name
+        return ModelInfo(name, state, model.manifest, model.sha256, model, name == self._active, problem)
 
     def names(self) -> list[str]:
         """All models, loaded or in the root, by name."""
@@ -175,28 +181,32 @@ class ModelHost:
             StartupError: the provider has no room for it.
         """
         async with self._one:
-            path, self._loading = self.root.find(model_id), model_id
-            try:
-                old = self._loaded.get(model_id)
-                if old is not None and old.sha256 == await asyncio.to_thread(digest_of, path):
-                    return old
-                new = await asyncio.to_thread(self._open, model_id, path)
-                if old is not None and old.space.space_id != new.space.space_id:
-                    self._check_idle(old, "load the new one under another name")
-            except ReIDError as error:
-                self._failed[model_id] = self.root.told(error)
-                log.error("model %s cannot be loaded: %s", model_id, error)
-                raise self.root.without_path(error) from error
-            finally:
-                self._loading = ""
-            self._failed.pop(model_id, None)
-            self._loaded[model_id] = new
-            if old is not None:
-                old.retire()
-            self._remember()
-            return new
+            model = await self._load(model_id)
+            await self._remember()
+            return model
 
-    def activate(self, model_id: str, *, expected: str = "") -> tuple[Model, Model]:
+    async def _load(self, model_id: str) -> Model:
+        path, self._loading = self.root.find(model_id), model_id
+        try:
+            old = self._loaded.get(model_id)
+            if old is not None and old.sha256 == await asyncio.to_thread(digest_of, path):
+                return old
+            new = await asyncio.to_thread(self._open, model_id, path)
+            if old is not None and old.space.space_id != new.space.space_id:
+                self._check_idle(old, "load the new one under another name")
+        except ReIDError as error:
+            self._failed[model_id] = self.root.told(error)
+            log.error("model %s cannot be loaded: %s", model_id, error)
+            raise self.root.without_path(error) from error
+        finally:
+            self._loading = ""
+        self._failed.pop(model_id, None)
+        self._loaded[model_id] = new
+        if old is not None:
+            old.retire()
+        return new
+
+    async def activate(self, model_id: str, *, expected: str = "") -> tuple[Model, Model]:
         """Let a loaded model embed what names none; returns it and the one before.
 
         Raises:
@@ -211,11 +221,11 @@ class ModelHost:
             )
         found, previous = self._find(model_id), self.active
         self._active = model_id
-        self._remember()
+        await self._remember()
         log.info("model %s is active, %s was", model_id, previous.model_id)
         return found, previous
 
-    def unload(self, model_id: str) -> Model:
+    async def unload(self, model_id: str) -> Model:
         """Let a model go; its memory is free when the last request that began with it has ended.
 
         Raises:
@@ -226,7 +236,7 @@ class ModelHost:
         self._check_idle(gone, "unload it then")
         del self._loaded[model_id]
         gone.retire()
-        self._remember()
+        await self._remember()
         return gone
 
     def _find(self, model_id: str) -> Model:
@@ -247,9 +257,11 @@ class ModelHost:
         if model.pinned:
             raise ModelInUseError(f"a migration needs model {model.model_id}: wait for it or cancel it, and {then}")
 
-    def _remember(self) -> None:
+    async def _remember(self) -> None:
         others = tuple(sorted(name for name in self._loaded if name != self._bundle))
-        self._memory.write(Remembered(self._first, self._active, others))
+        noted = Remembered(self._first, self._active, others)
+        async with self._noting:
+            await asyncio.to_thread(self._memory.write, noted)
 
     def _open(self, model_id: str, path: Path) -> Model:
         bundle, settings = open_bundle(path, trusted_keys=self._keys), self._settings

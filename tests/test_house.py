@@ -35,6 +35,7 @@ ROADS = {
     "cli_gallery",
     "cli_json",
     "cli_judge",
+    "cli_models",
     "cli_serve",
     "cli_snapshot",
     "cli_token",

@@ -17,6 +17,7 @@ from resight.cli_evaluate import evaluate
 from resight.cli_export import export
 from resight.cli_gallery import gallery, search
 from resight.cli_judge import judge
+from resight.cli_models import models
 from resight.cli_serve import serve
 from resight.cli_snapshot import snapshot
 from resight.cli_token import token
@@ -35,6 +36,7 @@ for command in (demo, adapt, evaluate, judge, export, serve, search):
 app.command(hidden=True)(builtin_weights)
 app.add_typer(gallery, name="gallery")
 app.add_typer(snapshot, name="snapshot")
+app.add_typer(models, name="models")
 app.add_typer(token, name="token")
 app.add_typer(bundle, name="bundle")
 

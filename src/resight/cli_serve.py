@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import typer
 def serve(
     bundle: Annotated[Path | None, typer.Option(help="Bundle folder that `resight export` made.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the gallery; made when missing.")] = None,
+    models: Annotated[Path | None, typer.Option(help="Folder of more bundles, for `resight models load`.")] = None,
     listen: Annotated[
         str | None, typer.Option(help="HOST:PORT; port 0 takes a free one. [default: 127.0.0.1:50051]")
     ] = None,
@@ -31,9 +33,7 @@ def serve(
     behind_tls_proxy: Annotated[
         bool | None, typer.Option("--behind-tls-proxy", help="Off loopback without TLS: a proxy before it has it.")
     ] = None,
-    gallery: Annotated[
-        str | None, typer.Option(help="Who finds candidates: embedded, or milvus://HOST:PORT. [default: embedded]")
-    ] = None,
+    gallery: Annotated[str | None, typer.Option(help="embedded, or milvus://HOST:PORT. [default: embedded]")] = None,
     metrics: Annotated[
         str | None, typer.Option(help="HOST:PORT of /metrics, /livez and /readyz over HTTP. [default: none]")
     ] = None,
@@ -50,7 +50,6 @@ def serve(
     Every setting can also be given as an environment variable (RESIGHT_MAX_BATCH=16) or in the file.
     """
     import asyncio
-    import logging
 
     logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells each build it tries
     from resight.service.app import run
@@ -60,6 +59,7 @@ def serve(
     settings = load_settings(
         config=config,
         bundle=bundle,
+        models=models,
         data=data,
         listen=listen,
         provider=provider,
