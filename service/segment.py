@@ -94,6 +94,18 @@ class SegmentFiles:
                 path.unlink()
 
 
+def sound(path: Path) -> bool:
+    """Whether a kept graph's bytes are those that were written; for who only looks."""
+    try:
+        data = path.read_bytes()
+        start = len(MAGIC) + 4
+        length = int.from_bytes(data[len(MAGIC) : start], "little")
+        header = json.loads(data[start : start + length])
+        return data[: len(MAGIC)] == MAGIC and bool(header["sha256"] == _digest(data[start + length :]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _told(collection: Collection, space: Space, keys: Keys, revision: int) -> dict[str, object]:
     """What a header says, but for the digest of the body."""
     return {

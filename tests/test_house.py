@@ -30,6 +30,7 @@ ROADS = {
     "cli",
     "cli_connect",
     "cli_demo",
+    "cli_doctor",
     "cli_evaluate",
     "cli_export",
     "cli_gallery",

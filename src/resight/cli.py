@@ -13,6 +13,7 @@ from rich.markup import escape
 from resight.cli_bundle import bundle
 from resight.cli_connect import access
 from resight.cli_demo import demo
+from resight.cli_doctor import doctor
 from resight.cli_evaluate import evaluate
 from resight.cli_export import export
 from resight.cli_gallery import gallery, search
@@ -31,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.callback(help=app.info.help)(access)
-for command in (demo, adapt, evaluate, judge, export, serve, search):
+for command in (demo, adapt, evaluate, judge, export, serve, search, doctor):
     app.command()(command)
 app.command(hidden=True)(builtin_weights)
 app.add_typer(gallery, name="gallery")
