@@ -28,6 +28,8 @@ TORCH_ROOMS = {"backbone", "model", "weights", "checkpoint"}
 # The command line and the demo start the other rooms, inside their functions; nobody imports them.
 ROADS = {
     "cli",
+    "cli_bundle",
+    "cli_bundle_show",
     "cli_connect",
     "cli_demo",
     "cli_doctor",
@@ -42,6 +44,7 @@ ROADS = {
     "cli_token",
     "cli_train",
     "demo",
+    "export_site",
     "served",
 }
 HEAVY = ("torch", "torchvision", "faiss", "onnx", "onnxruntime", "sklearn", "scipy")

@@ -62,10 +62,11 @@ def write_export_report(
 
 
 def _meaning(calibration: Calibration | None, reliability: Reliability | None) -> list[str]:
-    """The calibration in sentences."""
+    """The calibration in sentences, and what its reader must mind."""
     if calibration is None:
         why = reliability.problem if reliability is not None else "no crops of the site were given"
         return [f"Not calibrated: {why}. Searches answer cosine similarities only."]
+    minded = [] if reliability is None else list(reliability.notes)
     accept, reject = (float(calibration.similarity(p)) for p in (calibration.accept, calibration.reject))
     return [
         f"A pair is called a match from probability {calibration.accept:.3f} on (similarity {accept:.3f}) and unknown "
@@ -74,6 +75,7 @@ def _meaning(calibration: Calibration | None, reliability: Reliability | None) -
         f"{calibration.negatives:,} pairs of two ({calibration.negative_source}); expected calibration error "
         f"{calibration.error:.3f} on pairs held out. Probabilities are at even odds, "
         "as of two crops of which nothing else is known.",
+        *minded,
     ]
 
 
