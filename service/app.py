@@ -16,6 +16,7 @@ import grpc
 from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # missing in the stubs
 
 from resight.service.auth import DEFAULT_TENANT
+from resight.service.canary import Canary
 from resight.service.embedder import Embedder
 from resight.service.folder import DataFolder
 from resight.service.gallery import Gallery
@@ -144,6 +145,9 @@ async def serving(settings: Settings) -> AsyncIterator[Server]:
         operation_pb2_grpc.add_OperationServiceServicer_to_server(OperationServicer(tenants), server)
         status = await add_standard_services(server, SERVICES, settings)
         watchers.know(embedder, models, tenants, status)
+        canary = Canary(models, tenants, status, interval_s=settings.canary_interval_s)
+        stack.push_async_callback(canary.stop)
+        await canary.fly()
         await server.start()
         await migrations.resume(await tenants.tenant(DEFAULT_TENANT))
         stack.push_async_callback(server.stop, 0)
@@ -151,6 +155,7 @@ async def serving(settings: Settings) -> AsyncIterator[Server]:
         space = models.active.space
         folder.announce(address, space.space_id, metrics_url)
         log.info("serving %s space=%s model=%s", address, space.space_id, space.model_id)
+        canary.start()
         yield Server(server, status, address)
 
 

@@ -208,7 +208,7 @@ class Batcher:
 
     def _features(self, jobs: Sequence[Job]) -> list[Feature | ReIDError]:
         features = jobs[0].runtime.embed(np.stack([job.pixels for job in jobs if job.pixels is not None]))
-        good: list[bool] = np.isfinite(features).all(axis=1).tolist()
+        good = [bool(np.isfinite(feature).all()) for feature in features]
         return [
             feature if fine else _failed("the model answered numbers that are not finite")
             for feature, fine in zip(features, good, strict=True)

@@ -15,13 +15,15 @@ from collections.abc import Callable
 from resight.errors import ImageUndecodableError, ReIDError, UnavailableError
 from resight.image import decode, fit
 from resight.service.batcher import expired
-from resight.service.lanes import Job
+from resight.service.lanes import Job, Priority
 from resight.service.quality import quality
 from resight.service.settings import Settings
 
 GONE = UnavailableError("the caller left")  # nobody reads it
 _Entry = tuple[int, int, Job | None]
-"""Priority, number of arrival, and the job; None = stop. Ordered by the first two, which no two share."""
+"""Place in the line, number of arrival, and the job; None = stop. Ordered by the first two, which no two share."""
+LATER = {Priority.INTERACTIVE: 0, Priority.ENROL: 16, Priority.REEMBED: 128}
+"""So many later callers' crops overtake one, and no more; how many of each are embedded is the lanes' business."""
 
 
 class PixelBudget:
@@ -48,7 +50,7 @@ class PixelBudget:
 
 
 class Decoders:
-    """Threads that decode, callers' crops before enrolments' before a migration's.
+    """Threads that decode, callers' crops before enrolments' before a migration's, none of which is starved.
 
     Args:
         decoded: is given each job that has pixels.
@@ -95,7 +97,8 @@ class Decoders:
 
     def put(self, job: Job) -> None:
         """Let a job wait for its decoding. Only the event loop's thread calls it."""
-        self._jobs.put((job.priority, self._next_number(), job))
+        number = self._next_number()
+        self._jobs.put((number + LATER[job.priority], number, job))
 
     def _next_number(self) -> int:
         self._number += 1

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from resight.errors import ConflictError, MigrationError, OverloadedError, ReIDError
 from resight.service import backfill, reads, spaces
 from resight.service.entries import Collection, Space
-from resight.service.gallery import Crops
+from resight.service.features import Crops
 from resight.service.lanes import Priority
 from resight.service.model import Model
 from resight.service.models import ModelHost

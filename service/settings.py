@@ -74,6 +74,7 @@ class Settings(BaseSettings):
         index_sample: one in so many approximate searches is repeated exactly; 0 = none.
         gallery: ``embedded``, or Milvus as finder of candidates: ``milvus://HOST:PORT``, a URL, a file of milvus-lite.
         milvus_token: that Milvus asks for; better in the environment than on a command line.
+        canary_interval_s: between two crops that prove the way through the server, and how long one may take.
         max_search_queue: queries that wait or are searched; more are refused.
         metrics_listen: ``HOST:PORT`` of ``/metrics``, ``/livez`` and ``/readyz``; None = none; port 0 takes a free one.
         metrics_collections: collections that metrics tell by name; those beyond are summed.
@@ -134,6 +135,7 @@ class Settings(BaseSettings):
     index_sample: int = Field(default=1000, ge=0)
     gallery: str = Field(default="embedded", pattern=r"^(embedded|milvus://[^/]+|https?://.+|.+\.db)$")
     milvus_token: SecretStr = SecretStr("")
+    canary_interval_s: float = Field(default=10.0, gt=0.0)
     max_search_queue: int = Field(default=1024, ge=1, le=65536)
     metrics_listen: str | None = Field(default=None, pattern=ADDRESS)
     metrics_collections: int = Field(default=100, ge=0, le=10_000)
