@@ -16,9 +16,10 @@ from resight.cli_demo import demo
 from resight.cli_doctor import doctor
 from resight.cli_evaluate import evaluate
 from resight.cli_export import export
-from resight.cli_gallery import gallery, search
+from resight.cli_gallery import gallery
 from resight.cli_judge import judge
 from resight.cli_models import models
+from resight.cli_search import search, verify
 from resight.cli_serve import serve
 from resight.cli_snapshot import snapshot
 from resight.cli_token import token
@@ -32,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.callback(help=app.info.help)(access)
-for command in (demo, adapt, evaluate, judge, export, serve, search, doctor):
+for command in (demo, adapt, evaluate, judge, export, serve, search, verify, doctor):
     app.command()(command)
 app.command(hidden=True)(builtin_weights)
 app.add_typer(gallery, name="gallery")

@@ -1,4 +1,4 @@
-"""The commands ``resight search`` and ``resight gallery``: a server's galleries from the command line."""
+"""The commands of ``resight gallery``: a server's galleries from the command line."""
 
 from __future__ import annotations
 
@@ -31,43 +31,6 @@ PART = 256  # crops read from disk at a time
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def search(
-    image: Annotated[Path, typer.Argument(help="JPEG, PNG or WebP file with the crop of one person.")],
-    collection: Annotated[str, typer.Option(help="Name of the collection to search.")],
-    server: Server = DEFAULT_SERVER,
-    top_k: Annotated[int, typer.Option(help="How many entries to show.")] = 10,
-    camera: Cameras = None,
-    exclude_camera: Annotated[
-        list[str] | None, typer.Option("--exclude-camera", help="Not of this camera; may be repeated.")
-    ] = None,
-    subject: Subjects = None,
-    track: Tracks = None,
-    min_similarity: Annotated[float | None, typer.Option(help="Leave out entries below it, -1..1.")] = None,
-    json_file: JsonOption = None,
-) -> None:
-    """Find the person of a crop in a gallery.
-
-    Example: `resight search person.jpg --collection lobby --exclude-camera door`
-    """
-    from resight.client import Where
-
-    where = Where(
-        camera_ids=camera or (),
-        exclude_camera_ids=exclude_camera or (),
-        subject_ids=subject or (),
-        track_ids=track or (),
-    )
-    with connect(server) as client:
-        answer = client.search(collection, _read(image), top_k=top_k, where=where, min_similarity=min_similarity)
-    table = Table(title=f"{len(answer.hits)} nearest to {image.name} in {collection}")
-    for column in ("rank", "similarity", "entry", "subject", "camera", "track", "captured"):
-        table.add_column(column, justify="right" if column in ("rank", "similarity") else "left")
-    for rank, hit in enumerate(answer.hits, 1):
-        table.add_row(str(rank), f"{hit.similarity:.4f}", *_cells(hit.entry)[:4], str(hit.entry.capture_time or ""))
-    Console().print(table)
-    write_json(json_file, asdict(answer))
-
-
 @gallery.command()
 def create(
     name: Name,
@@ -77,7 +40,7 @@ def create(
     server: Server = DEFAULT_SERVER,
 ) -> None:
     """Make an empty collection. Example: `resight gallery create lobby --ttl 30d`."""
-    lives = None if ttl is None else _duration(ttl)
+    lives = None if ttl is None else duration(ttl)
     with connect(server) as client:
         made = client.create_collection(name, ttl=lives, unlimited_retention=keep_forever, keep_crops=keep_crops)
     Console().print(f"created {made.name} for features of {made.model}, space {made.space_id[:12]}", highlight=False)
@@ -123,7 +86,7 @@ def enrol(
         starts = range(0, len(files), PART)
         for start in progress(starts, description="enrol", console=console):
             part = files[start : start + PART]
-            entries = [NewEntry(_read(file), file.name, subject, camera, track, replace=replace) for file in part]
+            entries = [NewEntry(read_crop(file), file.name, subject, camera, track, replace=replace) for file in part]
             for file, outcome in zip(part, client.enrol_batch(name, entries), strict=True):
                 if isinstance(outcome, ReIDError):
                     refused += 1
@@ -172,7 +135,7 @@ def entries(
     for column in ("entry", "subject", "camera", "track", "quality", "expires"):
         table.add_column(column, justify="right" if column == "quality" else "left")
     for entry in found:
-        table.add_row(*_cells(entry))
+        table.add_row(*cells(entry))
     Console().print(table)
     write_json(json_file, [asdict(entry) for entry in found])
 
@@ -204,6 +167,71 @@ def delete(
 
 
 @gallery.command()
+def update(
+    name: Name,
+    entry_id: Annotated[
+        str | None, typer.Argument(help="Id of an entry; without it the collection is changed.")
+    ] = None,
+    subject: Annotated[str | None, typer.Option(help="Of an entry: who it shows; '' takes the name away.")] = None,
+    ttl: Annotated[
+        str | None, typer.Option(help="How long new entries live, or from now on this one: 12h, 30d.")
+    ] = None,
+    max_entries: Annotated[int | None, typer.Option(help="Entries it may hold; 0 = no limit.", min=0)] = None,
+    keep_crops: Annotated[bool | None, typer.Option("--keep-crops/--drop-crops", help="Keep the images.")] = None,
+    min_quality: Annotated[float | None, typer.Option(help="Refuse worse crops at enrolment, 0..1.")] = None,
+    accept: Annotated[float | None, typer.Option(help="Match from this probability on; 0 = the bundle's.")] = None,
+    reject: Annotated[float | None, typer.Option(help="Unknown below this one; 0 = the bundle's.")] = None,
+    server: Server = DEFAULT_SERVER,
+) -> None:
+    """Change a collection's settings, or an entry. Example: `resight gallery update lobby 0001.jpg --subject anna`."""
+    from datetime import UTC, datetime
+
+    from resight.client import CollectionChange
+
+    lives = None if ttl is None else duration(ttl)
+    change = CollectionChange(None if entry_id else lives, max_entries, keep_crops, accept, reject, min_quality)
+    if entry_id is not None and change != CollectionChange():
+        raise InputError("an entry has a subject and a time to live; the other settings are its collection's")
+    if entry_id is None and subject is not None:
+        raise InputError("a collection has no subject: name the entry to change")
+    with connect(server) as client:
+        if entry_id is None:
+            client.update_collection(name, change)
+        else:
+            expires = None if lives is None else datetime.now(UTC) + lives
+            client.update_entry(name, entry_id, subject_id=subject, expire_time=expires)
+    Console().print(f"changed {entry_id or name}", highlight=False)
+
+
+@gallery.command()
+def erase(
+    subject: Annotated[str, typer.Argument(help="Who is to be forgotten.")],
+    collection: Annotated[str, typer.Option(help="Only in this collection; else in all.")] = "",
+    reason: Annotated[str, typer.Option(help="For the audit.")] = "",
+    server: Server = DEFAULT_SERVER,
+) -> None:
+    """Erase a person for good. Example: `resight gallery erase anna --reason "asked on 3 May"`."""
+    with connect(server) as client:
+        done = client.erase_subject(subject, collection=collection, reason=reason)
+    Console().print(f"erased {done.count} entries, audit row {done.audit_id}", highlight=False)
+    if not done.storage_scrubbed:
+        Console(stderr=True).print("the log on the disk could not be emptied yet: a reader held it; erase again to see")
+        raise typer.Exit(1)
+
+
+@gallery.command()
+def stats(name: Name, server: Server = DEFAULT_SERVER, json_file: JsonOption = None) -> None:
+    """Show how a collection and its index stand. Example: `resight gallery stats lobby`."""
+    with connect(server) as client:
+        found = asdict(client.stats(name))
+    table = Table("figure", "value", title=name)
+    for figure, value in found.items():
+        table.add_row(figure, "" if value is None else str(value))
+    Console().print(table)
+    write_json(json_file, found)
+
+
+@gallery.command()
 def drop(
     name: Name,
     force: Annotated[bool, typer.Option("--force", help="Also when it has entries.")] = False,
@@ -224,20 +252,23 @@ def _files(paths: Iterable[Path]) -> Iterator[Path]:
         yield from found
 
 
-def _read(path: Path) -> bytes:
+def read_crop(path: Path) -> bytes:
+    """A file's bytes."""
     try:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}: name an image file") from error
 
 
-def _duration(text: str) -> timedelta:
+def duration(text: str) -> timedelta:
+    """A time such as ``30d``."""
     number, unit = text[:-1], text[-1:]
     if unit not in UNITS or not number.isdigit():
         raise InputError(f"a time to live is a number with s, m, h or d, such as 30d, found {text!r}")
     return timedelta(seconds=int(number) * UNITS[unit])
 
 
-def _cells(entry: Any) -> tuple[str, str, str, str, str, str]:
+def cells(entry: Any) -> tuple[str, str, str, str, str, str]:
+    """An entry as a table shows it: id, subject, camera, track, quality and expiry."""
     expires = "never" if entry.expire_time is None else f"{entry.expire_time:%Y-%m-%d %H:%M}"
     return entry.entry_id, entry.subject_id, entry.camera_id, entry.track_id, f"{entry.quality:.2f}", expires

@@ -9,11 +9,13 @@ import typer
 from serving import ServerProcess, jpeg, make_bundle
 from typer.testing import CliRunner, Result
 
-from resight.cli_gallery import gallery, search
+from resight.cli_gallery import gallery
+from resight.cli_search import search, verify
 from resight.errors import CollectionNotEmptyError, EntryNotFoundError, InputError, UnavailableError
 
 app = typer.Typer()
 app.command()(search)
+app.command()(verify)
 app.add_typer(gallery, name="gallery")
 
 
@@ -99,7 +101,42 @@ def test_what_cannot_be_done_is_an_error_of_ours(run, tmp_path):
 
 
 def test_every_command_shows_an_example(run):
-    commands = [("search",), *(("gallery", c.name or c.callback.__name__) for c in gallery.registered_commands)]
-    assert len(commands) == 8
+    commands = [
+        ("search",),
+        ("verify",),
+        *(("gallery", c.name or c.callback.__name__) for c in gallery.registered_commands),
+    ]
+    assert len(commands) == 12
     for command in commands:
         assert "Example:" in run(*command, "--help").output
+
+
+def test_changing_erasing_and_counting(run, crops):
+    run("gallery", "create", "changed", "--ttl", "1h")
+    run("gallery", "enrol", "changed", crops, "--subject", "anna")
+    assert (
+        "changed p0-0.jpg" in run("gallery", "update", "changed", "p0-0.jpg", "--subject", "bo", "--ttl", "2d").output
+    )
+    run("gallery", "update", "changed", "--ttl", "3d", "--max-entries", "8", "--keep-crops")
+    assert type(run("gallery", "enrol", "changed", crops, fails=True).exception) is SystemExit  # all there, and full
+    for bad in (("changed", "e", "--max-entries", "3"), ("changed", "--subject", "x"), ("changed",)):
+        assert isinstance(run("gallery", "update", *bad, fails=True).exception, InputError)
+    assert "live_entries" in run("gallery", "stats", "changed").output
+    assert "erased 7 entries" in run("gallery", "erase", "anna", "--reason", "asked").output
+    assert "1" in run("gallery", "stats", "changed").output
+    run("gallery", "drop", "changed", "--force")
+
+
+def test_searching_a_track_by_person_and_comparing(run, crops, tmp_path):
+    run("gallery", "create", "tracks", "--ttl", "1h")
+    for person in range(4):
+        files = sorted(crops.glob(f"p{person}-*"))
+        run("gallery", "enrol", "tracks", *files, "--subject", f"p{person}")
+    out = tmp_path / "found.json"
+    arguments = ("--collection", "tracks", "--group-by", "subject", "--rerank", "--json", out)
+    run("search", crops / "p1-0.jpg", "--shots", crops / "p1-1.jpg", *arguments)
+    found = json.loads(out.read_text())
+    assert [hit["entry"]["subject_id"] for hit in found["hits"]][0] == "p1" and len(found["hits"]) == 4
+    assert found["shots_used"] == 2
+    told = run("verify", crops / "p1-0.jpg", crops / "p1-1.jpg", "--collection", "tracks").output
+    assert told.startswith("similarity 0.9")
