@@ -39,6 +39,7 @@ ROADS = {
     "cli_json",
     "cli_judge",
     "cli_models",
+    "cli_search",
     "cli_serve",
     "cli_snapshot",
     "cli_token",
