@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 from serving import ServerProcess, make_bundle
 
@@ -51,3 +52,10 @@ def collection(client: Client, request: pytest.FixtureRequest) -> Iterator[str]:
     client.create_collection(name, unlimited_retention=True)
     yield name
     client.delete_collection(name, force=True)
+
+
+@pytest.fixture
+def channel(address: str) -> Iterator[grpc.Channel]:
+    """For calls by stub."""
+    with grpc.insecure_channel(address) as made:
+        yield made
