@@ -10,8 +10,10 @@ the time and every activation held in memory.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -197,7 +199,8 @@ def apply(calibrated: Calibrated, *, symmetric: bool = False, keep: Collection[s
             op_types_to_quantize=sorted(COMPUTED),
             extra_options={"WeightSymmetric": True} | (FOR_TENSORRT if symmetric else {}),
         )
-        quantizer.quantize_model()
+        with _quiet():
+            quantizer.quantize_model()
         quantizer.model.topological_sort()  # it puts what it adds behind its users
         model = quantizer.model.model
     model.graph.ClearField("value_info")
@@ -206,6 +209,17 @@ def apply(calibrated: Calibrated, *, symmetric: bool = False, keep: Collection[s
     model.producer_name = calibrated.plain.producer_name
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString(deterministic=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the library tells the root logger of every bias and scale from the user's terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def open_session(model: bytes) -> onnxruntime.InferenceSession:

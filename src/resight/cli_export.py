@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -19,11 +20,11 @@ MEASURED = (("images_per_s", ".0f"), ("mean_cosine", ".4f"), ("mAP", ".3f"))
 COLUMNS = (
     "file",
     "precision",
-    "size",
+    "MiB",
     "min cosine",
-    "max difference",
+    "max diff",
     "crops/s",
-    "mean cosine, site",
+    "site cosine",
     "mAP",
 )
 PRECISION_HELP = "Forms to make, with commas: fp32 (always made), fp16, int8; or auto: what can be made and helps here."
@@ -125,8 +126,8 @@ def _rows(bundle: Bundle) -> list[list[str]]:
     for artefact in bundle.manifest.artefacts:
         figures = bundle.manifest.evaluation["forms"][artefact.file]
         told = [f"{figures[key]:{spell}}" if key in figures else "-" for key, spell in MEASURED]
-        size = f"{(bundle.path / artefact.file).stat().st_size / 2**20:.2f} MiB"
-        parity = [f"{artefact.min_cosine:.7f}", f"{artefact.max_abs_diff:.1e}"]
+        size = f"{(bundle.path / artefact.file).stat().st_size / 2**20:.2f}"
+        parity = [f"{artefact.min_cosine:.4f}", f"{artefact.max_abs_diff:.0e}"]
         rows.append([artefact.file, artefact.precision, size, *parity, *told])
     return rows
 
@@ -134,10 +135,10 @@ def _rows(bundle: Bundle) -> list[list[str]]:
 def _table(bundle: Bundle) -> Table:
     manifest = bundle.manifest
     title = f"bundle {manifest.name}, space {manifest.space_id[:12]}, {manifest.feature_dim} numbers a person"
-    table = Table(title=title, caption=_calibrated(bundle))
+    table = Table(title=title, caption=_calibrated(bundle), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in COLUMNS:
         words = column in ("file", "precision")
-        table.add_column(column, justify="left" if words else "right", no_wrap=words)
+        table.add_column(column, justify="left" if words else "right", no_wrap=words, overflow="fold")
     for row in _rows(bundle):
         table.add_row(*row)
     return table

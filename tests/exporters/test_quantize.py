@@ -214,3 +214,10 @@ def test_what_cannot_be_quantised_is_refused_with_what_to_do() -> None:
 )
 def test_the_gate_decides_with_figures(figures: dict[str, float], reason: str) -> None:
     assert decide(Gate(), **figures) == reason
+
+
+def test_the_library_keeps_its_notes_to_itself(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        qdq.apply(calibrated("osnet_x0_25"))
+        logging.getLogger("resight").info("and ours are heard again")
+    assert [record.name for record in caplog.records] == ["resight"]
