@@ -144,11 +144,11 @@ async def serving(settings: Settings) -> AsyncIterator[Server]:
         model_pb2_grpc.add_ModelServiceServicer_to_server(model_servicer, server)
         operation_pb2_grpc.add_OperationServiceServicer_to_server(OperationServicer(tenants), server)
         status = await add_standard_services(server, SERVICES, settings)
-        watchers.know(embedder, models, tenants, status)
         canary = Canary(models, tenants, status, interval_s=settings.canary_interval_s)
         stack.push_async_callback(canary.stop)
         await canary.fly()
         await server.start()
+        watchers.know(embedder, models, tenants, status)
         await migrations.resume(await tenants.tenant(DEFAULT_TENANT))
         stack.push_async_callback(server.stop, 0)
         address = f"{settings.listen.rpartition(':')[0]}:{port}"

@@ -44,7 +44,7 @@ class Watched:
     Args:
         registry: to write out.
         refresh: brings it up to date; runs in the event loop.
-        status: of gRPC's health for the whole server; runs in the event loop.
+        status: SERVING when gRPC's health says so of every service with a canary; runs in the event loop.
         book: the tokens.
         settings: whether one is always asked for.
     """

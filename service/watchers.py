@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # missing in the stubs
 
+from resight.service.canary import EMBEDDING, SEARCHING
 from resight.service.embedder import Embedder
 from resight.service.endpoint import Endpoint, Watched
 from resight.service.figures import Figures
@@ -79,5 +80,8 @@ class Watchers:
     async def _status(self) -> int:
         if self._health is None:
             return int(health_pb2.HealthCheckResponse.NOT_SERVING)
-        answer = await self._health.Check(health_pb2.HealthCheckRequest(), None)
+        for name in (*EMBEDDING, *SEARCHING):
+            answer = await self._health.Check(health_pb2.HealthCheckRequest(service=name), None)
+            if answer.status != health_pb2.HealthCheckResponse.SERVING:
+                break
         return int(answer.status)
