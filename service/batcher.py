@@ -17,7 +17,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from resight.errors import DeadlineError, ExpiredInQueueError, ModelError, OverloadedError, ReIDError, UnavailableError
+from resight.errors import (
+    DeadlineError,
+    DrainingError,
+    ExpiredInQueueError,
+    ModelError,
+    OverloadedError,
+    ReIDError,
+    UnavailableError,
+)
 from resight.service.lanes import Job, Lanes, Priority
 from resight.service.runtime import Feature
 
@@ -152,7 +160,7 @@ class Batcher:
             if good:
                 self._run(good)
             self._finished(live)
-        closing = UnavailableError("the server is going down: try again when it is back")
+        closing = DrainingError("the server is going down: try again when it is back")
         left = self._lanes.drain()
         for job in left:
             job.outcome = closing
@@ -184,7 +192,7 @@ class Batcher:
         self._batch_s += SMOOTHING * (taken_ns / 1e9 - self._batch_s)
         self._each_s += SMOOTHING * (taken_ns / 1e9 / len(jobs) - self._each_s)
         with self._changed:
-            self._lanes.ran(min(job.priority for job in jobs), taken_ns / 1e9)
+            self._lanes.ran(min(job.priority for job in jobs), taken_ns / 1e9, len(jobs))
 
     def _infer(self, jobs: Sequence[Job]) -> list[Feature | ReIDError]:
         """Run a batch; one that fails is run again crop by crop, so that only the culprit fails."""

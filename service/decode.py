@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from resight.errors import ImageUndecodableError, ReIDError, UnavailableError
+from resight.errors import DrainingError, ImageUndecodableError, ReIDError, UnavailableError
 from resight.image import decode, fit
 from resight.service.batcher import expired
 from resight.service.lanes import Job, Priority
@@ -92,7 +92,7 @@ class Decoders:
         while not self._jobs.empty():
             job = self._jobs.get()[2]
             if job is not None:
-                job.outcome = UnavailableError("the server is going down: try again when it is back")
+                job.outcome = DrainingError("the server is going down: try again when it is back")
                 self._failed(job)
 
     def put(self, job: Job) -> None:

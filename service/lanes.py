@@ -30,7 +30,7 @@ class Priority(enum.IntEnum):
 
 SHARE = {Priority.INTERACTIVE: 1.0, Priority.ENROL: 0.25, Priority.REEMBED: 1 / 16}  # of the model's time, at least
 QUIET_S = 0.05  # after a caller's crop; one who calls in a loop is back in less
-REEMBED_BATCH = 4  # a caller who comes waits for the batch that runs: for this many crops at most
+REEMBED_S = 0.005  # a caller who comes waits for the batch that runs: a migration's may take so long, by the last one
 
 
 @dataclass(slots=True, eq=False)
@@ -69,6 +69,7 @@ class _Lane:
     of: dict[int, deque[Job]] = field(default_factory=dict)
     next_at: float = 0.0  # when it has its turn although others wait
     took_s: float = 0.01  # its last batch; before the first, a guess
+    each_s: float = REEMBED_S / 4  # of its crops, likewise
 
     def take(self, runtime: Runtime, most: int, batch: list[Job]) -> None:
         """Move jobs of one model to ``batch``; the model goes to the end of the line."""
@@ -119,8 +120,8 @@ class Lanes:
             return []
         first = next(iter(self._lanes[priority[0]].of.values()))[0].runtime
         size = first.max_batch
-        if priority[0] is Priority.REEMBED and self._clock() < self._busy_until:
-            size = min(size, REEMBED_BATCH)
+        if priority[0] is Priority.REEMBED:
+            size = max(1, min(size, int(REEMBED_S / self._lanes[Priority.REEMBED].each_s)))
         batch: list[Job] = []
         for lane in priority:
             self._lanes[lane].take(first, size, batch)
@@ -132,10 +133,11 @@ class Lanes:
         """Jobs that wait, but for a migration's."""
         return self._count[Priority.INTERACTIVE] + self._count[Priority.ENROL]
 
-    def ran(self, priority: Priority, seconds: float) -> None:
-        """Note how long a batch of a priority took, which decides when its next turn is."""
+    def ran(self, priority: Priority, seconds: float, crops: int = 1) -> None:
+        """Note how long a batch of a priority took, which decides when its next turn is and how large it may be."""
         lane = self._lanes[priority]
-        lane.took_s, lane.next_at = seconds, self._clock() + seconds * (1 / SHARE[priority] - 1)
+        lane.took_s, lane.each_s = seconds, max(1e-6, seconds / crops)
+        lane.next_at = self._clock() + seconds * (1 / SHARE[priority] - 1)
         if priority is not Priority.REEMBED:
             self.hold_back()
 

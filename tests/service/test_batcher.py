@@ -250,7 +250,7 @@ def test_callers_go_before_enrolments_which_fill_their_batch_and_both_before_a_m
         batcher._lanes.ran(Priority.REEMBED, 1.0)  # it had its turn just now
         runtime.gate.set()
         await asyncio.gather(first, *tasks)
-        assert runtime.batches == [1, 4, 2, 3] and runtime.firsts[1:] == [0, 11, 20]
+        assert runtime.batches[:3] == [1, 4, 2] and sum(runtime.batches[3:]) == 3 and runtime.firsts[1:4] == [0, 11, 20]
 
     run(test, max_batch=4)
 
