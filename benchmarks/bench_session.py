@@ -38,7 +38,7 @@ ROWS: dict[str, dict[str, str]] = {
     "spinning 50 us": {"session.intra_op.allow_spinning": "1", "session.intra_op.spin_duration_us": "50"},
     "memory patterns": {"enable_mem_pattern": "1"},
     "no arena": {"enable_cpu_mem_arena": "0"},
-    "denormals kept": {"session.set_denormal_as_zero": "0"},
+    "denormals as zero": {"session.set_denormal_as_zero": "1"},
     "pinned threads": {"intra_op_num_threads": "0"},
     "one thread": {"intra_op_num_threads": "1"},
 }

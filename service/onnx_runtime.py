@@ -16,7 +16,7 @@ import onnxruntime as ort
 from resight.bundle import Bundle, check_probes
 from resight.engine_build import WORKSPACE_BYTES
 from resight.engine_cache import EngineCache
-from resight.errors import BundleError, StartupError
+from resight.errors import BundleError, ReIDError, StartupError
 from resight.graph_check import INPUT, OUTPUT, check_graph
 from resight.image import Pixels
 from resight.probes import BATCH_SIZES
@@ -78,14 +78,16 @@ class OnnxRuntime:
             else:
                 chosen = cuda_options(precision=precision, device_id=device_id) if provider == "cuda" else {}
             self._session = self._open(data, provider, chosen, session_options(threads), artefact.file)
-            found = check_probes(
-                bundle.probes(),
-                self.image,
-                self.embed,
-                what=f"{artefact.file} of bundle {self.name} on {provider}",
-                min_cosine=least_cosine(artefact),
-            )
-            warm_up(self, every_size=provider != "cpu")
+            what = f"{artefact.file} of bundle {self.name} on {provider}"
+            try:
+                found = check_probes(
+                    bundle.probes(), self.image, self.embed, what=what, min_cosine=least_cosine(artefact)
+                )
+                warm_up(self, every_size=provider != "cpu")
+            except ReIDError:
+                raise
+            except Exception as error:  # a graph can load and still not run
+                raise _unusable(provider, f"{what} does not run", error) from error
         self.min_cosine = found.min_cosine
         log.info("probes passed bundle=%s provider=%s min_cosine=%.6f", self.name, self.provider, found.min_cosine)
 
@@ -107,11 +109,8 @@ class OnnxRuntime:
                 data, options, providers=[(PROVIDERS[provider], chosen), *beside], enable_fallback=0
             )
         except Exception as error:  # onnxruntime raises a dozen classes of its own that share no base
-            kind = BundleError if provider == "cpu" else StartupError
-            raise kind(
-                f"bundle {self.name}: onnxruntime {ort.__version__} cannot load {file} on {provider}: "
-                f"{str(error).splitlines()[0][:300]}: "
-                + ("export the bundle anew" if provider == "cpu" else "mend the GPU's driver, or use --provider cpu")
+            raise _unusable(
+                provider, f"bundle {self.name}: onnxruntime {ort.__version__} cannot load {file} on {provider}", error
             ) from error
         session.disable_fallback()  # nor when a run fails
         if session.get_providers()[0] != PROVIDERS[provider]:
@@ -125,6 +124,14 @@ class OnnxRuntime:
         """Embed fitted crops: uint8 (N, H, W, 3) RGB -> float32 (N, D) unit rows."""
         features: Feature = self._session.run([OUTPUT], {INPUT: images})[0]
         return features
+
+
+def _unusable(provider: str, what: str, error: Exception) -> ReIDError:
+    """On a CPU the graph is to blame, on a GPU what is around it."""
+    told = f"{what}: {(str(error).splitlines() or [type(error).__name__])[0][:300]}"
+    if provider == "cpu":
+        return BundleError(f"{told}: export the bundle anew")
+    return StartupError(f"{told}: mend the GPU's driver, free its memory, or use --provider cpu")
 
 
 def session_options(threads: int) -> ort.SessionOptions:
@@ -148,8 +155,6 @@ def session_options(threads: int) -> ort.SessionOptions:
     # Threads that spin for work took 1.6-1.9 times the CPU time per crop, which decoding and gRPC on the same cores
     # want; sleeping costs a lone crop up to 1 ms.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Numbers below 1e-38 take a CPU a hundred times as long and change no feature.
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
     options.log_severity_level = 3  # errors: its warnings are about graphs, and a user of a bundle writes none
     return options
 

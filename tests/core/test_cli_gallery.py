@@ -136,7 +136,7 @@ def test_searching_a_track_by_person_and_comparing(run, crops, tmp_path):
     arguments = ("--collection", "tracks", "--group-by", "subject", "--rerank", "--json", out)
     run("search", crops / "p1-0.jpg", "--shots", crops / "p1-1.jpg", *arguments)
     found = json.loads(out.read_text())
-    assert [hit["entry"]["subject_id"] for hit in found["hits"]][0] == "p1" and len(found["hits"]) == 4
+    assert found["hits"][0]["entry"]["subject_id"] == "p1" and len(found["hits"]) == 4
     assert found["shots_used"] == 2
     told = run("verify", crops / "p1-0.jpg", crops / "p1-1.jpg", "--collection", "tracks").output
     assert told.startswith("similarity 0.9")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from serving import DIM, SPEC, embed_by_hand, graph, make_bundle
 
 from resight.bundle import Bundle, Graph, Parity, open_bundle, space_id, write_bundle
@@ -380,3 +380,15 @@ def with_graph(bundle: Bundle, data: bytes) -> Bundle:
     (bundle.path / entry.file).write_bytes(data)
     (bundle.path / MANIFEST_FILE).write_bytes(to_json(dataclasses.replace(bundle.manifest, artefacts=(entry,))))
     return open_bundle(bundle.path)
+
+
+def test_a_graph_that_loads_but_does_not_run_is_refused(tmp_path: Path) -> None:
+    """Shape inference does not compare the channels of a convolution; its first run does."""
+    bundle = make_bundle(tmp_path / "bundle")
+    model = onnx.load_from_string(bundle.read())
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((3, 5, 1, 1), np.float32), "odd"))
+    place = next(i for i, node in enumerate(model.graph.node) if node.op_type == "Transpose")
+    model.graph.node[place].output[0] = "before"
+    model.graph.node.insert(place + 1, helper.make_node("Conv", ["before", "odd"], ["t"]))
+    with pytest.raises(BundleError, match=r"model\.onnx.*(does not run|cannot load).*export the bundle anew"):
+        open_runtime(with_graph(bundle, model.SerializeToString()))

@@ -75,7 +75,6 @@ def test_the_session_leaves_the_cores_to_the_service():
     assert options.intra_op_num_threads == len(os.sched_getaffinity(0)) and options.inter_op_num_threads == 1
     assert options.enable_cpu_mem_arena and not options.enable_mem_pattern
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
-    assert options.get_session_config_entry("session.set_denormal_as_zero") == "1"
     assert session_options(3).intra_op_num_threads == 3
 
 
