@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CODE := src training exporters service tests benchmarks
+CODE := src training exporters service tests benchmarks examples
 # Two test processes with one thread each use two cores better than one process with two threads.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 

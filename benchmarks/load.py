@@ -7,12 +7,14 @@ Either so many calls are held in flight, or calls are sent at a rate, whether or
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
+import contextlib
 import os
+import pickle
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ class Load:
         requests: serialised, sent in turn.
         seconds: how long to begin calls; 0 = until each request was sent once.
         warm_s: before anything counts.
+        connections: calls take turns on them; a server refuses streams of one connection that has too many.
         in_flight: calls held.
         rate: calls a second instead; 0 = hold ``in_flight``.
         deadline_s: of each call.
@@ -50,6 +53,7 @@ class Load:
     requests: Sequence[bytes]
     seconds: float = 0.0
     warm_s: float = 0.0
+    connections: int = 1
     in_flight: int = IN_FLIGHT
     rate: float = 0.0
     deadline_s: float = 60.0
@@ -66,6 +70,7 @@ class Heard:
         good_s: seconds each answered call took.
         refused_s: seconds until each refusal (RESOURCE_EXHAUSTED).
         codes: how calls ended.
+        told: what the first call of each other end was told.
         client_cpu_s: processor time of this process.
         server_cpu_s: processor time of the server.
         late_s: the latest a call was sent after it was due.
@@ -76,6 +81,7 @@ class Heard:
     good_s: list[float] = field(default_factory=list)
     refused_s: list[float] = field(default_factory=list)
     codes: Counter[str] = field(default_factory=Counter)
+    told: dict[str, str] = field(default_factory=dict)
     client_cpu_s: float = 0.0
     server_cpu_s: float = 0.0
     late_s: float = 0.0
@@ -103,9 +109,10 @@ def cpu_s(pid: int) -> float:
 class _Sender:
     """Sends one load. Everything before ``counts_from`` is forgotten."""
 
-    def __init__(self, load: Load, channel: grpc.aio.Channel) -> None:
+    def __init__(self, load: Load, channels: Sequence[grpc.aio.Channel]) -> None:
         self._load, self._heard, self._number = load, Heard(), 0
-        self._call: Callable[..., Any] = channel.unary_unary(load.method, None, None)  # bytes in, bytes out
+        # No serialisers: bytes go in and come out.
+        self._calls: list[Callable[..., Any]] = [one.unary_unary(load.method, None, None) for one in channels]
         self._counts_from = 0.0
 
     async def run(self) -> Heard:
@@ -153,17 +160,19 @@ class _Sender:
     async def _one(self, due: float) -> None:
         load, heard = self._load, self._heard
         request = load.requests[self._number % len(load.requests)]
+        call = self._calls[self._number % len(self._calls)]
         self._number += 1
         late_s = time.perf_counter() - due
-        code, answer = "OK", b""
+        code, answer, details = "OK", b"", ""
         try:
-            answer = await self._call(request, timeout=load.deadline_s)
+            answer = await call(request, timeout=load.deadline_s)
         except grpc.aio.AioRpcError as error:
-            code = error.code().name
+            code, details = error.code().name, error.details() or ""
         ended = time.perf_counter()
         if (due if load.rate else ended) < self._counts_from or heard.wall_s:
             return
         heard.codes[code] += 1
+        heard.told.setdefault(code, details)
         heard.late_s = max(heard.late_s, late_s)
         if code == "OK":
             heard.good_s.append(ended - due)
@@ -174,17 +183,28 @@ class _Sender:
 
 
 async def _run(load: Load) -> Heard:
-    options = [("grpc.max_receive_message_length", BYTES), ("grpc.max_send_message_length", BYTES)]
-    async with grpc.aio.insecure_channel(load.address, options=options) as channel:
-        await channel.channel_ready()
-        return await _Sender(load, channel).run()
-
-
-def _main(load: Load) -> Heard:
-    return asyncio.run(_run(load))
+    options = [
+        ("grpc.max_receive_message_length", BYTES),
+        ("grpc.max_send_message_length", BYTES),
+        ("grpc.use_local_subchannel_pool", 1),  # or all channels would share one connection
+    ]
+    async with contextlib.AsyncExitStack() as stack:
+        channels = [
+            await stack.enter_async_context(grpc.aio.insecure_channel(load.address, options=options))
+            for _ in range(load.connections)
+        ]
+        await asyncio.gather(*(channel.channel_ready() for channel in channels))
+        return await _Sender(load, channels).run()
 
 
 def put(load: Load) -> Heard:
-    """Run a load in a process of its own and return what it heard."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_main, load).result()
+    """Run a load in a process of its own, which imports nothing but this, and return what it heard."""
+    done = subprocess.run([sys.executable, __file__], input=pickle.dumps(vars(load)), stdout=subprocess.PIPE)
+    if done.returncode:
+        raise SystemExit("the load's process failed, see above")
+    return Heard(**pickle.loads(done.stdout))
+
+
+if __name__ == "__main__":
+    told = Load(**pickle.load(sys.stdin.buffer))
+    sys.stdout.buffer.write(pickle.dumps(vars(asyncio.run(_run(told)))))

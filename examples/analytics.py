@@ -1,0 +1,186 @@
+"""A loop of video analytics: frames with tracked boxes go in, acts come out.
+
+    python examples/analytics.py --server 127.0.0.1:50051 --collection lobby
+
+Each track becomes one query and one entry, made of its crops. Who passes the entrance is enrolled; whoever is seen in
+the yard is searched for among what *other* cameras saw, and the answer's decision is acted on:
+
+- match: the same person, so the track is enrolled under that person's subject.
+- uncertain: somebody should look; it is enrolled under a subject of its own until then.
+- unknown: not seen before, enrolled as a new subject.
+
+A space without a calibration has no decisions: all is for somebody to look at. The last line on stdout is the summary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import json
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from drawn_camera import DrawnCamera, Frame, two_cameras
+from PIL import Image
+
+from resight.client import NewEntry, Where
+from resight.client_async import AsyncClient
+from resight.errors import CollectionExistsError, ReIDError
+
+log = logging.getLogger("analytics")
+
+MOST_CROPS = 8  # of a track: more cost time and tell little
+GONE_S = 1.0  # a track not seen for so long has ended
+IN_FLIGHT = 8  # calls at once: enough for the server to batch
+KEPT = timedelta(days=1)
+
+
+@dataclass
+class Track:
+    """What one camera saw of one person: up to `MOST_CROPS` crops, as JPEG files."""
+
+    camera_id: str
+    track_id: str
+    first_seen: datetime
+    last_seen: datetime
+    crops: list[bytes] = field(default_factory=list)
+
+    def add(self, frame: Frame, xyxy: tuple[int, int, int, int]) -> None:
+        """Take the crop of a frame."""
+        self.last_seen = frame.time
+        if len(self.crops) < MOST_CROPS:
+            left, top, right, bottom = xyxy
+            buffer = io.BytesIO()
+            Image.fromarray(frame.image[top:bottom, left:right]).save(buffer, "JPEG", quality=90)
+            self.crops.append(buffer.getvalue())
+
+    def entry(self, subject_id: str) -> NewEntry:
+        """As it is enrolled: one entry of all crops; again, it takes the place of the earlier one."""
+        return NewEntry(
+            self.crops,
+            entry_id=self.track_id,
+            subject_id=subject_id,
+            camera_id=self.camera_id,
+            track_id=self.track_id,
+            capture_time=self.first_seen,
+            replace=True,
+        )
+
+
+def tracks(frames: Iterable[Frame]) -> Iterator[Track]:
+    """Tracks of one camera, each when it has ended."""
+    open_ones: dict[str, Track] = {}
+    for frame in frames:
+        for box in frame.boxes:
+            track = open_ones.setdefault(box.track_id, Track(frame.camera_id, box.track_id, frame.time, frame.time))
+            track.add(frame, box.xyxy)
+        for track in [one for one in open_ones.values() if (frame.time - one.last_seen).total_seconds() > GONE_S]:
+            yield open_ones.pop(track.track_id)
+    yield from open_ones.values()
+
+
+class Analytics:
+    """Follows cameras and acts.
+
+    Args:
+        client: of the server.
+        collection: to enrol into and search in.
+    """
+
+    def __init__(self, client: AsyncClient, collection: str) -> None:
+        self._client, self._collection = client, collection
+        self._places = asyncio.Semaphore(IN_FLIGHT)
+        self.subjects: dict[str, str] = {}
+        self.decisions: Counter[str] = Counter()
+
+    async def enrol_all(self, frames: Iterable[Frame]) -> None:
+        """Enrol each track of a camera as a subject of its own."""
+        async with asyncio.TaskGroup() as group:
+            for track in tracks(frames):
+                group.create_task(self._enrol(track, f"subject-of-{track.track_id}"))
+
+    async def search_all(self, frames: Iterable[Frame]) -> None:
+        """Search for each track of a camera among what other cameras saw."""
+        async with asyncio.TaskGroup() as group:
+            for track in tracks(frames):
+                group.create_task(self._look_for(track))
+
+    async def _enrol(self, track: Track, subject_id: str) -> None:
+        async with self._places:
+            entry = await self._client.enrol(self._collection, track.entry(subject_id))
+        self.subjects[track.track_id] = subject_id
+        log.info("enrolled %s as %s from %d crops", track.track_id, subject_id, entry.shot_count)
+
+    async def _look_for(self, track: Track) -> None:
+        others = Where(exclude_camera_ids=[track.camera_id])
+        async with self._places:
+            answer = await self._client.search(self._collection, track.crops, top_k=3, where=others, group_by="subject")
+        decision = answer.decision or "uncertain"
+        self.decisions[decision] += 1
+        own = f"subject-of-{track.track_id}"
+        if decision == "match":
+            best = answer.hits[0]
+            log.info("%s is %s, probability %.3f", track.track_id, best.entry.subject_id, best.probability)
+            await self._enrol(track, best.entry.subject_id)
+            return
+        if decision == "uncertain":
+            nearest = ", ".join(f"{hit.entry.subject_id} ({hit.similarity:.2f})" for hit in answer.hits)
+            log.warning("%s: somebody should look whether it is one of %s", track.track_id, nearest)
+        await self._enrol(track, own)
+
+
+async def run(told: argparse.Namespace) -> None:
+    """Follow both cameras, one after the other, and tell what came of it."""
+    entrance, yard = two_cameras(told.people, told.strangers, datetime.now(UTC), world=told.world, seed=told.seed)
+    ca = os.environ.get("RESIGHT_TLS_CA")
+    async with AsyncClient(
+        told.server, timeout_s=30, token=os.environ.get("RESIGHT_TOKEN"), tls_ca=Path(ca) if ca else None
+    ) as client:
+        await client.wait_ready(told.wait)
+        try:
+            await client.create_collection(told.collection, ttl=KEPT)
+        except CollectionExistsError:
+            log.info("collection %s is there already", told.collection)
+        analytics = Analytics(client, told.collection)
+        await analytics.enrol_all(entrance.frames())
+        await analytics.search_all(yard.frames())
+    json.dump(summary(analytics, entrance, yard), sys.stdout)
+    sys.stdout.write("\n")
+
+
+def summary(analytics: Analytics, entrance: DrawnCamera, yard: DrawnCamera) -> dict[str, int]:
+    """What was decided, and how many of the matches are the same person; only drawn cameras know."""
+    whose = {analytics.subjects[track]: person for track, person in entrance.truth.items()}
+    matched = [(track, analytics.subjects[track]) for track in yard.truth if analytics.subjects[track] in whose]
+    right = sum(yard.truth[track] == whose[subject] for track, subject in matched)
+    counts = {name: analytics.decisions[name] for name in ("match", "uncertain", "unknown")}
+    return {"enrolled": len(entrance.truth), "searched": len(yard.truth), **counts, "right_matches": right}
+
+
+def main() -> None:
+    """Parse what is asked for, and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server", default="127.0.0.1:50051")
+    parser.add_argument("--collection", default="analytics")
+    parser.add_argument("--people", type=int, default=24, help="who pass each of the two drawn cameras")
+    parser.add_argument("--strangers", type=int, default=6, help="how many of them pass one camera only")
+    parser.add_argument("--world", choices=("source", "site"), default="source", help="what the cameras are like")
+    parser.add_argument("--wait", type=float, default=60.0, help="seconds for the server to become ready")
+    parser.add_argument("--seed", type=int, default=0)
+    told = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        asyncio.run(run(told))
+    except* ReIDError as errors:
+        sys.exit("; ".join(str(error) for error in errors.exceptions))
+
+
+if __name__ == "__main__":
+    main()
