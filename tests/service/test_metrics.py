@@ -1,5 +1,6 @@
 """Metrics of a real server, read over HTTP and compared with what was asked of it; the two probes; who gets in."""
 
+import asyncio
 import json
 import ssl
 import threading
@@ -11,6 +12,8 @@ import grpc
 import numpy as np
 import pytest
 from certs import Authority
+from grpc_health.v1 import health_pb2
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from serving import ServerProcess, jpeg
 
@@ -18,7 +21,9 @@ from resight.client import Client, NewEntry, Query
 from resight.errors import ReIDError
 from resight.service.auth import Role
 from resight.service.drift import Drift
-from resight.service.tokens import TokenFile
+from resight.service.endpoint import Watched
+from resight.service.settings import Settings
+from resight.service.tokens import TokenBook, TokenFile
 
 
 class Scraped:
@@ -160,6 +165,38 @@ def test_probes_tell_ready_and_not_ready_while_draining(bundle_path, tmp_path):
         time.sleep(0.01)
     assert answer[0] == 503 and get(f"{url}/livez")[0] == 200
     assert server.end() == 0
+
+
+def test_a_stuck_event_loop_is_told_by_threads_that_are_not(tmp_path):
+    serving = health_pb2.HealthCheckResponse.SERVING
+
+    async def refresh() -> None:
+        pass
+
+    async def status() -> int:
+        return serving
+
+    async def made() -> Watched:
+        settings = Settings(bundle=tmp_path, data=tmp_path)
+        return Watched(CollectorRegistry(), refresh, status, TokenBook(TokenFile(tmp_path)), settings)
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    stuck = threading.Event()
+    try:
+        watched = asyncio.run_coroutine_threadsafe(made(), loop).result(10)
+        assert watched.alive() and watched.ready()
+        loop.call_soon_threadsafe(stuck.wait, 60)  # as a call that never gives the loop back
+        assert not watched.alive() and not watched.ready()
+        stuck.set()
+        assert watched.alive() and watched.ready()
+    finally:
+        stuck.set()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+    assert not watched.alive() and not watched.ready()
 
 
 def test_metrics_follow_the_rules_of_the_grpc_port(bundle_path, tmp_path):
