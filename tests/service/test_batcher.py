@@ -30,12 +30,14 @@ class GatedRuntime(DummyRuntime):
         self.batches: list[int] = []
         self.firsts: list[int] = []
         self.room = 1000
+        self.pace_s = 0.0
 
     def embed(self, images):
         self.batches.append(len(images))
         self.firsts.append(int(images[0, 0, 0, 0]))
         self.started.set()
         assert self.gate.wait(SOON)
+        time.sleep(self.pace_s)
         if len(images) > self.room:
             raise RuntimeError("CUDA failure 2: out of memory ; GPU=0")
         if (images[:, 0, 0, 0] == 255).any():
@@ -147,6 +149,24 @@ def test_what_expires_in_the_queue_never_reaches_the_model():
         assert runtime.batches == [1, 1]
 
     run(test)
+
+
+def test_who_would_be_answered_too_late_is_refused_counting_its_own_batch():
+    async def body(batcher, runtime):
+        runtime.pace_s = 0.03
+        for seed in range(12):  # so it learns how long a batch takes
+            await submit(batcher, crop(seed))
+        first = await blocked(batcher, runtime)
+        took_s = batcher._batch_s
+        with pytest.raises(OverloadedError, match="longer than the deadline") as refused:
+            await submit(batcher, crop(50), time.monotonic() + 1.5 * took_s)  # one ahead, and then its own
+        assert refused.value.retry_after_s >= 1.9 * took_s
+        patient = asyncio.create_task(submit(batcher, crop(51), time.monotonic() + SOON))
+        await asyncio.sleep(0)
+        runtime.gate.set()
+        await asyncio.gather(first, patient)
+
+    run(body)
 
 
 def test_a_deadline_that_has_passed_is_not_admitted():
