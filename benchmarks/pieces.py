@@ -141,7 +141,7 @@ class Bench:
 def sure(heard: Heard) -> Heard:
     """What was heard, all of it answers."""
     if set(heard.codes) != {"OK"}:
-        raise SystemExit(f"calls failed that should not: {dict(heard.codes)}")
+        raise SystemExit(f"calls failed that should not: {dict(heard.codes)}, {heard.told}")
     return heard
 
 

@@ -12,6 +12,7 @@ from pieces import Bench, Row, Rows, ServerWatch, sure
 
 TIMES = 10
 PATIENCE_S = 2.0  # the callers' deadline: what would wait longer is refused at once
+CONNECTIONS = 16  # a server refuses what is over a hundred calls of one connection before it looks at them
 WARM_S = 3.0  # until the queue is as full as it gets
 LOOK_S = 0.25
 GROWTH = 1.1  # flat: a tenth at most
@@ -44,7 +45,7 @@ def overload(bench: Bench, backbones: tuple[str, ...]) -> Rows:
             peak = sure(put(Load(address, EMBED, requests, bench.seconds, warm_s=1.0, in_flight=64))).rate
             load = Load(
                 address, EMBED, requests, 2 * bench.seconds, WARM_S,
-                rate=TIMES * peak, deadline_s=PATIENCE_S, server_pid=watch.pid,
+                rate=TIMES * peak, connections=CONNECTIONS, deadline_s=PATIENCE_S, server_pid=watch.pid,
             )  # fmt: skip
             with _memory(watch) as seen:
                 heard = put(load)
