@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator
 import grpc
 from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # missing in the stubs
 
-from resight.service.auth import DEFAULT_TENANT
 from resight.service.canary import Canary
 from resight.service.embedder import Embedder
 from resight.service.folder import DataFolder
@@ -149,7 +148,7 @@ async def serving(settings: Settings) -> AsyncIterator[Server]:
         await canary.fly()
         await server.start()
         watchers.know(embedder, models, tenants, status)
-        await migrations.resume(await tenants.tenant(DEFAULT_TENANT))
+        await migrations.resume_all(tenants)
         stack.push_async_callback(server.stop, 0)
         address = f"{settings.listen.rpartition(':')[0]}:{port}"
         space = models.active.space

@@ -24,7 +24,7 @@ from resight.service.model import Model
 from resight.service.models import ModelHost
 from resight.service.operations import Operation, State
 from resight.service.runtime import Feature
-from resight.service.tenants import Tenant
+from resight.service.tenants import Tenant, Tenants
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,14 @@ class Migrations:
         if operation.state is State.RUNNING:
             self._spawn(tenant, wanted, operation.operation_id)
         return operation
+
+    async def resume_all(self, tenants: Tenants) -> None:
+        """At start: `resume` those of every tenant; one that cannot be opened stops no other."""
+        for name in await tenants.unfinished(KIND):
+            try:
+                await self.resume(await tenants.tenant(name))
+            except ReIDError as error:
+                log.error("the migrations of tenant %s cannot go on: %s", name, error)
 
     async def resume(self, tenant: Tenant) -> None:
         """At start: go on with what the end of the process interrupted, the newest of each collection."""

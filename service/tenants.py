@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,8 +23,9 @@ from resight.service.auth import DEFAULT_TENANT
 from resight.service.disk import Watermark
 from resight.service.folder import DATABASE_FILE, TENANT_NAME, TENANTS_FOLDER, tenant_folder
 from resight.service.gallery import Gallery
-from resight.service.operations import Operations
+from resight.service.operations import Operations, State
 from resight.service.retention import Kept
+from resight.service.schema import connect
 from resight.service.settings import Settings
 from resight.service.store import Store
 
@@ -114,6 +116,22 @@ class Tenants:
         for path in sorted((self._folder / TENANTS_FOLDER).glob("*")):
             if TENANT_NAME.fullmatch(path.name) and not path.is_symlink() and (path / DATABASE_FILE).is_file():
                 yield path.name
+
+    async def unfinished(self, kind: str) -> list[str]:
+        """Tenants, open or not, with a long operation that the end of a process interrupted."""
+        return [name for name in self.names() if await asyncio.to_thread(self._unfinished, name, kind)]
+
+    def _unfinished(self, name: str, kind: str) -> bool:
+        """Read beside the store: opening a tenant builds its indexes, which most need not."""
+        with contextlib.closing(connect(tenant_folder(self._folder, name) / DATABASE_FILE, read_only=True)) as database:
+            states = [State.PENDING, State.RUNNING, State.INTERRUPTED]  # the first two until its gallery is opened
+            marks = ", ".join("?" * len(states))
+            sql = f"SELECT 1 FROM operation WHERE kind = ? AND state IN ({marks}) LIMIT 1"
+            try:
+                return database.execute(sql, (kind, *states)).fetchone() is not None
+            except sqlite3.Error as error:  # of an older schema, or damaged: told when somebody opens it
+                log.warning("the operations of tenant %s cannot be read: %s", name, error)
+                return False
 
     async def purge(self) -> None:
         """Remove what has had its time, also of tenants whose gallery nobody uses; one that fails stops no other."""

@@ -120,3 +120,20 @@ def test_what_expired_leaves_the_disk_of_tenants_that_nobody_uses(tmp_path):
             assert await held(idle.store) == 1 and await searched(idle.gallery, idle.store, 3) == ["e3"]
 
     asyncio.run(body())
+
+
+def test_those_with_interrupted_work_are_known_without_being_opened(tmp_path):
+    async def body():
+        async with opened(tmp_path) as every:
+            for name in ("acme", "beta"):
+                tenant = await every.tenant(name)
+                begun = await tenant.operations.start("migrate")
+                if name == "beta":
+                    await tenant.operations.finish(begun.operation_id)
+            assert await every.unfinished("migrate") == ["acme"]
+            assert await every.unfinished("rebuild") == []
+        async with opened(tmp_path) as every:  # nobody ended acme's
+            assert await every.unfinished("migrate") == ["acme"]
+            assert [tenant.name for tenant in every.opened()] == ["default"]
+
+    asyncio.run(body())
