@@ -16,7 +16,7 @@ from resight.v1 import common_pb2, search_pb2
 BACKBONE, DIM = "osnet_x0_25", 512
 ENTRIES, LARGE = 100_000, 1_000_000
 QUERIES = 64
-ENROLMENTS = 10_000  # a second, with features supplied: service.md 6.1
+ENROLMENTS = 10_000  # a second, with features supplied
 GIB, LARGE_BYTES = 1024**3, 2.5e9
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from resight.errors import CropsMissingError
 from resight.service import reads, spaces
 from resight.service.entries import Collection, Space
-from resight.service.feed import unpacked
 from resight.service.rows import add_feature
 from resight.service.runtime import Feature
 
@@ -125,7 +124,7 @@ def _found(
         rows += connection.execute(
             "SELECT entry, vector, crc32 FROM feature WHERE entry = ? AND space_id = ?", (key, space.space_id)
         ).fetchall()
-    held, features = unpacked(rows, space)
+    held, features = reads.unpacked(rows, space)
     place = {int(key): row for row, key in enumerate(held)}
     own = np.array([place.get(int(key), -1) for key in keys])
     of = np.full(len(held), -1)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sqlite3
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from threading import Event
 
@@ -81,7 +80,7 @@ class Feed:
             if not rows:
                 return
             after = rows[-1][0]
-            yield unpacked([row for row in rows if row[1] is not None], self.space)
+            yield reads.unpacked([row for row in rows if row[1] is not None], self.space)
 
     def vectors(self, keys: Keys) -> tuple[Keys, Feature]:
         """`resight.service.candidates.Truth`: the stored features of those of ``keys`` that are still there."""
@@ -90,7 +89,7 @@ class Feed:
             "AND f.space_id = ? ORDER BY f.entry",
             (json.dumps(keys.tolist()), self.space.space_id),
         ).fetchall()
-        return unpacked(rows, self.space)
+        return reads.unpacked(rows, self.space)
 
     def passing(self, filters: Filter, limit: int) -> Keys | None:
         """The keys of living entries that pass a filter, ascending; None when more than ``limit`` do."""
@@ -99,15 +98,3 @@ class Feed:
             f"SELECT e.key FROM entry e WHERE {passing.sql} LIMIT ?", (*passing.values, limit + 1)
         ).fetchall()
         return None if len(rows) > limit else np.sort(np.fromiter((row[0] for row in rows), np.int64, len(rows)))
-
-
-def unpacked(rows: Sequence[tuple[int, bytes, int]], space: Space) -> tuple[Keys, Feature]:
-    """Rows (key, vector, crc32) to keys and float32 (N, D); a damaged one is left out and reported."""
-    good = [row for row in rows if len(row[1]) == 4 * space.dim and zlib.crc32(row[1]) == row[2]]
-    if len(good) < len(rows):
-        intact = {row[0] for row in good}
-        damaged = [row[0] for row in rows if row[0] not in intact]
-        log.error("damaged features are left out of searches; entries by key: %s", damaged[:20])
-    keys = np.fromiter((row[0] for row in good), np.int64, len(good))
-    packed = np.frombuffer(b"".join(row[1] for row in good), "<f4")
-    return keys, packed.reshape(len(good), space.dim).astype(np.float32, copy=False)

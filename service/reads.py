@@ -232,7 +232,7 @@ def feature(connection: sqlite3.Connection, key: int, space: Space) -> Feature:
     rows = connection.execute(
         "SELECT entry, vector, crc32 FROM feature WHERE entry = ? AND space_id = ?", (key, space.space_id)
     ).fetchall()
-    _, features = _features(rows, space)
+    _, features = unpacked(rows, space)
     if len(features) != 1:
         raise StoreError("the stored feature of this entry is damaged: delete the entry and enrol it again")
     vector: Feature = features[0]
@@ -261,13 +261,13 @@ def changes(connection: sqlite3.Connection, key: int, space: Space, since: int) 
         ).fetchall()
     finally:
         connection.execute("COMMIT")
-    added, features = _features(rows, space)
+    added, features = unpacked(rows, space)
     removed = np.sort(np.fromiter((row[0] for row in gone), np.int64, len(gone)))
     return Change(added, features, removed, reached)
 
 
-def _features(rows: Sequence[tuple[int, bytes, int]], space: Space) -> tuple[Keys, Feature]:
-    """Rows to keys and float32 (N, D); a damaged one is left out and reported, so that the others can be served."""
+def unpacked(rows: Sequence[tuple[int, bytes, int]], space: Space) -> tuple[Keys, Feature]:
+    """Rows (key, vector, crc32) to keys and float32 (N, D); a damaged one is left out and reported."""
     good = [row for row in rows if len(row[1]) == 4 * space.dim and zlib.crc32(row[1]) == row[2]]
     if len(good) < len(rows):
         intact = {row[0] for row in good}

@@ -31,7 +31,7 @@ PREFIX = "rst_"  # lets scanners of repositories and logs find a leaked one
 RANDOM_BYTES = 32
 LOOK_EVERY_S = 0.5  # a revocation counts within a second
 SCHEMA_VERSION = 1
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")  # service.md §5; tenants become folders
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")  # tenants become folders
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FIELDS = {"name", "tenant", "role", "sha256", "created", "expires"}
 

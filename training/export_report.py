@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from resight.atomic import write_atomic
@@ -13,7 +12,7 @@ from resight.bundle import Bundle
 from resight.calibration import Calibration
 from resight.training.calibrate import Reliability
 from resight.training.calibration_plot import draw_reliability
-from resight.training.report import flatten
+from resight.training.report import flatten, templates
 
 
 def write_export_report(
@@ -36,26 +35,23 @@ def write_export_report(
         OSError: the folder cannot be made or written.
     """
     manifest = bundle.manifest
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     drawn = ""
     if reliability is not None and manifest.calibration is not None:
         drawn = Markup(draw_reliability(reliability, manifest.calibration))
-    page = environment.get_template("export_report.html.j2").render(
-        title=f"Export of {manifest.name}",
-        summary=f"Embedding space {manifest.space_id}, {manifest.feature_dim} numbers a person, {manifest.created}.",
-        measured_on=manifest.evaluation.get("measured_on", "an unknown machine"),
-        columns=columns,
-        rows=rows,
-        left_out=manifest.evaluation.get("left_out", {}),
-        meaning=_meaning(manifest.calibration, reliability),
-        reliability=drawn,
-        facts=_facts(bundle),
+    page = (
+        templates()
+        .get_template("export_report.html.j2")
+        .render(
+            title=f"Export of {manifest.name}",
+            summary=f"Space {manifest.space_id}, {manifest.feature_dim} numbers a person, {manifest.created}.",
+            measured_on=manifest.evaluation.get("measured_on", "an unknown machine"),
+            columns=columns,
+            rows=rows,
+            left_out=manifest.evaluation.get("left_out", {}),
+            meaning=_meaning(manifest.calibration, reliability),
+            reliability=drawn,
+            facts=_facts(bundle),
+        )
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, page.encode())

@@ -126,15 +126,20 @@ def write_report(path: Path, report: Report) -> None:
     os.replace(partial, path)
 
 
-def render(report: Report) -> str:
-    """Return the page. Every string from outside is escaped by the template engine."""
-    environment = Environment(
+def templates() -> Environment:
+    """The templates beside this file; every string from outside is escaped."""
+    return Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def render(report: Report) -> str:
+    """Return the page."""
+    environment = templates()
     environment.filters |= {"uri": data_uri, "number": number, "duration": duration}
     return environment.get_template("report.html.j2").render(
         report=report,

@@ -8,7 +8,7 @@ from resight.probes import MIN_COSINE
 # The smallest cosine of a probe's feature to torch's in fp32, whatever its own export reached.
 LEAST_COSINE = {
     "fp32": MIN_COSINE,
-    "fp16": 0.999,  # half floats keep 11 bits, 5e-4 of a value; what service.md asks of TensorRT's fp16 engines
+    "fp16": 0.999,  # half floats keep 11 bits, 5e-4 of a value; trunks of 50 layers stay above it
 }
 # INT8 is held to the parity of its own export, less this: machines sum and round INT8 differently. The same graphs
 # (OSNet x0.25 and the built-in encoder, per-channel, symmetric or not) in onnxruntime 1.31 with its VNNI kernels and
