@@ -6,7 +6,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,14 +113,15 @@ class Bench:
     @contextmanager
     def serving(self, bundle: Bundle, name: str, **settings: str) -> Iterator[tuple[str, ServerWatch]]:
         """A server of its own process; yields its address and what watches it."""
-        told = {f"RESIGHT_{key.upper()}": value for key, value in settings.items()}
-        os.environ.update(told)
-        try:
-            with server(bundle.path, self.folder / name, max_top_k=1000) as address:
-                yield address, ServerWatch(self.folder / name)
-        finally:
-            for key in told:
-                del os.environ[key]
+        before = dict(os.environ)
+        os.environ.update({f"RESIGHT_{key.upper()}": value for key, value in settings.items()})
+        with ExitStack() as stack:
+            try:
+                address = stack.enter_context(server(bundle.path, self.folder / name, max_top_k=1000))
+            finally:  # at once: another server may be started in the block
+                os.environ.clear()
+                os.environ.update(before)
+            yield address, ServerWatch(self.folder / name)
 
     def embeds(self) -> list[bytes]:
         """Requests of Embed."""

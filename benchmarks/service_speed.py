@@ -19,6 +19,7 @@ from resight.v1 import search_pb2
 GOALS = {"resnet50": 0.90, "osnet_x0_25": 0.80}  # of a bare onnxruntime loop at its best batch
 BATCHES = (1, 8, 16, 32)
 CORES = 2
+BATCHES_SEEN = 12  # of a measurement at least: calls end a batch at a time, so the count is right to one batch
 
 
 class Bare:
@@ -51,6 +52,10 @@ class Bare:
         """Crops a second at the best size; with ``decoding`` in as many threads as cores, between inferences."""
         return self._rate(self._session, self.best, self._seconds, decoding=decoding)
 
+    def long_enough(self) -> float:
+        """Seconds of a measurement of calls."""
+        return max(self._seconds, BATCHES_SEEN * max(BATCHES) / self.of_batch[self.best])
+
     def _rate(self, session: ort.InferenceSession, batch: int, seconds: float, *, decoding: bool = False) -> float:
         pixels = np.resize(self._pixels, (batch, *self._pixels.shape[1:]))
         jpegs = [self._jpegs[number % len(self._jpegs)] for number in range(batch)]
@@ -80,7 +85,7 @@ def embed(bench: Bench, backbones: tuple[str, ...]) -> Rows:
                 found["bare"].append(bare.rate())
                 found["decoding"].append(bare.rate(decoding=True))
                 for method, requests in calls.items():
-                    load = Load(address, method, requests, bench.seconds, warm_s=1.0, server_pid=watch.pid)
+                    load = Load(address, method, requests, bare.long_enough(), warm_s=1.0, server_pid=watch.pid)
                     heard = sure(put(load))
                     found[method].append(heard.rate)
                     cores[method] = heard.cores
@@ -110,7 +115,9 @@ def batching(bench: Bench, backbone: str = "resnet18") -> Rows:
         requests = bench.embeds()
         gains = []
         for _ in range(bench.rounds):
-            alone, together = (sure(put(Load(a, EMBED, requests, bench.seconds, warm_s=1.0))).rate for a in (one, many))
+            alone, together = (
+                sure(put(Load(a, EMBED, requests, bare.long_enough(), warm_s=1.0))).rate for a in (one, many)
+            )
             gains.append(together / alone)
     gain = statistics.median(gains)
     most = bare.of_batch[bare.best] / bare.of_batch[1]
