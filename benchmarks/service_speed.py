@@ -13,7 +13,7 @@ from pieces import Bench, Row, Rows, fill, sure
 
 from resight.bundle import Bundle
 from resight.image import Pixels, decode, fit
-from resight.service.onnx_runtime import session_options
+from resight.service.cpu_session import session_options
 from resight.v1 import search_pb2
 
 GOALS = {"resnet50": 0.90, "osnet_x0_25": 0.80}  # of a bare onnxruntime loop at its best batch
@@ -38,7 +38,7 @@ class Bare:
         self._spec, self._jpegs, self._seconds = bundle.manifest.image, jpegs, seconds
         self._pixels = np.stack([self._one(jpeg) for jpeg in jpegs])
         each_s, fastest = seconds / len(BATCHES), 0.0
-        for options in (own, session_options(0)):
+        for options in (own, session_options(CORES)):
             session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
             rates = {batch: self._rate(session, batch, each_s) for batch in BATCHES}
             if max(rates.values()) > fastest:

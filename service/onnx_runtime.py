@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from resight.errors import BundleError, ReIDError, StartupError
 from resight.graph_check import INPUT, OUTPUT, check_graph
 from resight.image import Pixels
 from resight.probes import BATCH_SIZES
+from resight.service.cpu_session import CpuSession, session_options
 from resight.service.runtime import Feature, Provider, warm_up
 from resight.tolerance import least_cosine
 
@@ -77,7 +78,7 @@ class OnnxRuntime:
                 chosen = tensorrt_options(folder, self._batch_shapes(), precision=precision, device_id=device_id)
             else:
                 chosen = cuda_options(precision=precision, device_id=device_id) if provider == "cuda" else {}
-            self._session = self._open(data, provider, chosen, session_options(threads), artefact.file)
+            self._run = self._open(data, provider, chosen, threads or len(os.sched_getaffinity(0)), artefact.file)
             what = f"{artefact.file} of bundle {self.name} on {provider}"
             try:
                 found = check_probes(
@@ -99,31 +100,48 @@ class OnnxRuntime:
         return least, usual, most
 
     def _open(
-        self, data: bytes, provider: str, chosen: dict[str, str], options: ort.SessionOptions, file: str
-    ) -> ort.InferenceSession:
-        """A session on the chosen provider; onnxruntime would fall back to the CPU with a printed line, we do not."""
-        # What TensorRT leaves runs on CUDA.
-        beside = [("CUDAExecutionProvider", {"device_id": chosen["device_id"]})] if provider == "ort-tensorrt" else []
+        self, data: bytes, provider: str, chosen: dict[str, str], threads: int, file: str
+    ) -> Callable[[Pixels], Feature]:
+        """What runs a batch on the chosen provider and no other."""
         try:
-            session = ort.InferenceSession(
-                data, options, providers=[(PROVIDERS[provider], chosen), *beside], enable_fallback=0
-            )
+            if provider == "cpu":
+                return CpuSession(data, self.image, threads).run
+            return _open_gpu(data, provider, chosen)
+        except ReIDError:
+            raise
         except Exception as error:  # onnxruntime raises a dozen classes of its own that share no base
             raise _unusable(
                 provider, f"bundle {self.name}: onnxruntime {ort.__version__} cannot load {file} on {provider}", error
             ) from error
-        session.disable_fallback()  # nor when a run fails
-        if session.get_providers()[0] != PROVIDERS[provider]:
-            raise StartupError(
-                f"provider {provider} could not be started, onnxruntime chose {session.get_providers()[0]}: "
-                "mend the GPU's driver and libraries, or use --provider cpu"
-            )
-        return session
 
     def embed(self, images: Pixels) -> Feature:
         """Embed fitted crops: uint8 (N, H, W, 3) RGB -> float32 (N, D) unit rows."""
-        features: Feature = self._session.run([OUTPUT], {INPUT: images})[0]
+        return self._run(images)
+
+
+def _open_gpu(data: bytes, provider: str, chosen: dict[str, str]) -> Callable[[Pixels], Feature]:
+    """A session on a GPU; onnxruntime would fall back to the CPU with a printed line, we do not.
+
+    Raises:
+        StartupError: the provider did not start.
+    """
+    # What TensorRT leaves runs on CUDA.
+    beside = [("CUDAExecutionProvider", {"device_id": chosen["device_id"]})] if provider == "ort-tensorrt" else []
+    session = ort.InferenceSession(
+        data, session_options(1), providers=[(PROVIDERS[provider], chosen), *beside], enable_fallback=0
+    )
+    session.disable_fallback()  # nor when a run fails
+    if session.get_providers()[0] != PROVIDERS[provider]:
+        raise StartupError(
+            f"provider {provider} could not be started, onnxruntime chose {session.get_providers()[0]}: "
+            "mend the GPU's driver and libraries, or use --provider cpu"
+        )
+
+    def run(images: Pixels) -> Feature:
+        features: Feature = session.run([OUTPUT], {INPUT: images})[0]
         return features
+
+    return run
 
 
 def _unusable(provider: str, what: str, error: Exception) -> ReIDError:
@@ -132,31 +150,6 @@ def _unusable(provider: str, what: str, error: Exception) -> ReIDError:
     if provider == "cpu":
         return BundleError(f"{told}: export the bundle anew")
     return StartupError(f"{told}: mend the GPU's driver, free its memory, or use --provider cpu")
-
-
-def session_options(threads: int) -> ort.SessionOptions:
-    """How onnxruntime runs a graph beside a service on the same cores; figures by `benchmarks/bench_session.py`.
-
-    Args:
-        threads: of one run; 0 = one for each core this process may use.
-    """
-    options = ort.SessionOptions()
-    # Given as a number, even where it is onnxruntime's own: left at 0 it also pins each thread to a core (its page
-    # "Thread management"), where it waits for whatever of the service runs there.
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-    options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    # A pattern is planned and kept for every shape, and a batcher makes max_batch of them: the peak of OSNet x0.25
-    # was 182 MiB with patterns and 123 MiB without, at the same speed. The arena itself stays: without it each run
-    # asks the system anew (RSS 139 MiB, no faster); after the warm-up it grew by 2 MiB, so nothing is shrunk.
-    options.enable_cpu_mem_arena = True
-    options.enable_mem_pattern = False
-    # Threads that spin for work took 1.6-1.9 times the CPU time per crop, which decoding and gRPC on the same cores
-    # want; sleeping costs a lone crop up to 1 ms.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3  # errors: its warnings are about graphs, and a user of a bundle writes none
-    return options
 
 
 def cuda_options(*, precision: str, device_id: int) -> dict[str, str]:

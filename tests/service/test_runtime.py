@@ -1,5 +1,4 @@
 import dataclasses
-import os
 import warnings
 
 import numpy as np
@@ -13,7 +12,7 @@ from resight.errors import BundleError, StartupError
 from resight.image import ImageSpec
 from resight.probes import make_probes
 from resight.service import onnx_runtime
-from resight.service.onnx_runtime import PROVIDERS, OnnxRuntime, cuda_options, session_options, tensorrt_options
+from resight.service.onnx_runtime import PROVIDERS, OnnxRuntime, cuda_options, tensorrt_options
 from resight.service.runtime import DummyRuntime, open_runtime, warm_up
 
 
@@ -68,14 +67,6 @@ def test_the_gpu_answers_as_the_cpu(bundle):
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         pytest.skip("this onnxruntime has no CUDAExecutionProvider: install onnxruntime-gpu")
     assert np.abs(open_runtime(bundle, provider="cuda").embed(pixels(7)) - embed_by_hand(pixels(7))).max() < 1e-3
-
-
-def test_the_session_leaves_the_cores_to_the_service():
-    options = session_options(0)
-    assert options.intra_op_num_threads == len(os.sched_getaffinity(0)) and options.inter_op_num_threads == 1
-    assert options.enable_cpu_mem_arena and not options.enable_mem_pattern
-    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
-    assert session_options(3).intra_op_num_threads == 3
 
 
 def test_fp32_is_no_tf32():
