@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import tempfile
 import time
 import warnings
@@ -30,6 +29,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
+from resight.cpu_session import CpuSession
 from resight.exporters.graph import ServingGraph
 from resight.exporters.qdq import calibrate
 from resight.exporters.quantize import Gate, decide, keep_sensitive
@@ -39,7 +39,6 @@ from resight.exporters.verify import run_onnx, run_torch
 from resight.image import ImageSpec, Pixels, decode, fit
 from resight.model import Encoder, EncoderConfig
 from resight.probes import Run
-from resight.service.cpu_session import CpuSession
 from resight.training.datasets import Site, open_site
 from resight.training.evaluate import embed_store, evaluate_site
 from resight.training.synthetic import SiteSettings, render_site
@@ -146,8 +145,7 @@ def compare(backbone: str, site: Site, seconds: float) -> None:
     exported, started = time.perf_counter() - started, time.perf_counter()
     made = keep_sensitive(calibrate(fp32, pixels))
     quantised = time.perf_counter() - started
-    cores = len(os.sched_getaffinity(0))
-    ours, int8 = (CpuSession(model, encoder.config.image, cores).run for model in (fp32, made.model))
+    ours, int8 = (CpuSession(model).run for model in (fp32, made.model))
     eager = run_torch(encoder)
     rate = rates(
         {

@@ -28,9 +28,9 @@ import numpy as np
 import onnxruntime as ort
 from PIL import Image
 
-from resight.image import ImageSpec, Pixels
+from resight.cpu_session import CpuSession, session_options
+from resight.image import Pixels
 from resight.probes import draw_jpegs
-from resight.service.cpu_session import CpuSession, session_options
 
 MAX_BATCH = 32
 LONE = 60  # lone crops
@@ -71,7 +71,7 @@ def measure(path: str, changed: dict[str, str], seconds: float) -> dict[str, flo
         session.run(None, {"images": images})
 
     if not changed:
-        infer = CpuSession(Path(path).read_bytes(), ImageSpec(height, width), options.intra_op_num_threads).run
+        infer = CpuSession(Path(path).read_bytes()).run
     infer(crops)
     found: dict[str, float] = {}
 

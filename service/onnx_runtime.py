@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ from typing import Any
 import onnxruntime as ort
 
 from resight.bundle import Bundle, check_probes
+from resight.cpu_session import CpuSession, session_options
 from resight.engine_build import WORKSPACE_BYTES
 from resight.engine_cache import EngineCache
 from resight.errors import BundleError, ReIDError, StartupError
 from resight.graph_check import INPUT, OUTPUT, check_graph
 from resight.image import Pixels
 from resight.probes import BATCH_SIZES
-from resight.service.cpu_session import CpuSession, session_options
 from resight.service.runtime import Feature, Provider, warm_up
 from resight.tolerance import least_cosine
 
@@ -78,7 +77,7 @@ class OnnxRuntime:
                 chosen = tensorrt_options(folder, self._batch_shapes(), precision=precision, device_id=device_id)
             else:
                 chosen = cuda_options(precision=precision, device_id=device_id) if provider == "cuda" else {}
-            self._run = self._open(data, provider, chosen, threads or len(os.sched_getaffinity(0)), artefact.file)
+            self._run = self._open(data, provider, chosen, threads, artefact.file)
             what = f"{artefact.file} of bundle {self.name} on {provider}"
             try:
                 found = check_probes(
@@ -105,7 +104,7 @@ class OnnxRuntime:
         """What runs a batch on the chosen provider and no other."""
         try:
             if provider == "cpu":
-                return CpuSession(data, self.image, threads).run
+                return CpuSession(data, threads).run
             return _open_gpu(data, provider, chosen)
         except ReIDError:
             raise

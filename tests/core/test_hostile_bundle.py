@@ -390,5 +390,7 @@ def test_a_graph_that_loads_but_does_not_run_is_refused(tmp_path: Path) -> None:
     place = next(i for i, node in enumerate(model.graph.node) if node.op_type == "Transpose")
     model.graph.node[place].output[0] = "before"
     model.graph.node.insert(place + 1, helper.make_node("Conv", ["before", "odd"], ["t"]))
-    with pytest.raises(BundleError, match=r"(model\.onnx.*does not run|cannot load model\.onnx).*export the bundle anew"):
+    with pytest.raises(
+        BundleError, match=r"(model\.onnx.*does not run|cannot load model\.onnx).*export the bundle anew"
+    ):
         open_runtime(with_graph(bundle, model.SerializeToString()))

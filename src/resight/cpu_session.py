@@ -8,15 +8,19 @@ spinning, 825 in parts, with the least processor time a crop; ResNet-50 27 in ea
 
 from __future__ import annotations
 
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from resight.graph_check import INPUT, OUTPUT
-from resight.image import ImageSpec, Pixels
-from resight.service.runtime import Feature
+from resight.image import Pixels
+
+Features = NDArray[np.float32]
+"""float32 (N, D), unit rows."""
 
 PROVIDER = "CPUExecutionProvider"
 WORTH = 0.8  # of the time of one core: below it a second session for batches too small to part pays for its weights
@@ -32,22 +36,21 @@ class CpuSession:
 
     Args:
         data: serialised ONNX, checked.
-        image: what the graph takes.
-        threads: cores to use.
+        threads: cores to use; 0 = all that this process may use.
     """
 
-    def __init__(self, data: bytes, image: ImageSpec, threads: int) -> None:
-        self._threads = threads
+    def __init__(self, data: bytes, threads: int = 0) -> None:
+        self._threads = threads = threads or len(os.sched_getaffinity(0))
         self._alone = open_session(data, 1)
         self._together = self._alone
         if threads > 1:
             self._pool = ThreadPoolExecutor(threads, thread_name_prefix="core")
             together = open_session(data, threads)
-            crop = np.zeros((1, image.height, image.width, 3), np.uint8)
+            crop = np.zeros((1, *self._alone.get_inputs()[0].shape[1:]), np.uint8)
             if _lone_s(together, crop) < WORTH * _lone_s(self._alone, crop):
                 self._together = together
 
-    def run(self, images: Pixels) -> Feature:
+    def run(self, images: Pixels) -> Features:
         """Features, float32 (N, D), of uint8 (N, H, W, 3)."""
         if len(images) < self._threads or self._threads == 1:
             return _run(self._together, images)
@@ -84,8 +87,8 @@ def session_options(threads: int) -> ort.SessionOptions:
     return options
 
 
-def _run(session: ort.InferenceSession, images: Pixels) -> Feature:
-    features: Feature = session.run([OUTPUT], {INPUT: images})[0]
+def _run(session: ort.InferenceSession, images: Pixels) -> Features:
+    features: Features = session.run([OUTPUT], {INPUT: images})[0]
     return features
 
 

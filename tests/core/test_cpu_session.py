@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from exports import SPEC, draw_crops, export
+from exports import draw_crops, export
 
+from resight.cpu_session import CpuSession, session_options
 from resight.exporters.verify import run_onnx
-from resight.service.cpu_session import CpuSession, session_options
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_parts_are_the_whole(threads: int) -> None:
-    session = CpuSession(export("osnet_x0_25"), SPEC, threads)
+    session = CpuSession(export("osnet_x0_25"), threads)
     crops = draw_crops()
     whole = run_onnx(export("osnet_x0_25"))(crops[:33])
     for size in (1, 2, 3, 7, 32, 33):
@@ -24,7 +24,7 @@ def test_parts_are_the_whole(threads: int) -> None:
 def test_callers_at_once_do_not_mix_their_parts() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    session, crops = CpuSession(export("osnet_x0_25"), SPEC, 2), draw_crops()
+    session, crops = CpuSession(export("osnet_x0_25"), 2), draw_crops()
     whole = session.run(crops[:32])
     starts = [int(start) for start in np.random.default_rng(0).integers(0, 24, 40)]
     with ThreadPoolExecutor(4) as pool:
@@ -33,7 +33,7 @@ def test_callers_at_once_do_not_mix_their_parts() -> None:
 
 
 def test_a_failing_part_fails_the_batch() -> None:
-    session = CpuSession(export("osnet_x0_25"), SPEC, 2)
+    session = CpuSession(export("osnet_x0_25"), 2)
     with pytest.raises(Exception, match="Got invalid dimensions"):  # onnxruntime's own, which the runtime translates
         session.run(draw_crops()[:8, :32])
 
