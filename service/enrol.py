@@ -10,8 +10,9 @@ from uuid import uuid4
 from resight.errors import QualityTooLowError, ReIDError
 from resight.service import writes
 from resight.service.entries import Collection, Enrolled, Enrolment, Entry
-from resight.service.features import Crops, FeatureMaker, Given
+from resight.service.features import Crops, FeatureMaker, Given, given_features
 from resight.service.lanes import Priority
+from resight.service.runtime import Feature
 from resight.service.store import Store
 
 
@@ -38,7 +39,7 @@ async def enrolled(
         requests: at most ``max_batch_items``.
         deadline: in `time.monotonic` seconds.
     """
-    made = await asyncio.gather(*(_made(maker, into, request, deadline) for request in requests))
+    made = await _made(maker, into, requests, deadline)
     ready = [new for new in made if isinstance(new, Enrolment)]
     try:
         stored = iter(await store.write(writes.enrol_each, into, ready))
@@ -55,7 +56,7 @@ async def enrolled_together(
     Raises:
         ReIDError: of the first that cannot be enrolled; its ``item`` fact tells which.
     """
-    made = await asyncio.gather(*(_made(maker, into, request, deadline) for request in requests))
+    made = await _made(maker, into, requests, deadline)
     good: list[Enrolment] = []
     for number, new in enumerate(made):
         if isinstance(new, ReIDError):
@@ -65,16 +66,31 @@ async def enrolled_together(
     return await store.write(writes.enrol_all, into, good)
 
 
-async def _made(maker: FeatureMaker, into: Collection, request: EnrolRequest, deadline: float) -> Enrolment | ReIDError:
-    source = request.source
+async def _made(
+    maker: FeatureMaker, into: Collection, requests: Sequence[EnrolRequest], deadline: float
+) -> list[Enrolment | ReIDError]:
+    """What is to be stored, or why it cannot be; given features are checked together, crops embedded at once."""
+    given = iter(given_features([one.source for one in requests if isinstance(one.source, Given)], into))
+    crops = [_embedded(maker, into, one, one.source, deadline) for one in requests if isinstance(one.source, Crops)]
+    embedded = iter(await asyncio.gather(*crops))
+    made: list[Enrolment | ReIDError] = []
+    for one in requests:
+        if isinstance(one.source, Crops):
+            made.append(next(embedded))
+            continue
+        feature = next(given)
+        made.append(feature if isinstance(feature, ReIDError) else _enrolment(one, feature, 0))
+    return made
+
+
+async def _embedded(
+    maker: FeatureMaker, into: Collection, request: EnrolRequest, source: Crops, deadline: float
+) -> Enrolment | ReIDError:
     try:
         made = await maker.made(into, source, deadline, every=True, priority=Priority.ENROL)
         others = await maker.others(into, source, deadline)
     except ReIDError as error:
         return error
-    entry = replace(request.entry, entry_id=request.entry.entry_id or uuid4().hex, shot_count=made.used)
-    if isinstance(source, Given):
-        return Enrolment(entry, made.feature, (), request.replace, request.request_id, request.digest)
     if made.quality < into.min_quality:
         return QualityTooLowError(
             f"quality {made.quality:.3f} is below the {into.min_quality:.3f} that collection {into.name} asks for: "
@@ -83,5 +99,10 @@ async def _made(maker: FeatureMaker, into: Collection, request: EnrolRequest, de
             quality=f"{made.quality:.4f}",
             min_quality=f"{into.min_quality:.4f}",
         )
-    entry = replace(entry, quality=made.quality)
-    return Enrolment(entry, made.feature, source.images, request.replace, request.request_id, request.digest, others)
+    new = _enrolment(request, made.feature, made.used)
+    return replace(new, entry=replace(new.entry, quality=made.quality), crops=source.images, others=others)
+
+
+def _enrolment(request: EnrolRequest, feature: Feature, shots: int) -> Enrolment:
+    entry = replace(request.entry, entry_id=request.entry.entry_id or uuid4().hex, shot_count=shots)
+    return Enrolment(entry, feature, (), request.replace, request.request_id, request.digest)

@@ -139,14 +139,44 @@ def joined(
 
 
 def given_feature(source: Given, of: Collection) -> Feature:
-    """Check a caller's feature and bring it to unit length: float32 (D,).
+    """Check a caller's feature and bring it to unit length: float32 (D,); raises what `given_features` answers."""
+    (found,) = given_features([source], of)
+    if isinstance(found, ReIDError):
+        raise found
+    return found
 
-    Raises:
-        SpaceMismatchError: of another space than the collection.
-        InputError: wrong length, not finite, or zero.
+
+def given_features(sources: Sequence[Given], of: Collection) -> list[Feature | ReIDError]:
+    """Check callers' features and bring them to unit length, all at once: one by one numpy's calls cost the most.
+
+    Returns:
+        For each float32 (D,), or SpaceMismatchError (of another space than the collection) or InputError (wrong
+        length, not finite, or zero).
     """
+    found: list[Feature | ReIDError | None] = [_misfit(source, of) for source in sources]
+    fit = [number for number, misfit in enumerate(found) if misfit is None]
+    packed = b"".join(sources[number].float32_le for number in fit)
+    features = np.frombuffer(packed, "<f4").astype(np.float32).reshape(len(fit), of.space.dim)
+    with np.errstate(over="ignore", invalid="ignore"):
+        lengths = np.linalg.norm(features.astype(np.float64), axis=1)
+    good = np.isfinite(lengths) & (lengths >= 1e-12)
+    units = features / np.where(good, lengths, 1.0).astype(np.float32)[:, None]
+    for number, length, usable, unit in zip(fit, lengths.tolist(), good.tolist(), units, strict=True):
+        found[number] = (
+            unit
+            if usable
+            else InputError(
+                f"a feature needs finite numbers and a length above 0, found length {length}",
+                field="embedding.float32_le",
+            )
+        )
+    return [outcome for outcome in found if outcome is not None]
+
+
+def _misfit(source: Given, of: Collection) -> ReIDError | None:
+    """What is wrong with a feature before its numbers are looked at."""
     if source.space_id != of.space.space_id:
-        raise SpaceMismatchError(
+        return SpaceMismatchError(
             f"collection {of.name} holds features of space {of.space.space_id}, the given one says "
             f"{source.space_id or 'nothing'}: embed the crop with that model",
             field="embedding.space_id",
@@ -154,18 +184,11 @@ def given_feature(source: Given, of: Collection) -> Feature:
             found_space_id=source.space_id,
         )
     if len(source.float32_le) != 4 * of.space.dim:
-        raise InputError(
+        return InputError(
             f"a feature of this space is {of.space.dim} float32 in {4 * of.space.dim} bytes, found "
             f"{len(source.float32_le)} bytes: send all of it, little-endian",
             field="embedding.float32_le",
             expected_bytes=4 * of.space.dim,
             found_bytes=len(source.float32_le),
         )
-    feature = np.frombuffer(source.float32_le, "<f4").astype(np.float32)
-    length = float(np.linalg.norm(feature.astype(np.float64)))
-    if not np.isfinite(length) or length < 1e-12:
-        raise InputError(
-            f"a feature needs finite numbers and a length above 0, found length {length}", field="embedding.float32_le"
-        )
-    unit: Feature = (feature / length).astype(np.float32)
-    return unit
+    return None

@@ -51,7 +51,8 @@ class Settings(BaseSettings):
         max_batch: crops of one inference.
         batch_delay_s: wait for more crops when the model is idle; 0 batches what gathers while it is busy.
         max_queue: crops admitted and not yet answered (8 batches), of each priority.
-        max_rpcs: calls in flight; times ``max_message_bytes`` this is the fence on memory.
+        max_rpcs: calls in flight, twice ``max_queue``: our refusals say when to come back, gRPC's own do not. Times
+            ``max_message_bytes`` this is the fence on memory.
         max_message_bytes: 64 crops of 100 KB fit.
         max_rerank_candidates: of one search; 1000 of 512-d take 57 ms of a core, and it grows with the square.
         max_stream_items: of one stream, read and not yet answered; one batch.
@@ -107,7 +108,7 @@ class Settings(BaseSettings):
     max_batch: int = Field(default=32, ge=1, le=1024)
     batch_delay_s: float = Field(default=0.0, ge=0.0, le=1.0)
     max_queue: int = Field(default=256, ge=1, le=65536)
-    max_rpcs: int = Field(default=256, ge=1, le=65536)
+    max_rpcs: int = Field(default=512, ge=1, le=65536)
     max_message_bytes: int = Field(default=8 * MIB, ge=64 * 1024, le=256 * MIB)
     max_image_bytes: int = Field(default=MAX_BYTES, ge=1024, le=64 * MIB)
     max_image_pixels: int = Field(default=MAX_PIXELS, ge=256, le=89_478_485)  # Pillow's own warning begins there

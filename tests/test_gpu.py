@@ -16,7 +16,9 @@ FIGURES = "<!-- figures: written by benchmarks/bench_gpu.py -->"
 
 @pytest.mark.skipif(not no_gpu(), reason="there is a GPU")
 @pytest.mark.parametrize(
-    "command", [["make", "gpu"], [sys.executable, "benchmarks/bench_gpu.py"]], ids=["make", "bench"]
+    "command",
+    [["make", "--no-print-directory", "gpu"], [sys.executable, "benchmarks/bench_gpu.py"]],
+    ids=["make", "bench"],
 )
 def test_without_a_gpu_one_line_says_so_and_nothing_is_written(command: list[str]) -> None:
     before = (ROOT / "docs/gpu.md").read_bytes()

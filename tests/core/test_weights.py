@@ -170,6 +170,7 @@ def test_torchvision_names_load_from_its_cache(tmp_path: Path, monkeypatch: pyte
 
 def test_a_download_that_fails_says_which_file_to_bring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("urllib.request._opener", None)  # it keeps the proxies it was made with, also for later tests
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(WeightsError, match=r"put the file resnet18-\w+\.pth there and give its path"):

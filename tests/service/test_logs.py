@@ -64,13 +64,13 @@ def test_no_crop_feature_token_or_name_of_anybody_is_in_the_log(bundle_path, tmp
     server = ServerProcess(bundle_path, tmp_path / "data", *flags, RESIGHT_PURGE_INTERVAL_S="0.2")
     try:
         secrets = put_through(server.wait_ready(), token)
+        url = json.loads((tmp_path / "data" / "server.json").read_text())["metrics"]
+        scrape = urllib.request.Request(f"{url}/metrics", headers={"Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(scrape, timeout=10) as answer:
+            metrics = answer.read().decode()
     except BaseException:
         server.end()
         raise
-    url = json.loads((tmp_path / "data" / "server.json").read_text())["metrics"]
-    scrape = urllib.request.Request(f"{url}/metrics", headers={"Authorization": f"Bearer {token}"})
-    with urllib.request.urlopen(scrape, timeout=10) as answer:
-        metrics = answer.read().decode()
     assert server.end() == 0
     text = server.log.read_text(errors="replace")
     assert "refused" in text and "unknown token" in text  # the log was alive
