@@ -10,6 +10,7 @@ import asyncio
 import logging
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -102,6 +103,7 @@ class Searcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="search")
         self._indexes = Indexes(store, self._ladder, self._thread.submit)
         self._following: set[int] = set()
+        self._dropped: deque[tuple[Collection, Space | None]] = deque()
         self._queue: SearchQueue[_Kind, _Job, Found] = SearchQueue(self._thread, self._search, most=max_queue)
 
     async def load(self, dim: int = 0) -> None:
@@ -144,6 +146,7 @@ class Searcher:
         """End after the running search; an index that is being built is given up."""
         self._indexes.close()
         self._thread.shutdown(cancel_futures=True)
+        self._drop_all()  # what was deleted a moment ago must not leave its graph on the disk
         self._queue.close()
         self._indexes.disconnect()
 
@@ -164,7 +167,12 @@ class Searcher:
 
     def drop(self, collection: Collection, space: Space | None = None) -> None:
         """Forget a deleted collection, or one of its spaces that is searched no more."""
-        self._thread.submit(self._indexes.drop, collection, space)
+        self._dropped.append((collection, space))
+        self._thread.submit(self._drop_all)
+
+    def _drop_all(self) -> None:
+        while self._dropped:
+            self._indexes.drop(*self._dropped.popleft())
 
     def revisions(self) -> list[tuple[int, int]]:
         """(collection key, revision): older changes of the collection are needed no more."""
