@@ -5,13 +5,13 @@ Both are decided by measuring on crops that took no part in the calibration. See
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from resight.exporters.qdq import Calibrated, CalibrationCrops, apply, calibrate, run
+from resight.exporters.qdq import Calibrated, apply, run
 
 MAX_TRIED = 32  # crops a block is judged by; only an order of blocks hangs on it
 Progress = Callable[[str], None]
@@ -50,47 +50,6 @@ class Quantised:
     mean_cosine: float
     min_cosine: float
     crops: int
-
-
-def quantize(
-    model: bytes,
-    crops: CalibrationCrops,
-    *,
-    symmetric: bool = False,
-    keep: Collection[str] = (),
-    progress: Progress | None = None,
-) -> bytes:
-    """Make the INT8 form with the blocks in float that the caller names.
-
-    Deterministic for the same model, crops and versions of the libraries.
-
-    Args:
-        model: fp32 ONNX, as `resight.exporters.to_onnx` writes it.
-        crops: of the site, fitted; at least 16, of which one in four is not calibrated on.
-        symmetric: for TensorRT; slow on a CPU.
-        keep: blocks to leave in float, such as ``conv1`` or ``layer4.1``.
-        progress: told what begins.
-
-    Raises:
-        BundleError: too few crops or of another shape, or an unknown block.
-    """
-    if progress is not None:
-        progress("calibrating")
-    return apply(calibrate(model, crops), symmetric=symmetric, keep=keep)
-
-
-def quantize_kept(
-    model: bytes,
-    crops: CalibrationCrops,
-    *,
-    symmetric: bool = False,
-    gate: Gate | None = None,
-    progress: Progress | None = None,
-) -> Quantised:
-    """Calibrate a graph and `keep_sensitive` blocks in float; see `quantize` for arguments and errors."""
-    if progress is not None:
-        progress("calibrating")
-    return keep_sensitive(calibrate(model, crops), symmetric=symmetric, gate=gate, progress=progress)
 
 
 def keep_sensitive(

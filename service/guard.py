@@ -31,7 +31,6 @@ from resight.service.settings import Settings
 log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Behaviour = Callable[[Any, Context], Any]
 
 
 @dataclass(slots=True)

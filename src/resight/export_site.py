@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-INT8_CROPS = 512  # half to calibrate, half to compare; more moved no figure of bench_runtime
+INT8_CROPS = 256  # as many as `resight.exporters.qdq` takes: one in four to compare, of the others 128 to calibrate
 PAIR_CROPS = 6000  # whole tracks up to this many: pairs enough for 1 in 1,000 (resight.training.pairs)
 
 

@@ -21,7 +21,7 @@ from serving import weights as weights_of
 
 from resight.errors import BundleError
 from resight.exporters.graph import ServingGraph
-from resight.exporters.quantize import quantize
+from resight.exporters.qdq import apply, calibrate
 from resight.exporters.to_fp16 import to_fp16
 from resight.exporters.to_onnx import to_onnx
 from resight.graph_bytes import MAX_BYTES, MAX_STRUCTURE_BYTES
@@ -78,7 +78,7 @@ def test_a_small_graph_passes_and_its_length_is_checked_where_known() -> None:
 def quantized(name: str, *, symmetric: bool = False) -> bytes:
     image = CONFIGS[name].image
     crops = np.random.default_rng(0).integers(0, 256, (16, image.height, image.width, 3), dtype=np.uint8)
-    return quantize(exported(name), crops, symmetric=symmetric)
+    return apply(calibrate(exported(name), crops), symmetric=symmetric)
 
 
 @cache

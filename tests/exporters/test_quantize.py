@@ -22,7 +22,7 @@ from resight.errors import BundleError
 from resight.exporters import qdq
 from resight.exporters.graph import ServingGraph
 from resight.exporters.int8_graph import suit_cpu
-from resight.exporters.quantize import Gate, decide, keep_sensitive, quantize, quantize_kept
+from resight.exporters.quantize import Gate, decide, keep_sensitive
 from resight.exporters.to_onnx import to_onnx
 from resight.exporters.verify import run_onnx
 from resight.image import ImageSpec
@@ -109,14 +109,19 @@ def test_nothing_is_said_and_the_file_is_the_same_in_another_process(
 ) -> None:
     model, crops = export("osnet_x0_25"), draw_crops(32)
     with caplog.at_level(logging.WARNING):
-        mine = [hashlib.sha256(quantize(model, crops, symmetric=symmetric)).hexdigest() for symmetric in (False, True)]
+        mine = [
+            hashlib.sha256(qdq.apply(qdq.calibrate(model, crops), symmetric=symmetric)).hexdigest()
+            for symmetric in (False, True)
+        ]
     assert capfd.readouterr() == ("", "") and not caplog.records
     (tmp_path / "model.onnx").write_bytes(model)
     np.save(tmp_path / "crops.npy", crops)
     program = (
-        "import hashlib, numpy, pathlib; from resight.exporters.quantize import quantize\n"
+        "import hashlib, numpy, pathlib; from resight.exporters import qdq\n"
         "model, crops = pathlib.Path('model.onnx').read_bytes(), numpy.load('crops.npy')\n"
-        "for symmetric in (False, True): print(hashlib.sha256(quantize(model, crops, symmetric=symmetric)).hexdigest())"
+        "for symmetric in (False, True):\n"
+        "    made = qdq.apply(qdq.calibrate(model, crops), symmetric=symmetric)\n"
+        "    print(hashlib.sha256(made).hexdigest())"
     )
     told = subprocess.run(
         [sys.executable, "-c", program],
@@ -161,8 +166,10 @@ def test_the_block_that_int8_breaks_stays_in_float() -> None:
 
 def test_a_gate_out_of_reach_ends_with_half_of_the_blocks_at_most() -> None:
     steps: list[str] = []
-    made = quantize_kept(export("resnet18"), draw_crops(48), gate=Gate(min_mean_cosine=1.1), progress=steps.append)
-    assert steps[0] == "calibrating" and len(steps) <= 1 + len(BLOCKS) + 3
+    made = keep_sensitive(
+        qdq.calibrate(export("resnet18"), draw_crops(48)), gate=Gate(min_mean_cosine=1.1), progress=steps.append
+    )
+    assert steps[0] == f"trying {BLOCKS[0]}" and len(steps) <= len(BLOCKS) + 3
     assert 0 < len(made.kept) <= len(BLOCKS) // 2 and made.mean_cosine < 1.1
 
 
@@ -187,9 +194,9 @@ def test_crops_are_held_back_from_the_calibration() -> None:
 
 def test_what_cannot_be_quantised_is_refused_with_what_to_do() -> None:
     with pytest.raises(BundleError, match=r"at least 16 crops .* found 15: give more"):
-        quantize(export("resnet18"), draw_crops()[:15])
+        qdq.calibrate(export("resnet18"), draw_crops()[:15])
     with pytest.raises(BundleError, match=r"needs uint8 crops \(N, 64, 32, 3\), found uint8 \(20, 32, 32, 3\)"):
-        quantize(export("resnet18"), draw_crops()[:20, :32])
+        qdq.calibrate(export("resnet18"), draw_crops()[:20, :32])
     with pytest.raises(BundleError, match=r"unknown block 'layer9.9' .* choose among conv1, layer1.0"):
         qdq.apply(calibrated("resnet18"), keep=["layer9.9"])
 
