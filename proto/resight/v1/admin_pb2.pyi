@@ -348,3 +348,126 @@ class ListAuditEventsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListAuditEventsResponse: _TypeAlias = ListAuditEventsResponse  # noqa: Y015
+
+@_typing.final
+class StartAdaptationRequest(_message.Message):
+    """Asks the cycle of a site for a run. The operation stays PENDING until that cycle takes it, over restarts too."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_SPEC_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    job_spec_id: _builtins.str
+    """the name in a site's file, 1-63 of a-z A-Z 0-9 . _ -; never a command"""
+    request_id: _builtins.str
+    """unique, e.g. UUID4; a replay is answered with the first operation"""
+    def __init__(
+        self,
+        *,
+        job_spec_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_spec_id", b"job_spec_id", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartAdaptationRequest: _TypeAlias = StartAdaptationRequest  # noqa: Y015
+
+@_typing.final
+class StartAdaptationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPERATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def operation(self) -> _operation_pb2.Operation:
+        """one that is PENDING for this site is answered again"""
+
+    def __init__(
+        self,
+        *,
+        operation: _operation_pb2.Operation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartAdaptationResponse: _TypeAlias = StartAdaptationResponse  # noqa: Y015
+
+@_typing.final
+class ReportAdaptationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ResultEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    OPERATION_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    operation_id: _builtins.str
+    state: _operation_pb2.OperationState.ValueType
+    """RUNNING takes it; SUCCEEDED or FAILED ends it"""
+    error: _builtins.str
+    """why it FAILED; <= 1024 characters"""
+    @_builtins.property
+    def result(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """added to what was told before; <= 32, key 1..63, value <= 1024 characters"""
+
+    def __init__(
+        self,
+        *,
+        operation_id: _builtins.str = ...,
+        state: _operation_pb2.OperationState.ValueType = ...,
+        result: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "operation_id", b"operation_id", "result", b"result", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportAdaptationRequest: _TypeAlias = ReportAdaptationRequest  # noqa: Y015
+
+@_typing.final
+class ReportAdaptationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPERATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def operation(self) -> _operation_pb2.Operation:
+        """as it stands: one that was CANCELLED meanwhile stays so, and its cycle ends"""
+
+    def __init__(
+        self,
+        *,
+        operation: _operation_pb2.Operation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportAdaptationResponse: _TypeAlias = ReportAdaptationResponse  # noqa: Y015

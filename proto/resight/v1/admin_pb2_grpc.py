@@ -59,6 +59,16 @@ class AdminServiceStub:
                 request_serializer=resight_dot_v1_dot_admin__pb2.ListAuditEventsRequest.SerializeToString,
                 response_deserializer=resight_dot_v1_dot_admin__pb2.ListAuditEventsResponse.FromString,
                 _registered_method=True)
+        self.StartAdaptation = channel.unary_unary(
+                '/resight.v1.AdminService/StartAdaptation',
+                request_serializer=resight_dot_v1_dot_admin__pb2.StartAdaptationRequest.SerializeToString,
+                response_deserializer=resight_dot_v1_dot_admin__pb2.StartAdaptationResponse.FromString,
+                _registered_method=True)
+        self.ReportAdaptation = channel.unary_unary(
+                '/resight.v1.AdminService/ReportAdaptation',
+                request_serializer=resight_dot_v1_dot_admin__pb2.ReportAdaptationRequest.SerializeToString,
+                response_deserializer=resight_dot_v1_dot_admin__pb2.ReportAdaptationResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -95,6 +105,20 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StartAdaptation(self, request, context):
+        """asks; a cycle carries it out
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportAdaptation(self, request, context):
+        """by that cycle
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -122,6 +146,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListAuditEvents,
                     request_deserializer=resight_dot_v1_dot_admin__pb2.ListAuditEventsRequest.FromString,
                     response_serializer=resight_dot_v1_dot_admin__pb2.ListAuditEventsResponse.SerializeToString,
+            ),
+            'StartAdaptation': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartAdaptation,
+                    request_deserializer=resight_dot_v1_dot_admin__pb2.StartAdaptationRequest.FromString,
+                    response_serializer=resight_dot_v1_dot_admin__pb2.StartAdaptationResponse.SerializeToString,
+            ),
+            'ReportAdaptation': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportAdaptation,
+                    request_deserializer=resight_dot_v1_dot_admin__pb2.ReportAdaptationRequest.FromString,
+                    response_serializer=resight_dot_v1_dot_admin__pb2.ReportAdaptationResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -259,6 +293,60 @@ class AdminService:
             '/resight.v1.AdminService/ListAuditEvents',
             resight_dot_v1_dot_admin__pb2.ListAuditEventsRequest.SerializeToString,
             resight_dot_v1_dot_admin__pb2.ListAuditEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartAdaptation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/resight.v1.AdminService/StartAdaptation',
+            resight_dot_v1_dot_admin__pb2.StartAdaptationRequest.SerializeToString,
+            resight_dot_v1_dot_admin__pb2.StartAdaptationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportAdaptation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/resight.v1.AdminService/ReportAdaptation',
+            resight_dot_v1_dot_admin__pb2.ReportAdaptationRequest.SerializeToString,
+            resight_dot_v1_dot_admin__pb2.ReportAdaptationResponse.FromString,
             options,
             channel_credentials,
             insecure,

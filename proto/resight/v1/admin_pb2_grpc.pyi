@@ -37,6 +37,10 @@ class AdminServiceStub:
     RebuildIndex: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RebuildIndexRequest, _admin_pb2.RebuildIndexResponse]
     CreateSnapshot: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CreateSnapshotRequest, _admin_pb2.CreateSnapshotResponse]
     ListAuditEvents: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListAuditEventsRequest, _admin_pb2.ListAuditEventsResponse]
+    StartAdaptation: _grpc.UnaryUnaryMultiCallable[_admin_pb2.StartAdaptationRequest, _admin_pb2.StartAdaptationResponse]
+    """asks; a cycle carries it out"""
+    ReportAdaptation: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ReportAdaptationRequest, _admin_pb2.ReportAdaptationResponse]
+    """by that cycle"""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -47,6 +51,10 @@ class AdminServiceAsyncStub(AdminServiceStub):
     RebuildIndex: _aio.UnaryUnaryMultiCallable[_admin_pb2.RebuildIndexRequest, _admin_pb2.RebuildIndexResponse]  # type: ignore[assignment]
     CreateSnapshot: _aio.UnaryUnaryMultiCallable[_admin_pb2.CreateSnapshotRequest, _admin_pb2.CreateSnapshotResponse]  # type: ignore[assignment]
     ListAuditEvents: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListAuditEventsRequest, _admin_pb2.ListAuditEventsResponse]  # type: ignore[assignment]
+    StartAdaptation: _aio.UnaryUnaryMultiCallable[_admin_pb2.StartAdaptationRequest, _admin_pb2.StartAdaptationResponse]  # type: ignore[assignment]
+    """asks; a cycle carries it out"""
+    ReportAdaptation: _aio.UnaryUnaryMultiCallable[_admin_pb2.ReportAdaptationRequest, _admin_pb2.ReportAdaptationResponse]  # type: ignore[assignment]
+    """by that cycle"""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -84,5 +92,21 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.ListAuditEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ListAuditEventsResponse, _abc.Awaitable[_admin_pb2.ListAuditEventsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def StartAdaptation(
+        self,
+        request: _admin_pb2.StartAdaptationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.StartAdaptationResponse, _abc.Awaitable[_admin_pb2.StartAdaptationResponse]]:
+        """asks; a cycle carries it out"""
+
+    @_abc_1.abstractmethod
+    def ReportAdaptation(
+        self,
+        request: _admin_pb2.ReportAdaptationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ReportAdaptationResponse, _abc.Awaitable[_admin_pb2.ReportAdaptationResponse]]:
+        """by that cycle"""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

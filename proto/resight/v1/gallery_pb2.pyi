@@ -68,6 +68,23 @@ DUPLICATE_POLICY_REPLACE: DuplicatePolicy.ValueType  # 2
 """the old entry is deleted in the same transaction"""
 Global___DuplicatePolicy: _TypeAlias = DuplicatePolicy  # noqa: Y015
 
+class _FeedbackVerdict:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FeedbackVerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FeedbackVerdict.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FEEDBACK_VERDICT_UNSPECIFIED: _FeedbackVerdict.ValueType  # 0
+    FEEDBACK_VERDICT_SAME_PERSON: _FeedbackVerdict.ValueType  # 1
+    FEEDBACK_VERDICT_DIFFERENT_PERSON: _FeedbackVerdict.ValueType  # 2
+
+class FeedbackVerdict(_FeedbackVerdict, metaclass=_FeedbackVerdictEnumTypeWrapper): ...
+
+FEEDBACK_VERDICT_UNSPECIFIED: FeedbackVerdict.ValueType  # 0
+FEEDBACK_VERDICT_SAME_PERSON: FeedbackVerdict.ValueType  # 1
+FEEDBACK_VERDICT_DIFFERENT_PERSON: FeedbackVerdict.ValueType  # 2
+Global___FeedbackVerdict: _TypeAlias = FeedbackVerdict  # noqa: Y015
+
 @_typing.final
 class Collection(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -990,3 +1007,258 @@ class DeleteCollectionResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteCollectionResponse: _TypeAlias = DeleteCollectionResponse  # noqa: Y015
+
+@_typing.final
+class Feedback(_message.Message):
+    """What somebody who looked said of two entries of a collection. It goes when one of them goes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRY_ID_FIELD_NUMBER: _builtins.int
+    OTHER_ENTRY_ID_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    PRINCIPAL_FIELD_NUMBER: _builtins.int
+    FEEDBACK_TIME_FIELD_NUMBER: _builtins.int
+    entry_id: _builtins.str
+    other_entry_id: _builtins.str
+    verdict: Global___FeedbackVerdict.ValueType
+    principal: _builtins.str
+    """who said so last"""
+    @_builtins.property
+    def feedback_time(self) -> _timestamp_pb2.Timestamp:
+        """when"""
+
+    def __init__(
+        self,
+        *,
+        entry_id: _builtins.str = ...,
+        other_entry_id: _builtins.str = ...,
+        verdict: Global___FeedbackVerdict.ValueType = ...,
+        principal: _builtins.str = ...,
+        feedback_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["feedback_time", b"feedback_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry_id", b"entry_id", "feedback_time", b"feedback_time", "other_entry_id", b"other_entry_id", "principal", b"principal", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Feedback: _TypeAlias = Feedback  # noqa: Y015
+
+@_typing.final
+class AddFeedbackRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_ID_FIELD_NUMBER: _builtins.int
+    ENTRY_ID_FIELD_NUMBER: _builtins.int
+    OTHER_ENTRY_ID_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    collection_id: _builtins.str
+    entry_id: _builtins.str
+    other_entry_id: _builtins.str
+    """a pair has no order"""
+    verdict: Global___FeedbackVerdict.ValueType
+    """the last one counts; FEEDBACK_CONFLICT if others contradict it"""
+    request_id: _builtins.str
+    """unique, e.g. UUID4; a replay within 24 h changes nothing"""
+    def __init__(
+        self,
+        *,
+        collection_id: _builtins.str = ...,
+        entry_id: _builtins.str = ...,
+        other_entry_id: _builtins.str = ...,
+        verdict: Global___FeedbackVerdict.ValueType = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection_id", b"collection_id", "entry_id", b"entry_id", "other_entry_id", b"other_entry_id", "request_id", b"request_id", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddFeedbackRequest: _TypeAlias = AddFeedbackRequest  # noqa: Y015
+
+@_typing.final
+class AddFeedbackResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEEDBACK_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """the pair is answered as it stands now"""
+    @_builtins.property
+    def feedback(self) -> Global___Feedback: ...
+    def __init__(
+        self,
+        *,
+        feedback: Global___Feedback | None = ...,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["feedback", b"feedback"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feedback", b"feedback", "replayed", b"replayed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddFeedbackResponse: _TypeAlias = AddFeedbackResponse  # noqa: Y015
+
+@_typing.final
+class ListFeedbackRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    collection_id: _builtins.str
+    page_size: _builtins.int
+    """default 100, coerced to 1000"""
+    page_token: _builtins.str
+    def __init__(
+        self,
+        *,
+        collection_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection_id", b"collection_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListFeedbackRequest: _TypeAlias = ListFeedbackRequest  # noqa: Y015
+
+@_typing.final
+class ListFeedbackResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEEDBACK_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    @_builtins.property
+    def feedback(self) -> _containers.RepeatedCompositeFieldContainer[Global___Feedback]:
+        """in the order in which the pairs were first told"""
+
+    def __init__(
+        self,
+        *,
+        feedback: _abc.Iterable[Global___Feedback] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feedback", b"feedback", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListFeedbackResponse: _TypeAlias = ListFeedbackResponse  # noqa: Y015
+
+@_typing.final
+class RemoveFeedbackRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_ID_FIELD_NUMBER: _builtins.int
+    ENTRY_ID_FIELD_NUMBER: _builtins.int
+    OTHER_ENTRY_ID_FIELD_NUMBER: _builtins.int
+    ALLOW_MISSING_FIELD_NUMBER: _builtins.int
+    collection_id: _builtins.str
+    entry_id: _builtins.str
+    other_entry_id: _builtins.str
+    allow_missing: _builtins.bool
+    def __init__(
+        self,
+        *,
+        collection_id: _builtins.str = ...,
+        entry_id: _builtins.str = ...,
+        other_entry_id: _builtins.str = ...,
+        allow_missing: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "collection_id", b"collection_id", "entry_id", b"entry_id", "other_entry_id", b"other_entry_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveFeedbackRequest: _TypeAlias = RemoveFeedbackRequest  # noqa: Y015
+
+@_typing.final
+class RemoveFeedbackResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveFeedbackResponse: _TypeAlias = RemoveFeedbackResponse  # noqa: Y015
+
+@_typing.final
+class StreamCropsRequest(_message.Message):
+    """Needs CROP_RETENTION_STORE. Answers what was enrolled when the call began; it has no deadline but the caller's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_ID_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    ENROLLED_SINCE_FIELD_NUMBER: _builtins.int
+    collection_id: _builtins.str
+    cursor: _builtins.str
+    """of the last answer taken; empty = from the beginning"""
+    @_builtins.property
+    def filter(self) -> Global___EntryFilter: ...
+    @_builtins.property
+    def enrolled_since(self) -> _timestamp_pb2.Timestamp:
+        """only entries with this create_time or a later one"""
+
+    def __init__(
+        self,
+        *,
+        collection_id: _builtins.str = ...,
+        filter: Global___EntryFilter | None = ...,
+        cursor: _builtins.str = ...,
+        enrolled_since: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["enrolled_since", b"enrolled_since", "filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection_id", b"collection_id", "cursor", b"cursor", "enrolled_since", b"enrolled_since", "filter", b"filter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamCropsRequest: _TypeAlias = StreamCropsRequest  # noqa: Y015
+
+@_typing.final
+class StreamCropsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRY_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    cursor: _builtins.str
+    @_builtins.property
+    def entry(self) -> Global___Entry:
+        """in order of enrolment; one without crops is left out"""
+
+    @_builtins.property
+    def images(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """the files as they were enrolled, in their order"""
+
+    def __init__(
+        self,
+        *,
+        entry: Global___Entry | None = ...,
+        images: _abc.Iterable[_builtins.bytes] | None = ...,
+        cursor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "entry", b"entry", "images", b"images"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamCropsResponse: _TypeAlias = StreamCropsResponse  # noqa: Y015

@@ -100,6 +100,26 @@ class GalleryServiceStub:
                 request_serializer=resight_dot_v1_dot_gallery__pb2.EraseSubjectRequest.SerializeToString,
                 response_deserializer=resight_dot_v1_dot_gallery__pb2.EraseSubjectResponse.FromString,
                 _registered_method=True)
+        self.AddFeedback = channel.unary_unary(
+                '/resight.v1.GalleryService/AddFeedback',
+                request_serializer=resight_dot_v1_dot_gallery__pb2.AddFeedbackRequest.SerializeToString,
+                response_deserializer=resight_dot_v1_dot_gallery__pb2.AddFeedbackResponse.FromString,
+                _registered_method=True)
+        self.ListFeedback = channel.unary_unary(
+                '/resight.v1.GalleryService/ListFeedback',
+                request_serializer=resight_dot_v1_dot_gallery__pb2.ListFeedbackRequest.SerializeToString,
+                response_deserializer=resight_dot_v1_dot_gallery__pb2.ListFeedbackResponse.FromString,
+                _registered_method=True)
+        self.RemoveFeedback = channel.unary_unary(
+                '/resight.v1.GalleryService/RemoveFeedback',
+                request_serializer=resight_dot_v1_dot_gallery__pb2.RemoveFeedbackRequest.SerializeToString,
+                response_deserializer=resight_dot_v1_dot_gallery__pb2.RemoveFeedbackResponse.FromString,
+                _registered_method=True)
+        self.StreamCrops = channel.unary_stream(
+                '/resight.v1.GalleryService/StreamCrops',
+                request_serializer=resight_dot_v1_dot_gallery__pb2.StreamCropsRequest.SerializeToString,
+                response_deserializer=resight_dot_v1_dot_gallery__pb2.StreamCropsResponse.FromString,
+                _registered_method=True)
 
 
 class GalleryServiceServicer:
@@ -186,6 +206,32 @@ class GalleryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AddFeedback(self, request, context):
+        """two entries show one person, or two
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListFeedback(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveFeedback(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamCrops(self, request, context):
+        """the kept pictures themselves; audited
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GalleryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -253,6 +299,26 @@ def add_GalleryServiceServicer_to_server(servicer, server):
                     servicer.EraseSubject,
                     request_deserializer=resight_dot_v1_dot_gallery__pb2.EraseSubjectRequest.FromString,
                     response_serializer=resight_dot_v1_dot_gallery__pb2.EraseSubjectResponse.SerializeToString,
+            ),
+            'AddFeedback': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddFeedback,
+                    request_deserializer=resight_dot_v1_dot_gallery__pb2.AddFeedbackRequest.FromString,
+                    response_serializer=resight_dot_v1_dot_gallery__pb2.AddFeedbackResponse.SerializeToString,
+            ),
+            'ListFeedback': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListFeedback,
+                    request_deserializer=resight_dot_v1_dot_gallery__pb2.ListFeedbackRequest.FromString,
+                    response_serializer=resight_dot_v1_dot_gallery__pb2.ListFeedbackResponse.SerializeToString,
+            ),
+            'RemoveFeedback': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveFeedback,
+                    request_deserializer=resight_dot_v1_dot_gallery__pb2.RemoveFeedbackRequest.FromString,
+                    response_serializer=resight_dot_v1_dot_gallery__pb2.RemoveFeedbackResponse.SerializeToString,
+            ),
+            'StreamCrops': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamCrops,
+                    request_deserializer=resight_dot_v1_dot_gallery__pb2.StreamCropsRequest.FromString,
+                    response_serializer=resight_dot_v1_dot_gallery__pb2.StreamCropsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -607,6 +673,114 @@ class GalleryService:
             '/resight.v1.GalleryService/EraseSubject',
             resight_dot_v1_dot_gallery__pb2.EraseSubjectRequest.SerializeToString,
             resight_dot_v1_dot_gallery__pb2.EraseSubjectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddFeedback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/resight.v1.GalleryService/AddFeedback',
+            resight_dot_v1_dot_gallery__pb2.AddFeedbackRequest.SerializeToString,
+            resight_dot_v1_dot_gallery__pb2.AddFeedbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListFeedback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/resight.v1.GalleryService/ListFeedback',
+            resight_dot_v1_dot_gallery__pb2.ListFeedbackRequest.SerializeToString,
+            resight_dot_v1_dot_gallery__pb2.ListFeedbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveFeedback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/resight.v1.GalleryService/RemoveFeedback',
+            resight_dot_v1_dot_gallery__pb2.RemoveFeedbackRequest.SerializeToString,
+            resight_dot_v1_dot_gallery__pb2.RemoveFeedbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamCrops(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/resight.v1.GalleryService/StreamCrops',
+            resight_dot_v1_dot_gallery__pb2.StreamCropsRequest.SerializeToString,
+            resight_dot_v1_dot_gallery__pb2.StreamCropsResponse.FromString,
             options,
             channel_credentials,
             insecure,

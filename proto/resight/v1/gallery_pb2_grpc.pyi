@@ -48,6 +48,12 @@ class GalleryServiceStub:
     """by filter, dry-run able"""
     EraseSubject: _grpc.UnaryUnaryMultiCallable[_gallery_pb2.EraseSubjectRequest, _gallery_pb2.EraseSubjectResponse]
     """hard, verified, audited"""
+    AddFeedback: _grpc.UnaryUnaryMultiCallable[_gallery_pb2.AddFeedbackRequest, _gallery_pb2.AddFeedbackResponse]
+    """two entries show one person, or two"""
+    ListFeedback: _grpc.UnaryUnaryMultiCallable[_gallery_pb2.ListFeedbackRequest, _gallery_pb2.ListFeedbackResponse]
+    RemoveFeedback: _grpc.UnaryUnaryMultiCallable[_gallery_pb2.RemoveFeedbackRequest, _gallery_pb2.RemoveFeedbackResponse]
+    StreamCrops: _grpc.UnaryStreamMultiCallable[_gallery_pb2.StreamCropsRequest, _gallery_pb2.StreamCropsResponse]
+    """the kept pictures themselves; audited"""
 
 @_typing.type_check_only
 class GalleryServiceAsyncStub(GalleryServiceStub):
@@ -69,6 +75,12 @@ class GalleryServiceAsyncStub(GalleryServiceStub):
     """by filter, dry-run able"""
     EraseSubject: _aio.UnaryUnaryMultiCallable[_gallery_pb2.EraseSubjectRequest, _gallery_pb2.EraseSubjectResponse]  # type: ignore[assignment]
     """hard, verified, audited"""
+    AddFeedback: _aio.UnaryUnaryMultiCallable[_gallery_pb2.AddFeedbackRequest, _gallery_pb2.AddFeedbackResponse]  # type: ignore[assignment]
+    """two entries show one person, or two"""
+    ListFeedback: _aio.UnaryUnaryMultiCallable[_gallery_pb2.ListFeedbackRequest, _gallery_pb2.ListFeedbackResponse]  # type: ignore[assignment]
+    RemoveFeedback: _aio.UnaryUnaryMultiCallable[_gallery_pb2.RemoveFeedbackRequest, _gallery_pb2.RemoveFeedbackResponse]  # type: ignore[assignment]
+    StreamCrops: _aio.UnaryStreamMultiCallable[_gallery_pb2.StreamCropsRequest, _gallery_pb2.StreamCropsResponse]  # type: ignore[assignment]
+    """the kept pictures themselves; audited"""
 
 class GalleryServiceServicer(metaclass=_abc_1.ABCMeta):
     """An answered write is on disk. A deleted or expired entry is never answered again."""
@@ -165,5 +177,35 @@ class GalleryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_gallery_pb2.EraseSubjectResponse, _abc.Awaitable[_gallery_pb2.EraseSubjectResponse]]:
         """hard, verified, audited"""
+
+    @_abc_1.abstractmethod
+    def AddFeedback(
+        self,
+        request: _gallery_pb2.AddFeedbackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gallery_pb2.AddFeedbackResponse, _abc.Awaitable[_gallery_pb2.AddFeedbackResponse]]:
+        """two entries show one person, or two"""
+
+    @_abc_1.abstractmethod
+    def ListFeedback(
+        self,
+        request: _gallery_pb2.ListFeedbackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gallery_pb2.ListFeedbackResponse, _abc.Awaitable[_gallery_pb2.ListFeedbackResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def RemoveFeedback(
+        self,
+        request: _gallery_pb2.RemoveFeedbackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gallery_pb2.RemoveFeedbackResponse, _abc.Awaitable[_gallery_pb2.RemoveFeedbackResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def StreamCrops(
+        self,
+        request: _gallery_pb2.StreamCropsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_gallery_pb2.StreamCropsResponse], _abc.AsyncIterator[_gallery_pb2.StreamCropsResponse]]:
+        """the kept pictures themselves; audited"""
 
 def add_GalleryServiceServicer_to_server(servicer: GalleryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aresight/v1/operation.proto\x12\nresight.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\x80\x03\n\tOperation\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.resight.v1.OperationState\x12\r\n\x05total\x18\x04 \x01(\x03\x12\x11\n\tsucceeded\x18\x05 \x01(\x03\x12\x0e\n\x06\x66\x61iled\x18\x06 \x01(\x03\x12\x0f\n\x07skipped\x18\x07 \x01(\x03\x12!\n\x05\x65rror\x18\x08 \x01(\x0b\x32\x12.google.rpc.Status\x12.\n\nstart_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x06result\x18\x0b \x03(\x0b\x32!.resight.v1.Operation.ResultEntry\x1a-\n\x0bResultEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"+\n\x13GetOperationRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\"@\n\x14GetOperationResponse\x12(\n\toperation\x18\x01 \x01(\x0b\x32\x15.resight.v1.Operation\">\n\x15ListOperationsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"\\\n\x16ListOperationsResponse\x12)\n\noperations\x18\x01 \x03(\x0b\x32\x15.resight.v1.Operation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\".\n\x16\x43\x61ncelOperationRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\"C\n\x17\x43\x61ncelOperationResponse\x12(\n\toperation\x18\x01 \x01(\x0b\x32\x15.resight.v1.Operation*\xe6\x01\n\x0eOperationState\x12\x1f\n\x1bOPERATION_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17OPERATION_STATE_PENDING\x10\x01\x12\x1b\n\x17OPERATION_STATE_RUNNING\x10\x02\x12\x1d\n\x19OPERATION_STATE_SUCCEEDED\x10\x03\x12\x1a\n\x16OPERATION_STATE_FAILED\x10\x04\x12\x1d\n\x19OPERATION_STATE_CANCELLED\x10\x05\x12\x1f\n\x1bOPERATION_STATE_INTERRUPTED\x10\x06\x32\x9a\x02\n\x10OperationService\x12Q\n\x0cGetOperation\x12\x1f.resight.v1.GetOperationRequest\x1a .resight.v1.GetOperationResponse\x12W\n\x0eListOperations\x12!.resight.v1.ListOperationsRequest\x1a\".resight.v1.ListOperationsResponse\x12Z\n\x0f\x43\x61ncelOperation\x12\".resight.v1.CancelOperationRequest\x1a#.resight.v1.CancelOperationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aresight/v1/operation.proto\x12\nresight.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\x80\x03\n\tOperation\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.resight.v1.OperationState\x12\r\n\x05total\x18\x04 \x01(\x03\x12\x11\n\tsucceeded\x18\x05 \x01(\x03\x12\x0e\n\x06\x66\x61iled\x18\x06 \x01(\x03\x12\x0f\n\x07skipped\x18\x07 \x01(\x03\x12!\n\x05\x65rror\x18\x08 \x01(\x0b\x32\x12.google.rpc.Status\x12.\n\nstart_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x06result\x18\x0b \x03(\x0b\x32!.resight.v1.Operation.ResultEntry\x1a-\n\x0bResultEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"+\n\x13GetOperationRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\"@\n\x14GetOperationResponse\x12(\n\toperation\x18\x01 \x01(\x0b\x32\x15.resight.v1.Operation\"w\n\x15ListOperationsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12)\n\x05state\x18\x04 \x01(\x0e\x32\x1a.resight.v1.OperationState\"\\\n\x16ListOperationsResponse\x12)\n\noperations\x18\x01 \x03(\x0b\x32\x15.resight.v1.Operation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\".\n\x16\x43\x61ncelOperationRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\"C\n\x17\x43\x61ncelOperationResponse\x12(\n\toperation\x18\x01 \x01(\x0b\x32\x15.resight.v1.Operation*\xe6\x01\n\x0eOperationState\x12\x1f\n\x1bOPERATION_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17OPERATION_STATE_PENDING\x10\x01\x12\x1b\n\x17OPERATION_STATE_RUNNING\x10\x02\x12\x1d\n\x19OPERATION_STATE_SUCCEEDED\x10\x03\x12\x1a\n\x16OPERATION_STATE_FAILED\x10\x04\x12\x1d\n\x19OPERATION_STATE_CANCELLED\x10\x05\x12\x1f\n\x1bOPERATION_STATE_INTERRUPTED\x10\x06\x32\x9a\x02\n\x10OperationService\x12Q\n\x0cGetOperation\x12\x1f.resight.v1.GetOperationRequest\x1a .resight.v1.GetOperationResponse\x12W\n\x0eListOperations\x12!.resight.v1.ListOperationsRequest\x1a\".resight.v1.ListOperationsResponse\x12Z\n\x0f\x43\x61ncelOperation\x12\".resight.v1.CancelOperationRequest\x1a#.resight.v1.CancelOperationResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_OPERATION_RESULTENTRY']._loaded_options = None
   _globals['_OPERATION_RESULTENTRY']._serialized_options = b'8\001'
-  _globals['_OPERATIONSTATE']._serialized_start=874
-  _globals['_OPERATIONSTATE']._serialized_end=1104
+  _globals['_OPERATIONSTATE']._serialized_start=931
+  _globals['_OPERATIONSTATE']._serialized_end=1161
   _globals['_OPERATION']._serialized_start=101
   _globals['_OPERATION']._serialized_end=485
   _globals['_OPERATION_RESULTENTRY']._serialized_start=440
@@ -46,13 +46,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETOPERATIONRESPONSE']._serialized_start=532
   _globals['_GETOPERATIONRESPONSE']._serialized_end=596
   _globals['_LISTOPERATIONSREQUEST']._serialized_start=598
-  _globals['_LISTOPERATIONSREQUEST']._serialized_end=660
-  _globals['_LISTOPERATIONSRESPONSE']._serialized_start=662
-  _globals['_LISTOPERATIONSRESPONSE']._serialized_end=754
-  _globals['_CANCELOPERATIONREQUEST']._serialized_start=756
-  _globals['_CANCELOPERATIONREQUEST']._serialized_end=802
-  _globals['_CANCELOPERATIONRESPONSE']._serialized_start=804
-  _globals['_CANCELOPERATIONRESPONSE']._serialized_end=871
-  _globals['_OPERATIONSERVICE']._serialized_start=1107
-  _globals['_OPERATIONSERVICE']._serialized_end=1389
+  _globals['_LISTOPERATIONSREQUEST']._serialized_end=717
+  _globals['_LISTOPERATIONSRESPONSE']._serialized_start=719
+  _globals['_LISTOPERATIONSRESPONSE']._serialized_end=811
+  _globals['_CANCELOPERATIONREQUEST']._serialized_start=813
+  _globals['_CANCELOPERATIONREQUEST']._serialized_end=859
+  _globals['_CANCELOPERATIONRESPONSE']._serialized_start=861
+  _globals['_CANCELOPERATIONRESPONSE']._serialized_end=928
+  _globals['_OPERATIONSERVICE']._serialized_start=1164
+  _globals['_OPERATIONSERVICE']._serialized_end=1446
 # @@protoc_insertion_point(module_scope)

@@ -85,7 +85,7 @@ class Operation(_message.Message):
     RESULT_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.str
     kind: _builtins.str
-    """migrate | snapshot | rebuild | load_model"""
+    """migrate | snapshot | rebuild | load_model | adapt"""
     state: Global___OperationState.ValueType
     total: _builtins.int
     succeeded: _builtins.int
@@ -170,18 +170,26 @@ class ListOperationsRequest(_message.Message):
 
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """default 100, coerced to 1000"""
     page_token: _builtins.str
+    kind: _builtins.str
+    """only of this kind; empty = of every one"""
+    state: Global___OperationState.ValueType
+    """only in this state; unspecified = in every one"""
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        state: Global___OperationState.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "page_size", b"page_size", "page_token", b"page_token", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
