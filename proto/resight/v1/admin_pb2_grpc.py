@@ -59,6 +59,11 @@ class AdminServiceStub:
                 request_serializer=resight_dot_v1_dot_admin__pb2.ListAuditEventsRequest.SerializeToString,
                 response_deserializer=resight_dot_v1_dot_admin__pb2.ListAuditEventsResponse.FromString,
                 _registered_method=True)
+        self.GetSearchFigures = channel.unary_unary(
+                '/resight.v1.AdminService/GetSearchFigures',
+                request_serializer=resight_dot_v1_dot_admin__pb2.GetSearchFiguresRequest.SerializeToString,
+                response_deserializer=resight_dot_v1_dot_admin__pb2.GetSearchFiguresResponse.FromString,
+                _registered_method=True)
         self.StartAdaptation = channel.unary_unary(
                 '/resight.v1.AdminService/StartAdaptation',
                 request_serializer=resight_dot_v1_dot_admin__pb2.StartAdaptationRequest.SerializeToString,
@@ -105,6 +110,13 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetSearchFigures(self, request, context):
+        """what searches came to, in each space
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StartAdaptation(self, request, context):
         """asks; a cycle carries it out
         """
@@ -146,6 +158,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListAuditEvents,
                     request_deserializer=resight_dot_v1_dot_admin__pb2.ListAuditEventsRequest.FromString,
                     response_serializer=resight_dot_v1_dot_admin__pb2.ListAuditEventsResponse.SerializeToString,
+            ),
+            'GetSearchFigures': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSearchFigures,
+                    request_deserializer=resight_dot_v1_dot_admin__pb2.GetSearchFiguresRequest.FromString,
+                    response_serializer=resight_dot_v1_dot_admin__pb2.GetSearchFiguresResponse.SerializeToString,
             ),
             'StartAdaptation': grpc.unary_unary_rpc_method_handler(
                     servicer.StartAdaptation,
@@ -293,6 +310,33 @@ class AdminService:
             '/resight.v1.AdminService/ListAuditEvents',
             resight_dot_v1_dot_admin__pb2.ListAuditEventsRequest.SerializeToString,
             resight_dot_v1_dot_admin__pb2.ListAuditEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSearchFigures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/resight.v1.AdminService/GetSearchFigures',
+            resight_dot_v1_dot_admin__pb2.GetSearchFiguresRequest.SerializeToString,
+            resight_dot_v1_dot_admin__pb2.GetSearchFiguresResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,8 @@ class AdminServiceStub:
     RebuildIndex: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RebuildIndexRequest, _admin_pb2.RebuildIndexResponse]
     CreateSnapshot: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CreateSnapshotRequest, _admin_pb2.CreateSnapshotResponse]
     ListAuditEvents: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListAuditEventsRequest, _admin_pb2.ListAuditEventsResponse]
+    GetSearchFigures: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetSearchFiguresRequest, _admin_pb2.GetSearchFiguresResponse]
+    """what searches came to, in each space"""
     StartAdaptation: _grpc.UnaryUnaryMultiCallable[_admin_pb2.StartAdaptationRequest, _admin_pb2.StartAdaptationResponse]
     """asks; a cycle carries it out"""
     ReportAdaptation: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ReportAdaptationRequest, _admin_pb2.ReportAdaptationResponse]
@@ -51,6 +53,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     RebuildIndex: _aio.UnaryUnaryMultiCallable[_admin_pb2.RebuildIndexRequest, _admin_pb2.RebuildIndexResponse]  # type: ignore[assignment]
     CreateSnapshot: _aio.UnaryUnaryMultiCallable[_admin_pb2.CreateSnapshotRequest, _admin_pb2.CreateSnapshotResponse]  # type: ignore[assignment]
     ListAuditEvents: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListAuditEventsRequest, _admin_pb2.ListAuditEventsResponse]  # type: ignore[assignment]
+    GetSearchFigures: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetSearchFiguresRequest, _admin_pb2.GetSearchFiguresResponse]  # type: ignore[assignment]
+    """what searches came to, in each space"""
     StartAdaptation: _aio.UnaryUnaryMultiCallable[_admin_pb2.StartAdaptationRequest, _admin_pb2.StartAdaptationResponse]  # type: ignore[assignment]
     """asks; a cycle carries it out"""
     ReportAdaptation: _aio.UnaryUnaryMultiCallable[_admin_pb2.ReportAdaptationRequest, _admin_pb2.ReportAdaptationResponse]  # type: ignore[assignment]
@@ -92,6 +96,14 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.ListAuditEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ListAuditEventsResponse, _abc.Awaitable[_admin_pb2.ListAuditEventsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def GetSearchFigures(
+        self,
+        request: _admin_pb2.GetSearchFiguresRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetSearchFiguresResponse, _abc.Awaitable[_admin_pb2.GetSearchFiguresResponse]]:
+        """what searches came to, in each space"""
 
     @_abc_1.abstractmethod
     def StartAdaptation(

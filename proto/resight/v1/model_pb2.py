@@ -22,51 +22,73 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from resight.v1 import common_pb2 as resight_dot_v1_dot_common__pb2
 from resight.v1 import operation_pb2 as resight_dot_v1_dot_operation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16resight/v1/model.proto\x12\nresight.v1\x1a\x17resight/v1/common.proto\x1a\x1aresight/v1/operation.proto\"\xf2\x01\n\x05Model\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12)\n\x05space\x18\x03 \x01(\x0b\x32\x1a.resight.v1.EmbeddingSpace\x12%\n\x05state\x18\x04 \x01(\x0e\x32\x16.resight.v1.ModelState\x12\x0e\n\x06sha256\x18\x05 \x01(\t\x12\x10\n\x08provider\x18\x06 \x01(\t\x12\x16\n\x0emax_batch_size\x18\x07 \x01(\x05\x12\x19\n\x11parity_min_cosine\x18\x08 \x01(\x02\x12\x0e\n\x06\x61\x63tive\x18\t \x01(\x08\x12\x0f\n\x07problem\x18\n \x01(\t\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"P\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.resight.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"#\n\x0fGetModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\"4\n\x10GetModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.resight.v1.Model\"$\n\x10LoadModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\"=\n\x11LoadModelResponse\x12(\n\toperation\x18\x01 \x01(\x0b\x32\x15.resight.v1.Operation\"&\n\x12UnloadModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\"\x15\n\x13UnloadModelResponse\"K\n\x14\x41\x63tivateModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12!\n\x19\x65xpected_current_model_id\x18\x02 \x01(\t\"_\n\x15\x41\x63tivateModelResponse\x12!\n\x06\x61\x63tive\x18\x01 \x01(\x0b\x32\x11.resight.v1.Model\x12#\n\x08previous\x18\x02 \x01(\x0b\x32\x11.resight.v1.Model\"\xab\x01\n\x18MigrateCollectionRequest\x12\x15\n\rcollection_id\x18\x01 \x01(\t\x12\x17\n\x0ftarget_model_id\x18\x02 \x01(\t\x12\x15\n\rauto_activate\x18\x03 \x01(\x08\x12\x34\n\rmissing_crops\x18\x04 \x01(\x0e\x32\x1d.resight.v1.MissingCropPolicy\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"E\n\x19MigrateCollectionResponse\x12(\n\toperation\x18\x01 \x01(\x0b\x32\x15.resight.v1.Operation\"|\n\x14\x41\x63tivateSpaceRequest\x12\x15\n\rcollection_id\x18\x01 \x01(\t\x12\x10\n\x08space_id\x18\x02 \x01(\t\x12!\n\x19\x65xpected_current_space_id\x18\x03 \x01(\t\x12\x18\n\x10\x61llow_incomplete\x18\x04 \x01(\x08\"q\n\x15\x41\x63tivateSpaceResponse\x12*\n\x06\x61\x63tive\x18\x01 \x01(\x0b\x32\x1a.resight.v1.EmbeddingSpace\x12,\n\x08previous\x18\x02 \x01(\x0b\x32\x1a.resight.v1.EmbeddingSpace*\x8c\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MODEL_STATE_AVAILABLE\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x15\n\x11MODEL_STATE_READY\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04*t\n\x11MissingCropPolicy\x12#\n\x1fMISSING_CROP_POLICY_UNSPECIFIED\x10\x00\x12\x1c\n\x18MISSING_CROP_POLICY_FAIL\x10\x01\x12\x1c\n\x18MISSING_CROP_POLICY_DROP\x10\x02\x32\xca\x04\n\x0cModelService\x12K\n\nListModels\x12\x1d.resight.v1.ListModelsRequest\x1a\x1e.resight.v1.ListModelsResponse\x12\x45\n\x08GetModel\x12\x1b.resight.v1.GetModelRequest\x1a\x1c.resight.v1.GetModelResponse\x12H\n\tLoadModel\x12\x1c.resight.v1.LoadModelRequest\x1a\x1d.resight.v1.LoadModelResponse\x12N\n\x0bUnloadModel\x12\x1e.resight.v1.UnloadModelRequest\x1a\x1f.resight.v1.UnloadModelResponse\x12T\n\rActivateModel\x12 .resight.v1.ActivateModelRequest\x1a!.resight.v1.ActivateModelResponse\x12`\n\x11MigrateCollection\x12$.resight.v1.MigrateCollectionRequest\x1a%.resight.v1.MigrateCollectionResponse\x12T\n\rActivateSpace\x12 .resight.v1.ActivateSpaceRequest\x1a!.resight.v1.ActivateSpaceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16resight/v1/model.proto\x12\nresight.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17resight/v1/common.proto\x1a\x1aresight/v1/operation.proto\"\xf2\x01\n\x05Model\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12)\n\x05space\x18\x03 \x01(\x0b\x32\x1a.resight.v1.EmbeddingSpace\x12%\n\x05state\x18\x04 \x01(\x0e\x32\x16.resight.v1.ModelState\x12\x0e\n\x06sha256\x18\x05 \x01(\t\x12\x10\n\x08provider\x18\x06 \x01(\t\x12\x16\n\x0emax_batch_size\x18\x07 \x01(\x05\x12\x19\n\x11parity_min_cosine\x18\x08 \x01(\x02\x12\x0e\n\x06\x61\x63tive\x18\t \x01(\x08\x12\x0f\n\x07problem\x18\n \x01(\t\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"P\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.resight.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"#\n\x0fGetModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\"4\n\x10GetModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.resight.v1.Model\"$\n\x10LoadModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\"=\n\x11LoadModelResponse\x12(\n\toperation\x18\x01 \x01(\x0b\x32\x15.resight.v1.Operation\"&\n\x12UnloadModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\"\x15\n\x13UnloadModelResponse\"K\n\x14\x41\x63tivateModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12!\n\x19\x65xpected_current_model_id\x18\x02 \x01(\t\"_\n\x15\x41\x63tivateModelResponse\x12!\n\x06\x61\x63tive\x18\x01 \x01(\x0b\x32\x11.resight.v1.Model\x12#\n\x08previous\x18\x02 \x01(\x0b\x32\x11.resight.v1.Model\"\xab\x01\n\x18MigrateCollectionRequest\x12\x15\n\rcollection_id\x18\x01 \x01(\t\x12\x17\n\x0ftarget_model_id\x18\x02 \x01(\t\x12\x15\n\rauto_activate\x18\x03 \x01(\x08\x12\x34\n\rmissing_crops\x18\x04 \x01(\x0e\x32\x1d.resight.v1.MissingCropPolicy\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"E\n\x19MigrateCollectionResponse\x12(\n\toperation\x18\x01 \x01(\x0b\x32\x15.resight.v1.Operation\"|\n\x14\x41\x63tivateSpaceRequest\x12\x15\n\rcollection_id\x18\x01 \x01(\t\x12\x10\n\x08space_id\x18\x02 \x01(\t\x12!\n\x19\x65xpected_current_space_id\x18\x03 \x01(\t\x12\x18\n\x10\x61llow_incomplete\x18\x04 \x01(\x08\"q\n\x15\x41\x63tivateSpaceResponse\x12*\n\x06\x61\x63tive\x18\x01 \x01(\x0b\x32\x1a.resight.v1.EmbeddingSpace\x12,\n\x08previous\x18\x02 \x01(\x0b\x32\x1a.resight.v1.EmbeddingSpace\"\x94\x03\n\x06Shadow\x12\x15\n\rcollection_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x10\n\x08space_id\x18\x03 \x01(\t\x12\x17\n\x0f\x61\x63tive_model_id\x18\x04 \x01(\t\x12\x17\n\x0f\x61\x63tive_space_id\x18\x05 \x01(\t\x12&\n\x05state\x18\x06 \x01(\x0e\x32\x17.resight.v1.ShadowState\x12\x0e\n\x06sample\x18\x07 \x01(\x02\x12\x14\n\x0cmax_searches\x18\x08 \x01(\x03\x12.\n\nstart_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x07\x66igures\x18\x0c \x01(\x0b\x32\x19.resight.v1.ShadowFigures\x12\x14\n\x0coperation_id\x18\r \x01(\t\"\xf9\x02\n\rShadowFigures\x12\x0f\n\x07offered\x18\x01 \x01(\x03\x12\x0f\n\x07sampled\x18\x02 \x01(\x03\x12\x10\n\x08\x61nswered\x18\x03 \x01(\x03\x12\x0f\n\x07\x64ropped\x18\x04 \x01(\x03\x12\x0e\n\x06\x66\x61iled\x18\x05 \x01(\x03\x12\x1b\n\x0etop1_agreement\x18\x06 \x01(\x02H\x00\x88\x01\x01\x12\x1a\n\roverlap_at_10\x18\x07 \x01(\x02H\x01\x88\x01\x01\x12\x1f\n\x12\x64\x65\x63ision_agreement\x18\x08 \x01(\x02H\x02\x88\x01\x01\x12\x19\n\x0c\x63osine_shift\x18\t \x01(\x02H\x03\x88\x01\x01\x12&\n\x06\x61\x63tive\x18\n \x01(\x0b\x32\x16.resight.v1.ShadowSide\x12)\n\tcandidate\x18\x0b \x01(\x0b\x32\x16.resight.v1.ShadowSideB\x11\n\x0f_top1_agreementB\x10\n\x0e_overlap_at_10B\x15\n\x13_decision_agreementB\x0f\n\r_cosine_shift\"\xfa\x02\n\nShadowSide\x12\x0f\n\x07matches\x18\x01 \x01(\x03\x12\x11\n\tuncertain\x18\x02 \x01(\x03\x12\x0f\n\x07unknown\x18\x03 \x01(\x03\x12\x13\n\x0bwithout_hit\x18\x04 \x01(\x03\x12\x1a\n\runknown_share\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12\x1d\n\x10mean_probability\x18\x06 \x01(\x02H\x01\x88\x01\x01\x12\x18\n\x0bmean_cosine\x18\x07 \x01(\x02H\x02\x88\x01\x01\x12\x10\n\x08measured\x18\x08 \x01(\x03\x12\x14\n\x0cinfer_p50_ns\x18\t \x01(\x03\x12\x14\n\x0cinfer_p95_ns\x18\n \x01(\x03\x12\x15\n\rsearch_p50_ns\x18\x0b \x01(\x03\x12\x15\n\rsearch_p95_ns\x18\x0c \x01(\x03\x12\x14\n\x0ctotal_p50_ns\x18\r \x01(\x03\x12\x14\n\x0ctotal_p95_ns\x18\x0e \x01(\x03\x42\x10\n\x0e_unknown_shareB\x13\n\x11_mean_probabilityB\x0e\n\x0c_mean_cosine\"\xa4\x01\n\x12StartShadowRequest\x12\x15\n\rcollection_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x13\n\x06sample\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x14\n\x0cmax_searches\x18\x04 \x01(\x03\x12/\n\x0c\x65xpire_after\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationB\t\n\x07_sample\"9\n\x13StartShadowResponse\x12\"\n\x06shadow\x18\x01 \x01(\x0b\x32\x12.resight.v1.Shadow\")\n\x10GetShadowRequest\x12\x15\n\rcollection_id\x18\x01 \x01(\t\"7\n\x11GetShadowResponse\x12\"\n\x06shadow\x18\x01 \x01(\x0b\x32\x12.resight.v1.Shadow\"*\n\x11StopShadowRequest\x12\x15\n\rcollection_id\x18\x01 \x01(\t\"8\n\x12StopShadowResponse\x12\"\n\x06shadow\x18\x01 \x01(\x0b\x32\x12.resight.v1.Shadow*\x8c\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MODEL_STATE_AVAILABLE\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x15\n\x11MODEL_STATE_READY\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04*t\n\x11MissingCropPolicy\x12#\n\x1fMISSING_CROP_POLICY_UNSPECIFIED\x10\x00\x12\x1c\n\x18MISSING_CROP_POLICY_FAIL\x10\x01\x12\x1c\n\x18MISSING_CROP_POLICY_DROP\x10\x02*\xcb\x01\n\x0bShadowState\x12\x1c\n\x18SHADOW_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14SHADOW_STATE_RUNNING\x10\x01\x12\x15\n\x11SHADOW_STATE_DONE\x10\x02\x12\x18\n\x14SHADOW_STATE_EXPIRED\x10\x03\x12\x18\n\x14SHADOW_STATE_STOPPED\x10\x04\x12\x1b\n\x17SHADOW_STATE_SUPERSEDED\x10\x05\x12\x1c\n\x18SHADOW_STATE_INTERRUPTED\x10\x06\x32\xb1\x06\n\x0cModelService\x12K\n\nListModels\x12\x1d.resight.v1.ListModelsRequest\x1a\x1e.resight.v1.ListModelsResponse\x12\x45\n\x08GetModel\x12\x1b.resight.v1.GetModelRequest\x1a\x1c.resight.v1.GetModelResponse\x12H\n\tLoadModel\x12\x1c.resight.v1.LoadModelRequest\x1a\x1d.resight.v1.LoadModelResponse\x12N\n\x0bUnloadModel\x12\x1e.resight.v1.UnloadModelRequest\x1a\x1f.resight.v1.UnloadModelResponse\x12T\n\rActivateModel\x12 .resight.v1.ActivateModelRequest\x1a!.resight.v1.ActivateModelResponse\x12`\n\x11MigrateCollection\x12$.resight.v1.MigrateCollectionRequest\x1a%.resight.v1.MigrateCollectionResponse\x12T\n\rActivateSpace\x12 .resight.v1.ActivateSpaceRequest\x1a!.resight.v1.ActivateSpaceResponse\x12N\n\x0bStartShadow\x12\x1e.resight.v1.StartShadowRequest\x1a\x1f.resight.v1.StartShadowResponse\x12H\n\tGetShadow\x12\x1c.resight.v1.GetShadowRequest\x1a\x1d.resight.v1.GetShadowResponse\x12K\n\nStopShadow\x12\x1d.resight.v1.StopShadowRequest\x1a\x1e.resight.v1.StopShadowResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'resight.v1.model_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODELSTATE']._serialized_start=1394
-  _globals['_MODELSTATE']._serialized_end=1534
-  _globals['_MISSINGCROPPOLICY']._serialized_start=1536
-  _globals['_MISSINGCROPPOLICY']._serialized_end=1652
-  _globals['_MODEL']._serialized_start=92
-  _globals['_MODEL']._serialized_end=334
-  _globals['_LISTMODELSREQUEST']._serialized_start=336
-  _globals['_LISTMODELSREQUEST']._serialized_end=394
-  _globals['_LISTMODELSRESPONSE']._serialized_start=396
-  _globals['_LISTMODELSRESPONSE']._serialized_end=476
-  _globals['_GETMODELREQUEST']._serialized_start=478
-  _globals['_GETMODELREQUEST']._serialized_end=513
-  _globals['_GETMODELRESPONSE']._serialized_start=515
-  _globals['_GETMODELRESPONSE']._serialized_end=567
-  _globals['_LOADMODELREQUEST']._serialized_start=569
-  _globals['_LOADMODELREQUEST']._serialized_end=605
-  _globals['_LOADMODELRESPONSE']._serialized_start=607
-  _globals['_LOADMODELRESPONSE']._serialized_end=668
-  _globals['_UNLOADMODELREQUEST']._serialized_start=670
-  _globals['_UNLOADMODELREQUEST']._serialized_end=708
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=710
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=731
-  _globals['_ACTIVATEMODELREQUEST']._serialized_start=733
-  _globals['_ACTIVATEMODELREQUEST']._serialized_end=808
-  _globals['_ACTIVATEMODELRESPONSE']._serialized_start=810
-  _globals['_ACTIVATEMODELRESPONSE']._serialized_end=905
-  _globals['_MIGRATECOLLECTIONREQUEST']._serialized_start=908
-  _globals['_MIGRATECOLLECTIONREQUEST']._serialized_end=1079
-  _globals['_MIGRATECOLLECTIONRESPONSE']._serialized_start=1081
-  _globals['_MIGRATECOLLECTIONRESPONSE']._serialized_end=1150
-  _globals['_ACTIVATESPACEREQUEST']._serialized_start=1152
-  _globals['_ACTIVATESPACEREQUEST']._serialized_end=1276
-  _globals['_ACTIVATESPACERESPONSE']._serialized_start=1278
-  _globals['_ACTIVATESPACERESPONSE']._serialized_end=1391
-  _globals['_MODELSERVICE']._serialized_start=1655
-  _globals['_MODELSERVICE']._serialized_end=2241
+  _globals['_MODELSTATE']._serialized_start=3055
+  _globals['_MODELSTATE']._serialized_end=3195
+  _globals['_MISSINGCROPPOLICY']._serialized_start=3197
+  _globals['_MISSINGCROPPOLICY']._serialized_end=3313
+  _globals['_SHADOWSTATE']._serialized_start=3316
+  _globals['_SHADOWSTATE']._serialized_end=3519
+  _globals['_MODEL']._serialized_start=157
+  _globals['_MODEL']._serialized_end=399
+  _globals['_LISTMODELSREQUEST']._serialized_start=401
+  _globals['_LISTMODELSREQUEST']._serialized_end=459
+  _globals['_LISTMODELSRESPONSE']._serialized_start=461
+  _globals['_LISTMODELSRESPONSE']._serialized_end=541
+  _globals['_GETMODELREQUEST']._serialized_start=543
+  _globals['_GETMODELREQUEST']._serialized_end=578
+  _globals['_GETMODELRESPONSE']._serialized_start=580
+  _globals['_GETMODELRESPONSE']._serialized_end=632
+  _globals['_LOADMODELREQUEST']._serialized_start=634
+  _globals['_LOADMODELREQUEST']._serialized_end=670
+  _globals['_LOADMODELRESPONSE']._serialized_start=672
+  _globals['_LOADMODELRESPONSE']._serialized_end=733
+  _globals['_UNLOADMODELREQUEST']._serialized_start=735
+  _globals['_UNLOADMODELREQUEST']._serialized_end=773
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=775
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=796
+  _globals['_ACTIVATEMODELREQUEST']._serialized_start=798
+  _globals['_ACTIVATEMODELREQUEST']._serialized_end=873
+  _globals['_ACTIVATEMODELRESPONSE']._serialized_start=875
+  _globals['_ACTIVATEMODELRESPONSE']._serialized_end=970
+  _globals['_MIGRATECOLLECTIONREQUEST']._serialized_start=973
+  _globals['_MIGRATECOLLECTIONREQUEST']._serialized_end=1144
+  _globals['_MIGRATECOLLECTIONRESPONSE']._serialized_start=1146
+  _globals['_MIGRATECOLLECTIONRESPONSE']._serialized_end=1215
+  _globals['_ACTIVATESPACEREQUEST']._serialized_start=1217
+  _globals['_ACTIVATESPACEREQUEST']._serialized_end=1341
+  _globals['_ACTIVATESPACERESPONSE']._serialized_start=1343
+  _globals['_ACTIVATESPACERESPONSE']._serialized_end=1456
+  _globals['_SHADOW']._serialized_start=1459
+  _globals['_SHADOW']._serialized_end=1863
+  _globals['_SHADOWFIGURES']._serialized_start=1866
+  _globals['_SHADOWFIGURES']._serialized_end=2243
+  _globals['_SHADOWSIDE']._serialized_start=2246
+  _globals['_SHADOWSIDE']._serialized_end=2624
+  _globals['_STARTSHADOWREQUEST']._serialized_start=2627
+  _globals['_STARTSHADOWREQUEST']._serialized_end=2791
+  _globals['_STARTSHADOWRESPONSE']._serialized_start=2793
+  _globals['_STARTSHADOWRESPONSE']._serialized_end=2850
+  _globals['_GETSHADOWREQUEST']._serialized_start=2852
+  _globals['_GETSHADOWREQUEST']._serialized_end=2893
+  _globals['_GETSHADOWRESPONSE']._serialized_start=2895
+  _globals['_GETSHADOWRESPONSE']._serialized_end=2950
+  _globals['_STOPSHADOWREQUEST']._serialized_start=2952
+  _globals['_STOPSHADOWREQUEST']._serialized_end=2994
+  _globals['_STOPSHADOWRESPONSE']._serialized_start=2996
+  _globals['_STOPSHADOWRESPONSE']._serialized_end=3052
+  _globals['_MODELSERVICE']._serialized_start=3522
+  _globals['_MODELSERVICE']._serialized_end=4339
 # @@protoc_insertion_point(module_scope)

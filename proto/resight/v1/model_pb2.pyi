@@ -5,7 +5,9 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from resight.v1 import common_pb2 as _common_pb2
@@ -62,6 +64,37 @@ MISSING_CROP_POLICY_FAIL: MissingCropPolicy.ValueType  # 1
 MISSING_CROP_POLICY_DROP: MissingCropPolicy.ValueType  # 2
 """entries without a crop are absent from the new space"""
 Global___MissingCropPolicy: _TypeAlias = MissingCropPolicy  # noqa: Y015
+
+class _ShadowState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ShadowStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ShadowState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SHADOW_STATE_UNSPECIFIED: _ShadowState.ValueType  # 0
+    SHADOW_STATE_RUNNING: _ShadowState.ValueType  # 1
+    SHADOW_STATE_DONE: _ShadowState.ValueType  # 2
+    """max_searches were answered"""
+    SHADOW_STATE_EXPIRED: _ShadowState.ValueType  # 3
+    SHADOW_STATE_STOPPED: _ShadowState.ValueType  # 4
+    SHADOW_STATE_SUPERSEDED: _ShadowState.ValueType  # 5
+    """the collection is searched in another space since, or was deleted"""
+    SHADOW_STATE_INTERRUPTED: _ShadowState.ValueType  # 6
+    """the server ended: its figures are gone, start it again"""
+
+class ShadowState(_ShadowState, metaclass=_ShadowStateEnumTypeWrapper): ...
+
+SHADOW_STATE_UNSPECIFIED: ShadowState.ValueType  # 0
+SHADOW_STATE_RUNNING: ShadowState.ValueType  # 1
+SHADOW_STATE_DONE: ShadowState.ValueType  # 2
+"""max_searches were answered"""
+SHADOW_STATE_EXPIRED: ShadowState.ValueType  # 3
+SHADOW_STATE_STOPPED: ShadowState.ValueType  # 4
+SHADOW_STATE_SUPERSEDED: ShadowState.ValueType  # 5
+"""the collection is searched in another space since, or was deleted"""
+SHADOW_STATE_INTERRUPTED: ShadowState.ValueType  # 6
+"""the server ended: its figures are gone, start it again"""
+Global___ShadowState: _TypeAlias = ShadowState  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):
@@ -430,3 +463,369 @@ class ActivateSpaceResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ActivateSpaceResponse: _TypeAlias = ActivateSpaceResponse  # noqa: Y015
+
+@_typing.final
+class Shadow(_message.Message):
+    """A candidate model that answers a sample of a collection's searches once more, after the caller has its answer. Only
+    searches made of crops are sampled; of a query nothing is kept but these figures, and they end with the process.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_ID_FIELD_NUMBER: _builtins.int
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    SPACE_ID_FIELD_NUMBER: _builtins.int
+    ACTIVE_MODEL_ID_FIELD_NUMBER: _builtins.int
+    ACTIVE_SPACE_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    SAMPLE_FIELD_NUMBER: _builtins.int
+    MAX_SEARCHES_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    FIGURES_FIELD_NUMBER: _builtins.int
+    OPERATION_ID_FIELD_NUMBER: _builtins.int
+    collection_id: _builtins.str
+    model_id: _builtins.str
+    """the candidate"""
+    space_id: _builtins.str
+    """its space, which the collection holds"""
+    active_model_id: _builtins.str
+    """whose answers callers get, and its space"""
+    active_space_id: _builtins.str
+    state: Global___ShadowState.ValueType
+    sample: _builtins.float
+    """share of the searches, above 0, at most 1"""
+    max_searches: _builtins.int
+    """answered, after which it ends; 0 = without such an end"""
+    operation_id: _builtins.str
+    """it is long work too: CancelOperation stops it"""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """absent while it runs"""
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """absent = none"""
+
+    @_builtins.property
+    def figures(self) -> Global___ShadowFigures: ...
+    def __init__(
+        self,
+        *,
+        collection_id: _builtins.str = ...,
+        model_id: _builtins.str = ...,
+        space_id: _builtins.str = ...,
+        active_model_id: _builtins.str = ...,
+        active_space_id: _builtins.str = ...,
+        state: Global___ShadowState.ValueType = ...,
+        sample: _builtins.float = ...,
+        max_searches: _builtins.int = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        figures: Global___ShadowFigures | None = ...,
+        operation_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "expire_time", b"expire_time", "figures", b"figures", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_model_id", b"active_model_id", "active_space_id", b"active_space_id", "collection_id", b"collection_id", "end_time", b"end_time", "expire_time", b"expire_time", "figures", b"figures", "max_searches", b"max_searches", "model_id", b"model_id", "operation_id", b"operation_id", "sample", b"sample", "space_id", b"space_id", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Shadow: _TypeAlias = Shadow  # noqa: Y015
+
+@_typing.final
+class ShadowFigures(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFERED_FIELD_NUMBER: _builtins.int
+    SAMPLED_FIELD_NUMBER: _builtins.int
+    ANSWERED_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    TOP1_AGREEMENT_FIELD_NUMBER: _builtins.int
+    OVERLAP_AT_10_FIELD_NUMBER: _builtins.int
+    DECISION_AGREEMENT_FIELD_NUMBER: _builtins.int
+    COSINE_SHIFT_FIELD_NUMBER: _builtins.int
+    ACTIVE_FIELD_NUMBER: _builtins.int
+    CANDIDATE_FIELD_NUMBER: _builtins.int
+    offered: _builtins.int
+    """searches of crops while it ran"""
+    sampled: _builtins.int
+    """of them chosen = answered + dropped + failed + those under way"""
+    answered: _builtins.int
+    """by both models: what all below is about"""
+    dropped: _builtins.int
+    """the server had better things to do"""
+    failed: _builtins.int
+    """the candidate could not answer"""
+    top1_agreement: _builtins.float
+    """share: best hits of one subject, of one entry where either has no subject"""
+    overlap_at_10: _builtins.float
+    """mean share of entries that both name among their first min(10, top_k)"""
+    decision_agreement: _builtins.float
+    """share; absent where either space has no calibration"""
+    cosine_shift: _builtins.float
+    """mean best-hit cosine, the candidate's less the active one's"""
+    @_builtins.property
+    def active(self) -> Global___ShadowSide: ...
+    @_builtins.property
+    def candidate(self) -> Global___ShadowSide: ...
+    def __init__(
+        self,
+        *,
+        offered: _builtins.int = ...,
+        sampled: _builtins.int = ...,
+        answered: _builtins.int = ...,
+        dropped: _builtins.int = ...,
+        failed: _builtins.int = ...,
+        top1_agreement: _builtins.float | None = ...,
+        overlap_at_10: _builtins.float | None = ...,
+        decision_agreement: _builtins.float | None = ...,
+        cosine_shift: _builtins.float | None = ...,
+        active: Global___ShadowSide | None = ...,
+        candidate: Global___ShadowSide | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cosine_shift", b"_cosine_shift", "_decision_agreement", b"_decision_agreement", "_overlap_at_10", b"_overlap_at_10", "_top1_agreement", b"_top1_agreement", "active", b"active", "candidate", b"candidate", "cosine_shift", b"cosine_shift", "decision_agreement", b"decision_agreement", "overlap_at_10", b"overlap_at_10", "top1_agreement", b"top1_agreement"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cosine_shift", b"_cosine_shift", "_decision_agreement", b"_decision_agreement", "_overlap_at_10", b"_overlap_at_10", "_top1_agreement", b"_top1_agreement", "active", b"active", "answered", b"answered", "candidate", b"candidate", "cosine_shift", b"cosine_shift", "decision_agreement", b"decision_agreement", "dropped", b"dropped", "failed", b"failed", "offered", b"offered", "overlap_at_10", b"overlap_at_10", "sampled", b"sampled", "top1_agreement", b"top1_agreement"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cosine_shift: _TypeAlias = _typing.Literal["cosine_shift"]  # noqa: Y015
+    _WhichOneofArgType__cosine_shift: _TypeAlias = _typing.Literal["_cosine_shift", b"_cosine_shift"]  # noqa: Y015
+    _WhichOneofReturnType__decision_agreement: _TypeAlias = _typing.Literal["decision_agreement"]  # noqa: Y015
+    _WhichOneofArgType__decision_agreement: _TypeAlias = _typing.Literal["_decision_agreement", b"_decision_agreement"]  # noqa: Y015
+    _WhichOneofReturnType__overlap_at_10: _TypeAlias = _typing.Literal["overlap_at_10"]  # noqa: Y015
+    _WhichOneofArgType__overlap_at_10: _TypeAlias = _typing.Literal["_overlap_at_10", b"_overlap_at_10"]  # noqa: Y015
+    _WhichOneofReturnType__top1_agreement: _TypeAlias = _typing.Literal["top1_agreement"]  # noqa: Y015
+    _WhichOneofArgType__top1_agreement: _TypeAlias = _typing.Literal["_top1_agreement", b"_top1_agreement"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cosine_shift) -> _WhichOneofReturnType__cosine_shift | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__decision_agreement) -> _WhichOneofReturnType__decision_agreement | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__overlap_at_10) -> _WhichOneofReturnType__overlap_at_10 | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top1_agreement) -> _WhichOneofReturnType__top1_agreement | None: ...
+
+Global___ShadowFigures: _TypeAlias = ShadowFigures  # noqa: Y015
+
+@_typing.final
+class ShadowSide(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MATCHES_FIELD_NUMBER: _builtins.int
+    UNCERTAIN_FIELD_NUMBER: _builtins.int
+    UNKNOWN_FIELD_NUMBER: _builtins.int
+    WITHOUT_HIT_FIELD_NUMBER: _builtins.int
+    UNKNOWN_SHARE_FIELD_NUMBER: _builtins.int
+    MEAN_PROBABILITY_FIELD_NUMBER: _builtins.int
+    MEAN_COSINE_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
+    INFER_P50_NS_FIELD_NUMBER: _builtins.int
+    INFER_P95_NS_FIELD_NUMBER: _builtins.int
+    SEARCH_P50_NS_FIELD_NUMBER: _builtins.int
+    SEARCH_P95_NS_FIELD_NUMBER: _builtins.int
+    TOTAL_P50_NS_FIELD_NUMBER: _builtins.int
+    TOTAL_P95_NS_FIELD_NUMBER: _builtins.int
+    matches: _builtins.int
+    """decisions"""
+    uncertain: _builtins.int
+    unknown: _builtins.int
+    without_hit: _builtins.int
+    """answers without any"""
+    unknown_share: _builtins.float
+    """of decisions; absent without calibration"""
+    mean_probability: _builtins.float
+    """of best hits; likewise"""
+    mean_cosine: _builtins.float
+    """of best hits"""
+    measured: _builtins.int
+    """searches timed: both models did them again, at the same low priority, in turn"""
+    infer_p50_ns: _builtins.int
+    """inference of one crop; so below, over the newest 1000 that were timed"""
+    infer_p95_ns: _builtins.int
+    search_p50_ns: _builtins.int
+    search_p95_ns: _builtins.int
+    total_p50_ns: _builtins.int
+    """inference of one crop and search"""
+    total_p95_ns: _builtins.int
+    def __init__(
+        self,
+        *,
+        matches: _builtins.int = ...,
+        uncertain: _builtins.int = ...,
+        unknown: _builtins.int = ...,
+        without_hit: _builtins.int = ...,
+        unknown_share: _builtins.float | None = ...,
+        mean_probability: _builtins.float | None = ...,
+        mean_cosine: _builtins.float | None = ...,
+        measured: _builtins.int = ...,
+        infer_p50_ns: _builtins.int = ...,
+        infer_p95_ns: _builtins.int = ...,
+        search_p50_ns: _builtins.int = ...,
+        search_p95_ns: _builtins.int = ...,
+        total_p50_ns: _builtins.int = ...,
+        total_p95_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_mean_cosine", b"_mean_cosine", "_mean_probability", b"_mean_probability", "_unknown_share", b"_unknown_share", "mean_cosine", b"mean_cosine", "mean_probability", b"mean_probability", "unknown_share", b"unknown_share"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mean_cosine", b"_mean_cosine", "_mean_probability", b"_mean_probability", "_unknown_share", b"_unknown_share", "infer_p50_ns", b"infer_p50_ns", "infer_p95_ns", b"infer_p95_ns", "matches", b"matches", "mean_cosine", b"mean_cosine", "mean_probability", b"mean_probability", "measured", b"measured", "search_p50_ns", b"search_p50_ns", "search_p95_ns", b"search_p95_ns", "total_p50_ns", b"total_p50_ns", "total_p95_ns", b"total_p95_ns", "uncertain", b"uncertain", "unknown", b"unknown", "unknown_share", b"unknown_share", "without_hit", b"without_hit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__mean_cosine: _TypeAlias = _typing.Literal["mean_cosine"]  # noqa: Y015
+    _WhichOneofArgType__mean_cosine: _TypeAlias = _typing.Literal["_mean_cosine", b"_mean_cosine"]  # noqa: Y015
+    _WhichOneofReturnType__mean_probability: _TypeAlias = _typing.Literal["mean_probability"]  # noqa: Y015
+    _WhichOneofArgType__mean_probability: _TypeAlias = _typing.Literal["_mean_probability", b"_mean_probability"]  # noqa: Y015
+    _WhichOneofReturnType__unknown_share: _TypeAlias = _typing.Literal["unknown_share"]  # noqa: Y015
+    _WhichOneofArgType__unknown_share: _TypeAlias = _typing.Literal["_unknown_share", b"_unknown_share"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mean_cosine) -> _WhichOneofReturnType__mean_cosine | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mean_probability) -> _WhichOneofReturnType__mean_probability | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__unknown_share) -> _WhichOneofReturnType__unknown_share | None: ...
+
+Global___ShadowSide: _TypeAlias = ShadowSide  # noqa: Y015
+
+@_typing.final
+class StartShadowRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_ID_FIELD_NUMBER: _builtins.int
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    SAMPLE_FIELD_NUMBER: _builtins.int
+    MAX_SEARCHES_FIELD_NUMBER: _builtins.int
+    EXPIRE_AFTER_FIELD_NUMBER: _builtins.int
+    collection_id: _builtins.str
+    model_id: _builtins.str
+    """loaded, and the collection migrated to its space; the same one goes on"""
+    sample: _builtins.float
+    """share of the searches, above 0, at most 1; absent = 1"""
+    max_searches: _builtins.int
+    """0 = without such an end"""
+    @_builtins.property
+    def expire_after(self) -> _duration_pb2.Duration:
+        """absent = without such an end"""
+
+    def __init__(
+        self,
+        *,
+        collection_id: _builtins.str = ...,
+        model_id: _builtins.str = ...,
+        sample: _builtins.float | None = ...,
+        max_searches: _builtins.int = ...,
+        expire_after: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_sample", b"_sample", "expire_after", b"expire_after", "sample", b"sample"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sample", b"_sample", "collection_id", b"collection_id", "expire_after", b"expire_after", "max_searches", b"max_searches", "model_id", b"model_id", "sample", b"sample"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__sample: _TypeAlias = _typing.Literal["sample"]  # noqa: Y015
+    _WhichOneofArgType__sample: _TypeAlias = _typing.Literal["_sample", b"_sample"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sample) -> _WhichOneofReturnType__sample | None: ...
+
+Global___StartShadowRequest: _TypeAlias = StartShadowRequest  # noqa: Y015
+
+@_typing.final
+class StartShadowResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHADOW_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def shadow(self) -> Global___Shadow: ...
+    def __init__(
+        self,
+        *,
+        shadow: Global___Shadow | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["shadow", b"shadow"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shadow", b"shadow"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartShadowResponse: _TypeAlias = StartShadowResponse  # noqa: Y015
+
+@_typing.final
+class GetShadowRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_ID_FIELD_NUMBER: _builtins.int
+    collection_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        collection_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection_id", b"collection_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetShadowRequest: _TypeAlias = GetShadowRequest  # noqa: Y015
+
+@_typing.final
+class GetShadowResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHADOW_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def shadow(self) -> Global___Shadow:
+        """the one that runs, or ran last"""
+
+    def __init__(
+        self,
+        *,
+        shadow: Global___Shadow | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["shadow", b"shadow"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shadow", b"shadow"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetShadowResponse: _TypeAlias = GetShadowResponse  # noqa: Y015
+
+@_typing.final
+class StopShadowRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_ID_FIELD_NUMBER: _builtins.int
+    collection_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        collection_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection_id", b"collection_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StopShadowRequest: _TypeAlias = StopShadowRequest  # noqa: Y015
+
+@_typing.final
+class StopShadowResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHADOW_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def shadow(self) -> Global___Shadow:
+        """with its last figures; one that has ended stays as it is"""
+
+    def __init__(
+        self,
+        *,
+        shadow: Global___Shadow | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["shadow", b"shadow"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shadow", b"shadow"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StopShadowResponse: _TypeAlias = StopShadowResponse  # noqa: Y015

@@ -70,6 +70,21 @@ class ModelServiceStub:
                 request_serializer=resight_dot_v1_dot_model__pb2.ActivateSpaceRequest.SerializeToString,
                 response_deserializer=resight_dot_v1_dot_model__pb2.ActivateSpaceResponse.FromString,
                 _registered_method=True)
+        self.StartShadow = channel.unary_unary(
+                '/resight.v1.ModelService/StartShadow',
+                request_serializer=resight_dot_v1_dot_model__pb2.StartShadowRequest.SerializeToString,
+                response_deserializer=resight_dot_v1_dot_model__pb2.StartShadowResponse.FromString,
+                _registered_method=True)
+        self.GetShadow = channel.unary_unary(
+                '/resight.v1.ModelService/GetShadow',
+                request_serializer=resight_dot_v1_dot_model__pb2.GetShadowRequest.SerializeToString,
+                response_deserializer=resight_dot_v1_dot_model__pb2.GetShadowResponse.FromString,
+                _registered_method=True)
+        self.StopShadow = channel.unary_unary(
+                '/resight.v1.ModelService/StopShadow',
+                request_serializer=resight_dot_v1_dot_model__pb2.StopShadowRequest.SerializeToString,
+                response_deserializer=resight_dot_v1_dot_model__pb2.StopShadowResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
@@ -121,6 +136,25 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StartShadow(self, request, context):
+        """a candidate answers beside, for figures alone
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetShadow(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StopShadow(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -158,6 +192,21 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.ActivateSpace,
                     request_deserializer=resight_dot_v1_dot_model__pb2.ActivateSpaceRequest.FromString,
                     response_serializer=resight_dot_v1_dot_model__pb2.ActivateSpaceResponse.SerializeToString,
+            ),
+            'StartShadow': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartShadow,
+                    request_deserializer=resight_dot_v1_dot_model__pb2.StartShadowRequest.FromString,
+                    response_serializer=resight_dot_v1_dot_model__pb2.StartShadowResponse.SerializeToString,
+            ),
+            'GetShadow': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetShadow,
+                    request_deserializer=resight_dot_v1_dot_model__pb2.GetShadowRequest.FromString,
+                    response_serializer=resight_dot_v1_dot_model__pb2.GetShadowResponse.SerializeToString,
+            ),
+            'StopShadow': grpc.unary_unary_rpc_method_handler(
+                    servicer.StopShadow,
+                    request_deserializer=resight_dot_v1_dot_model__pb2.StopShadowRequest.FromString,
+                    response_serializer=resight_dot_v1_dot_model__pb2.StopShadowResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -350,6 +399,87 @@ class ModelService:
             '/resight.v1.ModelService/ActivateSpace',
             resight_dot_v1_dot_model__pb2.ActivateSpaceRequest.SerializeToString,
             resight_dot_v1_dot_model__pb2.ActivateSpaceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartShadow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/resight.v1.ModelService/StartShadow',
+            resight_dot_v1_dot_model__pb2.StartShadowRequest.SerializeToString,
+            resight_dot_v1_dot_model__pb2.StartShadowResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetShadow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/resight.v1.ModelService/GetShadow',
+            resight_dot_v1_dot_model__pb2.GetShadowRequest.SerializeToString,
+            resight_dot_v1_dot_model__pb2.GetShadowResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StopShadow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/resight.v1.ModelService/StopShadow',
+            resight_dot_v1_dot_model__pb2.StopShadowRequest.SerializeToString,
+            resight_dot_v1_dot_model__pb2.StopShadowResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,10 @@ class ModelServiceStub:
     MigrateCollection: _grpc.UnaryUnaryMultiCallable[_model_pb2.MigrateCollectionRequest, _model_pb2.MigrateCollectionResponse]
     ActivateSpace: _grpc.UnaryUnaryMultiCallable[_model_pb2.ActivateSpaceRequest, _model_pb2.ActivateSpaceResponse]
     """compare-and-swap; also the rollback"""
+    StartShadow: _grpc.UnaryUnaryMultiCallable[_model_pb2.StartShadowRequest, _model_pb2.StartShadowResponse]
+    """a candidate answers beside, for figures alone"""
+    GetShadow: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetShadowRequest, _model_pb2.GetShadowResponse]
+    StopShadow: _grpc.UnaryUnaryMultiCallable[_model_pb2.StopShadowRequest, _model_pb2.StopShadowResponse]
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -59,6 +63,10 @@ class ModelServiceAsyncStub(ModelServiceStub):
     MigrateCollection: _aio.UnaryUnaryMultiCallable[_model_pb2.MigrateCollectionRequest, _model_pb2.MigrateCollectionResponse]  # type: ignore[assignment]
     ActivateSpace: _aio.UnaryUnaryMultiCallable[_model_pb2.ActivateSpaceRequest, _model_pb2.ActivateSpaceResponse]  # type: ignore[assignment]
     """compare-and-swap; also the rollback"""
+    StartShadow: _aio.UnaryUnaryMultiCallable[_model_pb2.StartShadowRequest, _model_pb2.StartShadowResponse]  # type: ignore[assignment]
+    """a candidate answers beside, for figures alone"""
+    GetShadow: _aio.UnaryUnaryMultiCallable[_model_pb2.GetShadowRequest, _model_pb2.GetShadowResponse]  # type: ignore[assignment]
+    StopShadow: _aio.UnaryUnaryMultiCallable[_model_pb2.StopShadowRequest, _model_pb2.StopShadowResponse]  # type: ignore[assignment]
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     """Models lie as bundles in folders of the server's model root; a request names one, never a path."""
@@ -114,5 +122,27 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.ActivateSpaceResponse, _abc.Awaitable[_model_pb2.ActivateSpaceResponse]]:
         """compare-and-swap; also the rollback"""
+
+    @_abc_1.abstractmethod
+    def StartShadow(
+        self,
+        request: _model_pb2.StartShadowRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.StartShadowResponse, _abc.Awaitable[_model_pb2.StartShadowResponse]]:
+        """a candidate answers beside, for figures alone"""
+
+    @_abc_1.abstractmethod
+    def GetShadow(
+        self,
+        request: _model_pb2.GetShadowRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.GetShadowResponse, _abc.Awaitable[_model_pb2.GetShadowResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def StopShadow(
+        self,
+        request: _model_pb2.StopShadowRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.StopShadowResponse, _abc.Awaitable[_model_pb2.StopShadowResponse]]: ...
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
