@@ -30,7 +30,6 @@ from resight.service.settings import Settings
 from resight.service.store import Store
 
 NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
-MAX_PAGE, DEFAULT_PAGE = 1000, 100
 LOOK_AGAIN_S = 0.01  # for a write that is to come
 ANSWER_S = 0.1  # kept of a deadline, at most a tenth, so that a refusal still arrives
 

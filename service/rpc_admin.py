@@ -17,7 +17,7 @@ from resight.service.folder import disk_bytes
 from resight.service.long_work import CancelledWork, LongWork
 from resight.service.models import ModelHost
 from resight.service.operations import Operation
-from resight.service.rpc_gallery import page_size
+from resight.service.paging import key_of_token, page_size, page_token
 from resight.service.rpc_operations import operation_message
 from resight.service.settings import Settings
 from resight.service.tenants import Tenant, Tenants
@@ -116,13 +116,13 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         """The audit of a window of time, the newest first, page by page."""
         limit = page_size(request.page_size)
         start_us, end_us = translate.window(request.window, "window")
-        before = translate.key_of_token(request.page_token) or None
+        before = key_of_token(request.page_token) or None
         audit = (await self._own()).audit
         found = await audit.listed(start_us=start_us, end_us=end_us, before=before, limit=limit + 1)
         more = len(found) > limit
         return admin_pb2.ListAuditEventsResponse(
             events=[_event(event) for event in found[:limit]],
-            next_page_token=translate.page_token(int(found[limit - 1].audit_id)) if more else "",
+            next_page_token=page_token(int(found[limit - 1].audit_id)) if more else "",
         )
 
 

@@ -13,8 +13,9 @@ from resight.service import translate, watch
 from resight.service.auth import current
 from resight.service.enrol import EnrolRequest
 from resight.service.entries import Collection, Enrolled
-from resight.service.gallery import DEFAULT_PAGE, MAX_PAGE, Gallery
+from resight.service.gallery import Gallery
 from resight.service.guard import check_batch, deadline_of
+from resight.service.paging import key_of_token, name_of_token, page_size, page_token
 from resight.service.settings import Settings
 from resight.service.tenants import Tenants
 from resight.v1 import gallery_pb2, gallery_pb2_grpc
@@ -57,10 +58,10 @@ class GalleryServicer(gallery_pb2_grpc.GalleryServiceServicer):
         """Collections by name, page by page."""
         gallery = await self._gallery()
         limit = page_size(request.page_size)
-        found = await gallery.collections(after=translate.name_of_token(request.page_token), limit=limit + 1)
+        found = await gallery.collections(after=name_of_token(request.page_token), limit=limit + 1)
         return gallery_pb2.ListCollectionsResponse(
             collections=await _messages(gallery, *found[:limit]),
-            next_page_token=translate.page_token(found[limit - 1].name) if len(found) > limit else "",
+            next_page_token=page_token(found[limit - 1].name) if len(found) > limit else "",
         )
 
     async def UpdateCollection(
@@ -150,12 +151,12 @@ class GalleryServicer(gallery_pb2_grpc.GalleryServiceServicer):
         """Entries in order of enrolment, page by page."""
         gallery = await self._gallery()
         limit = page_size(request.page_size)
-        after = translate.key_of_token(request.page_token)
+        after = key_of_token(request.page_token)
         filters = translate.filters(request.filter)
         found = await gallery.entries(request.collection_id, filters, after=after, limit=limit + 1)
         return gallery_pb2.ListEntriesResponse(
             entries=[translate.entry_message(entry) for _, entry in found[:limit]],
-            next_page_token=translate.page_token(found[limit - 1][0]) if len(found) > limit else "",
+            next_page_token=page_token(found[limit - 1][0]) if len(found) > limit else "",
         )
 
     async def UpdateEntry(
@@ -252,14 +253,3 @@ def _canonical(request: gallery_pb2.EnrollEntryRequest) -> bytes:
     copy.CopyFrom(request)
     copy.ClearField("collection_id")
     return copy.SerializeToString(deterministic=True)
-
-
-def page_size(asked: int) -> int:
-    """What a page holds: 100 when not told, at most 1000.
-
-    Raises:
-        InputError: negative.
-    """
-    if asked < 0:
-        raise InputError(f"page_size is 0 (for {DEFAULT_PAGE}) to {MAX_PAGE}, found {asked}", field="page_size")
-    return min(asked or DEFAULT_PAGE, MAX_PAGE)

@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 
-from resight.errors import InputError, ModelNotFoundError
+from resight.errors import ModelNotFoundError
 from resight.service import reads, spaces, translate
 from resight.service.auth import current
 from resight.service.long_work import LongWork
@@ -15,12 +15,12 @@ from resight.service.migrate import Migrations, Wanted
 from resight.service.model import Model, ModelInfo, ModelState, space_of
 from resight.service.models import ModelHost
 from resight.service.operations import Operation
+from resight.service.paging import name_of_token, page_size, page_token
 from resight.service.rpc_operations import operation_message
 from resight.service.tenants import Tenants
 from resight.v1 import model_pb2, model_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
-MAX_PAGE, DEFAULT_PAGE = 1000, 100
 LOAD = "load_model"
 
 STATES = {
@@ -53,14 +53,12 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
 
     async def ListModels(self, request: model_pb2.ListModelsRequest, context: Context) -> model_pb2.ListModelsResponse:
         """Models by name, page by page."""
-        if request.page_size < 0:
-            raise InputError(f"page_size is 0 or more, found {request.page_size}", field="page_size")
-        limit = min(request.page_size or DEFAULT_PAGE, MAX_PAGE)
-        after = translate.name_of_token(request.page_token)
+        limit = page_size(request.page_size)
+        after = name_of_token(request.page_token)
         names = [name for name in await asyncio.to_thread(self._models.names) if name > after]
         found = [await self._info(name) for name in names[:limit]]
         return model_pb2.ListModelsResponse(
-            models=found, next_page_token=translate.page_token(names[limit - 1]) if len(names) > limit else ""
+            models=found, next_page_token=page_token(names[limit - 1]) if len(names) > limit else ""
         )
 
     async def GetModel(self, request: model_pb2.GetModelRequest, context: Context) -> model_pb2.GetModelResponse:

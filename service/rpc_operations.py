@@ -7,16 +7,14 @@ from typing import Any
 import grpc
 from google.protobuf import timestamp_pb2
 
-from resight.errors import InputError
 from resight.reasons import to_status
-from resight.service import translate
 from resight.service.auth import current
 from resight.service.operations import Operation, State
+from resight.service.paging import key_of_token, page_size, page_token
 from resight.service.tenants import Tenants
 from resight.v1 import operation_pb2, operation_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
-MAX_PAGE, DEFAULT_PAGE = 1000, 100
 
 STATES = {
     State.PENDING: operation_pb2.OPERATION_STATE_PENDING,
@@ -65,15 +63,13 @@ class OperationServicer(operation_pb2_grpc.OperationServiceServicer):
         self, request: operation_pb2.ListOperationsRequest, context: Context
     ) -> operation_pb2.ListOperationsResponse:
         """Operations, the newest first, page by page."""
-        if request.page_size < 0:
-            raise InputError(f"page_size is 0 or more, found {request.page_size}", field="page_size")
-        limit = min(request.page_size or DEFAULT_PAGE, MAX_PAGE)
-        before = translate.key_of_token(request.page_token) or None
+        limit = page_size(request.page_size)
+        before = key_of_token(request.page_token) or None
         tenant = await self._tenants.tenant(current().tenant)
         found = await tenant.operations.listed(before=before, limit=limit + 1)
         return operation_pb2.ListOperationsResponse(
             operations=[operation_message(one) for one in found[:limit]],
-            next_page_token=translate.page_token(found[limit - 1].key) if len(found) > limit else "",
+            next_page_token=page_token(found[limit - 1].key) if len(found) > limit else "",
         )
 
     async def CancelOperation(

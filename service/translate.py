@@ -5,9 +5,6 @@ A field absent on the wire is an empty string, or None for a number or time.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import struct
 from collections.abc import Collection as Container
 
 from google.protobuf import duration_pb2, field_mask_pb2, timestamp_pb2
@@ -190,44 +187,6 @@ def ttl_us(message: gallery_pb2.Collection) -> int | None:
     if told_us <= 0:
         raise InputError(f"default_ttl must be positive, found {told_us / 1e6} s", field="collection.default_ttl")
     return told_us
-
-
-def page_token(after: int | str) -> str:
-    """The opaque cursor after which the next page begins."""
-    raw = struct.pack(">q", after) if isinstance(after, int) else after.encode()
-    return base64.urlsafe_b64encode(raw).decode().rstrip("=")
-
-
-def _unpack_token(token: str) -> bytes:
-    try:
-        return base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
-    except (binascii.Error, ValueError) as error:
-        raise _bad_token(token) from error
-
-
-def _bad_token(token: str) -> InputError:
-    return InputError(
-        f"page_token {token[:40]!r} is none of ours: pass next_page_token of the page before, or none",
-        field="page_token",
-    )
-
-
-def key_of_token(token: str) -> int:
-    """The entry key a page token stands for; 0 = from the beginning."""
-    if not token:
-        return 0
-    raw = _unpack_token(token)
-    if len(raw) != 8:
-        raise _bad_token(token)
-    return int(struct.unpack(">q", raw)[0])
-
-
-def name_of_token(token: str) -> str:
-    """The collection name a page token stands for; empty = from the beginning."""
-    try:
-        return _unpack_token(token).decode()
-    except UnicodeDecodeError as error:
-        raise _bad_token(token) from error
 
 
 def timestamp(told_us: int) -> timestamp_pb2.Timestamp:
