@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from uuid import uuid4
 
-from resight import replies
+from resight import replies, replies_figures
 from resight.answers import ModelInfo, OperationInfo
+from resight.answers_figures import Shadow
 from resight.calls import Ask, Listing, Road
 from resight.v1 import model_pb2
 
@@ -77,3 +79,42 @@ def activate_space(
     )
     reply = yield Ask("models.ActivateSpace", request, retry=False)
     return reply.active.space_id, reply.previous.space_id
+
+
+def start_shadow(
+    collection: str,
+    model_id: str,
+    *,
+    sample: float = 1.0,
+    max_searches: int = 0,
+    expire_after: timedelta | None = None,
+) -> Road[Shadow]:
+    """Let a candidate model answer a sample of a collection's searches of crops too, for figures alone.
+
+    Asked for again with the same model, it goes on, with the bounds of this call.
+
+    Args:
+        collection: its name; migrated to the model's space, and searched in another one.
+        model_id: of a loaded model.
+        sample: share of the searches, above 0, at most 1.
+        max_searches: answered ones, after which it ends; 0 = without such an end.
+        expire_after: None = without such an end.
+    """
+    request = model_pb2.StartShadowRequest(
+        collection_id=collection, model_id=model_id, sample=sample, max_searches=max_searches
+    )
+    if expire_after is not None:
+        request.expire_after.FromTimedelta(expire_after)
+    return replies_figures.shadow((yield Ask("models.StartShadow", request)).shadow)
+
+
+def get_shadow(collection: str) -> Road[Shadow]:
+    """A collection's shadow that runs, or ran last, with its figures so far."""
+    request = model_pb2.GetShadowRequest(collection_id=collection)
+    return replies_figures.shadow((yield Ask("models.GetShadow", request)).shadow)
+
+
+def stop_shadow(collection: str) -> Road[Shadow]:
+    """End a collection's shadow; returns its last figures."""
+    request = model_pb2.StopShadowRequest(collection_id=collection)
+    return replies_figures.shadow((yield Ask("models.StopShadow", request)).shadow)

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 
-from resight import replies
+from resight import replies, replies_figures
 from resight.answers import AuditRow, CollectionStats, OperationInfo
+from resight.answers_figures import SearchFigures
 from resight.calls import Ask, Listing, Pause, Road
 from resight.errors import DeadlineError
 from resight.v1 import admin_pb2, operation_pb2
@@ -19,6 +20,35 @@ def stats(collection: str) -> Road[CollectionStats]:
     """How a collection and its index stand."""
     request = admin_pb2.GetCollectionStatsRequest(collection_id=collection)
     return replies.stats((yield Ask("admin.GetCollectionStats", request)))
+
+
+def search_figures(
+    collection: str,
+    *,
+    start: datetime | None = None,
+    end: datetime | None = None,
+    space_id: str = "",
+    reference: tuple[datetime, datetime] | None = None,
+) -> Road[list[SearchFigures]]:
+    """What a collection's searches came to, in each space, by its first search in the window.
+
+    Args:
+        collection: its name.
+        start: of the window, which is widened to whole minutes; None = as far back as is kept.
+        end: exclusive; None = until now.
+        space_id: of one space; empty = of all.
+        reference: window, begin and end, that drift is told against; None = the space's first 1000 best hits.
+    """
+    request = admin_pb2.GetSearchFiguresRequest(collection_id=collection, space_id=space_id)
+    if start is not None:
+        request.window.start_time.FromDatetime(start)
+    if end is not None:
+        request.window.end_time.FromDatetime(end)
+    if reference is not None:
+        request.reference.start_time.FromDatetime(reference[0])
+        request.reference.end_time.FromDatetime(reference[1])
+    reply = yield Ask("admin.GetSearchFigures", request)
+    return [replies_figures.search_figures(one) for one in reply.figures]
 
 
 def rebuild_index(collection: str, index_type: str = "") -> Road[OperationInfo]:

@@ -37,6 +37,7 @@ from resight.answers import (
     SearchHit,
     ServerInfo,
 )
+from resight.answers_figures import SearchFigures, Shadow
 from resight.calls import BATCH_FACTOR, OPTIONS, Ask, Listing, Pause, Road, Stubs, Try, translated, tries
 from resight.channel import channel_credentials, open_channel
 from resight.errors import ReIDError, UnavailableError
@@ -59,8 +60,10 @@ __all__ = [
     "Query",
     "Rerank",
     "SearchAnswer",
+    "SearchFigures",
     "SearchHit",
     "ServerInfo",
+    "Shadow",
     "Where",
 ]
 
@@ -235,6 +238,7 @@ class Client:
     delete_entries = does(asks.delete_entries)
     erase_subject = does(asks.erase_subject)
     stats = does(asks_operator.stats)
+    search_figures = does(asks_operator.search_figures)
     rebuild_index = does(asks_operator.rebuild_index)
     create_snapshot = does(asks_operator.create_snapshot)
     audit_events = lists(asks_operator.audit_events)
@@ -249,3 +253,6 @@ class Client:
     activate_model = does(asks_models.activate_model)
     migrate = does(asks_models.migrate)
     activate_space = does(asks_models.activate_space)
+    start_shadow = does(asks_models.start_shadow)
+    get_shadow = does(asks_models.get_shadow)
+    stop_shadow = does(asks_models.stop_shadow)

@@ -189,6 +189,7 @@ class AsyncClient:
     delete_entries = does(asks.delete_entries)
     erase_subject = does(asks.erase_subject)
     stats = does(asks_operator.stats)
+    search_figures = does(asks_operator.search_figures)
     rebuild_index = does(asks_operator.rebuild_index)
     create_snapshot = does(asks_operator.create_snapshot)
     audit_events = lists(asks_operator.audit_events)
@@ -203,6 +204,9 @@ class AsyncClient:
     activate_model = does(asks_models.activate_model)
     migrate = does(asks_models.migrate)
     activate_space = does(asks_models.activate_space)
+    start_shadow = does(asks_models.start_shadow)
+    get_shadow = does(asks_models.get_shadow)
+    stop_shadow = does(asks_models.stop_shadow)
 
 
 async def _numbered(
