@@ -6,7 +6,7 @@ import sqlite3
 import zlib
 from collections.abc import Sequence
 
-from resight.errors import ConflictError
+from resight.errors import ConflictError, InputError
 from resight.service import reads
 from resight.service.runtime import Feature
 
@@ -63,3 +63,24 @@ def log_change(connection: sqlite3.Connection, collection: int, keys: Sequence[i
         (revision, 0 if deleted else sum(key != NO_ENTRY for key in keys), collection),
     )
     return revision
+
+
+def seen(connection: sqlite3.Connection, request_id: str, digest: bytes) -> tuple[int, str | None] | None:
+    """What the first call with this request_id came to: its revision and its entry's id, None if that is gone.
+
+    Raises:
+        InputError: it was another request.
+    """
+    row = connection.execute(
+        "SELECT r.digest, r.revision, e.entry_id FROM request r LEFT JOIN entry e ON e.key = r.entry "
+        "WHERE request_id IN (?1, keyed(?1))",  # keyed once its entry was erased
+        (request_id,),
+    ).fetchone()
+    if row is None:
+        return None
+    known, revision, entry_id = row
+    if known and known != digest:
+        raise InputError(
+            f"request_id {request_id} was used for another request: take a new one for each", field="request_id"
+        )
+    return revision, entry_id

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from resight.errors import StorageFullError, StoreError
-from resight.service.tables import BOOKS, CORE, SCHEMA_VERSION, UPGRADES
+from resight.service.tables import BOOKS, CORE, FIGURES, LESSONS, SCHEMA_VERSION, UPGRADES
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def _prepare(connection: sqlite3.Connection, path: Path, dim: int) -> None:
         connection.execute(f"PRAGMA page_size={SMALL_DIM_PAGE if dim <= SMALL_DIM else LARGE_DIM_PAGE}")
         connection.execute("PRAGMA journal_mode=WAL")
         marks = f"PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION};"
-        connection.executescript(f"BEGIN; {marks} {CORE} {BOOKS} COMMIT;")
+        connection.executescript(f"BEGIN; {marks} {CORE} {BOOKS} {FIGURES} {LESSONS} COMMIT;")
     application = connection.execute("PRAGMA application_id").fetchone()[0]
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if application != APPLICATION_ID:

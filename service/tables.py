@@ -1,12 +1,13 @@
 """The tables of a gallery's database, and the way here from older versions of them.
 
-`CORE` holds what is searched, `BOOKS` what is kept about it. A new file gets both; `UPGRADES` brings an older file to
-the same tables, one version at a time.
+`CORE` holds what is searched, `BOOKS` what is kept about it, `FIGURES` what searches came to, `LESSONS` what the
+next adaptation learns from. A new file gets all of them; `UPGRADES` brings an older file to the same tables, one
+version at a time.
 """
 
 from __future__ import annotations
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 CORE = """
 CREATE TABLE space (
@@ -102,6 +103,35 @@ CREATE TABLE erased (
 ) STRICT;
 """
 
+FIGURES = """
+-- What searches in a space came to, by the minute since 1970. bins: best hits by their cosine, counts of equal parts of
+-- -1..1 as little-endian uint32. No query, no entry and no person stands here.
+CREATE TABLE search_minute (
+    collection INTEGER NOT NULL REFERENCES collection ON DELETE CASCADE, space_id TEXT NOT NULL REFERENCES space,
+    minute INTEGER NOT NULL, searches INTEGER NOT NULL, matches INTEGER NOT NULL, uncertain INTEGER NOT NULL,
+    unknown INTEGER NOT NULL, hits INTEGER NOT NULL, probable INTEGER NOT NULL, cosine_sum REAL NOT NULL,
+    probability_sum REAL NOT NULL, first_us INTEGER NOT NULL, last_us INTEGER NOT NULL, bins BLOB NOT NULL,
+    PRIMARY KEY (collection, space_id, minute)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX search_minute_by_time ON search_minute (minute);
+-- The first best hits in a space, which later ones are compared with.
+CREATE TABLE search_reference (
+    collection INTEGER NOT NULL REFERENCES collection ON DELETE CASCADE, space_id TEXT NOT NULL REFERENCES space,
+    hits INTEGER NOT NULL, cosine_sum REAL NOT NULL, bins BLOB NOT NULL, PRIMARY KEY (collection, space_id)
+) STRICT, WITHOUT ROWID;
+"""
+
+LESSONS = """
+-- What somebody said of two entries: low < high, so that a pair has one row, and the last verdict counts.
+CREATE TABLE feedback (
+    key INTEGER PRIMARY KEY AUTOINCREMENT, collection INTEGER NOT NULL REFERENCES collection ON DELETE CASCADE,
+    low INTEGER NOT NULL REFERENCES entry ON DELETE CASCADE, high INTEGER NOT NULL REFERENCES entry ON DELETE CASCADE,
+    same INTEGER NOT NULL, principal TEXT NOT NULL, at_us INTEGER NOT NULL, UNIQUE (low, high), CHECK (low < high)
+) STRICT;
+CREATE INDEX feedback_by_high ON feedback (high);
+CREATE INDEX feedback_by_collection ON feedback (collection, key);
+"""
+
 # From the version before to the named one.
 UPGRADES = {
     2: f"""
@@ -118,5 +148,6 @@ ALTER TABLE entry ADD COLUMN version INTEGER NOT NULL DEFAULT 1;
 {BOOKS}
 UPDATE collection SET held = (SELECT count(*) FROM entry e WHERE e.collection = collection.key);
 INSERT INTO collection_space SELECT key, space_id, 'active', created_us FROM collection;
-"""
+""",
+    3: FIGURES + LESSONS,
 }

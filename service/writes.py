@@ -19,12 +19,11 @@ from resight.errors import (
     DeleteCapError,
     EntryExistsError,
     EntryNotFoundError,
-    InputError,
     ReIDError,
 )
 from resight.service import reads
 from resight.service.entries import Collection, Enrolled, Enrolment, Filter, Space, now_us
-from resight.service.rows import FIRST_VERSION, add_feature, check_etag, delete_keys, log_change
+from resight.service.rows import FIRST_VERSION, add_feature, check_etag, delete_keys, log_change, seen
 
 REQUEST_MEMORY_US = 24 * 3600 * 1_000_000  # how long a replay is recognised
 PURGE_AT_ONCE = 1000  # entries of one transaction, so that enrolments do not wait for a large purge
@@ -202,18 +201,10 @@ def _check_full(connection: sqlite3.Connection, into: Collection, most: int, *, 
 
 def _replayed(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> Enrolled | None:
     """The answer of the first call with this request_id, if there was one."""
-    row = connection.execute(
-        "SELECT r.digest, r.revision, e.entry_id FROM request r LEFT JOIN entry e ON e.key = r.entry "
-        "WHERE request_id IN (?1, keyed(?1))",  # keyed once its entry was erased
-        (new.request_id,),
-    ).fetchone()
-    if row is None:
+    first = seen(connection, new.request_id, new.digest)
+    if first is None:
         return None
-    digest, revision, entry_id = row
-    if digest and digest != new.digest:
-        raise InputError(
-            f"request_id {new.request_id} was used for another request: take a new one for each", field="request_id"
-        )
+    revision, entry_id = first
     if entry_id is None:
         raise EntryNotFoundError(
             f"the entry that request {new.request_id} enrolled was deleted since: enrol it with a new request_id",

@@ -18,13 +18,14 @@
     ├── TrainingError              the adaptation cannot go on (no cluster, one cluster, NaN)
     ├── ModelError                 the served model failed on this input
     ├── ModelInUseError            a model that is needed would go or change
-    ├── CropsMissingError          entries without crops cannot be embedded anew
+    ├── CropsMissingError          crops are needed that were never kept
     ├── MigrationError             a migration did not pass its gate
     ├── SpaceMismatchError         features of two embedding spaces would be compared
     ├── UncalibratedError          a probability is asked of a space that knows none
     ├── NotFoundError
     │   ├── CollectionNotFoundError
     │   ├── EntryNotFoundError
+    │   ├── FeedbackNotFoundError
     │   ├── ModelNotFoundError
     │   └── OperationNotFoundError
     ├── AlreadyExistsError
@@ -33,6 +34,7 @@
     ├── ConflictError              a compare-and-swap was lost
     ├── CollectionNotEmptyError
     ├── CollectionFullError
+    ├── FeedbackConflictError      a verdict on two entries that earlier ones contradict
     ├── DeleteCapError             a deletion would take more than the caller allowed
     ├── OverloadedError            try again after `retry_after_s`
     │   └── RateLimitedError
@@ -133,7 +135,7 @@ class ModelInUseError(ReIDError):
 
 
 class CropsMissingError(ReIDError):
-    """Entries without stored crops cannot be embedded with another model."""
+    """Crops are needed that were never kept: to embed entries with another model, or to learn from."""
 
 
 class MigrationError(ReIDError):
@@ -158,6 +160,10 @@ class CollectionNotFoundError(NotFoundError):
 
 class EntryNotFoundError(NotFoundError):
     """No entry of that id in the collection."""
+
+
+class FeedbackNotFoundError(NotFoundError):
+    """Nobody said anything of these two entries, or it was taken back."""
 
 
 class ModelNotFoundError(NotFoundError):
@@ -190,6 +196,10 @@ class CollectionNotEmptyError(ReIDError):
 
 class CollectionFullError(ReIDError):
     """A collection holds as many entries as it may."""
+
+
+class FeedbackConflictError(ReIDError):
+    """A verdict on two entries contradicts what was said of others; nothing was stored."""
 
 
 class DeleteCapError(ReIDError):
