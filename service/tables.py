@@ -114,10 +114,11 @@ CREATE TABLE search_minute (
     PRIMARY KEY (collection, space_id, minute)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX search_minute_by_time ON search_minute (minute);
--- The first best hits in a space, which later ones are compared with.
+-- The first best hits in a space, which later ones are compared with, and the last minute that gave some.
 CREATE TABLE search_reference (
     collection INTEGER NOT NULL REFERENCES collection ON DELETE CASCADE, space_id TEXT NOT NULL REFERENCES space,
-    hits INTEGER NOT NULL, cosine_sum REAL NOT NULL, bins BLOB NOT NULL, PRIMARY KEY (collection, space_id)
+    hits INTEGER NOT NULL, cosine_sum REAL NOT NULL, minute INTEGER NOT NULL, bins BLOB NOT NULL,
+    PRIMARY KEY (collection, space_id)
 ) STRICT, WITHOUT ROWID;
 """
 
