@@ -36,11 +36,11 @@ HEALTHCHECK --interval=15s --timeout=5s --start-period=120s \
     CMD ["python", "-c", "from resight.cli_connect import connect; connect('localhost:50051').wait_ready(3)"]
 ENTRYPOINT ["resight", "serve"]
 
-# Adapts and exports.
+# Adapts, exports and runs the cycle.
 FROM python:3.12-slim-bookworm AS training
 COPY constraints.txt /tmp/constraints.txt
 COPY --from=wheel /wheels /wheels
-RUN pip install --no-cache-dir -c /tmp/constraints.txt "$(ls /wheels/resight-*.whl)[cpu,train,export]" && rm -r /wheels
+RUN pip install --no-cache-dir -c /tmp/constraints.txt "$(ls /wheels/resight-*.whl)[cpu,train,export,cycle]" && rm -r /wheels
 RUN useradd --uid 10001 --create-home resight && install -d -o 10001 /srv/resight
 USER 10001
 WORKDIR /srv/resight

@@ -18,12 +18,13 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {
     "resight": ROOT / "src/resight",
+    "resight.cycle": ROOT / "src/resight/cycle",
     "resight.training": ROOT / "training",
     "resight.exporters": ROOT / "exporters",
     "resight.service": ROOT / "service",
     "resight.v1": ROOT / "proto/resight/v1",
 }
-OURS = [path for name, folder in FOLDERS.items() if name != "resight.v1" for path in sorted(folder.rglob("*.py"))]
+OURS = sorted({path for name, folder in FOLDERS.items() if name != "resight.v1" for path in folder.rglob("*.py")})
 TORCH_ROOMS = {"backbone", "model", "weights", "checkpoint"}
 # The command line and the demo start the other rooms, inside their functions; nobody imports them.
 ROADS = {
@@ -81,6 +82,12 @@ def within(modules: set[str], *packages: str) -> set[str]:
 def test_working_folders_never_import_one_another(folder: str, forbidden: tuple[str, ...]) -> None:
     for path in sorted((ROOT / folder).glob("*.py")):
         assert not within(imports(path), *forbidden), path
+
+
+def test_the_cycle_meets_the_other_rooms_in_files_commands_and_calls() -> None:
+    for path in sorted(FOLDERS["resight.cycle"].glob("*.py")):
+        found = imports(path)
+        assert not within(found, "resight.training", "resight.exporters", "resight.service", *HEAVY), path
 
 
 def test_torch_stays_in_its_rooms() -> None:
@@ -259,10 +266,10 @@ def test_compose_publishes_on_loopback_only_and_takes_rights_away() -> None:
 
 def test_extras_that_exclude_each_other_are_both_there() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert {"cpu", "gpu", "train", "export", "milvus", "dev"} <= set(extras)
+    assert {"cpu", "gpu", "train", "export", "milvus", "cycle", "dev"} <= set(extras)
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     locked = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
-    for extra in ("cpu", "train", "export", "dev", "service"):
+    for extra in ("cpu", "train", "export", "cycle", "dev", "service"):
         for requirement in extras[extra]:
             name = re.split(r"[>=<\[]", requirement)[0].lower()
             assert name == "resight" or name in locked, requirement

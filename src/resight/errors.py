@@ -48,7 +48,9 @@
     │   └── ModelNotReadyError
     ├── StorageFullError
     │   └── DiskWatermarkError
-    └── StartupError               a port or a data folder is taken
+    ├── StartupError               a port or a data folder is taken
+    ├── CycleError                 the cycle of a site cannot go on
+    └── CycleBusyError             another process works on that site
 
 Messages say what was expected, what was found and what to do next. `field` names the part of a
 request at fault (``requests[3].image.data``), `facts` carries figures a program can read.
@@ -260,3 +262,11 @@ class DiskWatermarkError(StorageFullError):
 
 class StartupError(ReIDError):
     """The server cannot start: a port or a data folder is taken."""
+
+
+class CycleError(ReIDError):
+    """The cycle of a site cannot go on: a stage failed, or what it left cannot be read."""
+
+
+class CycleBusyError(ReIDError):
+    """Another process works on that site."""

@@ -77,6 +77,8 @@ WIRE: dict[type[ReIDError], Wire] = {
     errors.StorageFullError: Wire(grpc.StatusCode.RESOURCE_EXHAUSTED, "STORAGE_FULL"),
     errors.DiskWatermarkError: Wire(grpc.StatusCode.RESOURCE_EXHAUSTED, "DISK_WATERMARK"),
     errors.StartupError: Wire(grpc.StatusCode.UNAVAILABLE, "STARTUP_FAILED"),
+    errors.CycleError: Wire(grpc.StatusCode.FAILED_PRECONDITION, "CYCLE_FAILED"),
+    errors.CycleBusyError: Wire(grpc.StatusCode.FAILED_PRECONDITION, "CYCLE_BUSY"),
 }
 _LEAF_OF_REASON = {wire.reason: leaf for leaf, wire in WIRE.items()}
 _LEAF_OF_CODE: dict[int, type[ReIDError]] = {

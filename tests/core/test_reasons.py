@@ -20,6 +20,8 @@ NEVER_SERVED = {
     "BundleError",
     "TrainingError",
     "StartupError",
+    "CycleError",
+    "CycleBusyError",
 }
 
 
