@@ -51,7 +51,11 @@ class Embedder:
 
     def __init__(self, settings: Settings) -> None:
         self._batcher = Batcher(
-            self._finished, max_queue=settings.max_queue, most=settings.max_batch, delay_s=settings.batch_delay_s
+            self._finished,
+            max_queue=settings.max_queue,
+            most=settings.max_batch,
+            delay_s=settings.batch_delay_s,
+            workers=settings.batches_at_once,
         )
         self._decoders = Decoders(self._batcher.put, self._missed, self._batcher.check, settings)
         self._left: dict[asyncio.Future[None], int] = {}

@@ -12,7 +12,7 @@ import asyncio
 import enum
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from resight.errors import ReIDError
@@ -92,6 +92,7 @@ class Lanes:
         self._lanes = {priority: _Lane() for priority in Priority}
         self._count = dict.fromkeys(Priority, 0)
         self._busy_until = 0.0
+        self._reembedding = False  # one batch of a migration at a time, however many workers there are
 
     def put(self, job: Job) -> None:
         """Let a job wait."""
@@ -110,21 +111,26 @@ class Lanes:
         if self.pressing():
             return 0.0
         lane = self._lanes[Priority.REEMBED]
-        if not lane.of:
+        if not lane.of or self._reembedding:
             return None
         return max(0.0, min(self._busy_until, lane.next_at) - self._clock())
 
-    def take(self) -> list[Job]:
-        """The next batch: of one model, of the priority whose turn it is; an enrolment fills up callers' batches."""
+    def take(self, most: int) -> list[Job]:
+        """The next batch: of one model, of the priority whose turn it is; an enrolment fills up callers' batches.
+
+        Args:
+            most: crops of callers and enrolments, if the model takes as many.
+        """
         if not (priority := self._turn()):
             return []
         first = next(iter(self._lanes[priority[0]].of.values()))[0].runtime
-        size = first.max_batch
+        size = min(first.max_batch, most)
         if priority[0] is Priority.REEMBED:
-            size = max(1, min(size, int(REEMBED_S / self._lanes[Priority.REEMBED].each_s)))
+            size = max(1, min(first.max_batch, int(REEMBED_S / self._lanes[Priority.REEMBED].each_s)))
         batch: list[Job] = []
         for lane in priority:
             self._lanes[lane].take(first, size, batch)
+        self._reembedding |= priority[0] is Priority.REEMBED
         for job in batch:
             self._count[job.priority] -= 1
         return batch
@@ -141,6 +147,11 @@ class Lanes:
         if priority is not Priority.REEMBED:
             self.hold_back()
 
+    def ended(self, batch: Sequence[Job]) -> None:
+        """Note that a batch is done with, whether or not it ran."""
+        if batch[0].priority is Priority.REEMBED:
+            self._reembedding = False
+
     def drain(self) -> list[Job]:
         """Take everything."""
         jobs = [job for lane in self._lanes.values() for waiting in lane.of.values() for job in waiting]
@@ -153,6 +164,8 @@ class Lanes:
         """Whose turn it is, and who may fill up the batch."""
         now = self._clock()
         waiting = {priority for priority, lane in self._lanes.items() if lane.of}
+        if self._reembedding:
+            waiting.discard(Priority.REEMBED)
         callers, enrolments, reembed = Priority.INTERACTIVE, Priority.ENROL, Priority.REEMBED
         if reembed in waiting and now >= self._lanes[reembed].next_at:
             return (reembed,)

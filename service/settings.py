@@ -172,6 +172,13 @@ class Settings(BaseSettings):
         return self
 
     @property
+    def batches_at_once(self) -> int:
+        """Batches that are embedded at once: on a CPU one for each core that embeds, on a GPU one."""
+        if self.provider != "cpu":
+            return 1
+        return self.inference_threads or len(os.sched_getaffinity(0))
+
+    @property
     def host(self) -> str:
         """The listening host, without brackets."""
         return self.listen.rpartition(":")[0].strip("[]")

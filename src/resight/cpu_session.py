@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 import numpy as np
 import onnxruntime as ort
@@ -43,6 +44,7 @@ class CpuSession:
         self._threads = threads = threads or len(os.sched_getaffinity(0))
         self._alone = open_session(data, 1)
         self._together = self._alone
+        self._beside, self._lock = 0, Lock()  # callers of `run_beside` within it
         if threads > 1:
             self._pool = ThreadPoolExecutor(threads, thread_name_prefix="core")
             together = open_session(data, threads)
@@ -56,6 +58,17 @@ class CpuSession:
             return _run(self._together, images)
         parts = np.array_split(images, self._threads)
         return np.concatenate(list(self._pool.map(lambda part: _run(self._alone, part), parts)))
+
+    def run_beside(self, images: Pixels) -> Features:
+        """As `run`, on one core: for a caller that has a thread for each. A lone crop still gets idle cores."""
+        with self._lock:
+            self._beside += 1
+            idle = self._beside == 1
+        try:
+            return _run(self._together if idle and len(images) < self._threads else self._alone, images)
+        finally:
+            with self._lock:
+                self._beside -= 1
 
 
 def open_session(data: bytes, threads: int) -> ort.InferenceSession:

@@ -6,6 +6,7 @@ from resight.service.lanes import QUIET_S, SHARE, Job, Lanes, Priority
 from resight.service.runtime import DummyRuntime
 
 CALLER, ENROL, REEMBED = Priority
+MOST = 1000  # crops: as many as the model takes
 
 
 class Clock:
@@ -27,6 +28,13 @@ def waiting(lanes: Lanes, runtime, answer, priority: Priority, count: int) -> No
         lanes.put(Job(b"", runtime, priority, 0.0, answer))
 
 
+def taken(lanes: Lanes) -> list[Job]:
+    """The next batch, which ends at once."""
+    batch = lanes.take(MOST)
+    lanes.ended(batch)
+    return batch
+
+
 @pytest.mark.parametrize("low", [ENROL, REEMBED])
 def test_a_flood_of_callers_leaves_each_lower_priority_its_share(answer, low):
     clock, runtime, took = Clock(), DummyRuntime(max_batch=8), {CALLER: 0.0, low: 0.0}
@@ -34,7 +42,7 @@ def test_a_flood_of_callers_leaves_each_lower_priority_its_share(answer, low):
     for _ in range(3000):
         waiting(lanes, runtime, answer, CALLER, 16)
         waiting(lanes, runtime, answer, low, 1)
-        batch = lanes.take()
+        batch = taken(lanes)
         priority = batch[0].priority
         seconds = 0.001 * len(batch)
         clock.now += seconds
@@ -47,20 +55,31 @@ def test_a_flood_of_callers_leaves_each_lower_priority_its_share(answer, low):
 def test_a_migration_waits_while_callers_come_and_takes_no_longer_at_once_than_they_may_wait(answer):
     clock, runtime = Clock(), DummyRuntime(max_batch=32)
     lanes = Lanes(clock)
-    assert lanes.wait_s() is None and lanes.take() == []
+    assert lanes.wait_s() is None and lanes.take(MOST) == []
     waiting(lanes, runtime, answer, REEMBED, 100)
-    assert lanes.wait_s() == 0 and len(lanes.take()) == 4  # nothing is known yet
+    assert lanes.wait_s() == 0 and len(taken(lanes)) == 4  # nothing is known yet
     lanes.ran(REEMBED, 0.0002, 4)  # 5 ms are 100 crops of 50 us, a batch has 32
     lanes.hold_back()
-    assert 0 < lanes.wait_s() <= QUIET_S and lanes.take() == []
+    assert 0 < lanes.wait_s() <= QUIET_S and lanes.take(MOST) == []
     clock.now += QUIET_S
-    assert lanes.wait_s() == 0 and len(lanes.take()) == 32
+    assert lanes.wait_s() == 0 and len(taken(lanes)) == 32
     lanes.ran(REEMBED, 0.032, 32)  # 1 ms each
     for _ in range(500):  # a caller in a loop, back before it is quiet
         lanes.hold_back()
         clock.now += 0.001
-    assert len(lanes.take()) == 5
+    assert len(taken(lanes)) == 5
     lanes.ran(REEMBED, 5.0, 5)  # a slow model still moves
     clock.now += QUIET_S
-    assert len(lanes.take()) == 1
+    assert len(taken(lanes)) == 1
     assert len(lanes.drain()) == 58 and lanes.wait_s() is None
+
+
+def test_one_batch_of_a_migration_at_a_time_and_no_worker_takes_more_than_it_is_given(answer):
+    lanes, runtime = Lanes(Clock()), DummyRuntime(max_batch=32)
+    waiting(lanes, runtime, answer, REEMBED, 8)
+    first = lanes.take(MOST)
+    assert len(first) == 4 and lanes.take(MOST) == [] and lanes.wait_s() is None
+    waiting(lanes, runtime, answer, CALLER, 8)
+    assert [job.priority for job in lanes.take(3)] == [CALLER] * 3 and len(lanes.take(MOST)) == 5
+    lanes.ended(first)
+    assert len(lanes.take(MOST)) == 4
