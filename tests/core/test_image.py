@@ -6,6 +6,7 @@ import hashlib
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -224,6 +225,65 @@ def test_mutated_files_decode_or_are_refused(kind: str) -> None:
         else:
             assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
     assert 0 < refused
+
+
+def by_pillow(data: bytes) -> Pixels:
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        return np.array(image.convert("RGB"))
+
+
+def natural(height: int, width: int, rng: np.random.Generator) -> Image.Image:
+    """Smooth shapes with some noise: what a JPEG has coefficients of every kind for."""
+    small = Image.fromarray(rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), np.uint8))
+    large = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.int16)
+    return Image.fromarray(np.clip(large + rng.integers(-9, 10, large.shape), 0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("how", [{}, {"progressive": True}, {"optimize": True}, {"restart_marker_blocks": 3}])
+def test_every_jpeg_has_the_very_pixels_pillow_gives(how: dict[str, object], subsampling: str) -> None:
+    rng = np.random.default_rng(5)
+    for height, width in ((16, 16), (17, 31), (128, 64), (255, 127)):
+        for quality in (30, 75, 95):
+            image = natural(height, width, rng)
+            data = encode(image, "JPEG", quality=quality, subsampling=subsampling, **how)
+            assert np.array_equal(decode(data), by_pillow(data))
+            grey = encode(image.convert("L"), "JPEG", quality=quality, **how)
+            assert np.array_equal(decode(grey), by_pillow(grey))
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "RGB"])
+def test_a_jpeg_in_other_colours_is_pillows(mode: str) -> None:
+    image = natural(64, 32, np.random.default_rng(6)).convert(mode)
+    data = encode(image, "JPEG", quality=90, keep_rgb=mode == "RGB")
+    assert np.array_equal(decode(data), by_pillow(data))
+
+
+def test_a_damaged_jpeg_has_pillows_pixels_or_is_refused_as_pillow_refuses() -> None:
+    rng = np.random.default_rng(8)
+    whole = np.frombuffer(encode(natural(96, 48, rng), "JPEG", quality=80), np.uint8)
+    same = refused = 0
+    for _ in range(400):
+        data = whole.copy()
+        places = rng.integers(0, len(data), rng.integers(1, 4))
+        data[places] = rng.integers(0, 256, len(places))
+        try:
+            pixels = decode(data.tobytes())
+        except ImageError:
+            refused += 1
+        else:
+            assert np.array_equal(pixels, by_pillow(data.tobytes()))
+            same += 1
+    assert same > 50 and refused > 5
+
+
+@pytest.mark.real
+def test_real_crops_have_the_very_pixels_pillow_gives(shared_data: Path) -> None:
+    files = sorted(shared_data.rglob("*.jpg"))[::10]
+    assert files
+    for file in files:
+        data = file.read_bytes()
+        assert np.array_equal(decode(data), by_pillow(data)), file
 
 
 @pytest.mark.parametrize("sides", [(15, 128), (256, 0), (4097, 128), (256, -1)])
