@@ -9,7 +9,6 @@ Letters: N crops, C cameras.
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +20,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
-from resight.atomic import write_atomic
 from resight.errors import ImageError, SiteError, StoreError
 from resight.image import MAX_BYTES, decode
+from resight.training.tables import read_table, write_table
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +84,7 @@ class CropStore:
                 "found others"
             )
         for path in self.paths:
-            _check_path(path)
+            check_path(path)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -97,18 +95,28 @@ class CropStore:
         Raises:
             StoreError: the file is missing, no regular file, or lies behind a link that leaves the store.
         """
+        try:
+            with self.file(row).open("rb") as file:
+                return file.read(MAX_BYTES + 1)
+        except OSError as error:
+            raise _unreadable(self.root / self.paths[row], error) from error
+
+    def file(self, row: int) -> Path:
+        """Where the bytes of one crop lie, links followed.
+
+        Raises:
+            StoreError: see `read`.
+        """
         path = self.root / self.paths[row]
         try:
             real = path.resolve(strict=True)
-            if not real.is_relative_to(self.root.resolve()):
-                raise StoreError(f"{path} is behind a link that leaves the store: copy the crop into it")
-            if not real.is_file():  # opening a pipe would wait for ever
-                raise StoreError(f"{path} is no regular file: expected a JPEG, PNG or WebP file")
-            with real.open("rb") as file:
-                return file.read(MAX_BYTES + 1)
         except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-            reason = getattr(error, "strerror", None) or error
-            raise StoreError(f"crop {path} cannot be read ({reason}): restore it or make the index again") from error
+            raise _unreadable(path, error) from error
+        if not real.is_relative_to(self.root.resolve()):
+            raise StoreError(f"{path} is behind a link that leaves the store: copy the crop into it")
+        if not real.is_file():  # opening a pipe would wait for ever
+            raise StoreError(f"{path} is no regular file: expected a JPEG, PNG or WebP file")
+        return real
 
     def subset(self, rows: ArrayLike) -> CropStore:
         """Some rows, in the order given; cameras keep their numbers."""
@@ -136,8 +144,12 @@ class CropStore:
         return digest.hexdigest()
 
 
-def _check_path(path: str) -> None:
-    """Refuse what is no plain path below the store's folder."""
+def check_path(path: str) -> None:
+    """Refuse what is no plain path below the store's folder.
+
+    Raises:
+        StoreError: names the path.
+    """
     parts = PurePosixPath(path).parts
     if path.startswith("/") or "\\" in path or "\0" in path or ".." in parts or not parts:
         raise StoreError(f"path {path!r} leaves the store: expected one relative to its folder, without '..'")
@@ -146,6 +158,11 @@ def _check_path(path: str) -> None:
             path.encode()
         except UnicodeEncodeError as error:
             raise StoreError(f"path {path!r} is not UTF-8: rename the file") from error
+
+
+def _unreadable(path: Path, error: Exception) -> StoreError:
+    reason = getattr(error, "strerror", None) or error
+    return StoreError(f"crop {path} cannot be read ({reason}): restore it or make the index again")
 
 
 def camera_order(name: str) -> tuple[Sequence[str | int], str]:
@@ -180,9 +197,7 @@ def write_store(root: Path, store: CropStore, splits: Sequence[str]) -> None:
         },
         schema=SCHEMA,
     )
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-    write_atomic(root / INDEX_FILE, buffer.getvalue())
+    write_table(root / INDEX_FILE, table)
 
 
 def is_store(root: Path) -> bool:
@@ -229,33 +244,10 @@ def _refuse_repeats(store: CropStore, root: Path) -> None:
 
 def _read_index(root: Path) -> pa.Table:
     """The table, its schema checked."""
-    path = root / INDEX_FILE
     try:
-        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
-        table.validate(full=True)  # invalid UTF-8 among others
+        return read_table(root / INDEX_FILE, SCHEMA, mend="make the index again")
     except FileNotFoundError as error:
         raise StoreError(f"{root} is no crop store: {INDEX_FILE} is missing") from error
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise StoreError(f"{path} is damaged ({error}): make the index again") from error
-    version = (table.schema.metadata or {}).get(VERSION_KEY, b"none").decode(errors="replace")
-    if version != str(SCHEMA_VERSION):
-        raise StoreError(
-            f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}: use the resight that wrote it, "
-            "or make the index as docs/crop-store.md says"
-        )
-    missing = [name for name in SCHEMA.names if name not in table.schema.names]
-    if missing:
-        raise StoreError(
-            f"{path} misses the columns {', '.join(missing)}: make the index again, as docs/crop-store.md says"
-        )
-    for field in SCHEMA:
-        column = table.column(field.name)
-        if column.type != field.type or (column.null_count and not field.nullable):
-            raise StoreError(
-                f"{path}: column {field.name} must be {field.type}{'' if field.nullable else ' without nulls'}, found "
-                f"{column.type} with {column.null_count} nulls: make the index again, as docs/crop-store.md says"
-            )
-    return table
 
 
 def check_crops(store: CropStore, *, progress: Callable[[int], None] = lambda done: None) -> Mapping[int, str]:
