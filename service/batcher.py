@@ -1,13 +1,13 @@
 """Many waiting callers and a device: dynamic batching with a bound, deadlines, priorities and no fixed delay.
 
 While a batch runs, the next gathers; an idle worker starts at once, unless crops are being decoded: those it waits
-for, but no longer than a batch takes. (A batch of one costs a CPU 1.4 times as much a crop as one of 8, OSNet x0.25.)
+for, but no longer than a batch takes.
 A worker runs a batch and takes it itself, so a crop crosses into the event loop once, with its whole batch. A place is
 taken by `admit` before any work is done for a crop, so a full queue costs nothing and the bound covers decoding too.
 
-A GPU has one worker. A CPU has one for each core, and each takes no more than its share of all crops that are under
-way: so their batches end at different times, and one core embeds while the other decodes. One batch at a time on all
-cores left a fifth of them idle (OSNet x0.25, 32 calls in flight).
+A GPU has one worker. A CPU has one for each core, which takes no more than its share of all crops that are under way,
+and few at once: so batches end at different times, and one core embeds while the other decodes. One batch at a time on
+all cores left a fifth of them idle (OSNet x0.25, 32 calls in flight).
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Embedder:
         self._batcher = Batcher(
             self._finished,
             max_queue=settings.max_queue,
-            most=settings.max_batch,
+            most=settings.batch,
             delay_s=settings.batch_delay_s,
             workers=settings.batches_at_once,
         )

@@ -30,6 +30,7 @@ class Priority(enum.IntEnum):
 
 SHARE = {Priority.INTERACTIVE: 1.0, Priority.ENROL: 0.25, Priority.REEMBED: 1 / 16}  # of the model's time, at least
 QUIET_S = 0.05  # after a caller's crop; one who calls in a loop is back in less
+ALONE_S = 1.0  # after the last caller's crop; one who comes later waits for a batch once
 REEMBED_S = 0.005  # a caller who comes waits for the batch that runs: a migration's may take so long, by the last one
 
 
@@ -92,7 +93,7 @@ class Lanes:
         self._lanes = {priority: _Lane() for priority in Priority}
         self._count = dict.fromkeys(Priority, 0)
         self._busy_until = 0.0
-        self._reembedding = False  # one batch of a migration at a time, however many workers there are
+        self._reembedding = 0  # batches of a migration that run: one batch of a migration at a time, unless callers are long gone
 
     def put(self, job: Job) -> None:
         """Let a job wait."""
@@ -111,9 +112,10 @@ class Lanes:
         if self.pressing():
             return 0.0
         lane = self._lanes[Priority.REEMBED]
-        if not lane.of or self._reembedding:
+        if not lane.of:
             return None
-        return max(0.0, min(self._busy_until, lane.next_at) - self._clock())
+        begins = self._all_cores_at if self._reembedding else min(self._busy_until, lane.next_at)
+        return max(0.0, begins - self._clock())
 
     def take(self, most: int) -> list[Job]:
         """The next batch: of one model, of the priority whose turn it is; an enrolment fills up callers' batches.
@@ -130,7 +132,7 @@ class Lanes:
         batch: list[Job] = []
         for lane in priority:
             self._lanes[lane].take(first, size, batch)
-        self._reembedding |= priority[0] is Priority.REEMBED
+        self._reembedding += priority[0] is Priority.REEMBED
         for job in batch:
             self._count[job.priority] -= 1
         return batch
@@ -149,8 +151,7 @@ class Lanes:
 
     def ended(self, batch: Sequence[Job]) -> None:
         """Note that a batch is done with, whether or not it ran."""
-        if batch[0].priority is Priority.REEMBED:
-            self._reembedding = False
+        self._reembedding -= batch[0].priority is Priority.REEMBED
 
     def drain(self) -> list[Job]:
         """Take everything."""
@@ -160,11 +161,16 @@ class Lanes:
         self._count = dict.fromkeys(Priority, 0)
         return jobs
 
+    @property
+    def _all_cores_at(self) -> float:
+        """When a migration may have every core: until then one is free for a caller who comes."""
+        return self._busy_until - QUIET_S + ALONE_S
+
     def _turn(self) -> tuple[Priority, ...]:
         """Whose turn it is, and who may fill up the batch."""
         now = self._clock()
         waiting = {priority for priority, lane in self._lanes.items() if lane.of}
-        if self._reembedding:
+        if self._reembedding and now < self._all_cores_at:
             waiting.discard(Priority.REEMBED)
         callers, enrolments, reembed = Priority.INTERACTIVE, Priority.ENROL, Priority.REEMBED
         if reembed in waiting and now >= self._lanes[reembed].next_at:

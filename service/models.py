@@ -269,7 +269,7 @@ class ModelHost:
             bundle,
             provider=settings.provider,
             precision=settings.precision,
-            max_batch=settings.max_batch,
+            max_batch=settings.batch,
             threads=settings.inference_threads,
             device_id=settings.device_id,
             engine_cache=settings.engine_cache,

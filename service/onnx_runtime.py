@@ -104,7 +104,7 @@ class OnnxRuntime:
         """What runs a batch on the chosen provider and no other."""
         try:
             if provider == "cpu":
-                return CpuSession(data, threads).run_beside
+                return CpuSession(data, threads).run
             return _open_gpu(data, provider, chosen)
         except ReIDError:
             raise

@@ -48,7 +48,7 @@ class Settings(BaseSettings):
         inference_threads: of onnxruntime on the CPU; 0 = one for each core the process may use.
         decode_threads: crops decoded at once.
         decode_pixels: of full-size images in memory at once, however many threads; each takes up to 9 bytes.
-        max_batch: crops of one inference.
+        max_batch: crops of one inference; on the CPU at most 4 (`resight.cpu_session`): more gain nothing.
         batch_delay_s: wait for more crops when the model is idle; 0 batches what gathers while it is busy.
         max_queue: crops admitted and not yet answered (8 batches), of each priority.
         max_rpcs: calls in flight, twice ``max_queue``: our refusals say when to come back, gRPC's own do not. Times
@@ -170,6 +170,15 @@ class Settings(BaseSettings):
                 "tls_client_ca needs tls_cert and tls_key: only a server with TLS sees clients' certificates"
             )
         return self
+
+    @property
+    def batch(self) -> int:
+        """Crops of the largest inference."""
+        if self.provider != "cpu":
+            return self.max_batch
+        from resight.cpu_session import PER_CORE  # here: onnxruntime is large, and settings are read for --help too
+
+        return min(self.max_batch, PER_CORE)
 
     @property
     def batches_at_once(self) -> int:

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from resight.service.lanes import QUIET_S, SHARE, Job, Lanes, Priority
+from resight.service.lanes import ALONE_S, QUIET_S, SHARE, Job, Lanes, Priority
 from resight.service.runtime import DummyRuntime
 
 CALLER, ENROL, REEMBED = Priority
@@ -74,12 +74,21 @@ def test_a_migration_waits_while_callers_come_and_takes_no_longer_at_once_than_t
     assert len(lanes.drain()) == 58 and lanes.wait_s() is None
 
 
-def test_one_batch_of_a_migration_at_a_time_and_no_worker_takes_more_than_it_is_given(answer):
-    lanes, runtime = Lanes(Clock()), DummyRuntime(max_batch=32)
-    waiting(lanes, runtime, answer, REEMBED, 8)
+def test_a_migration_leaves_a_worker_to_callers_until_they_are_long_gone(answer):
+    clock, runtime = Clock(), DummyRuntime(max_batch=32)
+    lanes = Lanes(clock)
+    lanes.hold_back()
+    clock.now += QUIET_S
+    waiting(lanes, runtime, answer, REEMBED, 12)
     first = lanes.take(MOST)
-    assert len(first) == 4 and lanes.take(MOST) == [] and lanes.wait_s() is None
+    assert len(first) == 4 and lanes.take(MOST) == [] and lanes.wait_s() == pytest.approx(ALONE_S - QUIET_S)
+    clock.now += ALONE_S
+    assert lanes.wait_s() == 0 and len(lanes.take(MOST)) == 4
+    lanes.hold_back()
     waiting(lanes, runtime, answer, CALLER, 8)
     assert [job.priority for job in lanes.take(3)] == [CALLER] * 3 and len(lanes.take(MOST)) == 5
+    clock.now += QUIET_S
+    assert lanes.take(MOST) == []
+    lanes.ended(first)
     lanes.ended(first)
     assert len(lanes.take(MOST)) == 4
