@@ -1,7 +1,8 @@
 """Long work one can ask after: kept in the database, so that it is known after a restart.
 
 Work that was running when the process died is INTERRUPTED at the next start; what it needs to be taken up again stands
-in its ``details``. Counts are what was read back, never what was asked for.
+in its ``details``. What another process carries out (`ELSEWHERE`) goes on, or waits, as before. Counts are what was
+read back, never what was asked for.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from resight.service.entries import now_us
 from resight.service.store import Store
 
 KEPT = 1000  # finished operations remembered
+ADAPT = "adapt"
+ELSEWHERE = (ADAPT,)  # kinds that another process carries out: they outlive this one
+_NOT_HERE = ", ".join(repr(kind) for kind in ELSEWHERE)
 
 
 class State(StrEnum):
@@ -79,19 +83,21 @@ class Operations:
 
     async def start(self, kind: str, *, total: int = 0, request_id: str = "", **details: Any) -> Operation:
         """Begin one, RUNNING. One of the same kind and ``request_id`` is answered instead, as it stands."""
-        return await self._store.book(_start, kind, total, request_id, details)
+        return await self._store.book(begin, kind, total, request_id, details)
 
     async def any_running(self) -> bool:
-        """Whether something is under way."""
+        """Whether something is under way in this process."""
         return await self._store.read(_any_running)
 
     async def get(self, operation_id: str) -> Operation:
         """One by id; raises OperationNotFoundError."""
-        return await self._store.read(_get, operation_id)
+        return await self._store.read(by_id, operation_id)
 
-    async def listed(self, *, before: int | None = None, limit: int = 100) -> list[Operation]:
-        """The newest first, from the one before key ``before``."""
-        return await self._store.read(_listed, before, limit)
+    async def listed(
+        self, *, before: int | None = None, limit: int = 100, kind: str = "", state: State | None = None
+    ) -> list[Operation]:
+        """The newest first, from the one before key ``before``; of one kind or in one state, where told."""
+        return await self._store.read(_listed, before, limit, kind or None, state)
 
     async def progress(
         self,
@@ -106,7 +112,7 @@ class Operations:
         Returns:
             It as it stands: look at ``cancel_asked``.
         """
-        return await self._store.book(_progress, operation_id, counts, details or {}, result or {})
+        return await self._store.book(progress, operation_id, counts, details or {}, result or {})
 
     async def finish(
         self,
@@ -118,10 +124,13 @@ class Operations:
     ) -> Operation:
         """End one: FAILED with an error, CANCELLED, or SUCCEEDED; one that has ended stays as it is."""
         state = State.CANCELLED if cancelled else State.SUCCEEDED if error is None else State.FAILED
-        return await self._store.book(_finish, operation_id, state, error, result or {})
+        return await self._store.book(finish, operation_id, state, error, result or {})
 
     async def cancel(self, operation_id: str) -> Operation:
-        """Ask it to end; the one who works on it does so at the next step. What has ended stays as it is."""
+        """Ask it to end; the one who works on it does so at the next step, and what is `ELSEWHERE` has ended now.
+
+        What has ended stays as it is.
+        """
         return await self._store.book(_cancel, operation_id)
 
 
@@ -133,7 +142,8 @@ def _operation(row: Sequence[Any]) -> Operation:
     return Operation(operation_id, kind, State(state), total, succeeded, failed, skipped, problem, *ends)
 
 
-def _get(connection: sqlite3.Connection, operation_id: str) -> Operation:
+def by_id(connection: sqlite3.Connection, operation_id: str) -> Operation:
+    """One by id; raises OperationNotFoundError."""
     row = connection.execute(f"SELECT {_COLUMNS} FROM operation WHERE operation_id = ?", (operation_id,)).fetchone()
     if row is None:
         raise OperationNotFoundError(
@@ -144,57 +154,71 @@ def _get(connection: sqlite3.Connection, operation_id: str) -> Operation:
     return _operation(row)
 
 
-def _listed(connection: sqlite3.Connection, before: int | None, limit: int) -> list[Operation]:
+def by_request(connection: sqlite3.Connection, kind: str, request_id: str) -> Operation | None:
+    """The one that a request of this kind began."""
+    sql = f"SELECT {_COLUMNS} FROM operation WHERE request_id = ? AND request_id <> '' AND kind = ?"
+    row = connection.execute(sql, (request_id, kind)).fetchone()
+    return None if row is None else _operation(row)
+
+
+def _listed(
+    connection: sqlite3.Connection, before: int | None, limit: int, kind: str | None, state: State | None
+) -> list[Operation]:
     rows = connection.execute(
-        f"SELECT {_COLUMNS} FROM operation WHERE ?1 IS NULL OR key < ?1 ORDER BY key DESC LIMIT ?2", (before, limit)
+        f"SELECT {_COLUMNS} FROM operation WHERE (?1 IS NULL OR key < ?1) AND (?3 IS NULL OR kind = ?3) "
+        "AND (?4 IS NULL OR state = ?4) ORDER BY key DESC LIMIT ?2",
+        (before, limit, kind, state),
     )
     return [_operation(row) for row in rows.fetchall()]
 
 
-def _start(
-    connection: sqlite3.Connection, kind: str, total: int, request_id: str, details: dict[str, Any]
+def begin(
+    connection: sqlite3.Connection,
+    kind: str,
+    total: int,
+    request_id: str,
+    details: dict[str, Any],
+    state: State = State.RUNNING,
 ) -> Operation:
-    if request_id:
-        row = connection.execute(
-            f"SELECT {_COLUMNS} FROM operation WHERE request_id = ? AND request_id <> '' AND kind = ?",
-            (request_id, kind),
-        ).fetchone()
-        if row is not None:
-            return _operation(row)
+    """`Operations.start`, in the writer's transaction."""
+    if request_id and (first := by_request(connection, kind, request_id)):
+        return first
     operation_id = uuid4().hex
     connection.execute(
         "INSERT INTO operation (operation_id, kind, state, total, succeeded, failed, skipped, result, start_us, "
         "cancel, request_id, details) VALUES (?, ?, ?, ?, 0, 0, 0, '{}', ?, 0, ?, ?)",
-        (operation_id, kind, State.RUNNING, total, now_us(), request_id, json.dumps(details)),
+        (operation_id, kind, state, total, now_us(), request_id, json.dumps(details)),
     )
     connection.execute(
         "DELETE FROM operation WHERE end_us IS NOT NULL AND key <= (SELECT max(key) FROM operation) - ?", (KEPT,)
     )
-    return _get(connection, operation_id)
+    return by_id(connection, operation_id)
 
 
-def _progress(
+def progress(
     connection: sqlite3.Connection,
     operation_id: str,
     counts: dict[str, int],
     details: dict[str, Any],
     result: dict[str, str],
 ) -> Operation:
+    """`Operations.progress`, in the writer's transaction."""
     unknown = set(counts) - {"total", "succeeded", "failed", "skipped"}
     assert not unknown, unknown  # they go into the statement
-    now = _get(connection, operation_id)
+    now = by_id(connection, operation_id)
     values = {"details": json.dumps(now.details | details), "result": json.dumps(now.result | result)} | counts
     connection.execute(
         f"UPDATE operation SET {', '.join(f'{name} = ?' for name in values)} WHERE operation_id = ?",
         (*values.values(), operation_id),
     )
-    return _get(connection, operation_id)
+    return by_id(connection, operation_id)
 
 
-def _finish(
+def finish(
     connection: sqlite3.Connection, operation_id: str, state: State, error: ReIDError | None, result: dict[str, str]
 ) -> Operation:
-    now = _get(connection, operation_id)
+    """`Operations.finish`, in the writer's transaction."""
+    now = by_id(connection, operation_id)
     if now.state.ended:
         return now
     told = None if error is None else to_status(error).SerializeToString()
@@ -202,21 +226,25 @@ def _finish(
         "UPDATE operation SET state = ?, error = ?, result = ?, end_us = ? WHERE operation_id = ?",
         (state, told, json.dumps(now.result | result), now_us(), operation_id),
     )
-    return _get(connection, operation_id)
+    return by_id(connection, operation_id)
 
 
 def _cancel(connection: sqlite3.Connection, operation_id: str) -> Operation:
-    if not _get(connection, operation_id).state.ended:
+    found = by_id(connection, operation_id)
+    if not found.state.ended:
         connection.execute("UPDATE operation SET cancel = 1 WHERE operation_id = ?", (operation_id,))
-    return _get(connection, operation_id)
+    if found.kind in ELSEWHERE:
+        return finish(connection, operation_id, State.CANCELLED, None, {})
+    return by_id(connection, operation_id)
 
 
 def _any_running(connection: sqlite3.Connection) -> bool:
-    return connection.execute("SELECT 1 FROM operation WHERE end_us IS NULL LIMIT 1").fetchone() is not None
+    sql = f"SELECT 1 FROM operation WHERE end_us IS NULL AND kind NOT IN ({_NOT_HERE}) LIMIT 1"
+    return connection.execute(sql).fetchone() is not None
 
 
 def _interrupt(connection: sqlite3.Connection) -> int:
     return connection.execute(
-        "UPDATE operation SET state = ?, end_us = ? WHERE state IN (?, ?)",
+        f"UPDATE operation SET state = ?, end_us = ? WHERE state IN (?, ?) AND kind NOT IN ({_NOT_HERE})",
         (State.INTERRUPTED, now_us(), State.PENDING, State.RUNNING),
     ).rowcount

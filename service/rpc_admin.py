@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from resight.errors import InputError
-from resight.service import reads, snapshot, translate
+from resight.service import adaptations, reads, snapshot, translate
 from resight.service.audit import Event
 from resight.service.auth import current
 from resight.service.entries import Filter
@@ -18,7 +18,8 @@ from resight.service.long_work import CancelledWork, LongWork
 from resight.service.models import ModelHost
 from resight.service.operations import Operation
 from resight.service.paging import key_of_token, page_size, page_token
-from resight.service.rpc_operations import operation_message
+from resight.service.rpc_lessons import check_request_id
+from resight.service.rpc_operations import operation_message, state_of
 from resight.service.settings import Settings
 from resight.service.tenants import Tenant, Tenants
 from resight.v1 import admin_pb2, admin_pb2_grpc
@@ -124,6 +125,27 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             events=[_event(event) for event in found[:limit]],
             next_page_token=page_token(int(found[limit - 1].audit_id)) if more else "",
         )
+
+    async def StartAdaptation(
+        self, request: admin_pb2.StartAdaptationRequest, context: Context
+    ) -> admin_pb2.StartAdaptationResponse:
+        """Ask the cycle of a site for a run."""
+        check_request_id(request.request_id)
+        store = (await self._own()).store
+        asked = await store.write(adaptations.ask, request.job_spec_id, request_id=request.request_id)
+        return admin_pb2.StartAdaptationResponse(operation=operation_message(asked))
+
+    async def ReportAdaptation(
+        self, request: admin_pb2.ReportAdaptationRequest, context: Context
+    ) -> admin_pb2.ReportAdaptationResponse:
+        """Take from a site's cycle how its run goes."""
+        state = state_of(request.state)
+        if state is None:
+            raise InputError("state is RUNNING, SUCCEEDED or FAILED: tell which", field="state")
+        told = await (await self._own()).store.book(
+            adaptations.report, request.operation_id, state, result=dict(request.result), error=request.error
+        )
+        return admin_pb2.ReportAdaptationResponse(operation=operation_message(told))
 
 
 class _Copying:

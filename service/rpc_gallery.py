@@ -16,19 +16,14 @@ from resight.service.entries import Collection, Enrolled
 from resight.service.gallery import Gallery
 from resight.service.guard import check_batch, deadline_of
 from resight.service.paging import key_of_token, name_of_token, page_size, page_token
-from resight.service.settings import Settings
-from resight.service.tenants import Tenants
-from resight.v1 import gallery_pb2, gallery_pb2_grpc
+from resight.service.rpc_lessons import LessonServicer, check_request_id
+from resight.v1 import gallery_pb2
 
 Context = grpc.aio.ServicerContext[Any, Any]
-MAX_REQUEST_ID = 128  # a UUID has 36
 
 
-class GalleryServicer(gallery_pb2_grpc.GalleryServiceServicer):
-    """Collections and their entries."""
-
-    def __init__(self, tenants: Tenants, settings: Settings) -> None:
-        self._tenants, self._settings = tenants, settings
+class GalleryServicer(LessonServicer):
+    """Collections and their entries, and what is learned from them."""
 
     async def _gallery(self) -> Gallery:
         """The caller's own."""
@@ -235,8 +230,7 @@ def enrol_request(request: gallery_pb2.EnrollEntryRequest, collection_id: str) -
     kind = request.WhichOneof("source")
     if kind is None:
         raise InputError("nothing to enrol: set image, shots or embedding", field="source")
-    if len(request.request_id) > MAX_REQUEST_ID:
-        raise InputError(f"request_id has at most {MAX_REQUEST_ID} characters: use a UUID", field="request_id")
+    check_request_id(request.request_id)
     digest = hashlib.sha256(collection_id.encode() + b"\0" + _canonical(request)).digest()
     return EnrolRequest(
         translate.entry(request.entry),

@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 from google.protobuf import timestamp_pb2
 
+from resight.errors import InputError
 from resight.reasons import to_status
 from resight.service.auth import current
 from resight.service.operations import Operation, State
@@ -24,6 +25,11 @@ STATES = {
     State.CANCELLED: operation_pb2.OPERATION_STATE_CANCELLED,
     State.INTERRUPTED: operation_pb2.OPERATION_STATE_INTERRUPTED,
 }
+
+
+def state_of(number: int) -> State | None:
+    """Our state for the wire's; None = unspecified, or one we do not know."""
+    return next((state for state, wire in STATES.items() if wire == number), None)
 
 
 def operation_message(operation: Operation) -> operation_pb2.Operation:
@@ -65,8 +71,11 @@ class OperationServicer(operation_pb2_grpc.OperationServiceServicer):
         """Operations, the newest first, page by page."""
         limit = page_size(request.page_size)
         before = key_of_token(request.page_token) or None
+        state = state_of(request.state)
+        if request.state and state is None:
+            raise InputError(f"there is no state {request.state}: see OperationState", field="state")
         tenant = await self._tenants.tenant(current().tenant)
-        found = await tenant.operations.listed(before=before, limit=limit + 1)
+        found = await tenant.operations.listed(before=before, limit=limit + 1, kind=request.kind, state=state)
         return operation_pb2.ListOperationsResponse(
             operations=[operation_message(one) for one in found[:limit]],
             next_page_token=page_token(found[limit - 1].key) if len(found) > limit else "",

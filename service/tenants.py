@@ -12,7 +12,7 @@ import contextlib
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from resight.service.store import Store
 
 log = logging.getLogger(__name__)
 
-IDLE_S = 120.0  # since it was last asked for; longer than any call may take, so nobody uses what is closed
+IDLE_S = 120.0  # since it was last asked for; longer than any call may take that does not hold it
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Tenant:
     audit: Audit
     operations: Operations
     asked_s: float = field(default_factory=time.monotonic)
+    users: int = 0  # calls that may take longer than `IDLE_S`
 
 
 class Tenants:
@@ -105,6 +106,17 @@ class Tenants:
                 found = self._open.get(name) or await self._opened(name)
         found.asked_s = time.monotonic()
         return found
+
+    @contextlib.asynccontextmanager
+    async def held(self, name: str) -> AsyncIterator[Tenant]:
+        """A tenant that stays open for the time of the block, for calls without an end of their own; see `tenant`."""
+        found = await self.tenant(name)
+        found.users += 1
+        try:
+            yield found
+        finally:
+            found.users -= 1
+            found.asked_s = time.monotonic()
 
     def opened(self) -> list[Tenant]:
         """Those whose gallery is in memory, by name."""
@@ -198,8 +210,8 @@ class Tenants:
     async def _close_idle(self) -> None:
         """Close the one that was not asked for longest, if nobody can still use it."""
         for tenant in sorted(self._open.values(), key=lambda one: one.asked_s):
-            idle_s = time.monotonic() - tenant.asked_s
-            if tenant.name != DEFAULT_TENANT and idle_s >= IDLE_S and not await tenant.operations.any_running():
+            idle = time.monotonic() - tenant.asked_s >= IDLE_S and not tenant.users
+            if tenant.name != DEFAULT_TENANT and idle and not await tenant.operations.any_running():
                 await self._close(tenant)
                 return
         raise OverloadedError(

@@ -39,6 +39,7 @@ ROADS = {
     "cli_gallery",
     "cli_json",
     "cli_judge",
+    "cli_lessons",
     "cli_models",
     "cli_search",
     "cli_serve",

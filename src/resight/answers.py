@@ -182,6 +182,26 @@ class OperationInfo:
 
 
 @dataclass(frozen=True)
+class Feedback:
+    """What somebody said of two entries: ``same`` = they show one person, else two; ``principal`` said so last."""
+
+    entry_id: str
+    other_entry_id: str
+    same: bool
+    principal: str
+    time: datetime
+
+
+@dataclass(frozen=True)
+class KeptCrops:
+    """An entry with its crops, image files as they were enrolled; a stream goes on behind ``cursor``."""
+
+    entry: Entry
+    images: tuple[bytes, ...]
+    cursor: str
+
+
+@dataclass(frozen=True)
 class AuditRow:
     """One call that touched people; ``subject_hash`` is keyed, so that it outlives an erasure."""
 

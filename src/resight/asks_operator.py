@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
+from typing import Literal
+from uuid import uuid4
 
 from resight import replies, replies_figures
-from resight.answers import AuditRow, CollectionStats, OperationInfo
+from resight.answers import AuditRow, CollectionStats, OperationInfo, OperationState
 from resight.answers_figures import SearchFigures
 from resight.calls import Ask, Listing, Pause, Road
 from resight.errors import DeadlineError
 from resight.v1 import admin_pb2, operation_pb2
 
+STATES = {state: number for number, state in replies.OPERATION_STATES.items()}
 FIRST_LOOK_S, LAST_LOOK_S = 0.05, 1.0  # between two looks at an operation
 
 
@@ -79,9 +82,10 @@ def operation(operation_id: str) -> Road[OperationInfo]:
     return replies.operation((yield Ask("operations.GetOperation", request)).operation)
 
 
-def operations() -> Listing[OperationInfo]:
-    """Long work, the newest first."""
-    ask = Ask("operations.ListOperations", operation_pb2.ListOperationsRequest())
+def operations(*, kind: str = "", state: OperationState | None = None) -> Listing[OperationInfo]:
+    """Long work, the newest first; only of one kind or in one state, where told."""
+    number = STATES[state] if state else operation_pb2.OPERATION_STATE_UNSPECIFIED
+    ask = Ask("operations.ListOperations", operation_pb2.ListOperationsRequest(kind=kind, state=number))
     return Listing(ask, lambda page: [replies.operation(one) for one in page.operations])
 
 
@@ -89,6 +93,46 @@ def cancel_operation(operation_id: str) -> Road[OperationInfo]:
     """Ask long work to end at its next step."""
     request = operation_pb2.CancelOperationRequest(operation_id=operation_id)
     return replies.operation((yield Ask("operations.CancelOperation", request)).operation)
+
+
+def start_adaptation(site: str) -> Road[OperationInfo]:
+    """Ask the cycle of a site, by the name in its file, for a run; the operation is pending until that takes it.
+
+    One that is pending for this site already is answered again.
+    """
+    request = admin_pb2.StartAdaptationRequest(job_spec_id=site, request_id=str(uuid4()))
+    return replies.operation((yield Ask("admin.StartAdaptation", request)).operation)
+
+
+def pending_adaptations(site: str = "") -> Listing[OperationInfo]:
+    """Adaptations that were asked for and that no cycle has taken; their ``result["site"]`` tells whose they are.
+
+    Args:
+        site: only of this one; empty = of every one.
+    """
+    found = operations(kind="adapt", state="pending")
+    return Listing(found.ask, lambda page: [one for one in found.items(page) if site in ("", one.result["site"])])
+
+
+def report_adaptation(
+    operation_id: str,
+    state: Literal["running", "succeeded", "failed"],
+    *,
+    result: Mapping[str, str] | None = None,
+    error: str = "",
+) -> Road[OperationInfo]:
+    """Tell how an adaptation goes that this program carries out; answered as ``cancelled``, it is to be given up.
+
+    Args:
+        operation_id: from `pending_adaptations`.
+        state: running takes it, and may be told again with new results; the others end it.
+        result: added to what was told before.
+        error: why it failed; with failed alone.
+    """
+    request = admin_pb2.ReportAdaptationRequest(
+        operation_id=operation_id, state=STATES[state], result=result or {}, error=error
+    )
+    return replies.operation((yield Ask("admin.ReportAdaptation", request)).operation)
 
 
 def wait(

@@ -101,6 +101,38 @@ class Listing(Generic[T]):
 
 
 @dataclass
+class Resuming(Generic[T]):
+    """A stream of answers that each carry a ``cursor``: after a break it goes on behind the last one that was taken.
+
+    Attributes:
+        method: service and name, as `Stubs.method` takes it.
+        request: has a ``cursor`` too.
+        make: of each answer the item.
+        timeout_s: of one try; None = as long as it takes.
+        failures: tries that failed since an answer was taken.
+    """
+
+    method: str
+    request: Any
+    make: Callable[[Any], T]
+    timeout_s: float | None = None
+    failures: int = 0
+
+    def took(self, reply: Any) -> T:
+        """Note an answer; the item."""
+        self.request.cursor, self.failures = reply.cursor, 0
+        return self.make(reply)
+
+    def pause(self, error: ReIDError) -> float:
+        """How long to wait before the next try, in seconds; raises the error where none would help."""
+        pause_s = pause(error, self.failures)
+        if pause_s is None:
+            raise error
+        self.failures += 1
+        return pause_s
+
+
+@dataclass
 class Try:
     """One try of a call; what came of it, a reply or an error of ours, is sent back."""
 

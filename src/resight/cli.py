@@ -18,6 +18,7 @@ from resight.cli_evaluate import evaluate
 from resight.cli_export import export
 from resight.cli_gallery import gallery
 from resight.cli_judge import judge
+from resight.cli_lessons import ask_to_adapt, confirm, feedback, reject
 from resight.cli_models import models
 from resight.cli_search import search, verify
 from resight.cli_serve import serve
@@ -36,6 +37,9 @@ app.callback(help=app.info.help)(access)
 for command in (demo, adapt, evaluate, judge, export, serve, search, verify, doctor):
     app.command()(command)
 app.command(hidden=True)(builtin_weights)
+for command in (confirm, reject, feedback):
+    gallery.command()(command)
+models.command("adapt")(ask_to_adapt)
 app.add_typer(gallery, name="gallery")
 app.add_typer(snapshot, name="snapshot")
 app.add_typer(models, name="models")

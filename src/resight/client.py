@@ -23,7 +23,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from resight import asks, asks_models, asks_operator, streams
+from resight import asks, asks_lessons, asks_models, asks_operator, streams
 from resight.answers import (
     AuditRow,
     CollectionInfo,
@@ -31,6 +31,8 @@ from resight.answers import (
     Comparison,
     Entry,
     Erased,
+    Feedback,
+    KeptCrops,
     ModelInfo,
     OperationInfo,
     SearchAnswer,
@@ -38,7 +40,7 @@ from resight.answers import (
     ServerInfo,
 )
 from resight.answers_figures import SearchFigures, Shadow
-from resight.calls import BATCH_FACTOR, OPTIONS, Ask, Listing, Pause, Road, Stubs, Try, translated, tries
+from resight.calls import BATCH_FACTOR, OPTIONS, Ask, Listing, Pause, Resuming, Road, Stubs, Try, translated, tries
 from resight.channel import channel_credentials, open_channel
 from resight.errors import ReIDError, UnavailableError
 from resight.questions import CollectionChange, EntryId, Feature, GivenFeature, NewEntry, Query, Rerank, Where
@@ -53,7 +55,9 @@ __all__ = [
     "Entry",
     "EntryId",
     "Erased",
+    "Feedback",
     "GivenFeature",
+    "KeptCrops",
     "ModelInfo",
     "NewEntry",
     "OperationInfo",
@@ -95,6 +99,27 @@ def lists(listing: Callable[P, Listing[T]]) -> Callable[Concatenate[Client, P], 
             if not page.next_page_token:
                 return
             found.ask.request.page_token = page.next_page_token
+
+    return method
+
+
+def resumes(begin: Callable[P, Resuming[T]]) -> Callable[Concatenate[Client, P], Iterator[T]]:
+    """A method that takes a stream of answers and, when the server went away, goes on behind the last one."""
+
+    @wraps(begin)
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+        stream = begin(*args, **kwargs)
+        while True:
+            call = self._stubs.method(stream.method)(stream.request, timeout=stream.timeout_s)
+            try:
+                for reply in call:
+                    yield stream.took(reply)
+                return
+            except grpc.RpcError as failure:
+                pause_s = stream.pause(translated(failure, self.address))
+            finally:
+                call.cancel()
+            time.sleep(pause_s)
 
     return method
 
@@ -237,6 +262,11 @@ class Client:
     delete_entry = does(asks.delete_entry)
     delete_entries = does(asks.delete_entries)
     erase_subject = does(asks.erase_subject)
+    confirm = does(asks_lessons.confirm)
+    reject = does(asks_lessons.reject)
+    list_feedback = lists(asks_lessons.list_feedback)
+    stream_crops = resumes(asks_lessons.stream_crops)
+    remove_feedback = does(asks_lessons.remove_feedback)
     stats = does(asks_operator.stats)
     search_figures = does(asks_operator.search_figures)
     rebuild_index = does(asks_operator.rebuild_index)
@@ -245,6 +275,9 @@ class Client:
     operation = does(asks_operator.operation)
     operations = lists(asks_operator.operations)
     cancel_operation = does(asks_operator.cancel_operation)
+    start_adaptation = does(asks_operator.start_adaptation)
+    pending_adaptations = lists(asks_operator.pending_adaptations)
+    report_adaptation = does(asks_operator.report_adaptation)
     wait = does(asks_operator.wait)
     models = lists(asks_models.models)
     model = does(asks_models.model)

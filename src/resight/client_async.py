@@ -19,9 +19,9 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from resight import asks, asks_models, asks_operator, streams
+from resight import asks, asks_lessons, asks_models, asks_operator, streams
 from resight.answers import SearchAnswer
-from resight.calls import BATCH_FACTOR, OPTIONS, Ask, Listing, Pause, Road, Stubs, Try, translated, tries
+from resight.calls import BATCH_FACTOR, OPTIONS, Ask, Listing, Pause, Resuming, Road, Stubs, Try, translated, tries
 from resight.channel import bearer, channel_credentials, check_token
 from resight.client import DEFAULT_ADDRESS
 from resight.errors import ReIDError, UnavailableError
@@ -54,6 +54,28 @@ def lists(listing: Callable[P, Listing[T]]) -> Callable[Concatenate[AsyncClient,
             if not page.next_page_token:
                 return
             found.ask.request.page_token = page.next_page_token
+
+    return method
+
+
+def resumes(begin: Callable[P, Resuming[T]]) -> Callable[Concatenate[AsyncClient, P], AsyncIterator[T]]:
+    """A method that takes a stream of answers and, when the server went away, goes on behind the last one."""
+
+    @wraps(begin)
+    async def method(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
+        stream = begin(*args, **kwargs)
+        streaming = self._stubs.method(stream.method)
+        while True:
+            call = streaming(stream.request, timeout=stream.timeout_s, metadata=self._metadata)
+            try:
+                async for reply in call:
+                    yield stream.took(reply)
+                return
+            except grpc.RpcError as failure:
+                pause_s = stream.pause(translated(failure, self.address))
+            finally:
+                call.cancel()
+            await asyncio.sleep(pause_s)
 
     return method
 
@@ -188,6 +210,11 @@ class AsyncClient:
     delete_entry = does(asks.delete_entry)
     delete_entries = does(asks.delete_entries)
     erase_subject = does(asks.erase_subject)
+    confirm = does(asks_lessons.confirm)
+    reject = does(asks_lessons.reject)
+    list_feedback = lists(asks_lessons.list_feedback)
+    stream_crops = resumes(asks_lessons.stream_crops)
+    remove_feedback = does(asks_lessons.remove_feedback)
     stats = does(asks_operator.stats)
     search_figures = does(asks_operator.search_figures)
     rebuild_index = does(asks_operator.rebuild_index)
@@ -196,6 +223,9 @@ class AsyncClient:
     operation = does(asks_operator.operation)
     operations = lists(asks_operator.operations)
     cancel_operation = does(asks_operator.cancel_operation)
+    start_adaptation = does(asks_operator.start_adaptation)
+    pending_adaptations = lists(asks_operator.pending_adaptations)
+    report_adaptation = does(asks_operator.report_adaptation)
     wait = does(asks_operator.wait)
     models = lists(asks_models.models)
     model = does(asks_models.model)

@@ -16,6 +16,8 @@ from resight.answers import (
     Decision,
     Entry,
     Erased,
+    Feedback,
+    KeptCrops,
     ModelInfo,
     ModelState,
     OperationInfo,
@@ -39,7 +41,7 @@ _MODEL_STATES: dict[int, ModelState] = {
     model_pb2.MODEL_STATE_READY: "ready",
     model_pb2.MODEL_STATE_FAILED: "failed",
 }
-_OPERATION_STATES: dict[int, OperationState] = {
+OPERATION_STATES: dict[operation_pb2.OperationState.ValueType, OperationState] = {
     operation_pb2.OPERATION_STATE_PENDING: "pending",
     operation_pb2.OPERATION_STATE_RUNNING: "running",
     operation_pb2.OPERATION_STATE_SUCCEEDED: "succeeded",
@@ -161,7 +163,7 @@ def operation(message: operation_pb2.Operation) -> OperationInfo:
     return OperationInfo(
         operation_id=message.operation_id,
         kind=message.kind,
-        state=_OPERATION_STATES.get(message.state, "running"),
+        state=OPERATION_STATES.get(message.state, "running"),
         total=message.total,
         succeeded=message.succeeded,
         failed=message.failed,
@@ -187,6 +189,17 @@ def model(message: model_pb2.Model) -> ModelInfo:
         min_cosine=message.parity_min_cosine,
         problem=message.problem,
     )
+
+
+def feedback(message: gallery_pb2.Feedback) -> Feedback:
+    """From the wire."""
+    same = message.verdict == gallery_pb2.FEEDBACK_VERDICT_SAME_PERSON
+    return Feedback(message.entry_id, message.other_entry_id, same, message.principal, _time(message.feedback_time))
+
+
+def kept_crops(message: gallery_pb2.StreamCropsResponse) -> KeptCrops:
+    """From the wire."""
+    return KeptCrops(entry(message.entry), tuple(message.images), message.cursor)
 
 
 def audit_row(message: admin_pb2.AuditEvent) -> AuditRow:

@@ -20,9 +20,12 @@ from resight.training.datasets import Site
 
 COMMANDS = ["demo", "adapt", "evaluate", "judge", "export", "serve", "search", "verify", "doctor"]
 GROUPS = {
-    "gallery": ["create", "list", "enrol", "get", "entries", "delete", "update", "erase", "stats", "drop"],
+    "gallery": [
+        *["create", "list", "enrol", "get", "entries", "delete", "update", "erase", "stats", "drop"],
+        *["confirm", "reject", "feedback"],
+    ],
     "snapshot": ["create", "list", "verify", "restore"],
-    "models": ["list", "load", "activate", "unload", "migrate", "activate-space"],
+    "models": ["list", "load", "activate", "unload", "migrate", "activate-space", "adapt"],
     "token": ["create", "list", "revoke"],
     "bundle": ["verify", "show", "diff", "keygen", "sign"],
 }
