@@ -93,7 +93,7 @@ class Lanes:
         self._lanes = {priority: _Lane() for priority in Priority}
         self._count = dict.fromkeys(Priority, 0)
         self._busy_until = 0.0
-        self._reembedding = 0  # batches of a migration that run: one batch of a migration at a time, unless callers are long gone
+        self._reembedding = 0  # batches of a migration that run: one, unless callers are long gone
 
     def put(self, job: Job) -> None:
         """Let a job wait."""

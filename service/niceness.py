@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 
-NICE = 5  # a third of the weight of other threads, see sched(7)
+NICER = 5  # a third of the weight of the other threads, see sched(7)
 
 
 def give_way() -> None:
@@ -16,4 +16,5 @@ def give_way() -> None:
     the end of a time slice. Where threads have no niceness of their own nothing changes.
     """
     with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICER)
