@@ -1,0 +1,236 @@
+"""What is wrong with a set of unlabelled crops before any model looks at it: dead cameras, noise, one person for all.
+
+A model adapted to such crops learns the fault, and a model judged on them is judged by it. Only pixels, cameras and
+tracks are read; each limit has its measured source in docs/judging.md.
+
+Letters: N crops, H x W thumbnail size, P pixels of a thumbnail, S crops of a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resight.errors import ImageError, StoreError
+from resight.image import ImageSpec, Pixels, decode, fit
+from resight.training.crops import UNKNOWN, CropStore
+from resight.training.neighbours import Floats, Ints
+from resight.training.pairs import number_tracks
+
+THUMBNAIL = ImageSpec(32, 16)  # a 128 x 64 crop made four times smaller: sensor noise averages out, people do not
+SAMPLE = 1000  # crops of a camera compared with one another: a million pairs are a few milliseconds
+MIN_CROPS = 20  # of a camera: below it a share says nothing
+MIN_TRACKS = 10  # as the judge asks for (`separation`)
+HALF = 0.5  # a fault counts where most crops have it
+BLANK = 4.0  # grey levels of standard deviation; see docs/judging.md for what real and drawn crops have
+CLIPPED = 5  # grey levels from black or white at which nothing is told apart any more
+CORRELATION = 0.5  # of neighbouring pixels; noise has 0 to 0.25 after shrinking
+SAME = 0.95  # correlation of two pictures of different tracks; of 400,000 real pairs 1 in 1,000 has over 0.74
+SAME_FILE = 0.9995  # the same where tracks are unknown: who stands still is nearly the same twice
+LARGEST = 0.5  # share of all crops one track may hold, as of one cluster in `Clustering.collapsed`
+
+
+@dataclass(frozen=True)
+class CameraFigures:
+    """What the crops of one camera look like.
+
+    Attributes:
+        crops: how many.
+        tracks: how many passages they belong to; 0 where unknown.
+        contrast: median over crops of the standard deviation of grey levels, 0..127.5.
+        blank_share: share of crops with a contrast under `BLANK`, in [0, 1]; an unreadable crop is blank.
+        clipped_share: share of crops of which most pixels are black or white, in [0, 1].
+        correlation: median over crops with contrast of the correlation of neighbouring pixels, in [-1, 1]; None where
+            all are blank.
+        repeated_share: share of crops that nearly equal one of another track, in [0, 1].
+    """
+
+    crops: int
+    tracks: int
+    contrast: float
+    blank_share: float
+    clipped_share: float
+    correlation: float | None
+    repeated_share: float
+
+
+@dataclass(frozen=True)
+class Hygiene:
+    """What was found.
+
+    Attributes:
+        problems_by_camera: name -> what is wrong with that camera's crops; sound cameras are not in it.
+        problems: what is wrong with the store as a whole once the crops of those cameras are left out.
+        figures: name -> figures, for every camera that has crops.
+        largest_track_share: share of all crops with a track that the largest holds, in [0, 1]; None without tracks.
+    """
+
+    problems_by_camera: Mapping[str, str]
+    problems: tuple[str, ...]
+    figures: Mapping[str, CameraFigures]
+    largest_track_share: float | None
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems and not self.problems_by_camera
+
+    def told(self) -> list[str]:
+        """Every problem as a sentence, those of cameras with their names."""
+        return [*(f"camera {name}: {problem}" for name, problem in self.problems_by_camera.items()), *self.problems]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"problems": list(self.problems)}
+
+
+def examine(store: CropStore, *, thumbnails: Pixels | None = None) -> Hygiene:
+    """Look for what makes crops unfit to adapt to and to judge on.
+
+    Args:
+        store: N crops; persons are not read.
+        thumbnails: from `read_thumbnails`, where the caller has them already; else they are read.
+    """
+    small = read_thumbnails(store) if thumbnails is None else thumbnails
+    assert small.shape == (len(store), THUMBNAIL.height, THUMBNAIL.width, 3), small.shape
+    tracks = number_tracks(store.cameras, store.tracks)
+    figures, problems = {}, {}
+    for camera in np.unique(store.cameras):
+        rows = np.flatnonzero(store.cameras == camera)
+        name = store.camera_names[camera]
+        figures[name] = _camera(small[rows], tracks[rows])
+        wrong = _camera_problem(figures[name])
+        if wrong:
+            problems[name] = wrong
+    sound = np.array([store.camera_names[camera] not in problems for camera in store.cameras], bool)
+    share = _largest_share(tracks[sound])
+    return Hygiene(problems, tuple(_problems(store, tracks, sound, share, len(problems))), figures, share)
+
+
+def read_thumbnails(store: CropStore, *, progress: Callable[[int], None] = lambda done: None) -> Pixels:
+    """Every crop made small; one that cannot be read or decoded is black.
+
+    Args:
+        store: N crops.
+        progress: called with 1 for each crop done.
+
+    Returns:
+        uint8 (N, 32, 16, 3) RGB.
+    """
+    made = np.zeros((len(store), THUMBNAIL.height, THUMBNAIL.width, 3), np.uint8)
+
+    def read(row: int) -> None:
+        try:
+            made[row] = fit(decode(store.read(row)), THUMBNAIL)
+        except (ImageError, StoreError):
+            pass
+        progress(1)
+
+    with ThreadPoolExecutor(thread_name_prefix="thumbnails") as pool:
+        list(pool.map(read, range(len(store))))
+    return made
+
+
+def _camera(thumbnails: Pixels, tracks: Ints) -> CameraFigures:
+    """Figures of one camera's crops."""
+    grey = thumbnails.mean(3, dtype=np.float32)  # (N, H, W)
+    contrast = grey.std((1, 2))
+    clipped = ((grey < CLIPPED) | (grey > 255 - CLIPPED)).mean((1, 2))
+    told = contrast >= BLANK
+    return CameraFigures(
+        len(grey),
+        len(np.unique(tracks[tracks != UNKNOWN])),
+        float(np.median(contrast)),
+        float((~told).mean()),
+        float((clipped > HALF).mean()),
+        float(np.median(neighbour_correlation(grey[told]))) if told.any() else None,
+        _repeated_share(thumbnails, tracks),
+    )
+
+
+def neighbour_correlation(grey: Floats) -> Floats:
+    """How alike neighbouring pixels are: the lag-1 autocorrelation of each picture, mean of both directions.
+
+    Args:
+        grey: float32 (N, H, W), none of one colour throughout.
+
+    Returns:
+        float32 (N,) in [-1, 1]: about 0 for noise, towards 1 for what a lens has seen.
+    """
+    flat = grey - grey.mean((1, 2), keepdims=True)
+    variance = np.square(flat).mean((1, 2))
+    beside = (flat[:, :, 1:] * flat[:, :, :-1]).mean((1, 2))
+    below = (flat[:, 1:] * flat[:, :-1]).mean((1, 2))
+    found: NDArray[np.float32] = ((beside + below) / 2 / variance).astype(np.float32)
+    return found
+
+
+def _repeated_share(thumbnails: Pixels, tracks: Ints) -> float:
+    """Share of a sample of crops that nearly equal one of another track, whatever their brightness and contrast."""
+    rows = np.unique(np.linspace(0, len(tracks) - 1, min(SAMPLE, len(tracks))).astype(int))
+    flat = thumbnails[rows].reshape(len(rows), -1).astype(np.float32)  # (S, 3P)
+    flat -= flat.mean(1, keepdims=True)
+    flat /= np.linalg.norm(flat, axis=1, keepdims=True).clip(1e-6)  # one of one colour equals nothing
+    alike = flat @ flat.T  # (S, S)
+    own, known = tracks[rows], tracks[rows] != UNKNOWN
+    both = known[:, None] & known
+    alike[both & (own[:, None] == own)] = -1
+    alike[np.diag_indices(len(rows))] = -1
+    return float((alike > np.where(both, SAME, SAME_FILE)).any(1).mean())
+
+
+def _camera_problem(figures: CameraFigures) -> str:
+    """What is wrong with one camera, empty if nothing or if it has too few crops to say."""
+    if figures.crops < MIN_CROPS:
+        return ""
+    if figures.blank_share > HALF:
+        return (
+            f"{figures.blank_share:.0%} of its {figures.crops} crops carry no picture (contrast {figures.contrast:.1f} "
+            f"grey levels, expected {BLANK:g} or more): look whether it is covered, dark or off"
+        )
+    if figures.clipped_share > HALF:
+        return f"{figures.clipped_share:.0%} of its {figures.crops} crops are mostly black or white: mend its exposure"
+    if figures.correlation is not None and figures.correlation < CORRELATION:
+        return (
+            f"its crops are noise: neighbouring pixels correlate by {figures.correlation:.2f}, expected "
+            f"{CORRELATION} or more: look at its picture"
+        )
+    if figures.repeated_share > HALF:
+        return (
+            f"{figures.repeated_share:.0%} of its {figures.crops} crops repeat one of another passage: its picture "
+            "stands still, or the same crops were fed again"
+        )
+    return ""
+
+
+def _problems(
+    store: CropStore, tracks: Ints, sound: NDArray[np.bool_], largest_share: float | None, faulty: int
+) -> list[str]:
+    """What is wrong with the crops of the sound cameras together."""
+    found = []
+    seen = np.unique(store.cameras[sound])
+    total = len(np.unique(store.cameras))
+    if not len(seen):
+        return [f"none of {total} cameras gives sound crops: expected one or more"]
+    if faulty and len(seen) < 2:
+        found.append(f"only one of {total} cameras gives sound crops: expected two or more, as the site has")
+    known = tracks[sound]
+    if largest_share is None:
+        return found
+    passages = len(np.unique(known[known != UNKNOWN]))
+    if passages < MIN_TRACKS:
+        found.append(f"{passages} tracks: expected {MIN_TRACKS} or more different passages")
+    elif largest_share > LARGEST:
+        found.append(f"one track holds {largest_share:.0%} of all crops: expected no more than {LARGEST:.0%}")
+    return found
+
+
+def _largest_share(tracks: Ints) -> float | None:
+    """Share of the crops with a track that the largest one holds."""
+    known = tracks[tracks != UNKNOWN]
+    return float(np.bincount(known).max() / len(known)) if len(known) else None
