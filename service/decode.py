@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 from resight.errors import DrainingError, ImageUndecodableError, ReIDError, UnavailableError
 from resight.image import decode, fit
+from resight.quality import quality
 from resight.service.batcher import expired
 from resight.service.lanes import Job, Priority
-from resight.service.quality import quality
 from resight.service.settings import Settings
 
 GONE = UnavailableError("the caller left")  # nobody reads it

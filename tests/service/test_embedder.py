@@ -10,7 +10,7 @@ from serving import jpeg
 from resight.errors import DeadlineError, ImageUndecodableError, InputError, OverloadedError
 from resight.image import ImageSpec, decode, fit
 from resight.service.embedder import Embedded, Embedder, Timings, all_embedded, combined
-from resight.service.quality import quality
+from resight.quality import quality
 from resight.service.runtime import DummyRuntime
 from resight.service.settings import Settings
 
