@@ -18,14 +18,14 @@ class RunFolder:
         return self.path / "site"
 
     @property
+    def baseline(self) -> Path:
+        """What was active when the run began to adapt, and what the candidate is compared with all along."""
+        return self.path / "baseline.json"
+
+    @property
     def checkpoint(self) -> Path:
         """The candidate."""
         return self.path / "checkpoint"
-
-    @property
-    def figures(self) -> Path:
-        """What the judge measured."""
-        return self.path / "judge.json"
 
     @property
     def page(self) -> Path:
@@ -39,7 +39,7 @@ class RunFolder:
 
     def told(self, command: str) -> Path:
         """Where a command writes its figures."""
-        return self.path / f"{command}-figures.json"
+        return self.path / f"{command}.json"
 
     def result(self, stage: str) -> Path:
         """What a stage came to; written as its last act."""

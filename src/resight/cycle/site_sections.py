@@ -188,7 +188,7 @@ class Shadow(Section):
         share: of the searches, that it answers too; 0 = no shadow.
         min_searches: answered by both before it is judged.
         max_minutes: waited for them.
-        min_agreement: share of searches whose best hit is the same in both.
+        min_agreement: share of searches whose best hit is the same in both; a good model differs from a bad one.
         max_latency_ratio: its 95th percentile of time for one search over the active model's.
         required: refuse when there were too few searches; else go on without this witness.
     """
@@ -196,7 +196,7 @@ class Shadow(Section):
     share: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
     min_searches: Annotated[int, Field(ge=1)] = 100
     max_minutes: Annotated[float, Field(ge=0.0)] = 60.0
-    min_agreement: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    min_agreement: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     max_latency_ratio: Annotated[float, Field(gt=0.0)] = 1.5
     required: bool = False
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from resight.cycle.outcome import Outcome
 from resight.errors import CycleError
@@ -98,6 +98,7 @@ class Runs:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             self._db = sqlite3.connect(path, timeout=10.0, isolation_level=None)
+            self._db.row_factory = sqlite3.Row
             self._db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")
             with self._writing():
                 version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -148,12 +149,12 @@ class Runs:
         row = self._db.execute("SELECT * FROM run WHERE run = ?", (number,)).fetchone()
         if row is None:
             raise CycleError(f"there is no run {number}: see `resight cycle history`")
-        return Run(*row[:-1], used=bool(row[-1]))
+        return _run(row)
 
     def runs(self, *, limit: int = -1) -> list[Run]:
         """The newest first."""
         rows = self._db.execute("SELECT * FROM run ORDER BY run DESC LIMIT ?", (limit,)).fetchall()
-        return [Run(*row[:-1], used=bool(row[-1])) for row in rows]
+        return [_run(row) for row in rows]
 
     def since_s(self) -> float:
         """Capture time up to which crops were used by earlier runs; 0 = none were."""
@@ -180,7 +181,7 @@ class Runs:
     def stages(self, number: int) -> dict[str, Stage]:
         """The stages of a run that were started, in that order."""
         rows = self._db.execute("SELECT * FROM stage WHERE run = ? ORDER BY rowid", (number,)).fetchall()
-        return {row[1]: Stage(*row[:-1], outcome=None if row[-1] is None else Outcome.of(row[-1])) for row in rows}
+        return {row["stage"]: _stage(row) for row in rows}
 
     def start_stage(self, number: int, stage: str, pid: int) -> int:
         """Note that a stage's process runs; returns how often that was."""
@@ -201,3 +202,14 @@ class Runs:
                 "UPDATE stage SET state = ?, ended_s = ?, error = ?, outcome = ? WHERE run = ? AND stage = ?",
                 ("failed" if outcome is None else "done", time.time(), error, text, number, stage),
             )
+
+
+def _run(row: sqlite3.Row) -> Run:
+    told: dict[str, Any] = dict(row)
+    return Run(**told | {"used": bool(told["used"])})
+
+
+def _stage(row: sqlite3.Row) -> Stage:
+    told: dict[str, Any] = dict(row)
+    outcome = told.pop("outcome")
+    return Stage(**told, outcome=None if outcome is None else Outcome.of(outcome))
