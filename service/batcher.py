@@ -1,7 +1,7 @@
 """Many waiting callers and a device: dynamic batching with a bound, deadlines, priorities and no fixed delay.
 
-While a batch runs, the next gathers; an idle worker starts at once, unless crops are being decoded: those it waits
-for, but no longer than a batch takes.
+While a batch runs, the next gathers; an idle worker starts at once. On a device that gains by batches it first waits
+for the crops that are being decoded, but no longer than a batch takes.
 A worker runs a batch and takes it itself, so a crop crosses into the event loop once, with its whole batch. A place is
 taken by `admit` before any work is done for a crop, so a full queue costs nothing and the bound covers decoding too.
 
@@ -13,7 +13,6 @@ all cores left a fifth of them idle (OSNet x0.25, 32 calls in flight).
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import threading
 import time
@@ -32,13 +31,13 @@ from resight.errors import (
 )
 from resight.service.lanes import Job, Lanes, Priority
 from resight.service.niceness import give_way
+from resight.service.quarantine import Quarantine, failed
 from resight.service.runtime import Feature
 
 log = logging.getLogger(__name__)
 
 MIN_RETRY_S = 0.05  # below this a retry arrives before the queue has moved
 SMOOTHING = 0.2  # weight of the newest batch in the running mean of seconds a crop
-QUARANTINED = 1024  # crops remembered that made a batch fail
 # What onnxruntime, CUDA, TensorRT and Python call it; none has a class of its own for it.
 NO_MEMORY = ("out of memory", "failed to allocate memory", "bad_alloc", "bad allocation", "cudaerrormemoryallocation")
 
@@ -59,6 +58,7 @@ class Batcher:
         most: crops of the largest batch.
         delay_s: wait for company when idle.
         workers: batches at once.
+        gains: whether a crop costs less in a larger batch, so that it should wait for those that are being decoded.
     """
 
     def __init__(
@@ -69,15 +69,16 @@ class Batcher:
         most: int,
         delay_s: float = 0.0,
         workers: int = 1,
+        gains: bool = True,
     ) -> None:
-        self._most = most
+        self._most, self._gains = most, gains
         self._finished, self._max_queue, self._delay_s = finished, max_queue, delay_s
         self._lanes, self._changed = Lanes(), threading.Condition()
         self._admitted = dict.fromkeys(Priority, 0)
         self._each_s = self._batch_s = 0.0
         self._coming = 0
-        self._stopping = False
-        self._poison: dict[bytes, None] = {}  # as an ordered set
+        self._gathering = self._stopping = False
+        self._quarantine = Quarantine()
         self._sizes: dict[int, int] = {}
         self._running: list[int] = []  # crops of each batch that runs
         self._threads = [
@@ -148,13 +149,8 @@ class Batcher:
         return dict(self._sizes)
 
     def check(self, crop: bytes) -> None:
-        """Refuse a crop that made a batch fail before: its neighbours shall not pay again.
-
-        Raises:
-            ModelError: it did.
-        """
-        if self._poison and _digest(crop) in self._poison:
-            raise _failed("the model failed on this very crop before, and it is not tried again")
+        """Refuse a crop that made a batch fail before, as `Quarantine.check`."""
+        self._quarantine.check(crop)
 
     def expect(self, jobs: Sequence[Job]) -> None:
         """Note jobs that begin to be decoded: each will be `put`, or `missed`."""
@@ -167,13 +163,18 @@ class Batcher:
         with self._changed:
             self._coming -= _pressing((job,))
             self._lanes.put(job)
-            self._changed.notify_all()
+            self._wake()
 
     def missed(self, job: Job) -> None:
         """Note that an expected job has no pixels. Any thread may."""
         with self._changed:
             self._coming -= _pressing((job,))
-            self._changed.notify_all()
+            self._wake()
+
+    def _wake(self) -> None:
+        """Wake one worker, unless one gathers already and has too few: every waking takes the interpreter from all."""
+        if not self._gathering or self._gathered():
+            self._changed.notify()
 
     def _work(self) -> None:
         give_way()
@@ -196,11 +197,15 @@ class Batcher:
                 if (wait_s := self._lanes.wait_s()) != 0.0:
                     self._changed.wait(wait_s)
                     continue
-                wait_s = max(self._delay_s, self._batch_s if self._coming > 0 else 0.0)
-                if wait_s and self._lanes.pressing():
+                wait_s = max(self._delay_s, self._batch_s if self._gains and self._coming > 0 else 0.0)
+                if wait_s and self._lanes.pressing() and not self._gathering:
+                    self._gathering = True
                     self._changed.wait_for(self._gathered, wait_s)
+                    self._gathering = False
                 if not self._stopping and (batch := self._lanes.take(self._share())):
                     self._running.append(len(batch))
+                    if self._lanes.wait_s() == 0.0:
+                        self._changed.notify()  # for the rest
                     return batch
         return None
 
@@ -238,22 +243,20 @@ class Batcher:
                 return self._halved(jobs, error)
             if len(jobs) == 1:
                 log.exception("inference failed")
-                return [_failed(f"the model failed on it ({type(error).__name__})", error)]
+                return [failed(f"the model failed on it ({type(error).__name__})", error)]
             log.warning("a batch of %d failed, each crop is tried alone: %s", len(jobs), error)
         outcomes = [self._infer([job])[0] for job in jobs]
         culprits = [job for job, outcome in zip(jobs, outcomes, strict=True) if isinstance(outcome, ModelError)]
         if len(culprits) < len(jobs):  # else it is the model that fails, not a crop
             for job in culprits:
-                self._poison[_digest(job.crop)] = None
-            while len(self._poison) > QUARANTINED:
-                self._poison.pop(next(iter(self._poison)))
+                self._quarantine.add(job.crop)
         return outcomes
 
     def _features(self, jobs: Sequence[Job]) -> list[Feature | ReIDError]:
         features = jobs[0].runtime.embed(np.stack([job.pixels for job in jobs if job.pixels is not None]))
         good = [bool(np.isfinite(feature).all()) for feature in features]
         return [
-            feature if fine else _failed("the model answered numbers that are not finite")
+            feature if fine else failed("the model answered numbers that are not finite")
             for feature, fine in zip(features, good, strict=True)
         ]
 
@@ -280,16 +283,6 @@ def _pressing(jobs: Sequence[Job]) -> int:
     return sum(job.priority is not Priority.REEMBED for job in jobs)
 
 
-def _digest(crop: bytes) -> bytes:
-    return hashlib.blake2b(crop, digest_size=16).digest()
-
-
 def _no_memory(error: Exception) -> bool:
     told = str(error).lower()
     return isinstance(error, MemoryError) or any(words in told for words in NO_MEMORY)
-
-
-def _failed(what: str, cause: Exception | None = None) -> ModelError:
-    error = ModelError(f"{what}: the crop cannot be embedded by this bundle; leave it out and report it")
-    error.__cause__ = cause
-    return error

@@ -56,6 +56,7 @@ class Embedder:
             most=settings.batch,
             delay_s=settings.batch_delay_s,
             workers=settings.batches_at_once,
+            gains=settings.provider != "cpu",
         )
         self._decoders = Decoders(self._batcher.put, self._missed, self._batcher.check, settings)
         self._left: dict[asyncio.Future[None], int] = {}
