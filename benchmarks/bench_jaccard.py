@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.cluster import DBSCAN
 
-from resight.training.cluster import scan
+from resight.training.dbscan import scan
 from resight.training.jaccard import encode_ranked, jaccard_graph
 from resight.training.neighbours import Neighbours, search
 

@@ -202,8 +202,11 @@ def _write(
 
 def _provenance(plan: Adaptation, stage: Stage, epoch: int, history: History) -> Provenance:
     """Everything that made these weights; plain JSON values, so that a run can be told from another."""
-    recipe = json.loads(json.dumps({**plan.run.recipe.to_json(), "seed": plan.run.seed}))
-    return Provenance(recipe, stage, epoch, plan.run.store.fingerprint, plan.start(stage).source, tuple(history))
+    run = plan.run
+    recipe = json.loads(json.dumps({**run.recipe.to_json(), "seed": run.seed}))
+    if run.links:
+        recipe["links"] = run.links.digest
+    return Provenance(recipe, stage, epoch, run.store.fingerprint, plan.start(stage).source, tuple(history))
 
 
 def _find_last_epoch(plan: Adaptation, folder: Path, stage: Stage) -> Checkpoint | None:

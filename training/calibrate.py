@@ -16,8 +16,9 @@ from scipy.special import expit
 from resight.calibration import MAX_SLOPE, Calibration
 from resight.errors import TrainingError
 from resight.training.calibration_pairs import SearchPairs, draw_search_pairs
-from resight.training.cluster import OUTLIER, ClusterSettings
+from resight.training.cluster import ClusterSettings
 from resight.training.crops import CropStore
+from resight.training.dbscan import OUTLIER
 from resight.training.judge import try_cluster
 from resight.training.neighbours import Floats
 from resight.training.pairs import draw_pairs

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from resight.training.cluster import OUTLIER
 from resight.training.crops import CropStore
+from resight.training.dbscan import OUTLIER
 from resight.training.neighbours import Ints
 from resight.training.pairs import number_tracks, spread
 

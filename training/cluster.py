@@ -6,21 +6,22 @@ Letters: N crops, K clusters.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-from scipy.sparse.csgraph import connected_components
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from resight.errors import TrainingError
 from resight.training.centring import centre_cameras
+from resight.training.constraints import Constraints
+from resight.training.dbscan import OUTLIER, scan
 from resight.training.jaccard import ReciprocalEncoding, encode_camera_aware, encode_reciprocal, jaccard_graph
+from resight.training.links import Links
 from resight.training.neighbours import Floats, Ints
 
-OUTLIER = -1
 EPS_GRID = tuple(round(0.30 + 0.05 * step, 2) for step in range(9))  # 0.30-0.70: the range published eps lie in
 LARGEST_SHARE_LIMIT = 0.5  # one cluster holding half of a site is a collapse, not a person
 
@@ -65,11 +66,15 @@ class Clustering:
         labels: int64 (N,), 0..K-1, -1 for outliers.
         eps: radius used; None where the labels are true persons.
         silhouette: mean over all crops in [-1, 1], outliers counting 0; 0 where the labels are true persons.
+        links: how many links the labels were held to; they obey them all.
+        links_violated: how many of them the same clustering without links would not have obeyed.
     """
 
     labels: Ints
     eps: float | None = None
     silhouette: float = 0.0
+    links: int = 0
+    links_violated: int = 0
 
     @property
     def count(self) -> int:
@@ -98,6 +103,8 @@ class Clustering:
         }
         if self.eps is not None:
             figures |= {"eps": self.eps, "silhouette": self.silhouette}
+        if self.links:
+            figures |= {"links": float(self.links), "links_violated": float(self.links_violated)}
         if persons is not None and inliers.any():
             figures["nmi"] = float(normalized_mutual_info_score(persons[inliers], self.labels[inliers]))
             figures["ari"] = float(adjusted_rand_score(persons[inliers], self.labels[inliers]))
@@ -105,7 +112,12 @@ class Clustering:
 
 
 def cluster(
-    views: Sequence[Floats], settings: ClusterSettings, *, cameras: Ints | None = None, device: str = "cpu"
+    views: Sequence[Floats],
+    settings: ClusterSettings,
+    *,
+    cameras: Ints | None = None,
+    links: Links | None = None,
+    device: str = "cpu",
 ) -> Clustering:
     """Cluster crops by the fused Jaccard distance of their views (LP, section 3.3 of its released code).
 
@@ -113,35 +125,45 @@ def cluster(
         views: float32 (N, D) unit rows of the global view, then of the local ones.
         settings: see `ClusterSettings`.
         cameras: int64 (N,), any numbers, needed to centre them and for camera-aware neighbours.
+        links: who is known to be one person, or two: see `Constraints`.
         device: where neighbours are searched.
 
     Raises:
         TrainingError: no cluster, or one that holds more than half of all crops; no cameras where settings need them.
     """
     weights = _view_weights(len(views), settings.local_weight)
-    used = [(view, weight) for view, weight in zip(views, weights, strict=True) if weight > 0]
+    used = [
+        (_centred(view, settings, cameras), weight) for view, weight in zip(views, weights, strict=True) if weight > 0
+    ]
     encoded = [_encode(view, settings, cameras, device) for view, _ in used]
     longest = max(EPS_GRID) if settings.eps == "auto" else settings.eps
-    graph = jaccard_graph(encoded, [weight for _, weight in used], max_distance=longest)
+    plain = jaccard_graph(encoded, [weight for _, weight in used], max_distance=longest)
+    held = Constraints(links, used) if links is not None and len(links) else None
+    graph = plain if held is None else held.bend(plain)
     if settings.eps == "auto":
-        found = choose_eps(graph, settings.min_samples)
+        found = choose_eps(graph, settings.min_samples, held)
     else:
-        labels = scan(graph, settings.eps, settings.min_samples)
-        found = Clustering(labels, settings.eps, silhouette(graph, labels))
+        found = _label(graph, settings.eps, settings.min_samples, held)
+    if held is not None and found.eps is not None:
+        violated = held.violated(scan(plain, found.eps, settings.min_samples))
+        found = replace(found, links=len(held), links_violated=violated)
     return _refuse_collapse(found)
+
+
+def _centred(view: Floats, settings: ClusterSettings, cameras: Ints | None) -> Floats:
+    """The view as the settings ask for it."""
+    return centre_cameras(view, cameras) if settings.centre_cameras and cameras is not None else view
 
 
 def _encode(view: Floats, settings: ClusterSettings, cameras: Ints | None, device: str) -> ReciprocalEncoding:
     """The reciprocal neighbours of one view, as the settings ask for them."""
-    if settings.camera_aware and cameras is None:
+    if not settings.camera_aware:
+        return encode_reciprocal(view, k1=settings.k1, k2=settings.k2, device=device)
+    if cameras is None:
         raise TrainingError(
             "camera-aware neighbours need the camera of every crop, found none: give cameras, or set "
             "cluster.camera_aware = false in the recipe"
         )
-    if settings.centre_cameras and cameras is not None:
-        view = centre_cameras(view, cameras)
-    if not settings.camera_aware or cameras is None:
-        return encode_reciprocal(view, k1=settings.k1, k2=settings.k2, device=device)
     return encode_camera_aware(
         view,
         cameras,
@@ -158,49 +180,22 @@ def _view_weights(count: int, local_weight: float) -> list[float]:
     return [1 - (count - 1) * local_weight, *[local_weight] * (count - 1)]
 
 
-def scan(graph: sparse.csr_matrix, eps: float, min_samples: int) -> Ints:
-    """DBSCAN (Ester et al. 1996) on a sparse graph; distances not stored count as longer than any eps.
-
-    Clusters are the connected components of core crops, numbered by their first core crop; a border crop joins
-    the lowest-numbered cluster that reaches it. These are scikit-learn's labels to the bit, without its list of
-    neighbours per crop in Python, which takes most of its time.
-
-    Args:
-        graph: symmetric CSR (N, N) of distances, diagonal stored.
-        eps: radius, included.
-        min_samples: crops within the radius, itself counted, that make a core crop.
-
-    Returns:
-        int64 (N,), 0..K-1, -1 for outliers.
-    """
-    n = graph.shape[0]
-    near = graph.data <= eps
-    row = np.repeat(np.arange(n), np.diff(graph.indptr))[near]
-    column = graph.indices[near]
-    core = np.bincount(row, minlength=n) >= min_samples
-    linked = core[row] & core[column]
-    links = sparse.coo_matrix((np.ones(linked.sum(), np.int8), (row[linked], column[linked])), (n, n))
-    component = connected_components(links, directed=False)[1]
-    _, first, cluster_of = np.unique(component[core], return_index=True, return_inverse=True)
-    labels = np.full(n, n, np.int64)  # n: above any cluster
-    labels[core] = np.argsort(np.argsort(first))[cluster_of]
-    border = ~core[row] & core[column]
-    np.minimum.at(labels, row[border], labels[column[border]])
-    labels[labels == n] = OUTLIER
-    return labels
+def _label(graph: sparse.csr_matrix, eps: float, min_samples: int, held: Constraints | None) -> Clustering:
+    """Labels at one radius, held to the links where there are any."""
+    labels = scan(graph, eps, min_samples)
+    if held is not None:
+        labels = held.force(labels)
+    return Clustering(labels, eps, silhouette(graph, labels))
 
 
-def choose_eps(graph: sparse.csr_matrix, min_samples: int) -> Clustering:
+def choose_eps(graph: sparse.csr_matrix, min_samples: int, held: Constraints | None = None) -> Clustering:
     """The eps of `EPS_GRID` whose clusters have the highest mean silhouette, outliers counting 0.
 
     Too small an eps leaves outliers, which add nothing; too large a one merges people, whose silhouettes
     fall. A collapse is chosen only where there is nothing else: one cluster of all crops has no neighbour to be
     near to. No label is read. docs/method.md shows the figure beside the true agreement.
     """
-    tried = []
-    for eps in EPS_GRID:
-        labels = scan(graph, eps, min_samples)
-        tried.append(Clustering(labels, eps, silhouette(graph, labels)))
+    tried = [_label(graph, eps, min_samples, held) for eps in EPS_GRID]
     return max(tried, key=lambda found: (not found.collapsed, found.silhouette))
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from resight.model import Encoder
 from resight.training.augment import shift_and_flip
-from resight.training.cluster import OUTLIER, Clustering, centroids, cluster
+from resight.training.cluster import Clustering, centroids, cluster
+from resight.training.dbscan import OUTLIER
 from resight.training.distributed import from_first, share
 from resight.training.features import extract, read_batches
 from resight.training.ghost import group_batch_norm
@@ -125,7 +126,8 @@ def _label(run: Run, views: list[Floats]) -> Clustering:
     if run.recipe.labels == "none":
         return Clustering(np.full(len(run.store), OUTLIER, np.int64))
     used = views if run.recipe.cluster.local_weight > 0 else views[:1]
-    return from_first(lambda: cluster(used, run.recipe.cluster, cameras=run.store.cameras, device=run.device))
+    settings, cameras = run.recipe.cluster, run.store.cameras
+    return from_first(lambda: cluster(used, settings, cameras=cameras, links=run.links, device=run.device))
 
 
 def _health(run: Run, now: Round, clustering: Clustering) -> dict[str, float]:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from scipy.special import gammaln
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-from resight.training.cluster import OUTLIER
 from resight.training.crops import UNKNOWN
+from resight.training.dbscan import OUTLIER
 from resight.training.neighbours import Ints
 from resight.training.pairs import TrackPairs
 

@@ -9,6 +9,7 @@ Letters: N crops, L links, G groups.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,11 @@ class Links:
 
     def __len__(self) -> int:
         return len(self.same)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the links in their order."""
+        return hashlib.sha256(np.ascontiguousarray(self.rows, "<i8").tobytes() + self.same.tobytes()).hexdigest()
 
     def groups(self, count: int) -> Ints:
         """The transitive closure of the must-links: who is one person with whom.

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resight.training.album import Album
-from resight.training.cluster import OUTLIER
 from resight.training.crops import CropStore
+from resight.training.dbscan import OUTLIER
 from resight.training.neighbours import Floats, Ints
 from resight.training.report import Cluster, ClusterGroup
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from resight.training.cluster import OUTLIER
+from resight.training.dbscan import OUTLIER
 from resight.training.neighbours import Ints
 
 

@@ -12,6 +12,7 @@ from resight.errors import RecipeError, TrainingError
 from resight.model import Encoder
 from resight.training.crops import CropStore
 from resight.training.features import PixelCache
+from resight.training.links import Links
 from resight.training.recipe import Recipe
 from resight.training.runlog import RunLog
 
@@ -30,6 +31,7 @@ class Run:
         device: "cpu", "cuda" or "cuda:N".
         log: where figures and progress go.
         pixels: crops read so far.
+        links: between rows of the store: clusters obey them.
     """
 
     store: CropStore
@@ -38,6 +40,7 @@ class Run:
     device: str
     log: RunLog
     pixels: PixelCache = field(default_factory=PixelCache)
+    links: Links | None = None
 
     def chance(self, stage: Stage, epoch: int) -> tuple[np.random.Generator, ...]:
         """Independent streams for the sampler, for pixels (drawn in a thread), for erasing and for the objective."""

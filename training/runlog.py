@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-LINE = ("loss", "clusters", "outlier_share", "eps", "nmi", "images_per_s")
+LINE = ("loss", "clusters", "outlier_share", "eps", "nmi", "links", "links_violated", "images_per_s")
 
 
 class RunLog:

@@ -62,6 +62,7 @@ def adapt(
     from resight.training.adapt import Adaptation
     from resight.training.adapt import adapt as run_adaptation
     from resight.training.distributed import from_first, joined, rank
+    from resight.training.links import links_of
     from resight.training.recipe import change_recipe, load_recipe
     from resight.training.run import Run, require_device
     from resight.training.runlog import RunLog
@@ -77,13 +78,16 @@ def adapt(
     with joined(device) as device:
         console = Console(stderr=True, quiet=rank() > 0)
         opened, store = from_first(lambda: _usable(site))
+        links = from_first(lambda: links_of(store))
         initial = load_weights(init)
         smaller = load_weights(student) if student is not None else None
         console.print(
-            f"{len(store)} crops from {len(store.camera_names)} cameras of {opened.name}, recipe {method.name}"
+            f"{len(store)} crops from {len(store.camera_names)} cameras of {opened.name}, recipe {method.name}, "
+            f"{len(links)} links"
         )
         with RunLog(folder, console=console, append=resume, silent=rank() > 0) as runlog:
-            plan = Adaptation(Run(store, method, seed, device, runlog), initial, out, smaller)
+            run = Run(store, method, seed, device, runlog, links=links)
+            plan = Adaptation(run, initial, out, smaller)
             checkpoint = run_adaptation(plan, resume=resume)
         if rank():
             return

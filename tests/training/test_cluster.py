@@ -13,9 +13,9 @@ from resight.training.cluster import (
     centroids,
     choose_eps,
     cluster,
-    scan,
     silhouette,
 )
+from resight.training.dbscan import scan
 from resight.training.jaccard import encode_camera_aware, encode_reciprocal, jaccard_graph
 
 

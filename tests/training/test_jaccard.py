@@ -3,7 +3,7 @@ import pytest
 from references import dense_camera_jaccard, dense_jaccard
 from sklearn.cluster import DBSCAN
 
-from resight.training.cluster import scan
+from resight.training.dbscan import scan
 from resight.training.jaccard import ReciprocalEncoding, encode_camera_aware, encode_reciprocal, jaccard_graph
 from resight.training.neighbours import nearest
 

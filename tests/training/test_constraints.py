@@ -1,0 +1,193 @@
+"""Clusters held to links: the loop-written truth, and what links give that pixels do not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from references_links import Link, bent, closed, contradicted, forced
+from rich.console import Console
+from scipy import sparse
+from sklearn.cluster import DBSCAN
+from sklearn.metrics import adjusted_rand_score
+from tiny import random_encoder
+
+from resight.checkpoint import Checkpoint, load_checkpoint
+from resight.errors import CheckpointError, TrainingError
+from resight.training.adapt import Adaptation, adapt
+from resight.training.cluster import ClusterSettings, cluster
+from resight.training.constraints import Constraints
+from resight.training.crops import CropStore
+from resight.training.datasets import Site
+from resight.training.features import extract
+from resight.training.links import Links
+from resight.training.recipe import load_recipe
+from resight.training.run import Run
+from resight.training.runlog import RunLog
+from resight.weights import InitialWeights
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def people(count: int, each: int, *, spread: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    rows = np.repeat(rng.normal(size=(count, 16)), each, axis=0) + spread * rng.normal(size=(count * each, 16))
+    return unit(rows), np.repeat(np.arange(count), each)
+
+
+def made(links: list[Link]) -> Links:
+    rows = np.array([link[:2] for link in links], np.int64).reshape(-1, 2)
+    return Links(rows, np.array([link[2] for link in links], bool))
+
+
+def drawn(rng: np.random.Generator, count: int, most: int) -> list[Link]:
+    """Links by chance, none against another."""
+    links: list[Link] = []
+    for one, other in rng.integers(0, count, (most, 2)).tolist():
+        tried = [*links, (one, other, bool(rng.random() < 0.5))]
+        if one != other and (one, other) not in {link[:2] for link in links} and not contradicted(tried, count):
+            links = tried
+    return links
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_graph_and_labels_are_those_of_the_loops(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(4, 50))
+    distance = np.triu(rng.uniform(0, 1, (n, n)), 1).astype(np.float32)
+    distance += distance.T
+    stored = (distance < 0.6) | np.eye(n, dtype=bool)
+    views = [(unit(rng.normal(size=(n, 6))), 0.7), (unit(rng.normal(size=(n, 4))), 0.3)]
+    fused = np.concatenate([np.sqrt(weight) * view.astype(np.float64) for view, weight in views], 1)
+    links = drawn(rng, n, int(rng.integers(1, 14)))
+    if not links:
+        return
+    held = Constraints(made(links), views)
+
+    i, j = np.nonzero(stored)
+    found = held.bend(sparse.csr_matrix((distance[i, j], (i, j)), (n, n))).tocoo()
+    seen = np.ones((n, n))
+    seen[found.row, found.col] = found.data
+    expected = bent(np.where(stored, distance, 1), links)
+    assert np.array_equal(seen, expected) and found.nnz == (expected < 1).sum()
+
+    labels = DBSCAN(eps=0.15, min_samples=3, metric="precomputed").fit_predict(expected).astype(np.int64)
+    after = held.force(labels)
+    assert after.tolist() == forced(labels.tolist(), links, fused)
+    assert held.violated(after) == 0 and len(held) == len(links)
+    group = np.array(closed(links, n))
+    for label in set(after) - {-1}:  # groups are never torn
+        assert not set(group[after == label]) & set(group[after != label])
+
+
+def test_links_that_are_obeyed_already_change_nothing() -> None:
+    rows, persons = people(12, 8, spread=0.3)
+    settings = ClusterSettings(k1=12, k2=3)
+    plain = cluster([rows], settings)
+    links = made([(0, 1, True), (8, 12, True), (0, 20, False), (30, 90, False)])
+    held = cluster([rows], settings, links=links)
+    assert np.array_equal(plain.labels, held.labels) and adjusted_rand_score(persons, held.labels) == 1
+    assert (held.links, held.links_violated, plain.links) == (4, 0, 0)
+    assert held.health()["links"] == 4 and "links" not in plain.health()
+
+
+@pytest.mark.parametrize("eps", ["auto", 0.5])
+def test_no_links_are_no_constraints(eps: float) -> None:
+    rows, _ = people(10, 8, spread=0.5)
+    settings = ClusterSettings(k1=12, k2=3, eps=eps)
+    plain, none = cluster([rows], settings), cluster([rows], settings, links=made([]))
+    assert np.array_equal(plain.labels, none.labels) and vars(none).keys() == vars(plain).keys() and none.links == 0
+
+
+def test_two_looks_of_one_person_are_united_and_two_people_alike_are_parted() -> None:
+    """Persons 0 and 1 look the same; person 2 changes clothes: pixels alone get both wrong."""
+    rows, looks = people(10, 10, spread=0.25, seed=3)
+    persons = looks.copy()
+    rows[10:20] = unit(rows[:10] + 0.02 * np.random.default_rng(1).normal(size=(10, 16)))
+    rows[10:20] = unit(rows[10:20] + 0.12 * np.eye(16)[0])  # hardly to be seen
+    persons[30:40] = persons[20]
+    settings = ClusterSettings(k1=12, k2=3, eps=0.5)
+    plain = cluster([rows], settings)
+    links = made([(0, 10, False), (1, 11, False), (2, 12, False), (20, 30, True)])
+    held = cluster([rows], settings, links=links)
+    assert len(set(plain.labels[:20])) == 1 and plain.labels[20] != plain.labels[30]
+    assert held.links_violated == 4
+    assert held.labels[0] != held.labels[10] and len(set(held.labels[20:40])) == 1
+    assert adjusted_rand_score(persons, held.labels) > adjusted_rand_score(persons, plain.labels) + 0.05
+
+
+def test_confirmed_outliers_become_a_cluster() -> None:
+    rows, _ = people(8, 8, spread=0.2)
+    lone = unit(np.random.default_rng(5).normal(size=(3, 16)))
+    rows = np.concatenate([rows, lone])
+    settings = ClusterSettings(k1=6, k2=2, eps=0.4)
+    held = cluster([rows], settings, links=made([(64, 65, True)]))
+    assert cluster([rows], settings).labels[64:].tolist() == [-1, -1, -1]
+    assert held.labels[64] == held.labels[65] != -1 and held.labels[66] == -1
+
+
+def test_cameras_colours_do_not_decide_who_goes_where() -> None:
+    """A cluster is parted by the features it was made of: where cameras are centred, by centred ones."""
+    rng = np.random.default_rng(0)
+    persons, cameras = np.repeat(np.arange(6), 8), np.tile(np.repeat([0, 1], 4), 6)
+    base = rng.normal(size=(6, 16))
+    base[1] = base[0] + 0.35 * rng.normal(size=16)  # two people alike
+    rows = unit(base[persons] + 0.02 * rng.normal(size=(48, 16)) + np.array([[2.0], [-2.0]])[cameras] * np.eye(16)[3])
+    settings = ClusterSettings(k1=16, k2=4, eps=0.6, centre_cameras=True)
+    assert len(set(cluster([rows], settings, cameras=cameras).labels[:16])) == 1
+    held = cluster([rows], settings, cameras=cameras, links=made([(0, 12, False)]))  # of two cameras
+    assert len(set(held.labels[:8])) == len(set(held.labels[8:16])) == 1 and held.labels[0] != held.labels[8]
+
+
+def test_links_that_make_one_cluster_of_half_the_site_are_refused_as_any_collapse() -> None:
+    rows, _ = people(10, 8, spread=0.2)
+    links = made([(8 * person, 8 * person + 8, True) for person in range(6)])
+    with pytest.raises(TrainingError, match="fell into one cluster"):
+        cluster([rows], replace(ClusterSettings(), k1=12, k2=3, eps=0.5), links=links)
+
+
+def adapted(
+    store: CropStore, out: Path, links: Links | None, *, recipe: str = "purify", resume: bool = False
+) -> Checkpoint:
+    method = replace(load_recipe(recipe).with_schedule(epochs=2, iters=4), student=False)
+    start = InitialWeights(random_encoder(), {"name": "random", "sha256": "00", "licence": "none"})
+    with RunLog(out.with_name(f"{out.name}-log"), console=Console(quiet=True), append=resume) as log:
+        return adapt(Adaptation(Run(store, method, 1, "cpu", log, links=links), start, out), resume=resume)
+
+
+@pytest.mark.parametrize("recipe", ["purify", "o2cap"])
+def test_a_model_learns_what_was_confirmed(tiny_site: Site, tmp_path: Path, recipe: str) -> None:
+    """Two of the drawn people are one person in two coats: pixels cannot say so, one confirmed pair does."""
+    coats = [np.flatnonzero(tiny_site.train.persons == person) for person in (1, 2)]
+    persons = tiny_site.train.persons.copy()
+    persons[coats[1]] = 1
+    store = replace(tiny_site.train, persons=persons)
+    link = Links(np.array([[coats[0][0], coats[1][1]]]), np.array([True]))
+    plain = adapted(store, tmp_path / "plain", None, recipe=recipe)
+    held = adapted(store, tmp_path / "held", link, recipe=recipe)
+    told, untold = held.provenance.history, plain.provenance.history
+    assert [row["links"] for row in told] == [1, 1] and "links" not in untold[0]
+    assert told[0]["links_violated"] == 1 and told[-1]["ari"] > untold[-1]["ari"]
+    labels = np.load(tmp_path / "held-log" / "teacher-labels.npy")
+    assert labels[link.rows[0, 0]] == labels[link.rows[0, 1]] != -1
+
+    def nearness(found: Checkpoint) -> float:
+        features = extract(found.encoder, store, device="cpu", local=False)[0]
+        features = unit(features - features.mean(0))  # random weights see all people from afar
+        return float(features[coats[0]].mean(0) @ features[coats[1]].mean(0))
+
+    assert nearness(held) > nearness(plain)
+    assert held.provenance.recipe["links"] == link.digest and "links" not in plain.provenance.recipe
+
+
+def test_resuming_with_other_links_is_refused(tiny_site: Site, tmp_path: Path) -> None:
+    link = Links(np.array([[0, 40]]), np.array([True]))
+    first = adapted(tiny_site.train, tmp_path / "model", link)
+    with pytest.raises(CheckpointError, match=r"another recipe \(links"):
+        adapted(tiny_site.train, tmp_path / "model", Links(np.array([[0, 40]]), np.array([False])), resume=True)
+    assert adapted(tiny_site.train, tmp_path / "model", link, resume=True).provenance == first.provenance
+    assert load_checkpoint(tmp_path / "model").provenance.recipe["links"] == link.digest
