@@ -34,6 +34,7 @@ from resight.service.rpc_models import ModelServicer
 from resight.service.rpc_operations import OperationServicer
 from resight.service.rpc_search import SearchServicer
 from resight.service.settings import Settings
+from resight.service.shadows import Shadows
 from resight.service.standard import add_standard_services
 from resight.service.tenants import Tenants
 from resight.service.tokens import TokenBook, TokenFile
@@ -133,13 +134,14 @@ async def serving(settings: Settings) -> AsyncIterator[Server]:
         await tenants.start()
         work = LongWork()
         stack.push_async_callback(work.stop)
+        shadows = Shadows(models, embedder.waiting, work)
         embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(EmbeddingServicer(models, settings), server)
-        search_pb2_grpc.add_SearchServiceServicer_to_server(SearchServicer(tenants, settings), server)
+        search_pb2_grpc.add_SearchServiceServicer_to_server(SearchServicer(tenants, settings, shadows), server)
         gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryServicer(tenants, settings), server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(tenants, models, work, settings), server)
         migrations = Migrations(models)
         stack.push_async_callback(migrations.stop)
-        model_servicer = ModelServicer(models, migrations, tenants, work)
+        model_servicer = ModelServicer(models, migrations, shadows, tenants, work)
         model_pb2_grpc.add_ModelServiceServicer_to_server(model_servicer, server)
         operation_pb2_grpc.add_OperationServiceServicer_to_server(OperationServicer(tenants), server)
         status = await add_standard_services(server, SERVICES, settings)
@@ -147,7 +149,7 @@ async def serving(settings: Settings) -> AsyncIterator[Server]:
         stack.push_async_callback(canary.stop)
         await canary.fly()
         await server.start()
-        watchers.know(embedder, models, tenants, status)
+        watchers.know(embedder, models, tenants, shadows, status)
         await migrations.resume_all(tenants)
         stack.push_async_callback(server.stop, 0)
         address = f"{settings.listen.rpartition(':')[0]}:{port}"

@@ -20,6 +20,8 @@ from resight.service.embedder import Embedder
 from resight.service.entries import now_us
 from resight.service.models import ModelHost
 from resight.service.settings import Settings
+from resight.service.shadow_metrics import shadow_metrics
+from resight.service.shadows import Shadows
 from resight.service.tenants import Tenant, Tenants
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -39,10 +41,14 @@ class Figures(Collector):
         embedder: whose queues.
         models: which are loaded.
         tenants: whose collections.
+        shadows: which run.
     """
 
-    def __init__(self, settings: Settings, embedder: Embedder, models: ModelHost, tenants: Tenants) -> None:
+    def __init__(
+        self, settings: Settings, embedder: Embedder, models: ModelHost, tenants: Tenants, shadows: Shadows
+    ) -> None:
         self._settings, self._embedder, self._models, self._tenants = settings, embedder, models, tenants
+        self._shadows = shadows
         self._found: list[Metric] = []
 
     def collect(self) -> Iterable[Metric]:
@@ -58,6 +64,7 @@ class Figures(Collector):
         open_tenants = self._tenants.opened()
         self._found = [*self._queues(open_tenants), *self._loaded(), *self._kept(open_tenants)]
         self._found += await self._collections(open_tenants)
+        self._found += shadow_metrics(self._shadows.running()[: self._settings.metrics_collections])
 
     def _queues(self, tenants: list[Tenant]) -> Iterator[Metric]:
         depth = GaugeMetricFamily("resight_queue_depth", "Crops admitted and not yet answered.", labels=["priority"])
@@ -119,32 +126,48 @@ class Figures(Collector):
         recall = GaugeMetricFamily(
             "resight_sampled_recall_at_10", "Of approximate searches against exact ones, sampled.", labels=labels
         )
+        index = GaugeMetricFamily(
+            "resight_score_drift_psi",
+            "Population stability index of late best-hit cosines against the first 1000 searches in the space.",
+            labels=[*labels, "space"],
+        )
+        shift = GaugeMetricFamily(
+            "resight_score_mean_shift",
+            "Mean best-hit cosine of late less that of the first 1000 searches in the space.",
+            labels=[*labels, "space"],
+        )
         kinds = GaugeMetricFamily("resight_indexes", "Indexes of each kind.", labels=["kind"])
         count: dict[str, int] = {}
         rest = dict.fromkeys(told, 0)
-        rest_lag, place = 0, 0
+        rest_lag, place, rest_drift = 0, 0, (0.0, 0.0)
         for tenant in tenants:
             for collection in await tenant.store.read(reads.collections, limit=-1):
                 stats, place = tenant.gallery.searcher.stats(collection), place + 1
                 count[stats.index_type] = count.get(stats.index_type, 0) + 1
                 behind = max(0, collection.revision - stats.revision)
+                drift = tenant.gallery.figures.drift(collection)
                 if place > self._settings.metrics_collections:
                     rest = {name: rest[name] + getattr(stats, field) for name, _, field in PER_COLLECTION}
-                    rest_lag = max(rest_lag, behind)
+                    rest_lag, rest_drift = max(rest_lag, behind), max(rest_drift, drift or rest_drift)
                     continue
                 where = [tenant.name, collection.name]
                 for name, _, field in PER_COLLECTION:
                     told[name].add_metric(where, getattr(stats, field))
                 lag.add_metric(where, behind)
+                if drift is not None:
+                    index.add_metric([*where, collection.space.space_id], drift[0])
+                    shift.add_metric([*where, collection.space.space_id], drift[1])
                 if stats.sampled_recall_at_10 is not None:
                     recall.add_metric(where, stats.sampled_recall_at_10)
         if place > self._settings.metrics_collections:
             for name, family in told.items():
                 family.add_metric([OTHER, OTHER], rest[name])
             lag.add_metric([OTHER, OTHER], rest_lag)
+            index.add_metric([OTHER, OTHER, OTHER], rest_drift[0])
+            shift.add_metric([OTHER, OTHER, OTHER], rest_drift[1])
         for kind, number in count.items():
             kinds.add_metric([kind], number)
-        return [*told.values(), lag, recall, kinds]
+        return [*told.values(), lag, recall, index, shift, kinds]
 
 
 def _gauge(name: str, what: str, value: float) -> Metric:

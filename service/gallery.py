@@ -25,6 +25,7 @@ from resight.service.lanes import Priority
 from resight.service.models import ModelHost
 from resight.service.ranked import RankedAnswer, Wanted, ranked
 from resight.service.runtime import Feature
+from resight.service.search_figures import SearchFigures
 from resight.service.searcher import Searcher
 from resight.service.settings import Settings
 from resight.service.store import Store
@@ -45,6 +46,7 @@ class Gallery:
 
     def __init__(self, store: Store, models: ModelHost, settings: Settings) -> None:
         self.searcher = Searcher(store, ladder_of(settings, store.folder), max_queue=settings.max_search_queue)
+        self.figures = SearchFigures(store)
         self._store, self._models = store, models
         self._maker = FeatureMaker(models, settings)
 
@@ -52,10 +54,12 @@ class Gallery:
         """Remember what the served model's similarities mean, and build the indexes from the store."""
         await self._store.book(writes.note_space, self.space)
         await self.searcher.load(self.space.dim)
+        await self.figures.start()
 
     async def stop(self) -> None:
-        """End searching; the store stays open."""
+        """End searching, and write what was counted of it; the store stays open."""
         self.searcher.close()
+        await self.figures.stop()
 
     @property
     def space(self) -> Space:
@@ -177,8 +181,10 @@ class Gallery:
         return await self._maker.made(of, source, deadline, every=False, space=space, priority=priority)
 
     async def search(self, of: Collection, wanted: Sequence[Wanted], deadline: float) -> list[RankedAnswer]:
-        """Answer searches of one collection; see `resight.service.ranked`."""
-        return await ranked(self.searcher, of, wanted, deadline)
+        """Answer searches of one collection, and count them; see `resight.service.ranked`."""
+        answers = await ranked(self.searcher, of, wanted, deadline)
+        self.figures.note(of, answers)
+        return answers
 
     async def entry(self, name: str, entry_id: str, *, with_feature: bool) -> tuple[Collection, Entry, Feature | None]:
         """One entry; raises CollectionNotFoundError, EntryNotFoundError, StoreError."""

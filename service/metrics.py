@@ -21,10 +21,10 @@ from prometheus_client import (
     disable_created_metrics,
 )
 
+from resight.calibration import Decision
 from resight.errors import ReIDError
 from resight.reasons import reason_of
 from resight.service import watch
-from resight.service.drift import Drift
 from resight.service.guard import Call
 
 # Half a millisecond (a search among thousands) to the ten seconds of the default deadline.
@@ -34,7 +34,6 @@ SHED = frozenset(
     "DISK_WATERMARK STORAGE_FULL COLLECTION_FULL".split()
 )
 """Reasons that tell of the server's state, not of the request."""
-SPACES = 16  # told apart; a server that migrates has two
 
 
 class Metrics:
@@ -76,19 +75,6 @@ class Metrics:
             ("decision",),
             registry=registry,
         )
-        self._drift = Gauge(
-            "resight_score_drift_psi",
-            "Population stability index of best-hit cosines against the first 1000 searches since the start.",
-            ("space",),
-            registry=registry,
-        )
-        self._shift = Gauge(
-            "resight_score_mean_shift",
-            "Mean best-hit cosine of late less that of the first 1000 searches since the start.",
-            ("space",),
-            registry=registry,
-        )
-        self._drifts: dict[str, Drift] = {}
         for stage in ("decode", "queue", "infer", "search", "rerank"):
             self._stages.labels(stage)
         for reason in SHED:
@@ -126,19 +112,7 @@ class Metrics:
         if reason in SHED:
             self._shed.labels(reason).inc()
 
-    def searched(self, space_id: str, best: Sequence[watch.Best]) -> None:
-        """Count what best hits are taken for, and keep their similarities for the drift."""
-        full = space_id not in self._drifts and len(self._drifts) >= SPACES
-        space = "_other" if full else space_id
-        drift = self._drifts.setdefault(space, Drift())
-        for cosine, decision in best:
+    def searched(self, decisions: Sequence[Decision | None]) -> None:
+        """Count what best hits are taken for."""
+        for decision in decisions:
             self._decided.labels(decision or "uncalibrated").inc()
-            if cosine is not None:
-                drift.add(cosine)
-
-    def look(self) -> None:
-        """Work out the drift; each scrape does first."""
-        for space, drift in self._drifts.items():
-            if drift.ready:
-                self._drift.labels(space).set(drift.index())
-                self._shift.labels(space).set(drift.shift())

@@ -103,8 +103,7 @@ async def ranked(
         alike.setdefault((one.with_features, one.wanted.exact), []).append(one)
     await asyncio.gather(*(_first(searcher, collection, kind, ones, deadline) for kind, ones in alike.items()))
     answers = await asyncio.gather(*(one.answer() for one in rounds))
-    best = [(one.hits[0].hit.similarity if one.hits else None, one.decision) for one in answers]
-    watch.searched(collection.space.space_id, best)
+    watch.searched([one.decision for one in answers])
     return answers
 
 

@@ -1,4 +1,4 @@
-"""What leaves the disk by itself: expired entries, old requests, spaces given up, old audit, the erased in snapshots.
+"""What leaves the disk by itself: expired entries, old requests, audit and figures, spaces given up, the erased.
 
 It looks at the database alone, so it runs for every tenant, whether anybody uses the gallery or not, and whatever else
 is switched off. Answers leave expired entries out from the instant they expire; this is about the disk.
@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from resight.service import audit, reads, spaces, writes
+from resight.service import audit, reads, search_counts, spaces, writes
 from resight.service.cleansing import cleanse
 from resight.service.entries import now_us
 from resight.service.store import Store
@@ -49,5 +49,6 @@ async def purge(store: Store, kept: Kept, *, taken_in: Sequence[tuple[int, int]]
         dropped = await store.erase(spaces.drop, name, space_id)
         log.info("space dropped collection=%s space=%s features=%d", name, space_id, dropped)
     await audit.purge_older(store, kept.audit_s)
+    await store.book(search_counts.purge)
     await store.book(writes.forget, taken_in)
     await cleanse(store)

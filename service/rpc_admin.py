@@ -22,6 +22,7 @@ from resight.service.rpc_lessons import check_request_id
 from resight.service.rpc_operations import operation_message, state_of
 from resight.service.settings import Settings
 from resight.service.tenants import Tenant, Tenants
+from resight.service.translate_figures import search_figures_message
 from resight.v1 import admin_pb2, admin_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -125,6 +126,18 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             events=[_event(event) for event in found[:limit]],
             next_page_token=page_token(int(found[limit - 1].audit_id)) if more else "",
         )
+
+    async def GetSearchFigures(
+        self, request: admin_pb2.GetSearchFiguresRequest, context: Context
+    ) -> admin_pb2.GetSearchFiguresResponse:
+        """What a collection's searches came to, in each space."""
+        window = translate.window(request.window, "window")
+        reference = translate.window(request.reference, "reference") if request.HasField("reference") else None
+        gallery = (await self._own()).gallery
+        of = await gallery.collection(request.collection_id)
+        told = await gallery.figures.told(of, window=window, space_id=request.space_id, reference=reference)
+        figures = [search_figures_message(one, active=one.space_id == of.space.space_id) for one in told]
+        return admin_pb2.GetSearchFiguresResponse(figures=figures)
 
     async def StartAdaptation(
         self, request: admin_pb2.StartAdaptationRequest, context: Context

@@ -17,7 +17,9 @@ from resight.service.models import ModelHost
 from resight.service.operations import Operation
 from resight.service.paging import name_of_token, page_size, page_token
 from resight.service.rpc_operations import operation_message
+from resight.service.shadows import Shadows
 from resight.service.tenants import Tenants
+from resight.service.translate_figures import shadow_bounds, shadow_message
 from resight.v1 import model_pb2, model_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -48,8 +50,11 @@ def model_message(info: ModelInfo) -> model_pb2.Model:
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     """Models of the server, and the spaces of the caller's collections."""
 
-    def __init__(self, models: ModelHost, migrations: Migrations, tenants: Tenants, work: LongWork) -> None:
-        self._models, self._migrations, self._tenants, self._work = models, migrations, tenants, work
+    def __init__(
+        self, models: ModelHost, migrations: Migrations, shadows: Shadows, tenants: Tenants, work: LongWork
+    ) -> None:
+        self._models, self._migrations, self._shadows = models, migrations, shadows
+        self._tenants, self._work = tenants, work
 
     async def ListModels(self, request: model_pb2.ListModelsRequest, context: Context) -> model_pb2.ListModelsResponse:
         """Models by name, page by page."""
@@ -136,3 +141,23 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         return model_pb2.ActivateSpaceResponse(
             active=translate.space_message(now.space), previous=translate.space_message(previous.space)
         )
+
+    async def StartShadow(
+        self, request: model_pb2.StartShadowRequest, context: Context
+    ) -> model_pb2.StartShadowResponse:
+        """Let a candidate answer a sample of a collection's searches too, or go on with it."""
+        tenant, bounds = await self._tenants.tenant(current().tenant), shadow_bounds(request)
+        told = await self._shadows.start(tenant, request.collection_id, request.model_id, bounds)
+        return model_pb2.StartShadowResponse(shadow=shadow_message(told))
+
+    async def GetShadow(self, request: model_pb2.GetShadowRequest, context: Context) -> model_pb2.GetShadowResponse:
+        """A collection's shadow as it stands, or ended."""
+        tenant = await self._tenants.tenant(current().tenant)
+        told = await self._shadows.get(tenant, request.collection_id)
+        return model_pb2.GetShadowResponse(shadow=shadow_message(told))
+
+    async def StopShadow(self, request: model_pb2.StopShadowRequest, context: Context) -> model_pb2.StopShadowResponse:
+        """End a collection's shadow."""
+        tenant = await self._tenants.tenant(current().tenant)
+        told = await self._shadows.stop(tenant, request.collection_id)
+        return model_pb2.StopShadowResponse(shadow=shadow_message(told))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
@@ -17,12 +17,13 @@ from resight.service.auth import current
 from resight.service.decide import Decider
 from resight.service.embedder import Timings
 from resight.service.entries import Collection
-from resight.service.features import Made
+from resight.service.features import Crops, Made
 from resight.service.gallery import Gallery
 from resight.service.guard import check_batch, deadline_of
 from resight.service.ranked import Wanted
 from resight.service.rpc_stream import as_ready, outcome
 from resight.service.settings import Settings
+from resight.service.shadows import Shadows
 from resight.service.tenants import Tenant, Tenants
 from resight.service.translate_search import search_message, verify_message, wanted
 from resight.v1 import search_pb2, search_pb2_grpc
@@ -30,11 +31,19 @@ from resight.v1 import search_pb2, search_pb2_grpc
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
+class _Prepared(NamedTuple):
+    """A query with its feature, what that was made from, and the crops, if it was crops."""
+
+    wanted: Wanted
+    made: Made
+    crops: Crops | None = None
+
+
 class SearchServicer(search_pb2_grpc.SearchServiceServicer):
     """Crops, tracks, features and entries to the entries nearest to them."""
 
-    def __init__(self, tenants: Tenants, settings: Settings) -> None:
-        self._tenants, self._settings = tenants, settings
+    def __init__(self, tenants: Tenants, settings: Settings, shadows: Shadows) -> None:
+        self._tenants, self._settings, self._shadows = tenants, settings, shadows
 
     async def _own(self) -> Tenant:
         """The caller's own."""
@@ -112,22 +121,25 @@ class SearchServicer(search_pb2_grpc.SearchServiceServicer):
         collection = await gallery.collection(requests[0].collection_id)
         prepared = await asyncio.gather(*(self._prepared(gallery, collection, one, deadline) for one in requests))
         good = [one for one in prepared if not isinstance(one, ReIDError)]
-        found = iter(await gallery.search(collection, [one for one, _ in good], deadline) if good else ())
+        found = iter(await gallery.search(collection, [one.wanted for one in good], deadline) if good else ())
         answers: list[search_pb2.SearchResponse | ReIDError] = []
+        shadow = self._shadows.of(tenant, collection)
         for one in prepared:
             if isinstance(one, ReIDError):
                 answers.append(one)
                 continue
             answer = next(found)
+            if shadow is not None and one.crops is not None:
+                shadow.offer(collection, one.wanted, one.crops, answer)
             event = Event(current().name, f"SearchService.{method}", collection.name, affected=len(answer.hits))
             tenant.audit.note(event)
-            answers.append(search_message(answer, collection.space, one[1]))
+            answers.append(search_message(answer, collection.space, one.made))
         return answers
 
     async def _prepared(
         self, gallery: Gallery, collection: Collection, request: search_pb2.SearchRequest, deadline: float
-    ) -> tuple[Wanted, Made] | ReIDError:
-        """What a request asks, with what its feature was made from."""
+    ) -> _Prepared | ReIDError:
+        """What a request asks, with its feature."""
         try:
             kind = request.WhichOneof("query")
             if kind is None:
@@ -139,8 +151,9 @@ class SearchServicer(search_pb2_grpc.SearchServiceServicer):
             if kind == "entry_id":
                 _, _, feature = await gallery.entry(collection.name, request.entry_id, with_feature=True)
                 assert feature is not None
-                return asked.of(feature, without=request.entry_id), Made(feature, 0.0, Timings())
-            made = await gallery.feature(collection, translate.source(request, kind), deadline)
-            return asked.of(made.feature), made
+                return _Prepared(asked.of(feature, without=request.entry_id), Made(feature, 0.0, Timings()))
+            source = translate.source(request, kind)
+            made = await gallery.feature(collection, source, deadline)
+            return _Prepared(asked.of(made.feature), made, source if isinstance(source, Crops) else None)
         except ReIDError as error:
             return error

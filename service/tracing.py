@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from resight.calibration import Decision
 from resight.errors import ReIDError, StartupError
 from resight.reasons import reason_of
 from resight.service import watch
@@ -107,5 +108,5 @@ class _Told:
     def refused(self, error: ReIDError) -> None:
         self._span.add_event("refused", {"reason": reason_of(error)})
 
-    def searched(self, space_id: str, best: Sequence[watch.Best]) -> None:
-        self._span.set_attribute("resight.queries", len(best))
+    def searched(self, decisions: Sequence[Decision | None]) -> None:
+        self._span.set_attribute("resight.queries", len(decisions))

@@ -1,4 +1,4 @@
-"""What a call tells those who watch it: where its time went, what was refused, how near its best hit was.
+"""What a call tells those who watch it: where its time went, what was refused, what its best hit is taken for.
 
 Whoever does the work says so once, here, and knows of no metric and no trace. A stage of the guard listens for the
 time of a call (`resight.service.metrics`, `resight.service.tracing`); work outside of calls, such as a migration's, is
@@ -21,8 +21,6 @@ from resight.reasons import to_status
 from resight.service.lanes import Job
 
 Stage = Literal["decode", "queue", "infer", "search", "rerank"]
-Best = tuple[float | None, Decision | None]
-"""The cosine similarity of a query's best hit, None = it has none; what it is taken for, None = nothing was fitted."""
 
 
 class Listener(Protocol):
@@ -34,8 +32,8 @@ class Listener(Protocol):
     def refused(self, error: ReIDError) -> None:
         """The call, or one item of it, was answered with an error."""
 
-    def searched(self, space_id: str, best: Sequence[Best]) -> None:
-        """Queries were searched; what each one's best hit was."""
+    def searched(self, decisions: Sequence[Decision | None]) -> None:
+        """Queries were searched; what each one's best hit is taken for, None = nothing was fitted."""
 
 
 _listeners: ContextVar[tuple[Listener, ...]] = ContextVar("resight_listeners", default=())
@@ -80,10 +78,10 @@ def embedded(jobs: Sequence[Job]) -> None:
     spent("infer", min(begun), time.perf_counter_ns())
 
 
-def searched(space_id: str, best: Sequence[Best]) -> None:
-    """Tell how near the best hits of some queries were."""
+def searched(decisions: Sequence[Decision | None]) -> None:
+    """Tell what the best hits of some queries are taken for."""
     for listener in _listeners.get():
-        listener.searched(space_id, best)
+        listener.searched(decisions)
 
 
 def told(error: ReIDError, *, field: str = "") -> status_pb2.Status:

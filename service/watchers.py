@@ -16,6 +16,7 @@ from resight.service.guard import Stage
 from resight.service.metrics import Metrics
 from resight.service.models import ModelHost
 from resight.service.settings import Settings
+from resight.service.shadows import Shadows
 from resight.service.tenants import Tenants
 from resight.service.tokens import TokenBook
 from resight.service.tracing import Tracing
@@ -65,14 +66,20 @@ class Watchers:
             if self._tracing is not None:
                 self._tracing.stop()
 
-    def know(self, embedder: Embedder, models: ModelHost, tenants: Tenants, status: health.HealthServicer) -> None:
+    def know(
+        self,
+        embedder: Embedder,
+        models: ModelHost,
+        tenants: Tenants,
+        shadows: Shadows,
+        status: health.HealthServicer,
+    ) -> None:
         """Watch these from now on."""
         self._health = status
-        self._figures = Figures(self._settings, embedder, models, tenants)
+        self._figures = Figures(self._settings, embedder, models, tenants, shadows)
         self._metrics.registry.register(self._figures)
 
     async def _refresh(self) -> None:
-        self._metrics.look()
         if self._figures is not None:
             self._figures.forget()
             await self._figures.gather()

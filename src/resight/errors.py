@@ -9,6 +9,8 @@
     │   │   └── QualityTooLowError
     │   ├── SiteError              a folder of crops is missing, empty or lacks what is needed
     │   ├── WeightsError           initial weights do not fit the encoder
+    │   ├── FootageError           footage is missing, cannot be read, or nobody knows when it was taken
+    │   ├── DetectorError          a person detector, or boxes from elsewhere, cannot be used
     │   ├── RecipeError            a recipe or setting is unknown or out of range
     │   └── LimitError             a count or size outside its published limits
     ├── FormatError                a file of ours is damaged, altered or newer than this program
@@ -27,7 +29,8 @@
     │   ├── EntryNotFoundError
     │   ├── FeedbackNotFoundError
     │   ├── ModelNotFoundError
-    │   └── OperationNotFoundError
+    │   ├── OperationNotFoundError
+    │   └── ShadowNotFoundError
     ├── AlreadyExistsError
     │   ├── CollectionExistsError
     │   └── EntryExistsError
@@ -98,6 +101,14 @@ class SiteError(InputError):
 
 class WeightsError(InputError):
     """Initial weights cannot be read or do not fit the encoder."""
+
+
+class FootageError(InputError):
+    """Footage is missing, cannot be read, or nobody knows when it was taken."""
+
+
+class DetectorError(InputError):
+    """A person detector, or a file of boxes from elsewhere, cannot be used."""
 
 
 class RecipeError(InputError):
@@ -174,6 +185,10 @@ class ModelNotFoundError(NotFoundError):
 
 class OperationNotFoundError(NotFoundError):
     """No long operation of that id."""
+
+
+class ShadowNotFoundError(NotFoundError):
+    """No model has shadowed the collection."""
 
 
 class AlreadyExistsError(ReIDError):

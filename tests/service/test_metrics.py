@@ -9,7 +9,6 @@ import urllib.error
 import urllib.request
 
 import grpc
-import numpy as np
 import pytest
 from certs import Authority
 from grpc_health.v1 import health_pb2
@@ -20,7 +19,6 @@ from serving import ServerProcess, jpeg
 from resight.client import Client, NewEntry, Query
 from resight.errors import ReIDError
 from resight.service.auth import Role
-from resight.service.drift import Drift
 from resight.service.endpoint import Watched
 from resight.service.settings import Settings
 from resight.service.tokens import TokenBook, TokenFile
@@ -224,48 +222,3 @@ def test_a_port_in_use_is_refused(bundle_path, tmp_path, watched):
     address = url_of(watched).removeprefix("http://")
     server = ServerProcess(bundle_path, tmp_path / "data", "--metrics", address)
     assert server.process.wait(60) != 0 and "cannot listen on" in server.log.read_text()
-
-
-def test_drift_is_told_when_scores_move_and_not_when_they_stay():
-    rng = np.random.default_rng(0)
-    drift = Drift()
-    for cosine in rng.normal(0.7, 0.05, 1000):
-        drift.add(float(cosine))
-    assert not drift.ready and np.isnan(drift.index()) and np.isnan(drift.shift())
-    for cosine in rng.normal(0.7, 0.05, 1000):
-        drift.add(float(cosine))
-    assert drift.index() < 0.1 and abs(drift.shift()) < 0.01
-    for cosine in rng.normal(0.62, 0.05, 1000):
-        drift.add(float(cosine))
-    assert drift.index() > 0.25 and drift.shift() == pytest.approx(-0.08, abs=0.01)
-
-
-def psi_by_hand(before: list[float], now: list[float]) -> float:
-    """The index with loops: ten bins between the deciles of ``before``, an empty one counted as half a search."""
-    edges = sorted({float(np.quantile(before, tenth / 10)) for tenth in range(1, 10)})
-    total = 0.0
-    counts = []
-    for sample in (before, now):
-        bins = [0.0] * (len(edges) + 1)
-        for value in sample:
-            number = 0
-            while number < len(edges) and value > edges[number]:
-                number += 1
-            bins[number] += 1
-        bins = [max(count, 0.5) for count in bins]
-        counts.append([count / sum(bins) for count in bins])
-    for p, q in zip(*counts, strict=True):
-        total += (q - p) * float(np.log(q / p))
-    return total
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_index_is_that_of_loops(tied):
-    rng = np.random.default_rng(1)
-    before, now = rng.uniform(0.2, 0.9, 57), rng.uniform(0.3, 1.0, 41)
-    if tied:
-        before, now = before.round(1), now.round(1)
-    drift = Drift(reference=57, late=41)
-    for cosine in (*before, *now):
-        drift.add(float(cosine))
-    assert drift.index() == pytest.approx(psi_by_hand(list(before), list(now)), abs=1e-12)
