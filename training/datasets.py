@@ -13,15 +13,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from resight.errors import SiteError
-from resight.training.crops import UNKNOWN, CropStore, camera_order, is_store, open_store
+from resight.training.crops import SPLITS, UNKNOWN, CropStore, camera_order, is_store, open_store
 from resight.training.msmt17 import is_msmt17, read_lists
+from resight.training.passages import number_passages
 
 MARKET_FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 MARKET_NAME = re.compile(
@@ -67,13 +68,25 @@ class _Row(NamedTuple):
     person: int
 
 
-def open_site(root: Path) -> Site:
+def open_site(root: Path, *, tracks_from_names: bool = False) -> Site:
     """Recognise a folder's layout and read it.
 
+    Args:
+        root: the folder.
+        tracks_from_names: take tracks from who is seen when (`passages`), to measure a judge that lives by tracks.
+            It reads persons, so no figure of such a site is label-free.
+
     Raises:
-        SiteError: missing, empty, a file, or no layout that is known; with what was expected and found.
+        SiteError: missing, empty, a file, or no layout that is known; with what was expected and found. Or tracks
+            are asked for, and names tell no person and frame.
         StoreError: it is a crop store, and a damaged one.
     """
+    site = _open_layout(root)
+    return _with_passages(site) if tracks_from_names else site
+
+
+def _open_layout(root: Path) -> Site:
+    """The site as its layout has it."""
     if not root.exists():
         raise SiteError(f"no site at {root}: {LAYOUTS}")
     if not root.is_dir():
@@ -89,6 +102,21 @@ def open_site(root: Path) -> Site:
         rows = {split: [_Row(path, camera, np.nan, who) for path, camera, who in found] for split, found in listed}
         return _from_splits(root, _stores(root, rows))
     return _plain_site(root)
+
+
+def _with_passages(site: Site) -> Site:
+    """The site with tracks, numbered once over all splits: a passage may lie in query and gallery."""
+    splits = {name: part for name in SPLITS if (part := getattr(site, name)) is not None}
+    columns = ("persons", "cameras", "times_s")
+    tracks = number_passages(*(np.concatenate([getattr(part, name) for part in splits.values()]) for name in columns))
+    if (tracks == UNKNOWN).all():
+        raise SiteError(
+            f"{site.root} tells of no crop who it shows and when: to take tracks from names, expected such as "
+            "0002_c1s1_000451_03.jpg"
+        )
+    parts = np.split(tracks, np.cumsum([len(part) for part in splits.values()])[:-1])
+    made = {name: replace(part, tracks=own) for (name, part), own in zip(splits.items(), parts, strict=True)}
+    return replace(site, **made)
 
 
 def _from_splits(root: Path, splits: dict[str, CropStore]) -> Site:

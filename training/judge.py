@@ -1,7 +1,8 @@
 """How good a model is on a site, judged without anyone's label.
 
-Three witnesses: tracks (`pairs`, `separation`), clusters (`health`) and the features' own variance. `compare` of
-`verdict` sets two judgements against each other; docs/judging.md says what each figure can and cannot tell.
+Witnesses: tracks (`pairs`, `separation`, `searches`), clusters (`health`), what operators confirmed (`agreement`) and
+the features' own variance. `compare` of `verdict` sets two judgements against each other and `gate` adds what else a
+candidate must not lose; docs/judging.md says what each figure can and cannot tell.
 
 Letters: N crops, D feature size.
 """
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from resight.errors import TrainingError
+from resight.training.agreement import LinkedCrops, agree, even_threshold, no_agreement
 from resight.training.cluster import Clustering, ClusterSettings, cluster
 from resight.training.crops import COLUMNS, CropStore
 from resight.training.datasets import Site
@@ -21,7 +23,8 @@ from resight.training.health import camera_mix, epoch_health, stability, track_a
 from resight.training.judgement import ClusterFigures, Judgement, TrackCounts
 from resight.training.neighbours import Floats
 from resight.training.pairs import TrackPairs, draw_pairs
-from resight.training.separation import Estimate, cannot_separate, separate
+from resight.training.searches import no_searches, search_tracks
+from resight.training.separation import Estimate, Separation, cannot_separate, separate
 from resight.training.verdict import Verdict, compare
 
 __all__ = [
@@ -32,6 +35,7 @@ __all__ = [
     "Verdict",
     "compare",
     "epoch_health",
+    "held_out",
     "join_splits",
     "judge",
     "try_cluster",
@@ -46,6 +50,7 @@ def judge(
     *,
     clustering: Clustering | TrainingError | None = None,
     previous: Clustering | TrainingError | None = None,
+    linked: tuple[LinkedCrops, Floats] | None = None,
     seed: int = 0,
 ) -> Judgement:
     """Judge a model by its features of a store's crops; persons are never read.
@@ -55,6 +60,7 @@ def judge(
         store: the N crops, in the same order.
         clustering: of these features, or the error `cluster` raised because they collapsed.
         previous: of the epoch before, or of another model, for stability; likewise.
+        linked: crops of confirmed and rejected pairs and this model's features of them.
         seed: of pairs and resamples. Two models are comparable only with the same seed and store.
     """
     assert len(features) == len(store), (len(features), len(store))
@@ -71,7 +77,29 @@ def judge(
         cannot_separate(problem, pairs, seed=seed) if problem else separate(features, pairs, seed=seed),
         None if found is None else cluster_figures(found, store, pairs),
         agreed,
+        no_searches(problem, pairs, seed=seed) if problem else search_tracks(features, pairs, seed=seed),
+        {} if problem else _by_camera(features, store, pairs, seed),
+        None if linked is None else _links(features, pairs, problem, *linked, seed=seed),
     )
+
+
+def _by_camera(features: Floats, store: CropStore, pairs: TrackPairs, seed: int) -> dict[str, Separation]:
+    """Each camera's own tracks; cameras with too few are left out."""
+    found = {
+        store.camera_names[camera]: separate(features, pairs.of_camera(store.cameras, int(camera)), seed=seed)
+        for camera in np.unique(store.cameras)
+    }
+    return {name: one for name, one in found.items() if one.figures}
+
+
+def _links(
+    features: Floats, pairs: TrackPairs, problem: str, crops: LinkedCrops, own: Floats, *, seed: int
+) -> Separation:
+    """Agreement with confirmed and rejected pairs, the threshold taken from tracks."""
+    problem = problem or _problem(own)
+    if problem:
+        return no_agreement(problem, crops, seed=seed)
+    return agree(own, crops, even_threshold(features, pairs), seed=seed)
 
 
 def try_cluster(
@@ -106,6 +134,11 @@ def cluster_figures(clustering: Clustering, store: CropStore, pairs: TrackPairs)
         camera_mix(clustering.labels, store.cameras),
         track_agreement(clustering.labels, pairs),
     )
+
+
+def held_out(site: Site) -> CropStore | None:
+    """The crops of tracks kept back from adaptation: a gallery that no query belongs to; None where there are none."""
+    return site.gallery if site.query is None else None
 
 
 def join_splits(site: Site) -> CropStore:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,6 +63,9 @@ class Judgement:
         separation: how features tell tracks apart.
         clusters: None where no clustering was given.
         stability: None where there is no other clustering, or nothing clustered in both.
+        searches: TPIR at fixed FPIR of searches among tracks, see `search_tracks`.
+        cameras: name of each camera whose own tracks suffice -> how features tell those apart.
+        links: agreement with confirmed and rejected pairs, see `agree`; None where there are none.
     """
 
     crops: int
@@ -72,21 +76,34 @@ class Judgement:
     separation: Separation
     clusters: ClusterFigures | None
     stability: Stability | None
+    searches: Separation
+    cameras: Mapping[str, Separation]
+    links: Separation | None = None
+
+    @property
+    def score(self) -> float | None:
+        """The one figure to rank models by: the AUC of tracks; None without. docs/judging.md tells what it rests on."""
+        found = self.separation.figures.get("auc")
+        return None if found is None else found.value
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; a figure that could not be measured is null, and `missing` says why."""
-        figures = {name: asdict(estimate) for name, estimate in self.separation.figures.items()}
         return {
             "crops": self.crops,
             "problem": self.problem,
             "collapse": self.collapse,
             "variance": self.variance,
-            "tracks": {
-                **asdict(self.counts),
-                **figures,
-                **dict.fromkeys(self.separation.missing),
-                "missing": dict(self.separation.missing),
-            },
+            "score": self.score,
+            "tracks": {**asdict(self.counts), **_plain(self.separation)},
+            "searches": _plain(self.searches),
+            "cameras": {name: _plain(found) for name, found in self.cameras.items()},
+            "links": None if self.links is None else _plain(self.links),
             "clusters": None if self.clusters is None else asdict(self.clusters),
             "stability": None if self.stability is None else asdict(self.stability),
         }
+
+
+def _plain(found: Separation) -> dict[str, Any]:
+    """Figures, null where missing, and why."""
+    figures = {name: asdict(estimate) for name, estimate in found.figures.items()}
+    return {**figures, **dict.fromkeys(found.missing), "missing": dict(found.missing)}

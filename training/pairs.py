@@ -59,6 +59,25 @@ class TrackPairs:
             digest.update(np.ascontiguousarray(part).tobytes() + len(part).to_bytes(8, "little"))
         return digest.hexdigest()
 
+    def of_camera(self, cameras: Ints, camera: int) -> TrackPairs:
+        """The pairs drawn of one camera.
+
+        Args:
+            cameras: int64 (N,), of the crops these pairs were drawn from.
+            camera: its number.
+        """
+        of_one, of_two = cameras[self.positives[:, 0]] == camera, cameras[self.negatives[:, 0]] == camera
+        tracks = np.where(cameras == camera, self.tracks, UNKNOWN)
+        two = self.negative_tracks[of_two]
+        return TrackPairs(
+            tracks,
+            self.positives[of_one],
+            self.positive_tracks[of_one],
+            self.negatives[of_two],
+            two,
+            len(np.unique(two, axis=0)),
+        )
+
 
 @dataclass(frozen=True)
 class _Layout:

@@ -5,7 +5,7 @@ Letters: P positive pairs, M negative pairs, T tracks, B resamples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,13 +33,13 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class Separation:
-    """Figures of one model on `TrackPairs`; the names are `auc`, `tpr_at_fpr_0.1`, `..._0.01` and `..._0.001`.
+    """Figures of one model, each with its resamples; of `separate` the names are `auc` and `tpr_at_fpr_0.1` and so on.
 
     Attributes:
         figures: those that could be measured.
         missing: for each other one why it could not be.
         resampled: float64 (B,) for each measured figure; resample b drew the same tracks for every model.
-        digest: of the pairs.
+        digest: of the pairs: of two models only equal ones are compared.
         seed: of the resamples.
     """
 
@@ -51,7 +51,7 @@ class Separation:
 
 
 @dataclass(frozen=True, eq=False)
-class _Ranked:
+class RankedPairs:
     """Similarities in order, so that any weighing of the pairs costs O(P + M).
 
     Attributes:
@@ -104,17 +104,39 @@ def separate(features: Floats, pairs: TrackPairs, *, seed: int = 0) -> Separatio
     shares = tuple(share for share in FALSE_SHARES if _name(share) not in missing)
     if "auc" in missing:
         return Separation({}, missing, {}, pairs.digest, seed)
-    ranked = _rank(similarities(features, pairs.positives), similarities(features, pairs.negatives))
+    ranked = rank_pairs(similarities(features, pairs.positives), similarities(features, pairs.negatives))
     ones = np.ones(len(pairs.positives)), np.ones(len(pairs.negatives))
     values = ranked.figures(*ones, shares)
     drawn = np.stack([ranked.figures(*weights, shares) for weights in _resamples(pairs, seed)])  # (B, 1 + shares)
-    names = ("auc", *map(_name, shares))
+    return measured(("auc", *map(_name, shares)), values, drawn, missing, pairs.digest, seed)
+
+
+def measured(
+    names: Sequence[str], values: Doubles, drawn: Doubles, missing: Mapping[str, str], digest: str, seed: int
+) -> Separation:
+    """Figures with the percentile intervals of their resamples.
+
+    Args:
+        names: F names.
+        values: float64 (F,), over all pairs.
+        drawn: float64 (B, F), over each resample; NaN where one had no pairs.
+        missing: names of other figures and why there are none.
+        digest: of what was measured on.
+        seed: of the resamples.
+    """
     bounds = np.nanquantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     figures = {
         name: Estimate(float(value), float(low), float(high))
         for name, value, low, high in zip(names, values, *bounds, strict=True)
     }
-    return Separation(figures, missing, dict(zip(names, drawn.T, strict=True)), pairs.digest, seed)
+    return Separation(figures, missing, dict(zip(names, drawn.T, strict=True)), digest, seed)
+
+
+def draws(count: int, seed: int) -> Iterator[Doubles]:
+    """How often each of ``count`` tracks is drawn when as many are drawn with replacement; (count,) a resample."""
+    rng = np.random.default_rng(seed)
+    for _ in range(RESAMPLES):
+        yield np.bincount(rng.integers(count, size=count), minlength=count).astype(np.float64)
 
 
 def similarities(features: Floats, rows: Ints, *, chunk: int = 1 << 14) -> Floats:
@@ -159,10 +181,11 @@ def _missing(pairs: TrackPairs) -> dict[str, str]:
     }
 
 
-def _rank(positive: Floats, negative: Floats) -> _Ranked:
+def rank_pairs(positive: Floats, negative: Floats) -> RankedPairs:
+    """Order float32 (P,) similarities of pairs of one person and (M,) of pairs of two."""
     negative_order, positive_order = np.argsort(negative, kind="stable"), np.argsort(positive, kind="stable")
     ascending, ordered = negative[negative_order], positive[positive_order]
-    return _Ranked(
+    return RankedPairs(
         negative_order,
         positive_order,
         np.searchsorted(ascending, ordered, side="left"),
@@ -177,7 +200,5 @@ def _resamples(pairs: TrackPairs, seed: int) -> Iterator[tuple[Doubles, Doubles]
         np.concatenate([pairs.positive_tracks, pairs.negative_tracks.ravel()]), return_inverse=True
     )
     own, two = number[: len(pairs.positives)], number[len(pairs.positives) :].reshape(-1, 2)
-    rng = np.random.default_rng(seed)
-    for _ in range(RESAMPLES):
-        times = np.bincount(rng.integers(len(used), size=len(used)), minlength=len(used)).astype(np.float64)
+    for times in draws(len(used), seed):
         yield times[own], times[two[:, 0]] * times[two[:, 1]]

@@ -21,8 +21,11 @@ import numpy as np
 
 from resight.training.health import CameraMix
 from resight.training.judgement import Judgement
-from resight.training.separation import CONFIDENCE, Estimate
+from resight.training.separation import CONFIDENCE, Estimate, Separation
 
+Evidence = Literal[
+    "features", "tracks", "clusters", "none", "crops", "reference", "searches", "cameras", "links", "latency"
+]
 Decision = Literal["promote", "refuse", "undecided"]
 MIN_VARIANCE = 1e-4  # half of it is the step of half precision just below a cosine of 1
 VARIANCE_FALL = 0.1  # what must be left of the active model's; encoders in docs/judging.md have 0.61 to 0.86
@@ -38,13 +41,13 @@ class Verdict:
 
     Attributes:
         decision: "promote", "refuse" or "undecided"; a cycle keeps the active model unless told to promote.
-        evidence: what decided: "features", "tracks", "clusters", or "none".
+        evidence: what decided; "none" where there was nothing to go by.
         reasons: in words, with the figures.
         differences: after minus before of each figure on tracks that both have, with its interval.
     """
 
     decision: Decision
-    evidence: Literal["features", "tracks", "clusters", "none"]
+    evidence: Evidence
     reasons: tuple[str, ...]
     differences: Mapping[str, Estimate]
 
@@ -63,15 +66,15 @@ def compare(before: Judgement, after: Judgement) -> Verdict:
     """
     one, other = before.separation, after.separation
     assert (one.digest, one.seed, before.crops) == (other.digest, other.seed, after.crops), "judge one store, one seed"
-    differences = _differences(before, after)
-    broken = _broken(after) or _paled(before, after)
-    if broken:
-        return Verdict("refuse", "features", (f"candidate: {broken}",), differences)
-    if _broken(before):
-        return Verdict("promote", "features", (f"active model: {_broken(before)}", "candidate: sound"), differences)
-    health, gained, lost = _clusters(before, after)
-    if differences:
-        return _by_tracks(differences, health, gained, lost)
+    changes = differences(one, other)
+    unusable = broken(after) or _paled(before, after)
+    if unusable:
+        return Verdict("refuse", "features", (f"candidate: {unusable}",), changes)
+    if broken(before):
+        return Verdict("promote", "features", (f"active model: {broken(before)}", "candidate: sound"), changes)
+    health, gained, lost = cluster_changes(before, after)
+    if changes:
+        return _by_tracks(changes, health, gained, lost)
     why = f"no comparison by tracks: {after.separation.missing.get('auc', 'the active model has none')}"
     if not health:
         return Verdict("undecided", "none", (why, "no clusters of both to compare"), {})
@@ -79,19 +82,25 @@ def compare(before: Judgement, after: Judgement) -> Verdict:
     return Verdict(decision, "clusters", (*health, why), {})
 
 
-def _differences(before: Judgement, after: Judgement) -> dict[str, Estimate]:
-    """After minus before of each figure both have; the same tracks stand behind each pair of resamples."""
-    one, other = before.separation, after.separation
-    found = {}
+def differences(before: Separation, after: Separation, *, confidence: float = CONFIDENCE) -> dict[str, Estimate]:
+    """After minus before of each figure both have; the same tracks stand behind each pair of resamples.
+
+    Args:
+        before: of the active model.
+        after: of the candidate, on the same pairs: that is checked.
+        confidence: of the interval, in (0, 1).
+    """
+    assert (before.digest, before.seed) == (after.digest, after.seed), "judge one store, one seed"
+    one, other, found = before, after, {}
     for name in one.figures.keys() & other.figures.keys():
         low, high = np.nanquantile(
-            other.resampled[name] - one.resampled[name], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+            other.resampled[name] - one.resampled[name], [(1 - confidence) / 2, (1 + confidence) / 2]
         )
         found[name] = Estimate(other.figures[name].value - one.figures[name].value, float(low), float(high))
     return dict(sorted(found.items()))
 
 
-def _broken(judged: Judgement) -> str:
+def broken(judged: Judgement) -> str:
     """Why a model must not serve whatever else is said of it; empty for a sound one."""
     if judged.problem or judged.collapse:
         return judged.problem or judged.collapse
@@ -107,7 +116,7 @@ def _broken(judged: Judgement) -> str:
 
 def _paled(before: Judgement, after: Judgement) -> str:
     """Why a candidate's features have lost what told crops apart, against those of a sound active model."""
-    if _broken(before) or before.variance is None or after.variance is None:
+    if broken(before) or before.variance is None or after.variance is None:
         return ""
     if after.variance >= VARIANCE_FALL * before.variance:
         return ""
@@ -115,14 +124,12 @@ def _paled(before: Judgement, after: Judgement) -> str:
     return f"crops look far more alike to it than to the active model: {change}"
 
 
-def _by_tracks(differences: Mapping[str, Estimate], health: list[str], gained: bool, lost: bool) -> Verdict:
+def _by_tracks(changes: Mapping[str, Estimate], health: list[str], gained: bool, lost: bool) -> Verdict:
     """Rules 2 and 3."""
-    told = [
-        f"{name} {change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}]" for name, change in differences.items()
-    ]
-    worse = [name for name, change in differences.items() if change.high < 0]
-    better = [name for name, change in differences.items() if change.low > 0]
-    harmless = differences["auc"].low >= -TRACK_MARGIN
+    told = [f"{name} {change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}]" for name, change in changes.items()]
+    worse = [name for name, change in changes.items() if change.high < 0]
+    better = [name for name, change in changes.items() if change.low > 0]
+    harmless = changes["auc"].low >= -TRACK_MARGIN
     decision: Decision = "undecided"
     if worse and better:
         why = f"better in {', '.join(better)} and worse in {', '.join(worse)}"
@@ -136,10 +143,10 @@ def _by_tracks(differences: Mapping[str, Estimate], health: list[str], gained: b
         decision, why = "promote", f"on tracks no worse than {TRACK_MARGIN} in AUC, and its clusters gained"
     else:
         why = "neither better nor worse on tracks beyond chance"
-    return Verdict(decision, "tracks", (why, *told, *health), differences)
+    return Verdict(decision, "tracks", (why, *told, *health), changes)
 
 
-def _clusters(before: Judgement, after: Judgement) -> tuple[list[str], bool, bool]:
+def cluster_changes(before: Judgement, after: Judgement) -> tuple[list[str], bool, bool]:
     """Changes in words, whether clusters gained, whether they lost; no words where there is nothing to compare."""
     one, other = before.clusters, after.clusters
     if one is None or other is None or one.cameras is None or other.cameras is None:

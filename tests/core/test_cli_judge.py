@@ -42,7 +42,8 @@ def run(site: Path, model: Path, out: Path, *more: object) -> tuple[str, dict[st
 def test_a_model_is_judged_by_tracks_and_clusters(tracked: Path, tiny_init: Path, tmp_path: Path) -> None:
     told, found = run(tracked, tiny_init, tmp_path / "found.json")
     figures = found["model"]
-    assert set(found) == {"model", "settings"} and figures["crops"] == 240
+    assert set(found) == {"model", "settings", "hygiene"} and figures["crops"] == 240
+    assert found["hygiene"]["crops judged on"]["problems_by_camera"] == {}
     assert figures["tracks"]["tracks"] == 24 and figures["tracks"]["overlaps"] == 3 * 8 * 7 // 2
     assert f"{figures['tracks']['auc']['value']:.4f}" in told and "cameras a cluster" in told
     assert "no tpr_at_fpr_0.001: " in told and "promote" not in told

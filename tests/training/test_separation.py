@@ -56,7 +56,7 @@ def test_a_resample_is_the_figure_of_pairs_as_often_as_they_weigh(steps: int, se
     features = people_of(pairs, spread=0.8, seed=seed, steps=steps)
     positive, negative = similarities(features, pairs.positives), similarities(features, pairs.negatives)
     rng = np.random.default_rng(seed)
-    ranked = separation._rank(positive, negative)
+    ranked = separation.rank_pairs(positive, negative)
     heavy, light = rng.integers(0, 3, len(positive)), rng.integers(0, 3, len(negative))
     found = ranked.figures(heavy.astype(float), light.astype(float), FALSE_SHARES)
     more, other = repeat_pairs(positive.tolist(), heavy.tolist()), repeat_pairs(negative.tolist(), light.tolist())

@@ -1,0 +1,169 @@
+"""The gate of a cycle: what a candidate must not lose, whatever else it gains.
+
+`compare` of `verdict` says whether a candidate is better on the site. Here it must also be no worse where that cannot
+see: on crops of earlier nights (the reference store), in any one camera, in searches with strangers, on pairs that
+operators have confirmed or rejected, and in speed; and the crops themselves must be sound (`hygiene`). One such loss
+refuses. Where tracks are too few to tell better from worse, labelled pairs or searches may promote instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from resight.training.hygiene import Hygiene
+from resight.training.judgement import Judgement
+from resight.training.latency import Latency
+from resight.training.separation import CONFIDENCE, Estimate, Separation
+from resight.training.verdict import TRACK_MARGIN, Evidence, Verdict, broken, cluster_changes, compare, differences
+
+RATE_MARGIN = 0.02  # of a share: what goes with TRACK_MARGIN of AUC among the encoders in docs/judging.md
+
+Loss = tuple[Evidence, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Rivals:
+    """Both models on one store.
+
+    Attributes:
+        before: of the active model.
+        after: of the candidate.
+    """
+
+    before: Judgement
+    after: Judgement
+
+
+def gate(
+    site: Rivals,
+    *,
+    reference: Rivals | None = None,
+    hygiene: Mapping[str, Hygiene] | None = None,
+    latency: Latency | None = None,
+) -> Verdict:
+    """Decide whether a candidate may take the active model's place.
+
+    Args:
+        site: both models on crops of the site that the candidate has not seen, where there are such.
+        reference: both on the frozen crops of earlier nights.
+        hygiene: what is wrong with crops, by the words for which crops they are ("crops it was adapted to").
+        latency: of both, with the limit allowed.
+
+    Returns:
+        With every difference measured, those beyond the tracks of the site under dotted names such as
+        `reference.auc`, `cameras.entrance.auc` or `links.accuracy`.
+    """
+    verdict = compare(site.before, site.after)
+    told: dict[str, Estimate] = dict(verdict.differences)
+    losses = [*_faults(hygiene or {}), *_one_person(site.before, None if reference is None else reference.before)]
+    losses += _losses(site, "", told)
+    if reference is not None:
+        losses += _worse_before(reference, told)
+        losses += _losses(reference, "reference.", told)
+    if latency is not None and latency.exceeded:
+        words = f"a batch takes {latency.ratio:.2f} times as long as with the active model, allowed {latency.limit:g}"
+        losses.append(("latency", words))
+    if losses:
+        reasons = (*(words for _, words in losses), *verdict.reasons)
+        evidence = verdict.evidence if verdict.evidence == "features" and losses[0][0] != "crops" else losses[0][0]
+        return Verdict("refuse", evidence, reasons, told)
+    return _gained(replace(verdict, differences=told), site)
+
+
+def _faults(hygiene: Mapping[str, Hygiene]) -> Iterator[Loss]:
+    """Crops that nobody should adapt to or judge on."""
+    for which, found in hygiene.items():
+        for words in found.told():
+            yield "crops", f"{which}: {words}"
+
+
+def _one_person(active: Judgement, elsewhere: Judgement | None) -> Iterator[Loss]:
+    """A sound active model that puts most crops into one cluster tells of the crops, not of itself."""
+    collapsed = active.collapse or (active.clusters is not None and active.clusters.collapsed)
+    if active.problem or not collapsed:
+        return
+    if elsewhere is not None and not broken(elsewhere):
+        yield "crops", "the active model sees one person on most crops, and many on the reference crops"
+    elif not active.separation.figures:
+        yield "crops", "the active model sees one person on most crops, and too few tracks overlap to show it wrong"
+
+
+def _losses(rivals: Rivals, where: str, told: dict[str, Estimate]) -> Iterator[Loss]:
+    """Searches, labelled pairs and single cameras that the candidate is surely worse in; writes what it measured."""
+    before, after = rivals.before, rivals.after
+    if not after.problem and not before.problem:
+        yield from _compared(before.searches, after.searches, "searches", f"{where}searches.", told)
+    if before.links is not None and after.links is not None:
+        yield from _compared(before.links, after.links, "links", f"{where}links.", told)
+    both = before.cameras.keys() & after.cameras.keys()
+    for name in sorted(both):
+        # One of many cameras falls by chance where each may with 5 %: Bonferroni's correction.
+        confidence = 1 - (1 - CONFIDENCE) / len(both)
+        one, other = (_auc_alone(side.cameras[name]) for side in (before, after))
+        yield from _compared(one, other, "cameras", f"{where}cameras.{name}.", told, confidence=confidence)
+
+
+def _compared(
+    before: Separation,
+    after: Separation,
+    evidence: Evidence,
+    prefix: str,
+    told: dict[str, Estimate],
+    *,
+    confidence: float = CONFIDENCE,
+) -> Iterator[Loss]:
+    """Differences of two models under a prefix, and those that are losses."""
+    for name, change in differences(before, after, confidence=confidence).items():
+        told[prefix + name] = change
+        if _lost(name, change):
+            yield evidence, f"worse in {prefix}{name}: {words_of(change)}"
+
+
+def _worse_before(reference: Rivals, told: dict[str, Estimate]) -> Iterator[Loss]:
+    """What the candidate forgot of earlier nights."""
+    verdict = compare(reference.before, reference.after)
+    told |= {f"reference.{name}": change for name, change in verdict.differences.items()}
+    if verdict.decision == "refuse" and not verdict.differences:
+        yield "reference", f"on the reference crops: {'; '.join(verdict.reasons)}"
+    elif verdict.evidence == "features" and verdict.decision == "refuse":
+        yield "reference", f"on the reference crops: {verdict.reasons[0]}"
+    for name, change in verdict.differences.items():
+        if _lost(name, change):
+            yield "reference", f"worse in reference.{name}: {words_of(change)}"
+
+
+def _lost(name: str, change: Estimate) -> bool:
+    """Whether a figure surely fell, and by more than may be left to take."""
+    margin = TRACK_MARGIN if name == "auc" else RATE_MARGIN
+    return change.high < 0 and change.value < -margin
+
+
+def _gained(verdict: Verdict, site: Rivals) -> Verdict:
+    """Labelled pairs or searches that surely gained decide where tracks do not."""
+    if verdict.decision != "undecided" or verdict.evidence not in ("tracks", "none", "clusters"):
+        return verdict
+    own = [change for name, change in verdict.differences.items() if "." not in name]
+    if any(change.high < 0 for change in own) or cluster_changes(site.before, site.after)[2]:
+        return verdict
+    promoting: tuple[Evidence, ...] = ("links", "searches")
+    for evidence in promoting:
+        better = [
+            f"{name} {words_of(change)}"
+            for name, change in verdict.differences.items()
+            if name.startswith(f"{evidence}.") and change.low > 0
+        ]
+        if better:
+            reason = f"better in {', '.join(better)}, worse in none"
+            return replace(verdict, decision="promote", evidence=evidence, reasons=(reason, *verdict.reasons))
+    return verdict
+
+
+def _auc_alone(found: Separation) -> Separation:
+    """A camera's AUC: of one camera there are too few negatives for a share of 1 in 100."""
+    return replace(found, figures={"auc": found.figures["auc"]})
+
+
+def words_of(change: Estimate) -> str:
+    """A difference and its interval."""
+    return f"{change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"

@@ -1,0 +1,202 @@
+"""The page of a verdict: decision, figures of both models and the crops behind them, in one file that loads nothing.
+
+Letters: N crops, P positive and M negative pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from markupsafe import Markup
+
+from resight.atomic import write_atomic
+from resight.training.album import Album
+from resight.training.cluster import Clustering
+from resight.training.gate_plots import draw_forest, draw_similarities
+from resight.training.hygiene import CameraFigures, Hygiene
+from resight.training.judgement import Judgement
+from resight.training.latency import Latency
+from resight.training.montage import cluster_groups
+from resight.training.neighbours import Ints
+from resight.training.report import Crop, data_uri, templates
+from resight.training.separation import Separation, similarities
+from resight.training.trial import Look, Trial
+from resight.training.verdict import Verdict
+
+WORST = 8  # pairs shown of each kind
+SHOWN = 8  # crops of a camera
+
+
+@dataclass(frozen=True)
+class ShownPair:
+    """Two crops and how similar each model finds them."""
+
+    one: Crop
+    other: Crop
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class ShownCamera:
+    """A camera's crops, its figures in words, and what is wrong with them."""
+
+    name: str
+    words: str
+    problem: str
+    crops: Sequence[Crop]
+
+
+def write_gate_page(
+    path: Path,
+    site: Trial,
+    reference: Trial | None,
+    verdict: Verdict,
+    hygiene: Mapping[str, Hygiene],
+    latency: Latency | None,
+    *,
+    names: tuple[str, str],
+) -> None:
+    """Write the page, replacing it in one step.
+
+    Args:
+        path: of the page.
+        site: both models on the site's crops.
+        reference: both on the reference crops.
+        verdict: of the gate.
+        hygiene: of the crops, by the words for which they are; those judged on come first.
+        latency: of both models.
+        names: of the candidate and of the active model.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    active, album = site.active, Album()
+    assert active is not None, "a verdict is on two models"
+    clustering = site.candidate.clustering
+    labels = clustering.labels if isinstance(clustering, Clustering) else None
+    environment = templates()
+    environment.filters["uri"] = data_uri
+    page = environment.get_template("gate_page.html.j2").render(
+        title=f"{names[0]} in the place of {names[1]}?",
+        verdict=verdict,
+        problems=[f"{which}: {words}" for which, found in hygiene.items() for words in found.told()],
+        forest=Markup(draw_forest(verdict.differences)) if verdict.differences else "",
+        tables=_tables(site, reference, latency),
+        similarities=_histograms(site, active),
+        mistakes=_mistakes(site, active, album),
+        groups=[] if labels is None else cluster_groups(site.store, labels, site.candidate.features, album),
+        cameras=_cameras(site, next(iter(hygiene.values())), album) if hygiene else [],
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, page.encode())
+
+
+def _tables(
+    site: Trial, reference: Trial | None, latency: Latency | None
+) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Headings with every figure of both models."""
+    columns = ["", "candidate", "active model"]
+    found = []
+    for words, trial in (("Figures on the site's crops", site), ("Figures on crops of earlier nights", reference)):
+        if trial is not None and trial.active is not None:
+            after, before = (_figures(look.judgement) for look in (trial.candidate, trial.active))
+            rows = [[name, after.get(name, "–"), before.get(name, "–")] for name in {**after, **before}]
+            found.append((f"{words} ({len(trial.store):,})", columns, rows))
+    if latency is not None:
+        timed = [f"{1000 * seconds:.1f} ms" for seconds in (latency.after_s, latency.before_s)]
+        ratio = f"{latency.ratio:.2f} [{latency.low:.2f}, {latency.high:.2f}]"
+        found.append(("Time for a batch", columns, [["median", *timed], ["candidate by active model", ratio, ""]]))
+    return found
+
+
+def _figures(judged: Judgement) -> dict[str, str]:
+    """Every figure that could be measured, in words."""
+    told = _estimates("", judged.separation) | _estimates("searches.", judged.searches)
+    for name, found in judged.cameras.items():
+        told |= _estimates(f"cameras.{name}.", found)
+    if judged.links is not None:
+        told |= _estimates("links.", judged.links)
+    plain: dict[str, float | None] = {"variance": judged.variance}
+    if judged.clusters is not None:
+        clusters = judged.clusters
+        plain |= {"clusters": clusters.clusters, "outliers": clusters.outlier_share, "silhouette": clusters.silhouette}
+        plain["largest cluster"] = clusters.largest_share
+        if clusters.cameras is not None:
+            plain["cameras a cluster"] = clusters.cameras.cameras_per_cluster
+            plain["the same by chance"] = clusters.cameras.chance_cameras_per_cluster
+        plain["tracks in one cluster"] = clusters.tracks.whole_share
+        plain["two persons in one cluster"] = clusters.tracks.confused_share
+    return told | {name: f"{value:.4g}" for name, value in plain.items() if value is not None}
+
+
+def _estimates(prefix: str, found: Separation) -> dict[str, str]:
+    return {prefix + name: f"{one.value:.4f} [{one.low:.4f}, {one.high:.4f}]" for name, one in found.figures.items()}
+
+
+def _histograms(site: Trial, active: Look) -> Markup | str:
+    """Similarities of certain pairs by both models; empty where features or pairs are missing."""
+    if site.candidate.judgement.problem or active.judgement.problem:
+        return ""
+    if not len(site.pairs.positives) or not len(site.pairs.negatives):
+        return ""
+    sides = {"candidate": site.candidate, "active model": active}
+    rows = (site.pairs.positives, site.pairs.negatives)
+    drawn = {name: tuple(similarities(look.features, pairs) for pairs in rows) for name, look in sides.items()}
+    return Markup(draw_similarities({name: (pair[0], pair[1]) for name, pair in drawn.items()}))
+
+
+def _mistakes(site: Trial, active: Look, album: Album) -> list[tuple[str, str, list[ShownPair]]]:
+    """The candidate's worst certain pairs, each track or pair of tracks once."""
+    if site.candidate.judgement.problem:
+        return []
+    pairs = site.pairs
+    alike = "Two persons it finds most alike", "Certainly two: both were in one camera's picture at once."
+    apart = "One track it finds least alike", "One passage of one person, unless the tracker jumped to another."
+    kinds = (
+        (*alike, pairs.negatives, np.unique(pairs.negative_tracks, axis=0, return_inverse=True)[1].reshape(-1), -1),
+        (*apart, pairs.positives, pairs.positive_tracks, 1),
+    )
+    shown = []
+    for heading, hint, rows, owners, sign in kinds:
+        found = similarities(site.candidate.features, rows)
+        order = np.argsort(sign * found, kind="stable")
+        first = np.sort(np.unique(owners[order], return_index=True)[1])[:WORST]
+        chosen = _shown(site, active, rows[order[first]], album)
+        if chosen:
+            shown.append((heading, hint, chosen))
+    return shown
+
+
+def _shown(site: Trial, active: Look, rows: Ints, album: Album) -> list[ShownPair]:
+    """Pairs with their crops; one whose crop cannot be read is left out."""
+    after, before = (similarities(look.features, rows) for look in (site.candidate, active))
+    found = []
+    for (one, other), new, old in zip(rows, after, before, strict=True):
+        first, second = (album.crop(site.store, int(row)) for row in (one, other))
+        if first is not None and second is not None:
+            found.append(ShownPair(first, second, before=float(old), after=float(new)))
+    return found
+
+
+def _cameras(site: Trial, hygiene: Hygiene, album: Album) -> list[ShownCamera]:
+    """Every camera of the crops judged on."""
+    shown = []
+    for name, figures in hygiene.figures.items():
+        rows = np.flatnonzero(site.store.cameras == site.store.camera_names.index(name))
+        chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).astype(int))]
+        problem = hygiene.problems_by_camera.get(name, "")
+        shown.append(ShownCamera(name, _in_words(figures), problem, album.crops(site.store, chosen)))
+    return shown
+
+
+def _in_words(figures: CameraFigures) -> str:
+    correlation = "none" if figures.correlation is None else f"{figures.correlation:.2f}"
+    return (
+        f"{figures.crops:,} crops, {figures.tracks:,} tracks; contrast {figures.contrast:.0f} grey levels, "
+        f"neighbouring pixels correlate by {correlation}; {figures.blank_share:.0%} without a picture, "
+        f"{figures.clipped_share:.0%} black or white, {figures.repeated_share:.0%} repeated"
+    )
