@@ -230,7 +230,7 @@ class ModelHost:
 
         Raises:
             ModelNotFoundError: it is not loaded.
-            ModelInUseError: it is the active one, or a migration needs it.
+            ModelInUseError: it is the active one, or a migration or a shadow needs it.
         """
         gone = self._find(model_id)
         self._check_idle(gone, "unload it then")
@@ -255,7 +255,9 @@ class ModelHost:
         if model.model_id == self._active:
             raise ModelInUseError(f"model {model.model_id} is active: activate another one, and {then}")
         if model.pinned:
-            raise ModelInUseError(f"a migration needs model {model.model_id}: wait for it or cancel it, and {then}")
+            raise ModelInUseError(
+                f"a migration or a shadow needs model {model.model_id}: wait for it or cancel it, and {then}"
+            )
 
     async def _remember(self) -> None:
         others = tuple(sorted(name for name in self._loaded if name != self._bundle))

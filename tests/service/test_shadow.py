@@ -1,0 +1,298 @@
+"""A candidate model shadows the active one: its figures are those of loops, and overload drops it before any caller."""
+
+import json
+import signal
+import threading
+import time
+import urllib.request
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pytest
+from serving import ServerProcess, features_by_hand, jpeg, make_bundle
+
+from resight.calibration import Calibration
+from resight.client import Client, EntryId, GivenFeature, NewEntry, Query, Shadow, Where
+from resight.errors import (
+    ConflictError,
+    InputError,
+    ModelInUseError,
+    ModelNotFoundError,
+    ShadowNotFoundError,
+    SpaceMismatchError,
+)
+
+CURVES = (
+    Calibration(0.5, 10.0, 0.95, 0.3, 0.001, 0.05, 100, 100, "tests", "tests", 0.01),
+    Calibration(0.6, 12.0, 0.9, 0.4, 0.001, 0.05, 100, 100, "tests", "tests", 0.01),
+)
+ENTRIES = [(person, shot) for person in range(8) for shot in range(3)]
+ENROLLED = [jpeg(*entry) for entry in ENTRIES]
+ASKED = [jpeg(p, 5) for p in (*range(6), *range(100, 114))]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("a", "b", "c")):
+        make_bundle(folder / name, seed=seed, calibration=CURVES[seed % 2])
+    return folder
+
+
+def start(root, data, **env) -> ServerProcess:
+    return ServerProcess(root / "a", data, "--models", str(root), "--metrics", "127.0.0.1:0", **env)
+
+
+def filled(client: Client, name: str) -> None:
+    """Half of the people have a name."""
+    client.create_collection(name, unlimited_retention=True, keep_crops=True)
+    entries = [
+        NewEntry(
+            crop, f"{person}-{shot}", f"p{person}" if person % 2 else "", camera_id=f"c{shot}", track_id=str(person)
+        )
+        for crop, (person, shot) in zip(ENROLLED, ENTRIES, strict=True)
+    ]
+    client.enrol_batch(name, entries)
+
+
+@pytest.fixture(scope="module")
+def server(root, tmp_path_factory):
+    """Serves ``a``; ``b`` and ``c`` are loaded, ``lobby`` and ``hall`` are migrated to ``b``."""
+    process = start(root, tmp_path_factory.mktemp("shadowed") / "data")
+    try:
+        with Client(process.wait_ready()) as client:
+            for model in ("b", "c"):
+                client.wait(client.load_model(model))
+            for name in ("lobby", "hall"):
+                filled(client, name)
+                client.wait(client.migrate(name, "b"))
+        yield process
+    finally:
+        assert process.end() == 0, process.log.read_text()
+
+
+@pytest.fixture
+def client(server):
+    with Client(server.wait_ready(), timeout_s=30) as made:
+        yield made
+
+
+def until(client: Client, name: str, done) -> Shadow:
+    """The shadow once ``done`` says so of it."""
+    for _ in range(3000):
+        if done(now := client.get_shadow(name)):
+            return now
+        time.sleep(0.01)
+    raise AssertionError(now)
+
+
+def settled(now: Shadow) -> bool:
+    """All that was sampled has an end."""
+    figures = now.figures
+    return figures.sampled == figures.answered + figures.dropped + figures.failed
+
+
+def search_each(client: Client, name: str, crops, **how) -> None:
+    """One after the other, each once the shadow is done with the one before, so that none is dropped."""
+    for crop in crops:
+        client.search(name, crop, **how)
+        until(client, name, settled)
+
+
+def one_by_hand(query: bytes, seed: int, top_k: int = 10) -> tuple[list[int], float, str]:
+    """The entries of one search, best first, the best cosine, and what it is taken for."""
+    cosines = [float(features_by_hand([query], seed)[0] @ entry) for entry in features_by_hand(ENROLLED, seed)]
+    order = sorted(range(len(cosines)), key=lambda number: -cosines[number])[:top_k]
+    curve = CURVES[seed]
+    probability = float(curve.probability(cosines[order[0]]))
+    decision = "match" if probability >= curve.accept else "uncertain" if probability >= curve.reject else "unknown"
+    return order, cosines[order[0]], decision
+
+
+def same_by_hand(one: int, other: int) -> bool:
+    person, second = ENTRIES[one][0], ENTRIES[other][0]
+    return person == second if person % 2 and second % 2 else one == other
+
+
+def test_its_figures_are_those_of_loops_over_both_spaces(client):
+    begun = client.start_shadow("lobby", "b")
+    assert (begun.state, begun.sample, begun.active_model_id, begun.model_id) == ("running", 1.0, "a", "b")
+    assert begun.space_id == client.model("b").space_id and begun.active_space_id == client.model("a").space_id
+    search_each(client, "lobby", ASKED)
+    pairs = [(one_by_hand(crop, 0), one_by_hand(crop, 1)) for crop in ASKED]
+    told = client.stop_shadow("lobby")
+    figures, count = told.figures, len(ASKED)
+    assert (figures.offered, figures.sampled, figures.answered, figures.dropped, figures.failed) == (
+        *3 * (count,),
+        0,
+        0,
+    )
+    same = sum(same_by_hand(a[0][0], b[0][0]) for a, b in pairs)
+    assert 0 < same < count and figures.top1_agreement == pytest.approx(same / count)
+    overlaps = [len(set(a[0]) & set(b[0])) / 10 for a, b in pairs]
+    assert 0 < np.mean(overlaps) < 1 and figures.overlap_at_10 == pytest.approx(np.mean(overlaps))
+    assert figures.decision_agreement == pytest.approx(sum(a[2] == b[2] for a, b in pairs) / count)
+    assert figures.cosine_shift == pytest.approx(np.mean([b[1] - a[1] for a, b in pairs]), abs=1e-5)
+    for side, seed in ((figures.active, 0), (figures.candidate, 1)):
+        found = [pair[seed] for pair in pairs]
+        unknown = sum(decision == "unknown" for _, _, decision in found)
+        assert (side.matches, side.unknown) == (sum(decision == "match" for _, _, decision in found), unknown)
+        assert side.unknown > 0 and side.unknown_share == pytest.approx(unknown / count) and side.without_hit == 0
+        assert side.mean_cosine == pytest.approx(np.mean([cosine for _, cosine, _ in found]), abs=1e-5)
+        probable = [float(CURVES[seed].probability(cosine)) for _, cosine, _ in found]
+        assert side.mean_probability == pytest.approx(np.mean(probable), abs=1e-4)
+        assert side.measured == count / 4  # every fourth was done again with both
+        for p50, p95 in (
+            (side.infer_p50_ns, side.infer_p95_ns),
+            (side.search_p50_ns, side.search_p95_ns),
+            (side.total_p50_ns, side.total_p95_ns),
+        ):
+            assert 0 < p50 <= p95
+    assert figures.active.measured == figures.candidate.measured
+    assert told.state == "stopped" and told.started <= told.ended <= datetime.now(UTC)
+    assert client.get_shadow("lobby") == told  # from the operation, which tells it for good
+    done = client.wait(client.operation(told.operation_id))
+    assert (done.kind, done.state, done.succeeded, done.total) == ("shadow", "cancelled", count, count)
+
+
+def test_only_searches_of_crops_are_sampled_and_each_as_it_was_asked(client):
+    client.start_shadow("lobby", "b")
+    feature = client.get_feature("lobby", "1-1")
+    client.search("lobby", GivenFeature(feature.vector, feature.space_id))
+    client.search("lobby", EntryId("1-1"))
+    assert client.get_shadow("lobby").figures.offered == 0
+    only = Where(exclude_camera_ids=["c0", "c1"])
+    client.search("lobby", [ASKED[0], jpeg(0, 6)], where=only, top_k=2)  # a track
+    until(client, "lobby", lambda now: now.figures.answered == 1)
+    client.search_batch("lobby", [Query(crop, top_k=1, group_by="subject") for crop in ASKED[:3]])
+    list(client.stream_search("lobby", [Query(crop, min_similarity=1.0) for crop in ASKED[:2]]))
+    now = until(client, "lobby", settled)
+    assert (now.figures.offered, now.figures.answered, now.figures.failed) == (6, 6, 0)
+    assert now.figures.active.without_hit == now.figures.candidate.without_hit == 2
+    searched = client.search_figures("lobby", space_id=now.space_id)
+    assert searched == []  # what only the shadow saw is no search of the collection
+    client.stop_shadow("lobby")
+
+
+def test_a_sample_and_the_ends_of_a_shadow(client):
+    client.start_shadow("lobby", "b", sample=0.3, max_searches=6)
+    for crop in ASKED * 6:
+        client.search("lobby", crop, top_k=1)
+        if (now := until(client, "lobby", settled)).state != "running":
+            break
+    assert now.state == "done" and now.figures.answered == 6 and now.figures.offered > 6 and now.ended is not None
+    begun = client.start_shadow("lobby", "b", expire_after=timedelta(hours=1))
+    assert begun.figures.offered == 0 and begun.expires > begun.started
+    client.search("lobby", ASKED[0])
+    again = client.start_shadow("lobby", "b", sample=0.5, expire_after=timedelta(milliseconds=300))
+    assert (again.operation_id, again.started, again.sample) == (begun.operation_id, begun.started, 0.5)
+    assert again.figures.offered == 1
+    assert until(client, "lobby", lambda now: now.state != "running").state == "expired"
+    begun = client.start_shadow("lobby", "b")
+    client.cancel_operation(begun.operation_id)
+    assert client.wait(client.operation(begun.operation_id)).state == "cancelled"
+    assert client.get_shadow("lobby").state == "stopped"
+
+
+def test_what_cannot_be_shadowed_is_refused(client):
+    with pytest.raises(SpaceMismatchError, match="migrate it to that model first"):
+        client.start_shadow("lobby", "c")
+    with pytest.raises(SpaceMismatchError, match="searched with model a already"):
+        client.start_shadow("lobby", "a")
+    with pytest.raises(ModelNotFoundError):
+        client.start_shadow("lobby", "d")
+    client.create_collection("new", unlimited_retention=True)
+    for call in (client.get_shadow, client.stop_shadow):
+        with pytest.raises(ShadowNotFoundError, match="no model has shadowed"):
+            call("new")
+    for bad in ({"sample": 0.0}, {"sample": 1.1}, {"max_searches": -1}, {"expire_after": timedelta(0)}):
+        with pytest.raises(InputError, match="above 0|or more"):
+            client.start_shadow("lobby", "b", **bad)
+    client.start_shadow("lobby", "b")
+    client.wait(client.migrate("lobby", "c"))
+    with pytest.raises(ConflictError, match="stop it first"):
+        client.start_shadow("lobby", "c")
+    with pytest.raises(ModelInUseError, match="shadow needs model b"):
+        client.unload_model("b")
+    client.stop_shadow("lobby")
+
+
+def test_a_switch_of_the_collection_ends_it(client):
+    old = client.collection("hall").space_id
+    shadow = client.start_shadow("hall", "b")
+    client.activate_space("hall", shadow.space_id)
+    client.search("hall", ASKED[0])
+    now = client.get_shadow("hall")
+    assert now.state == "superseded" and now.figures.offered == 0
+    with pytest.raises(SpaceMismatchError, match="migrate it again"):  # it was left, and may lack entries
+        client.start_shadow("hall", "a")
+    client.activate_space("hall", old)
+
+
+def test_metrics_tell_of_those_that_run(client, server):
+    client.start_shadow("lobby", "b")
+    search_each(client, "lobby", ASKED[:4])
+    url = json.loads((server.data / "server.json").read_text())["metrics"]
+    where = 'collection="lobby",model="b",'
+    text = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
+    told = dict(line.rsplit(" ", 1) for line in text.splitlines() if "resight_shadow" in line and where in line)
+    assert told[f'resight_shadow_searches_total{{{where}outcome="answered",tenant="default"}}'] == "4.0"
+    figures = client.stop_shadow("lobby").figures
+    assert float(told[f'resight_shadow_overlap_at_10{{{where}tenant="default"}}']) == pytest.approx(
+        figures.overlap_at_10
+    )
+    assert sum("resight_shadow_seconds" in line for line in told) == 4
+    gone = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
+    assert where not in gone and "resight_shadow_searches_total" in gone
+
+
+def test_overload_drops_shadows_and_no_caller(root, tmp_path):
+    server = start(root, tmp_path / "data", RESIGHT_MAX_BATCH="1")
+    with Client(server.wait_ready(), timeout_s=60) as client:
+        client.wait(client.load_model("b"))
+        filled(client, "lobby")
+        client.wait(client.migrate("lobby", "b"))
+        client.start_shadow("lobby", "b")
+        queries = [Query(jpeg(n, size=(192, 384))) for n in range(24)]
+        failures: list[object] = []
+
+        def load() -> None:
+            with Client(server.wait_ready(), timeout_s=60) as own:
+                for _ in range(4):
+                    failures.extend(one for one in own.search_batch("lobby", queries) if isinstance(one, Exception))
+
+        threads = [threading.Thread(target=load) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert failures == []
+        now = until(client, "lobby", settled)
+        assert now.figures.sampled == 24 * 4 * 6 and now.figures.dropped > now.figures.sampled / 2
+        assert now.figures.failed == 0 and now.state == "running"
+        answered = now.figures.answered
+        client.search("lobby", ASKED[0])  # and when it is quiet again, it goes on
+        until(client, "lobby", lambda now: now.figures.answered == answered + 1)
+    assert server.end() == 0, server.log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_end_of_the_server_ends_it_and_it_can_be_begun_again(root, tmp_path, number):
+    first = start(root, tmp_path / "data")
+    with Client(first.wait_ready()) as client:
+        client.wait(client.load_model("b"))
+        filled(client, "lobby")
+        client.wait(client.migrate("lobby", "b"))
+        begun = client.start_shadow("lobby", "b", sample=0.75, max_searches=100)
+        client.search("lobby", ASKED[0])
+    first.end(number)
+    second = start(root, tmp_path / "data")
+    with Client(second.wait_ready()) as client:
+        told = client.get_shadow("lobby")
+        assert told.state == "interrupted" and told.figures.offered == 0 and told.ended is not None
+        assert (told.operation_id, told.started, told.sample) == (begun.operation_id, begun.started, 0.75)
+        again = client.start_shadow("lobby", "b")
+        assert again.state == "running" and again.operation_id != begun.operation_id
+        client.search("lobby", ASKED[0])
+        assert until(client, "lobby", settled).figures.answered == 1
+    assert second.end() == 0, second.log.read_text()
