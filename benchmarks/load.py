@@ -7,6 +7,7 @@ Either so many calls are held in flight, or calls are sent at a rate, whether or
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import os
 import pickle
@@ -22,6 +23,8 @@ from typing import Any
 import grpc
 
 EMBED = "/resight.v1.EmbeddingService/Embed"
+EMBED_BATCH = "/resight.v1.EmbeddingService/BatchEmbed"
+EMBED_STREAM = "/resight.v1.EmbeddingService/StreamEmbed"
 SEARCH = "/resight.v1.SearchService/Search"
 ENROL_BATCH = "/resight.v1.GalleryService/BatchEnrollEntries"
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -46,6 +49,7 @@ class Load:
         deadline_s: of each call.
         keep: bring the answers back.
         server_pid: of the process whose processor time is looked at; 0 = none.
+        stream: requests go over one stream of both directions, ``in_flight`` of them unanswered; ``seconds`` is set.
     """
 
     address: str
@@ -59,6 +63,7 @@ class Load:
     deadline_s: float = 60.0
     keep: bool = False
     server_pid: int = 0
+    stream: bool = False
 
 
 @dataclass
@@ -112,14 +117,17 @@ class _Sender:
     def __init__(self, load: Load, channels: Sequence[grpc.aio.Channel]) -> None:
         self._load, self._heard, self._number = load, Heard(), 0
         # No serialisers: bytes go in and come out.
-        self._calls: list[Callable[..., Any]] = [one.unary_unary(load.method, None, None) for one in channels]
+        self._calls: list[Callable[..., Any]] = [
+            (one.stream_stream if load.stream else one.unary_unary)(load.method, None, None) for one in channels
+        ]
         self._counts_from = 0.0
 
     async def run(self) -> Heard:
         load = self._load
         begun = time.perf_counter()
         self._counts_from, until = begun + load.warm_s, begun + load.warm_s + load.seconds
-        sending = asyncio.create_task(self._pace(begun, until) if load.rate else self._hold(until))
+        way = self._flow(until) if load.stream else self._pace(begun, until) if load.rate else self._hold(until)
+        sending = asyncio.create_task(way)
         await asyncio.sleep(max(0.0, self._counts_from - time.perf_counter()))
         before = cpu_s(os.getpid()), cpu_s(load.server_pid)
         if load.seconds:
@@ -144,6 +152,28 @@ class _Sender:
                 await self._one(time.perf_counter())
 
         await asyncio.gather(*(caller() for _ in range(self._load.in_flight)))
+
+    async def _flow(self, until: float) -> None:
+        """One stream; an answer's time counts from when the oldest unanswered request was sent."""
+        room, sent = asyncio.Semaphore(self._load.in_flight), collections.deque[float]()
+        call = self._calls[0](timeout=self._load.deadline_s)
+
+        async def write() -> None:
+            while time.perf_counter() < until:
+                await room.acquire()
+                sent.append(time.perf_counter())
+                await call.write(self._load.requests[self._number % len(self._load.requests)])
+                self._number += 1
+            await call.done_writing()
+
+        writing = asyncio.create_task(write())
+        async for _ in call:
+            room.release()
+            begun, ended = sent.popleft(), time.perf_counter()
+            if ended >= self._counts_from and not self._heard.wall_s:
+                self._heard.codes["OK"] += 1
+                self._heard.good_s.append(ended - begun)
+        await writing
 
     async def _pace(self, begun: float, until: float) -> None:
         flying: set[asyncio.Task[None]] = set()

@@ -129,6 +129,21 @@ class Bench:
             embedding_pb2.EmbedRequest(image=common_pb2.ImageCrop(data=jpeg)).SerializeToString() for jpeg in self.jpegs
         ]
 
+    def embed_streams(self) -> list[bytes]:
+        """Requests of StreamEmbed."""
+        return [
+            embedding_pb2.StreamEmbedRequest(image=common_pb2.ImageCrop(data=jpeg)).SerializeToString()
+            for jpeg in self.jpegs
+        ]
+
+    def embed_batches(self, size: int) -> list[bytes]:
+        """Requests of BatchEmbed with ``size`` crops each."""
+        images = [common_pb2.ImageCrop(data=jpeg) for jpeg in self.jpegs]
+        return [
+            embedding_pb2.BatchEmbedRequest(images=images[start : start + size]).SerializeToString()
+            for start in range(0, len(images) - size + 1, size)
+        ]
+
     def searches(self, collection: str) -> list[bytes]:
         """Requests of Search for a crop."""
         return [

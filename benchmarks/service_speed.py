@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnxruntime as ort
-from load import EMBED, IN_FLIGHT, SEARCH, Heard, Load, put
+from load import EMBED, EMBED_BATCH, EMBED_STREAM, IN_FLIGHT, SEARCH, Heard, Load, put
 from pieces import Bench, Row, Rows, fill, sure
 
 from resight.bundle import Bundle
@@ -19,6 +19,7 @@ from resight.v1 import search_pb2
 GOALS = {"resnet50": 0.90, "osnet_x0_25": 0.80}  # of a bare onnxruntime loop at its best batch
 BATCHES = (1, 8, 16, 32)
 CORES = 2
+BATCH = 8  # crops of a BatchEmbed
 BATCHES_SEEN = 12  # of a measurement at least: calls end a batch at a time, so the count is right to one batch
 
 
@@ -70,7 +71,7 @@ class Bare:
 
 
 def embed(bench: Bench, backbones: tuple[str, ...]) -> Rows:
-    """Embed and Search at 32 in flight against the bare loop."""
+    """Embed and Search at 32 in flight against the bare loop; and the same crops by stream and in batches."""
     for backbone in backbones:
         bundle = bench.bundle(backbone)
         bare = Bare(bundle, bench.jpegs, bench.seconds)
@@ -78,27 +79,36 @@ def embed(bench: Bench, backbones: tuple[str, ...]) -> Rows:
         yield Row(f"bare onnxruntime, {backbone}", told + " crops/s")
         with bench.serving(bundle, f"data-{backbone}") as (address, watch):
             fill(address, bundle, 1000)
-            calls = {EMBED: bench.embeds(), SEARCH: bench.searches("bench")}
+            shared = {"seconds": bare.long_enough(), "warm_s": 1.0, "server_pid": watch.pid}
+            loads = {
+                f"Embed, {backbone}, {IN_FLIGHT} in flight": Load(address, EMBED, bench.embeds(), **shared),
+                f"Search, {backbone}, {IN_FLIGHT} in flight": Load(address, SEARCH, bench.searches("bench"), **shared),
+                f"StreamEmbed, {backbone}, {IN_FLIGHT} unanswered": Load(
+                    address, EMBED_STREAM, bench.embed_streams(), stream=True, **shared
+                ),
+                f"BatchEmbed, {backbone}, {IN_FLIGHT // BATCH} calls of {BATCH} crops": Load(
+                    address, EMBED_BATCH, bench.embed_batches(BATCH), in_flight=IN_FLIGHT // BATCH, **shared
+                ),
+            }
             cores: dict[str, str] = {}
-            found: dict[str, list[float]] = {name: [] for name in ("bare", "decoding", *calls)}
+            found: dict[str, list[float]] = {name: [] for name in ("bare", "decoding", *loads)}
             for _ in range(bench.rounds):
                 found["bare"].append(bare.rate())
                 found["decoding"].append(bare.rate(decoding=True))
-                for method, requests in calls.items():
-                    load = Load(address, method, requests, bare.long_enough(), warm_s=1.0, server_pid=watch.pid)
+                for name, load in loads.items():
                     heard = sure(put(load))
-                    found[method].append(heard.rate)
-                    cores[method] = heard.cores
-        for method, name in ((EMBED, "Embed"), (SEARCH, "Search")):
+                    found[name].append(heard.rate * (BATCH if load.method == EMBED_BATCH else 1))
+                    cores[name] = heard.cores
+        for name, load in loads.items():
             share, decoded = (
-                statistics.median(a / b for a, b in zip(found[method], found[peer], strict=True))
+                statistics.median(a / b for a, b in zip(found[name], found[peer], strict=True))
                 for peer in ("bare", "decoding")
             )
-            goal = GOALS.get(backbone)
+            goal = GOALS.get(backbone) if load.method in (EMBED, SEARCH) else None
             yield Row(
-                f"{name}, {backbone}, {IN_FLIGHT} in flight",
-                f"{statistics.median(found[method]):.1f}/s, {share:.2f} of the bare loop at {bare.best}, "
-                f"{decoded:.2f} of the loop that decodes; {cores[method]}",
+                name,
+                f"{statistics.median(found[name]):.1f}/s, {share:.2f} of the bare loop at {bare.best}, "
+                f"{decoded:.2f} of the loop that decodes; {cores[name]}",
                 f">= {goal:.2f}" if goal else "",
                 share >= goal if goal else None,
             )
