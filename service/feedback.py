@@ -174,7 +174,7 @@ def _check_one(connection: sqlite3.Connection, low: int, high: int) -> None:
     for member in few:
         for apart in _others(connection, member, same=False):
             if apart in many and {member, apart} != {low, high}:
-                raise _conflict(connection, (low, high), "one person", [member, apart], "were told to be two")
+                raise _conflict(connection, (low, high), "one person", sorted((member, apart)), "were told to be two")
 
 
 def _check_two(connection: sqlite3.Connection, low: int, high: int) -> None:

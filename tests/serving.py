@@ -19,8 +19,11 @@ from PIL import Image
 
 from resight.bundle import Bundle, Graph, Parity, space_id, write_bundle
 from resight.calibration import Calibration
+from resight.client import Client
 from resight.image import ImageSpec, decode, fit
 from resight.probes import make_probes
+from resight.service.auth import Role
+from resight.service.tokens import TokenFile
 
 SPEC = ImageSpec(height=64, width=32)
 DIM = 32
@@ -135,3 +138,19 @@ class ServerProcess:
             self.process.kill()
             self.process.wait()
             raise
+
+
+class Guarded:
+    """A server on loopback with a token for each role in the tenants ``default`` and ``north``."""
+
+    def __init__(self, bundle: Path, data: Path) -> None:
+        file = TokenFile(data)
+        self._tokens = {
+            (role, tenant): file.create(f"{tenant}-{role.word}", role, tenant=tenant)[0]
+            for role in Role
+            for tenant in ("default", "north")
+        }
+        self.server = ServerProcess(bundle, data)
+
+    def client(self, role: Role, tenant: str = "default") -> Client:
+        return Client(self.server.wait_ready(), token=self._tokens[role, tenant])

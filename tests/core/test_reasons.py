@@ -15,10 +15,11 @@ from resight.reasons import WIRE, from_status, to_status
 NEVER_SERVED = {
     "SiteError",
     "WeightsError",
+    "FootageError",
+    "DetectorError",
     "RecipeError",
     "CheckpointError",
     "BundleError",
-    "TrainingError",
     "StartupError",
     "CycleError",
     "CycleBusyError",

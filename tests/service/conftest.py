@@ -7,7 +7,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from serving import ServerProcess, make_bundle
+from serving import Guarded, ServerProcess, make_bundle
 
 from resight.bundle import Bundle, open_bundle
 from resight.client import Client
@@ -59,3 +59,14 @@ def channel(address: str) -> Iterator[grpc.Channel]:
     """For calls by stub."""
     with grpc.insecure_channel(address) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def guarded(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    """A server that asks for tokens, with one for each role in each of two tenants; for tests of who may do what."""
+    made = Guarded(bundle_path, tmp_path_factory.mktemp("guarded") / "data")
+    try:
+        made.server.wait_ready()
+        yield made
+    finally:
+        assert made.server.end() == 0, made.server.log.read_text()
