@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import ServerProcess, jpeg, make_bundle
 
 from resight.client import Client, NewEntry
+from resight.cycle.site_file import load_site
 from resight.service.app import SERVICES
 from resight.service.metrics import SHED
 from resight.service.settings import PREFIX, Settings, load_settings
@@ -137,18 +138,53 @@ def test_manifests_name_what_exists() -> None:
 
 
 def test_pods_run_as_nobody_in_particular_and_write_nowhere_else() -> None:
-    for one in of_kind("Deployment").values():
+    jobs = [one["spec"]["jobTemplate"] for one in of_kind("CronJob").values()]
+    for one in (*of_kind("Deployment").values(), *jobs):
         pod = one["spec"]["template"]["spec"]
         assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] == 10001
         assert pod["automountServiceAccountToken"] is False
-        for container in (*pod["initContainers"], *pod["containers"]):
+        for container in (*pod.get("initContainers", ()), *pod["containers"]):
             context = container["securityContext"]
             assert context["readOnlyRootFilesystem"] and not context["allowPrivilegeEscalation"]
             assert context["capabilities"] == {"drop": ["ALL"]} and "memory" in container["resources"]["limits"]
 
 
+def test_the_cycle_runs_once_a_night_on_the_folder_of_models_that_the_server_reads(tmp_path: Path) -> None:
+    (job,) = of_kind("CronJob").values()
+    spec, guide = job["spec"], (ROOT / "docs" / "cycle.md").read_text()
+    pod = spec["jobTemplate"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert (spec["concurrencyPolicy"], container["args"]) == ("Forbid", ["cycle", "once", "/site/site.toml"])
+    path = tmp_path / "site.toml"
+    path.write_text(of_kind("ConfigMap")["resight-site"]["data"]["site.toml"])
+    site = load_site(path)
+    mounted = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert {mount["name"] for mount in mounted.values()} == set(volumes)
+    for place in (site.state, site.service.model_root):
+        assert "readOnly" not in mounted[str(place)]
+    for place in (site.service.bundle, *site.service.token_file.parents[:1], *site.service.tls_ca.parents[:1]):
+        assert mounted[str(place)]["readOnly"]
+    assert all(str(Path(camera.source).parents[1]) in mounted for camera in site.camera)
+    assert site.schedule.budget_minutes * 60 < spec["jobTemplate"]["spec"]["activeDeadlineSeconds"]
+    claims, maps = of_kind("PersistentVolumeClaim"), of_kind("ConfigMap")
+    for volume in volumes.values():
+        assert volume.get("persistentVolumeClaim", {}).get("claimName", "resight-cycle") in claims
+        assert volume.get("secret", {}).get("secretName", "") in guide
+        assert volume.get("configMap", {}).get("name", "resight-site") in maps
+    host, _, port = site.service.address.rpartition(":")
+    assert int(port) in {one["port"] for one in of_kind("Service")[host]["spec"]["ports"]}
+    served = of_kind("Deployment")[host]["spec"]["template"]["spec"]
+    claim = volumes[mounted[str(site.service.model_root)]["name"]]["persistentVolumeClaim"]["claimName"]
+    (shared,) = (one for one in served["volumes"] if one.get("persistentVolumeClaim", {}).get("claimName") == claim)
+    (place,) = (one for one in served["containers"][0]["volumeMounts"] if one["name"] == shared["name"])
+    assert {"name": "RESIGHT_MODELS", "value": place["mountPath"]} in served["containers"][0]["env"]
+    labels = spec["jobTemplate"]["spec"]["template"]["metadata"]["labels"]
+    assert labels["resight-client"] == "true"  # else the server's network policy shuts it out
+
+
 def test_settings_of_the_pods_are_settings_and_ports_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    (body,) = of_kind("ConfigMap").values()
+    body = of_kind("ConfigMap")["resight-settings"]
     assert {name.removeprefix(PREFIX).lower() for name in body["data"]} <= set(Settings.model_fields)
     for name, value in body["data"].items():
         monkeypatch.setenv(name, value)

@@ -21,7 +21,7 @@ from resight.cycle.lock import Lock
 from resight.cycle.outcome import Outcome, read_outcome
 from resight.cycle.site_file import SiteFile, load_site
 from resight.cycle.state import Run, Runs, RunState
-from resight.cycle.supervise import run_stage
+from resight.cycle.supervise import run_stage, stage_command
 from resight.cycle.timing import deadline
 from resight.errors import CycleError
 
@@ -125,11 +125,9 @@ class Conductor:
         """Run a stage's process once; returns why another try may help, or None where none is to be made now."""
         layout = Layout(site.state)
         ended = run_stage(
+            stage_command(stage, self.file, number, idle_io=site.schedule.idle_io),
             stage,
-            self.file,
-            number,
             folder,
-            idle_io=site.schedule.idle_io,
             deadline=self.deadline,
             stop=self.stop,
             began=lambda pid: runs.start_stage(number, stage, pid),

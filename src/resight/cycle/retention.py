@@ -21,7 +21,7 @@ from resight.errors import ReIDError
 log = logging.getLogger(__name__)
 
 DAY_S = 86_400.0
-CHECKPOINTS = ("checkpoint", "checkpoint-teacher")
+CHECKPOINTS = ("checkpoint", "checkpoint-teacher", "judged.bundle")
 
 
 def tidy(site: SiteFile, layout: Layout, runs: Runs) -> None:
@@ -35,8 +35,9 @@ def tidy(site: SiteFile, layout: Layout, runs: Runs) -> None:
         if run.run not in kept:
             for name in CHECKPOINTS:
                 shutil.rmtree(layout.run(run.run).path / name, ignore_errors=True)
-        else:  # the teacher has taught
-            shutil.rmtree(layout.run(run.run).path / CHECKPOINTS[1], ignore_errors=True)
+        else:  # the teacher has taught, and the judge has judged
+            for name in CHECKPOINTS[1:]:
+                shutil.rmtree(layout.run(run.run).path / name, ignore_errors=True)
     unfinished = runs.unfinished()
     try:
         with connect(site) as client:

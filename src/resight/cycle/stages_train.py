@@ -14,7 +14,7 @@ from resight.cycle.outcome import Outcome
 from resight.cycle.server import connect, find_active
 from resight.cycle.site_sections import Camera
 from resight.cycle.work import Work
-from resight.errors import ReIDError, SiteError, TrainingError, UnavailableError
+from resight.errors import BundleError, ReIDError, SiteError, TrainingError, UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -102,14 +102,19 @@ def adapt(work: Work) -> Outcome:
 
 
 def judge(work: Work) -> Outcome:
-    """The candidate against the active model, without a label."""
+    """The candidate against the active model, without a label; both as bundles, so that their times compare."""
+    bundle = work.folder.path / "judged.bundle"
     reference = ["--reference", work.layout.reference] if work.layout.reference.is_dir() else []
     try:
-        told = work.command(
-            *("judge", "--model", work.folder.checkpoint, "--against", work.baseline().bundle),
-            *("--site", work.folder.site, *reference, "--device", work.site.adapt.device, "--page", work.folder.page),
+        name = f"{work.model_id}-judged"[:63]
+        work.command(
+            "export", work.folder.checkpoint, "--out", bundle, "--name", name, "--replace", figures="export-judged"
         )
-    except (TrainingError, SiteError) as error:
+        told = work.command(
+            *("judge", "--model", bundle, "--against", work.baseline().bundle, "--site", work.folder.site, *reference),
+            *("--max-latency-ratio", work.site.gate.max_latency_ratio, "--page", work.folder.page),
+        )
+    except (TrainingError, SiteError, BundleError) as error:
         return Outcome("refused", (f"these crops judge no model: {error}",), used=True)
     verdict = told["verdict"]
     decision, reasons = verdict["decision"], tuple(verdict["reasons"])

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +42,18 @@ class Ended:
     passing: bool = False
 
 
+def stage_command(stage: str, site_file: Path, number: int, *, idle_io: bool) -> list[str]:
+    """What does a stage of a run; through ``ionice``, where that is asked for and there."""
+    command = [sys.executable, "-m", "resight.cycle.stage", stage, str(site_file), str(number)]
+    ionice = shutil.which("ionice") if idle_io else None
+    return [ionice, "-c", "3", *command] if ionice else command
+
+
 def run_stage(
+    command: Sequence[str],
     stage: str,
-    site_file: Path,
-    number: int,
     folder: RunFolder,
     *,
-    idle_io: bool,
     deadline: float | None,
     stop: Event,
     began: Callable[[int], object],
@@ -56,18 +61,13 @@ def run_stage(
     """Run one stage to its end.
 
     Args:
+        command: that does it; see `stage_command`.
         stage: its name.
-        site_file: of the site.
-        number: of the run.
         folder: of the run.
-        idle_io: through ``ionice``, where it is there.
         deadline: of `time.monotonic`, at which it is ended; None = none.
         stop: ends it when set.
         began: is told the process's id.
     """
-    command = [sys.executable, "-m", "resight.cycle.stage", stage, str(site_file), str(number)]
-    if idle_io and (ionice := shutil.which("ionice")):
-        command = [ionice, "-c", "3", *command]
     file = folder.log(stage)
     file.parent.mkdir(parents=True, exist_ok=True)
     reading, writing = os.pipe()
