@@ -100,7 +100,7 @@ def test_every_key_is_described_where_it_is_read() -> None:
         (LEAST + "[schedule]\ncron = 'at night'\n", ["schedule.cron", "Wrong number of fields"]),
         (LEAST + "[schedule]\ntimezone = 'Europe/Nowhere'\n", ["IANA", "Europe/Nowhere"]),
         (LEAST + "[[camera]]\nname = 'a'\nsource = 'x'\nstart = 2026-11-21T02:00:00\n", ["with its offset"]),
-        (LEAST + "[[camera]]\nname = 'a'\nsource = 'x'\ndetector = 'yolo'\n", ["camera[0].detector", "ssdlite"]),
+        (LEAST + "[[camera]]\nname = 'a'\nsource = 'x'\ntracks = 'mine'\n", ["camera[0].tracks", "'own' or 'given'"]),
         (LEAST + 2 * "[[camera]]\nname = 'a'\nsource = 'x'\n", ["two of [[camera]]", "'a'"]),
         (LEAST + 2 * "[[gallery]]\ncollection = 'a'\n", ["two of [[gallery]]"]),
         (LEAST + "[watch]\naction = 'pray'\n", ["watch.action", "'alert' or 'rollback'", "found 'pray'"]),

@@ -54,10 +54,15 @@ class Camera(Section):
     Attributes:
         name: of the camera, in crops and figures.
         source: video file, folder of images, or a pattern with ``*`` that names many; or an ``rtsp://`` address.
-        start: when the footage began, for files that do not tell it: an ISO 8601 time with its offset.
+        start: when the footage began, of one file that does not tell it: an ISO 8601 time with its offset.
         fps: frames a second that are looked at.
-        detector: ``fasterrcnn``, ``ssdlite``, or an ``.onnx`` file.
-        detections: file, or pattern, of boxes from elsewhere; taken instead of a detector.
+        detector: as ``resight ingest --detector`` takes it; an ``.onnx`` file's path is relative to this file.
+        detector_weights: state dict of the detector, instead of a download.
+        detections: file, or pattern, of boxes from elsewhere, one for each file of ``source`` in the order of their
+            names; taken instead of a detector.
+        tracks: ``own``, or ``given`` = those of ``detections``.
+        crops_per_track: at most.
+        min_height: rows of a box at least.
         seconds: of a live source, how long it is recorded in one run.
     """
 
@@ -65,8 +70,12 @@ class Camera(Section):
     source: Annotated[str, Field(min_length=1)]
     start: datetime.datetime | None = None
     fps: Annotated[float, Field(gt=0.0, le=60.0)] = 5.0
-    detector: str = "fasterrcnn"
+    detector: str = "fasterrcnn-mobilenet"
+    detector_weights: Local | None = None
     detections: str | None = None
+    tracks: Literal["own", "given"] = "own"
+    crops_per_track: Annotated[int, Field(ge=1, le=1000)] = 8
+    min_height: Annotated[int, Field(ge=16, le=4096)] = 64
     seconds: Annotated[float, Field(gt=0.0)] = 3600.0
 
     @field_validator("source", "detections")
@@ -76,12 +85,8 @@ class Camera(Section):
 
     @field_validator("detector")
     @classmethod
-    def _known_or_file(cls, text: str, info: ValidationInfo) -> str:
-        if text in ("fasterrcnn", "ssdlite"):
-            return text
-        if not text.endswith(".onnx"):
-            raise ValueError(f"expected fasterrcnn, ssdlite or a file that ends in .onnx, found {text!r}")
-        return str(_beside_the_file(Path(text), info))
+    def _file_or_name(cls, text: str, info: ValidationInfo) -> str:
+        return str(_beside_the_file(Path(text), info)) if text.endswith(".onnx") else text
 
     @field_validator("start")
     @classmethod

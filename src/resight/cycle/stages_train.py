@@ -44,7 +44,7 @@ def _sources(work: Work) -> dict[str, list[object]]:
     found: dict[str, list[object]] = {}
     for camera in work.site.camera:
         files = _files(camera)
-        found[camera.name] = [*files, *into, *_options(camera)] if files else []
+        found[camera.name] = [*files, *into, "--device", work.site.adapt.device, *_options(camera)] if files else []
     for gallery in work.site.gallery:
         name = gallery.collection
         found[f"gallery-{name}"] = ["--from-gallery", name, "--server", work.site.service.address, *into]
@@ -58,14 +58,16 @@ def _files(camera: Camera) -> list[str]:
 
 def _options(camera: Camera) -> list[object]:
     """What `resight ingest` is told of a camera."""
-    given: list[object] = ["--camera", camera.name, "--fps", camera.fps]
+    given: list[object] = ["--camera", camera.name, "--fps", camera.fps, "--tracks", camera.tracks]
+    given += ["--crops-per-track", camera.crops_per_track, "--min-height", camera.min_height]
     if camera.start is not None:
         given += ["--start", camera.start.isoformat()]
+    if "://" in camera.source:
+        given += ["--duration", camera.seconds]
     if camera.detections is None:
-        return [*given, "--detector", camera.detector]
-    for file in sorted(glob.glob(camera.detections)):
-        given += ["--detections", file]
-    return given
+        weights = [] if camera.detector_weights is None else ["--detector-weights", camera.detector_weights]
+        return [*given, "--detector", camera.detector, *weights]
+    return given + [word for file in sorted(glob.glob(camera.detections)) for word in ("--detections", file)]
 
 
 def collect(work: Work) -> Outcome:
