@@ -16,6 +16,7 @@ from resight.cli_demo import demo
 from resight.cli_doctor import doctor
 from resight.cli_evaluate import evaluate
 from resight.cli_export import export
+from resight.cli_figures import figures, shadow
 from resight.cli_gallery import gallery
 from resight.cli_judge import judge
 from resight.cli_lessons import ask_to_adapt, confirm, feedback, reject
@@ -37,9 +38,10 @@ app.callback(help=app.info.help)(access)
 for command in (demo, adapt, evaluate, judge, export, serve, search, verify, doctor):
     app.command()(command)
 app.command(hidden=True)(builtin_weights)
-for command in (confirm, reject, feedback):
+for command in (confirm, reject, feedback, figures):
     gallery.command()(command)
 models.command("adapt")(ask_to_adapt)
+models.command()(shadow)
 app.add_typer(gallery, name="gallery")
 app.add_typer(snapshot, name="snapshot")
 app.add_typer(models, name="models")

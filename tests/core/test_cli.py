@@ -22,10 +22,10 @@ COMMANDS = ["demo", "adapt", "evaluate", "judge", "export", "serve", "search", "
 GROUPS = {
     "gallery": [
         *["create", "list", "enrol", "get", "entries", "delete", "update", "erase", "stats", "drop"],
-        *["confirm", "reject", "feedback"],
+        *["confirm", "reject", "feedback", "figures"],
     ],
     "snapshot": ["create", "list", "verify", "restore"],
-    "models": ["list", "load", "activate", "unload", "migrate", "activate-space", "adapt"],
+    "models": ["list", "load", "activate", "unload", "migrate", "activate-space", "adapt", "shadow"],
     "token": ["create", "list", "revoke"],
     "bundle": ["verify", "show", "diff", "keygen", "sign"],
 }
