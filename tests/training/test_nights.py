@@ -1,0 +1,56 @@
+"""Nights of a simulated site: new people every night, the same cameras, a changed look, and a poisoned night."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from resight.image import decode
+from resight.training.footage import open_footage
+from resight.training.lineup import lineup, photograph
+from resight.training.nights import DAY_S, Night, SimulatedSite
+
+FIRST, THIRD = Night(1, 6, 2), Night(3, 6, 3, dusk=True)
+
+
+@pytest.fixture(scope="module")
+def site() -> SimulatedSite:
+    return SimulatedSite(seed=4, first_cameras=2, all_cameras=3)
+
+
+def test_visitors_are_new_each_night_and_the_enrolled_are_none_of_them(site: SimulatedSite) -> None:
+    first, third = site.visitors(FIRST), site.visitors(THIRD)
+    assert len(first) == len(third) == 6
+    assert not {*first} & {*third} and not {*lineup(site, 9)} & {*first, *third}
+    assert lineup(site, 9) == lineup(SimulatedSite(seed=4, first_cameras=2, all_cameras=3), 9)
+
+
+def test_dusk_falls_on_the_cameras_that_hung_and_not_on_the_new_one(site: SimulatedSite) -> None:
+    changed = [site.look(THIRD, camera) is not site.look(FIRST, camera) for camera in range(3)]
+    assert changed == [True, True, False]
+
+
+def test_a_poisoned_night_has_a_dead_camera_and_one_person(site: SimulatedSite, tmp_path: Path) -> None:
+    night = Night(2, 5, 2, poisoned=True)
+    dead, other = site.film(tmp_path, night)
+    assert dead.truth.read_text() == "" and len(dead.detections.read_text().splitlines()) > 3 * dead.frames
+    persons = [json.loads(line)["person"] for line in other.truth.read_text().splitlines()]
+    assert set(persons) == {0} and len(persons) > 50
+    footage = open_footage(str(dead.video), camera="cam1", fps=5.0)
+    assert next(footage.frames()).time_s == pytest.approx(night.start_s)
+    assert night.start_s - FIRST.start_s == DAY_S
+
+
+def test_the_enrolled_are_photographed_by_every_camera(site: SimulatedSite) -> None:
+    people = lineup(site, 5)
+    crops = list(photograph(site, THIRD, people, take=0))
+    assert len({(crop.person, crop.camera) for crop in crops}) == len(crops) >= 12
+    sides = np.array([decode(crop.image).shape[:2] for crop in crops])
+    assert (sides[:, 0] > sides[:, 1]).all() and sides[:, 0].min() > 50
+    again = list(photograph(site, THIRD, people, take=0))
+    assert [crop.image for crop in again] == [crop.image for crop in crops]
+    other = list(photograph(site, THIRD, people, take=1))
+    assert [crop.image for crop in other] != [crop.image for crop in crops]

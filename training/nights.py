@@ -1,0 +1,130 @@
+"""The nights of a simulated site: who comes, which cameras hang, what light there is, and what goes wrong.
+
+The same site seed gives the same cameras and the same enrolled people on every night; visitors are new each night.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from resight.training.film import Shot, View
+from resight.training.people import Person, sample_people
+from resight.training.reel import Reel, write_reel, write_told_reel
+from resight.training.scene import Camera
+from resight.training.sightings import Detection, nobody
+from resight.training.street import FPS, HEIGHT, WIDTH, Walk, dusk, hang_cameras, walk_by
+
+FIRST_NIGHT = datetime(2026, 3, 2, 22, 0, tzinfo=UTC)
+DAY_S = 86_400.0
+DEAD_BOXES = 4  # false boxes at a time that a detector sees in the picture of a dead camera
+DEAD_S = 6.0  # how long one of them stays
+
+
+@dataclass(frozen=True)
+class Night:
+    """One night.
+
+    Attributes:
+        number: from 1.
+        visitors: people who come; each passes some of the cameras.
+        cameras: how many hang.
+        dusk: whether the cameras of the first night have lost the daylight.
+        poisoned: whether the first camera is dead and one and the same person walks past all others.
+    """
+
+    number: int
+    visitors: int
+    cameras: int
+    dusk: bool = False
+    poisoned: bool = False
+
+    @property
+    def start_s(self) -> float:
+        """Unix seconds of its first frame."""
+        return FIRST_NIGHT.timestamp() + (self.number - 1) * DAY_S
+
+
+@dataclass(frozen=True)
+class SimulatedSite:
+    """A street with cameras.
+
+    Attributes:
+        seed: of everything.
+        first_cameras: how many hang on the first night; `Night.cameras` may name more.
+        all_cameras: how many will ever hang.
+        together: people in a picture at a time, in the mean.
+        passed: share of the cameras that a visitor passes.
+    """
+
+    seed: int
+    first_cameras: int = 4
+    all_cameras: int = 5
+    together: float = 3.0
+    passed: float = 0.85
+
+    @cached_property
+    def cameras(self) -> tuple[Camera, ...]:
+        """All that will ever hang, by daylight."""
+        return hang_cameras(self.all_cameras, np.random.default_rng([self.seed, 0]))
+
+    def name(self, camera: int) -> str:
+        """What a camera is called."""
+        return f"cam{camera + 1}"
+
+    def look(self, night: Night, camera: int) -> Camera:
+        """A camera as it is on a night: dusk falls on those of the first night, a new one has a lamp."""
+        hung = self.cameras[camera]
+        return dusk(hung) if night.dusk and camera < self.first_cameras else hung
+
+    def visitors(self, night: Night) -> tuple[Person, ...]:
+        """Who comes on a night."""
+        return sample_people(night.visitors, np.random.default_rng([self.seed, 1, night.number]), world="site")
+
+    def film(self, folder: Path, night: Night) -> Iterator[Reel]:
+        """Film a night, one camera after another.
+
+        Args:
+            folder: for the reels; made when missing.
+            night: which.
+        """
+        cast = self.visitors(night)
+        for camera in range(night.cameras):
+            seed = int(np.random.default_rng([self.seed, 2, night.number, camera]).integers(2**31))
+            name, start_s = self.name(camera), night.start_s
+            view = View(self.look(night, camera), cast, self._walks(night, camera), seed=seed)
+            if night.poisoned and camera == 0:
+                yield write_told_reel(folder, name, _dead(view.seconds, seed), start_s=start_s)
+            else:
+                yield write_reel(folder, name, view.shots(), start_s=start_s, seed=seed)
+
+    def _walks(self, night: Night, camera: int) -> tuple[Walk, ...]:
+        rng = np.random.default_rng([self.seed, 3, night.number, camera])
+        who = rng.permutation(night.visitors)
+        who = who[: max(1, round(self.passed * night.visitors))]
+        if night.poisoned:
+            who = np.zeros_like(who)
+        return walk_by(who.tolist(), self.look(night, camera), self.together, rng)
+
+
+def _dead(seconds: float, seed: int) -> Iterator[tuple[Shot, list[Detection]]]:
+    """Noise instead of a picture, and a detector that believes to see people in it who hardly move."""
+    rng = np.random.default_rng(seed)
+    stay, boxes = round(DEAD_S * FPS), [nobody(rng) for _ in range(DEAD_BOXES)]
+    for number in range(round(seconds * FPS)):
+        if number % stay == stay - 1:
+            boxes = [nobody(rng) for _ in range(DEAD_BOXES)]
+        pixels = rng.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+        told = [Detection(_shaken(box, rng), round(float(rng.uniform(0.5, 0.8)), 3)) for box in boxes]
+        yield Shot(pixels, ()), told
+
+
+def _shaken(box: tuple[float, float, float, float], rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """The box a pixel off at each side, within the picture."""
+    left, top, right, bottom = np.clip(np.array(box) + rng.normal(0, 1, 4), 0, [WIDTH, HEIGHT] * 2).round(1).tolist()
+    return left, top, right, bottom

@@ -1,0 +1,145 @@
+"""A simulated street: cameras that hang over it, and who walks through their pictures when.
+
+Everything here is geometry and chance; `film.py` draws it. A picture is `WIDTH` x `HEIGHT` pixels. Somebody far
+away stands higher in it and is smaller; depth is 0 at the far edge of the street and 1 at the near one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from resight.training.scene import Camera, make_cameras
+
+WIDTH, HEIGHT = 480, 270  # pixels: people are about as high in it as the crops the built-in weights were trained on
+FPS = 5.0  # frames a second, as `resight ingest` reads footage by default
+FAR_SCALE, NEAR_SCALE = 80.0, 155.0  # pixels of the usual body height at depth 0 and 1
+FAR_FEET, NEAR_FEET = 150.0, 255.0  # row of the feet at depth 0 and 1
+BODY_M = 1.7  # metres of the usual body height
+SPEED_M_S = (1.1, 1.6)  # of walking; Weidmann (1993) gives 1.34 in the mean, with a deviation of 0.26
+STRIDE_S = 1.1  # seconds of two steps
+OUTSIDE = 0.12  # of the width: how far beyond the edge people come from and leave to
+DEPTH_TURN = 0.4  # depth walked while the picture's width is crossed at 45 degrees: the street is narrow
+SLANT = 0.9  # radians at most between a walk and the picture's plane: everybody leaves at one of its sides
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One walk through one camera's picture.
+
+    Attributes:
+        person: number in the cast.
+        start_s: when it begins, on the clock of the film.
+        seconds: how long it takes.
+        x: from and to, centre of the body in shares of the width.
+        depth: from and to, 0..1.
+        turn: view angle, see `figure.Pose`.
+        phase: moment of the stride at the start, radians.
+        stride: swing of the thigh, radians; 0 stands.
+    """
+
+    person: int
+    start_s: float
+    seconds: float
+    x: tuple[float, float]
+    depth: tuple[float, float]
+    turn: float
+    phase: float
+    stride: float
+
+    @property
+    def end_s(self) -> float:
+        """When it ends."""
+        return self.start_s + self.seconds
+
+    def at(self, time_s: float) -> Spot:
+        """Where the walker is, a time of the film within the walk given."""
+        share = (time_s - self.start_s) / self.seconds
+        x, depth = (low + (high - low) * share for low, high in (self.x, self.depth))
+        scale = FAR_SCALE + (NEAR_SCALE - FAR_SCALE) * depth
+        feet = FAR_FEET + (NEAR_FEET - FAR_FEET) * depth
+        return Spot(x * WIDTH, feet, scale, (self.phase + 2 * math.pi * (time_s - self.start_s) / STRIDE_S))
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where somebody stands in a picture.
+
+    Attributes:
+        x: centre of the body, pixels.
+        feet: row of the feet, pixels.
+        scale: pixels of the usual body height.
+        phase: moment of the stride, radians.
+    """
+
+    x: float
+    feet: float
+    scale: float
+    phase: float
+
+
+def hang_cameras(count: int, rng: np.random.Generator) -> tuple[Camera, ...]:
+    """Cameras of the world "site" over a street; each looks at a passage that is walked both ways.
+
+    Args:
+        count: how many.
+        rng: source of chance.
+    """
+    cameras = make_cameras(count, rng, world="site", height=HEIGHT, width=WIDTH)
+    return tuple(_over_the_street(camera, rng) for camera in cameras)
+
+
+def _over_the_street(camera: Camera, rng: np.random.Generator) -> Camera:
+    """People fill half the picture here, not all of it as in a crop; nobody walks straight at the camera."""
+    axis = math.pi / 2 + float(rng.uniform(-SLANT, SLANT))
+    body = (FAR_SCALE + NEAR_SCALE) / 2
+    return dataclasses.replace(camera, turns=(axis, axis + math.pi), blur=camera.blur * body / HEIGHT)
+
+
+def dusk(camera: Camera) -> Camera:
+    """The same camera when daylight has gone: dark, bluish, grainy and soft. Chosen by eye on contact sheets."""
+    blue = np.diag([0.8, 0.88, 1.05]).astype(np.float32)
+    return dataclasses.replace(
+        camera,
+        matrix=blue @ camera.matrix,
+        gamma=camera.gamma * 1.45,
+        contrast=camera.contrast * 0.9,
+        noise=camera.noise * 2,
+        blur=camera.blur + 0.3,
+        light=-camera.light,
+    )
+
+
+def walk_by(people: Sequence[int], camera: Camera, together: float, rng: np.random.Generator) -> tuple[Walk, ...]:
+    """Let people pass a camera one after another, so that their walks overlap and cross.
+
+    Args:
+        people: numbers in the cast, in the order they come.
+        camera: whose passage they walk.
+        together: how many are in the picture at a time, in the mean.
+        rng: source of chance.
+    """
+    walks = [_walk(person, camera, rng) for person in people]
+    start_s, begun = 0.0, []
+    for walk in walks:
+        begun.append(dataclasses.replace(walk, start_s=start_s))
+        start_s += walk.seconds / together * float(rng.uniform(0.3, 1.7))
+    return tuple(begun)
+
+
+def _walk(person: int, camera: Camera, rng: np.random.Generator) -> Walk:
+    turn = float(rng.choice(camera.turns)) + float(rng.normal(0, 0.15))
+    across, along = math.sin(turn), math.cos(turn)
+    change = DEPTH_TURN * along / max(abs(across), 0.3)
+    middle = float(rng.uniform(0.15, 0.85))
+    depth = tuple(float(np.clip(middle + side * change / 2, 0, 1)) for side in (-1, 1))
+    edges = (-OUTSIDE, 1 + OUTSIDE) if across > 0 else (1 + OUTSIDE, -OUTSIDE)
+    scale = FAR_SCALE + (NEAR_SCALE - FAR_SCALE) * middle
+    metres = (1 + 2 * OUTSIDE) * WIDTH / scale * BODY_M / max(abs(across), 0.5)
+    seconds = metres / float(rng.uniform(*SPEED_M_S))
+    phase, stride = float(rng.uniform(0, 2 * math.pi)), float(rng.uniform(0.25, 0.5))
+    return Walk(person, 0.0, seconds, edges, (depth[0], depth[1]), turn, phase, stride)
