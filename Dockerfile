@@ -36,11 +36,14 @@ HEALTHCHECK --interval=15s --timeout=5s --start-period=120s \
     CMD ["python", "-c", "from resight.cli_connect import connect; connect('localhost:50051').wait_ready(3)"]
 ENTRYPOINT ["resight", "serve"]
 
-# Adapts, exports and runs the cycle.
+# Ingests, adapts, exports and runs the cycle.
 FROM python:3.12-slim-bookworm AS training
+# What opencv, which the tracker's library loads, links against.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends libgl1 libglib2.0-0 && rm -rf /var/lib/apt/lists/*
 COPY constraints.txt /tmp/constraints.txt
 COPY --from=wheel /wheels /wheels
-RUN pip install --no-cache-dir -c /tmp/constraints.txt "$(ls /wheels/resight-*.whl)[cpu,train,export,cycle]" && rm -r /wheels
+RUN pip install --no-cache-dir -c /tmp/constraints.txt "$(ls /wheels/resight-*.whl)[cpu,train,export,ingest,cycle]" && rm -r /wheels
 RUN useradd --uid 10001 --create-home resight && install -d -o 10001 /srv/resight
 USER 10001
 WORKDIR /srv/resight

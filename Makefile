@@ -16,7 +16,7 @@ help:  ## Show what can be made.
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV): one to three minutes, most of it torch ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,train,export,cycle,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,train,export,ingest,cycle,dev]'
 	@touch $@
 
 demo: $(INSTALLED)  ## The whole road: adapt, export, serve, search. SITE= INIT= JSON= as `resight demo`.
@@ -29,7 +29,7 @@ test: $(INSTALLED)  ## Every test; those that need real crops or a GPU are skipp
 gpu:  ## With an NVIDIA GPU: the tests and benchmarks that need one, figures to docs/gpu.md.
 	@if ! nvidia-smi -L >/dev/null 2>&1; then echo "make gpu: no NVIDIA GPU on this machine, nothing was run"; exit 0; fi; \
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || exit 1; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gpu,train,export,cycle,dev]' && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gpu,train,export,ingest,cycle,dev]' && \
 	$(BIN)/python -m pip uninstall --quiet --yes onnxruntime faiss-cpu && \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --force-reinstall --no-deps \
 	  onnxruntime-gpu faiss-gpu-cuvs && \

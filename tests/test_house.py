@@ -38,6 +38,8 @@ ROADS = {
     "cli_evaluate",
     "cli_export",
     "cli_gallery",
+    "cli_ingest",
+    "cli_ingest_footage",
     "cli_json",
     "cli_judge",
     "cli_judge_table",

@@ -18,6 +18,7 @@ from resight.cli_evaluate import evaluate
 from resight.cli_export import export
 from resight.cli_figures import figures, shadow
 from resight.cli_gallery import gallery
+from resight.cli_ingest import ingest
 from resight.cli_judge import judge
 from resight.cli_lessons import ask_to_adapt, confirm, feedback, reject
 from resight.cli_models import models
@@ -35,7 +36,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.callback(help=app.info.help)(access)
-for command in (demo, adapt, evaluate, judge, export, serve, search, verify, doctor):
+for command in (demo, ingest, adapt, evaluate, judge, export, serve, search, verify, doctor):
     app.command()(command)
 app.command(hidden=True)(builtin_weights)
 for command in (confirm, reject, feedback, figures):

@@ -18,7 +18,7 @@ from tiny import draw_site, resight, resight_here, the_error
 from resight.checkpoint import INDEX_FILE, MODEL_FILE, load_checkpoint
 from resight.training.datasets import Site
 
-COMMANDS = ["demo", "adapt", "evaluate", "judge", "export", "serve", "search", "verify", "doctor"]
+COMMANDS = ["demo", "ingest", "adapt", "evaluate", "judge", "export", "serve", "search", "verify", "doctor"]
 GROUPS = {
     "gallery": [
         *["create", "list", "enrol", "get", "entries", "delete", "update", "erase", "stats", "drop"],

@@ -1,0 +1,208 @@
+"""What a service's collection keeps of people becomes rows of a growing store, and leaves it when it leaves there.
+
+Whoever asks the service hands the entries in; nothing here speaks to it. A collection's crops stand in the folder
+``gallery/COLLECTION``, each under the id of its entry. What is not among the entries any more (deleted, erased,
+expired) is removed: nobody may be trained on whom the service has forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from itertools import islice
+from typing import Any
+from urllib.parse import quote
+
+from resight.errors import ImageError
+from resight.image import decode
+from resight.training.growing import GrowingStore, NewCrop, NewTrack
+from resight.training.links import read_links, write_links
+
+NAMELESS = "gallery"  # the camera of entries that name none
+BATCH = 256  # entries between two commits
+LONGEST = 200  # bytes of a file's name before its number and suffix: file systems end at 255
+SUFFIXES = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp"}
+
+
+@dataclass(frozen=True)
+class KeptEntry:
+    """An entry whose crops the service keeps: files as they were enrolled; empty names and None = unknown."""
+
+    entry_id: str
+    camera: str
+    track: str
+    time_s: float | None
+    images: Sequence[bytes] = field(repr=False)
+
+
+@dataclass
+class GalleryCounts:
+    """What became of a collection: entries and crops seen, crops added, changed, removed, and refused as no image."""
+
+    entries: int = 0
+    crops: int = 0
+    added: int = 0
+    changed: int = 0
+    removed: int = 0
+    refused: int = 0
+    confirmed: int = 0
+    rejected: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A crop as the store has it."""
+
+    camera: str
+    time_s: float | None
+    track: int | None
+
+
+def folder_of(collection: str) -> str:
+    """Where a collection's crops stand in a store."""
+    return f"gallery/{_file_name(collection)}"
+
+
+def forget_gallery(store: GrowingStore, collection: str) -> int:
+    """Remove all crops of a collection that is gone or keeps none any more, and its links; how many crops.
+
+    Raises:
+        StoreError: the store is damaged.
+        StorageFullError: no room for the new index.
+    """
+    with store.claimed(_claim(collection)):
+        removed = store.remove(lambda path: path.startswith(f"{folder_of(collection)}/"))
+        store.sweep(folder_of(collection))
+        _link(store, collection, [])
+        return removed
+
+
+def sync_gallery(
+    store: GrowingStore, collection: str, entries: Iterable[KeptEntry], feedback: Iterable[tuple[str, str, bool]]
+) -> GalleryCounts:
+    """Make a store's rows of a collection those of the service. Interrupted, it removes nothing; run again, it goes on.
+
+    Args:
+        store: gets and loses crops; split "train".
+        collection: its name.
+        entries: all of it.
+        feedback: pairs of entry ids, and whether they show one person; they become links.
+
+    Raises:
+        StoreError: the store or its links are damaged, or another process does the same.
+        StorageFullError: no room; what was added stands.
+    """
+    folder, counts = folder_of(collection), GalleryCounts()
+    with store.claimed(_claim(collection)):
+        store.sweep(folder)
+        known = {row["path"]: _Row(row["camera"], row["time_s"], row["track"]) for row in store.rows(folder)}
+        numbers: dict[tuple[str, str], int] = {}
+        first: dict[str, str] = {}  # entry id -> path of its first crop
+        coming, wanted = iter(entries), set[str]()
+        while part := list(islice(coming, BATCH)):
+            _add(store, folder, part, known, numbers, first, wanted, counts)
+        gone = known.keys() - wanted
+        counts.removed = store.remove(gone.__contains__)
+        store.sweep(folder)
+        pairs = [(first[one], first[other], same) for one, other, same in feedback if {one, other} <= first.keys()]
+        _link(store, collection, pairs)
+        counts.confirmed, counts.rejected = sum(same for *_, same in pairs), sum(not same for *_, same in pairs)
+        return counts
+
+
+def _add(
+    store: GrowingStore,
+    folder: str,
+    entries: Sequence[KeptEntry],
+    known: dict[str, _Row],
+    numbers: dict[tuple[str, str], int],
+    first: dict[str, str],
+    wanted: set[str],
+    counts: GalleryCounts,
+) -> None:
+    """Rows of some entries: those that are there as they are, new ones added, changed ones replaced."""
+    new: dict[tuple[str, str], list[NewCrop]] = {}
+    outdated: set[str] = set()
+    for entry in entries:
+        counts.entries += 1
+        owner = (entry.camera or NAMELESS, entry.track)
+        for shot, data in enumerate(entry.images):
+            path = f"{folder}/{_file_name(entry.entry_id)}_{shot:02d}{SUFFIXES.get(data[:2], '')}"
+            row = known.get(path)
+            same = row is not None and _unchanged(store, path, row, entry, owner, numbers, data)
+            if not same and not _usable(data):
+                counts.refused += 1
+                continue
+            counts.crops += 1
+            wanted.add(path)
+            first.setdefault(entry.entry_id, path)
+            if same:
+                continue
+            if row is None:
+                counts.added += 1
+            else:
+                counts.changed += 1
+                outdated.add(path)
+            new.setdefault(owner, []).append(NewCrop(path, data, entry.time_s))
+    if outdated:
+        store.remove(outdated.__contains__)
+    if new:
+        tracks = [
+            NewTrack(owner[0], crops, numbered=bool(owner[1]), number=numbers.get(owner))
+            for owner, crops in new.items()
+        ]
+        for owner, number in zip(new, store.add(tracks), strict=True):
+            if owner[1] and number is not None:
+                numbers[owner] = number
+
+
+def _unchanged(
+    store: GrowingStore,
+    path: str,
+    row: _Row,
+    entry: KeptEntry,
+    owner: tuple[str, str],
+    numbers: dict[tuple[str, str], int],
+    data: bytes,
+) -> bool:
+    """Whether a crop stands in the store as the service has it; the number of its track is learned from it."""
+    if (row.camera, row.time_s) != (owner[0], entry.time_s) or (row.track is not None) != bool(entry.track):
+        return False
+    if row.track is not None and numbers.setdefault(owner, row.track) != row.track:
+        return False
+    file = store.root / path
+    return file.is_file() and file.read_bytes() == data
+
+
+def _usable(data: bytes) -> bool:
+    """Whether it is an image a store may hold: it came over a wire."""
+    try:
+        decode(data)
+    except ImageError:
+        return False
+    return True
+
+
+def _link(store: GrowingStore, collection: str, pairs: Iterable[tuple[str, str, bool]]) -> None:
+    """Replace the links between crops of a collection; those of other crops stay."""
+    own = f"{folder_of(collection)}/"
+    before = read_links(store.root)
+    others = [pair for pair in before if not (pair.path_a.startswith(own) or pair.path_b.startswith(own))]
+    after = [*others, *pairs]
+    if after or before:
+        write_links(store.root, after)
+
+
+def _file_name(name: str) -> str:
+    """An id as a file's name: percent-encoded, no dot first, and no longer than file systems allow."""
+    safe = quote(name, safe=" ").replace(".", "%2E", 1) if name.startswith(".") else quote(name, safe=" ")
+    return safe if len(safe) <= LONGEST else f"sha256-{sha256(name.encode(errors='surrogatepass')).hexdigest()}"
+
+
+def _claim(collection: str) -> str:
+    return f"gallery-{_file_name(collection)}"
