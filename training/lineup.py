@@ -7,12 +7,12 @@ walk, from the moment in which the person is seen best of a few.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from resight.training.crops import UNKNOWN, CropStore, write_store
 from resight.training.film import Shot, Sighting, View
 from resight.training.nights import Night, SimulatedSite
 from resight.training.people import Person, sample_people
@@ -21,23 +21,7 @@ from resight.training.street import Walk, walk_by
 
 MOMENTS = (0.35, 0.5, 0.65)  # of a walk, when the walker is well within the picture
 VISIBLE = 0.6  # share of somebody that a usable crop shows
-
-
-@dataclass(frozen=True)
-class LineupCrop:
-    """One crop of somebody enrolled, or of a stranger.
-
-    Attributes:
-        image: JPEG.
-        person: number in the lineup.
-        camera: name.
-        time_s: Unix seconds.
-    """
-
-    image: bytes
-    person: int
-    camera: str
-    time_s: float
+TOGETHER = 2.0  # people in a picture at a time, in the mean
 
 
 def lineup(site: SimulatedSite, count: int) -> tuple[Person, ...]:
@@ -45,36 +29,60 @@ def lineup(site: SimulatedSite, count: int) -> tuple[Person, ...]:
     return sample_people(count, np.random.default_rng([site.seed, 4]), world="site")
 
 
-def photograph(site: SimulatedSite, night: Night, people: tuple[Person, ...], *, take: int) -> Iterator[LineupCrop]:
-    """Let the people pass every camera of a night once and cut a crop of each.
+def photograph(
+    root: Path, site: SimulatedSite, night: Night, people: tuple[Person, ...], *, take: int, split: str
+) -> CropStore:
+    """Let the people pass every camera of a night once and write a crop of each pass.
 
     Args:
+        root: of the crop store to write.
         site: whose cameras.
         night: whose light.
-        people: who passes.
-        take: number of the take: others give other walks of the same people on the same night.
+        people: who passes; the persons of the store are their numbers from 1.
+        take: number of the take: another one has other walks of the same people on the same night.
+        split: "query" or "gallery".
+
+    Returns:
+        The store, with the numbers of all cameras of the site.
     """
+    rows: list[tuple[str, int, float, int]] = []
     for camera in range(night.cameras):
         rng = np.random.default_rng([site.seed, 5, night.number, camera, take])
-        look = site.look(night, camera)
-        walks = walk_by(rng.permutation(len(people)).tolist(), look, 2.0, rng)
+        look, name = site.look(night, camera), site.names[camera]
+        walks = walk_by(rng.permutation(len(people)).tolist(), look, TOGETHER, rng)
         view = View(look, people, walks, seed=int(rng.integers(2**31)))
         for number, walk in enumerate(walks):
-            shot, sighting, time_s = _best(view, number, walk)
-            if sighting is not None:
-                image = _cut(shot, sighting, rng)
-                yield LineupCrop(image, walk.person, site.name(camera), night.start_s + time_s)
+            found = _best(view, number, walk)
+            if found is None:
+                continue
+            shot, sighting, time_s = found
+            path = f"crops/{name}/{walk.person + 1:04d}.jpg"
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_bytes(_cut(shot, sighting, rng))
+            rows.append((path, camera, site.start_s(night) + time_s, walk.person + 1))
+    paths, cameras, times_s, persons = zip(*rows, strict=True)
+    store = CropStore(
+        root,
+        paths,
+        np.array(cameras, np.int64),
+        site.names,
+        np.array(times_s),
+        np.full(len(rows), UNKNOWN, np.int64),
+        np.array(persons, np.int64),
+    )
+    write_store(root, store, [split] * len(rows))
+    return store
 
 
-def _best(view: View, number: int, walk: Walk) -> tuple[Shot, Sighting | None, float]:
-    """The first moment that shows enough of a walker; without one nobody is told."""
+def _best(view: View, number: int, walk: Walk) -> tuple[Shot, Sighting, float] | None:
+    """The first moment that shows enough of a walker."""
     for share in MOMENTS:
         time_s = walk.start_s + share * walk.seconds
         shot = view.shot(time_s)
         for sighting in shot.sightings:
             if sighting.walk == number and sighting.visible >= VISIBLE:
                 return shot, sighting, time_s
-    return shot, None, time_s
+    return None
 
 
 def _cut(shot: Shot, sighting: Sighting, rng: np.random.Generator) -> bytes:

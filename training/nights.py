@@ -20,7 +20,7 @@ from resight.training.scene import Camera
 from resight.training.sightings import Detection, nobody
 from resight.training.street import FPS, HEIGHT, WIDTH, Walk, dusk, hang_cameras, walk_by
 
-FIRST_NIGHT = datetime(2026, 3, 2, 22, 0, tzinfo=UTC)
+FIRST_S = datetime(2026, 3, 2, 22, 0, tzinfo=UTC).timestamp()
 DAY_S = 86_400.0
 DEAD_BOXES = 4  # false boxes at a time that a detector sees in the picture of a dead camera
 DEAD_S = 6.0  # how long one of them stays
@@ -44,11 +44,6 @@ class Night:
     dusk: bool = False
     poisoned: bool = False
 
-    @property
-    def start_s(self) -> float:
-        """Unix seconds of its first frame."""
-        return FIRST_NIGHT.timestamp() + (self.number - 1) * DAY_S
-
 
 @dataclass(frozen=True)
 class SimulatedSite:
@@ -60,6 +55,7 @@ class SimulatedSite:
         all_cameras: how many will ever hang.
         together: people in a picture at a time, in the mean.
         passed: share of the cameras that a visitor passes.
+        first_s: when the first night's film begins, whole Unix seconds; it decides nothing but times.
     """
 
     seed: int
@@ -67,15 +63,21 @@ class SimulatedSite:
     all_cameras: int = 5
     together: float = 3.0
     passed: float = 0.85
+    first_s: float = FIRST_S
 
     @cached_property
     def cameras(self) -> tuple[Camera, ...]:
         """All that will ever hang, by daylight."""
         return hang_cameras(self.all_cameras, np.random.default_rng([self.seed, 0]))
 
-    def name(self, camera: int) -> str:
-        """What a camera is called."""
-        return f"cam{camera + 1}"
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What all cameras are called."""
+        return tuple(f"cam{number}" for number in range(1, self.all_cameras + 1))
+
+    def start_s(self, night: Night) -> float:
+        """Unix seconds of a night's first frame."""
+        return self.first_s + (night.number - 1) * DAY_S
 
     def look(self, night: Night, camera: int) -> Camera:
         """A camera as it is on a night: dusk falls on those of the first night, a new one has a lamp."""
@@ -86,22 +88,20 @@ class SimulatedSite:
         """Who comes on a night."""
         return sample_people(night.visitors, np.random.default_rng([self.seed, 1, night.number]), world="site")
 
-    def film(self, folder: Path, night: Night) -> Iterator[Reel]:
-        """Film a night, one camera after another.
+    def film(self, folder: Path, night: Night, camera: int) -> Reel:
+        """Film a night with one camera.
 
         Args:
-            folder: for the reels; made when missing.
+            folder: for the reel; made when missing.
             night: which.
+            camera: number of it.
         """
-        cast = self.visitors(night)
-        for camera in range(night.cameras):
-            seed = int(np.random.default_rng([self.seed, 2, night.number, camera]).integers(2**31))
-            name, start_s = self.name(camera), night.start_s
-            view = View(self.look(night, camera), cast, self._walks(night, camera), seed=seed)
-            if night.poisoned and camera == 0:
-                yield write_told_reel(folder, name, _dead(view.seconds, seed), start_s=start_s)
-            else:
-                yield write_reel(folder, name, view.shots(), start_s=start_s, seed=seed)
+        seed = int(np.random.default_rng([self.seed, 2, night.number, camera]).integers(2**31))
+        name, start_s = self.names[camera], self.start_s(night)
+        view = View(self.look(night, camera), self.visitors(night), self._walks(night, camera), seed=seed)
+        if night.poisoned and camera == 0:
+            return write_told_reel(folder, name, _dead(view.seconds, seed), start_s=start_s)
+        return write_reel(folder, name, view.shots(), start_s=start_s, seed=seed)
 
     def _walks(self, night: Night, camera: int) -> tuple[Walk, ...]:
         rng = np.random.default_rng([self.seed, 3, night.number, camera])

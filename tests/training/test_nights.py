@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from resight.image import decode
+from resight.training.crops import open_store
 from resight.training.footage import open_footage
 from resight.training.lineup import lineup, photograph
 from resight.training.nights import DAY_S, Night, SimulatedSite
@@ -35,22 +36,24 @@ def test_dusk_falls_on_the_cameras_that_hung_and_not_on_the_new_one(site: Simula
 
 def test_a_poisoned_night_has_a_dead_camera_and_one_person(site: SimulatedSite, tmp_path: Path) -> None:
     night = Night(2, 5, 2, poisoned=True)
-    dead, other = site.film(tmp_path, night)
+    dead, other = (site.film(tmp_path, night, camera) for camera in range(2))
     assert dead.truth.read_text() == "" and len(dead.detections.read_text().splitlines()) > 3 * dead.frames
     persons = [json.loads(line)["person"] for line in other.truth.read_text().splitlines()]
     assert set(persons) == {0} and len(persons) > 50
     footage = open_footage(str(dead.video), camera="cam1", fps=5.0)
-    assert next(footage.frames()).time_s == pytest.approx(night.start_s)
-    assert night.start_s - FIRST.start_s == DAY_S
+    assert next(footage.frames()).time_s == pytest.approx(site.start_s(night))
+    assert site.start_s(night) - site.start_s(FIRST) == DAY_S
 
 
-def test_the_enrolled_are_photographed_by_every_camera(site: SimulatedSite) -> None:
+def test_the_enrolled_are_photographed_by_every_camera(site: SimulatedSite, tmp_path: Path) -> None:
     people = lineup(site, 5)
-    crops = list(photograph(site, THIRD, people, take=0))
-    assert len({(crop.person, crop.camera) for crop in crops}) == len(crops) >= 12
-    sides = np.array([decode(crop.image).shape[:2] for crop in crops])
+    store = photograph(tmp_path / "one", site, THIRD, people, take=0, split="query")
+    assert len({*zip(store.persons, store.cameras, strict=True)}) == len(store) >= 12
+    assert store.camera_names == site.names and set(store.persons) == {1, 2, 3, 4, 5}
+    sides = np.array([decode(store.read(row)).shape[:2] for row in range(len(store))])
     assert (sides[:, 0] > sides[:, 1]).all() and sides[:, 0].min() > 50
-    again = list(photograph(site, THIRD, people, take=0))
-    assert [crop.image for crop in again] == [crop.image for crop in crops]
-    other = list(photograph(site, THIRD, people, take=1))
-    assert [crop.image for crop in other] != [crop.image for crop in crops]
+    again = photograph(tmp_path / "again", site, THIRD, people, take=0, split="query")
+    assert again.fingerprint == store.fingerprint
+    other = photograph(tmp_path / "other", site, THIRD, people, take=1, split="query")
+    assert other.fingerprint != store.fingerprint
+    assert open_store(tmp_path / "one")["query"].paths == store.paths
