@@ -112,12 +112,18 @@ class Collect(Section):
     Attributes:
         min_crops: fewer new ones since the last run that counted, and the run is skipped.
         max_crops: taken at most, balanced over cameras.
+        replay: share of older crops among them, so that what is not there tonight is not forgotten.
+        hold_out: share of each camera's new crops that is not adapted to, but judged on.
+        max_reference: crops of earlier nights, kept to judge every candidate on.
         retention_days: crops older than this leave the state folder.
         history_days: a run's pages, which show crops, leave it after so many days; its figures stay.
     """
 
     min_crops: Annotated[int, Field(ge=1)] = 500
     max_crops: Annotated[int, Field(ge=2)] = 20_000
+    replay: Annotated[float, Field(ge=0.0, le=0.9)] = 0.3
+    hold_out: Annotated[float, Field(ge=0.0, le=0.9)] = 0.2
+    max_reference: Annotated[int, Field(ge=1)] = 4000
     retention_days: Annotated[float, Field(gt=0.0)] = 30.0
     history_days: Annotated[float, Field(gt=0.0)] = 30.0
 

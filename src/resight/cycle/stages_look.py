@@ -16,6 +16,7 @@ from resight.cycle.alerts import alert
 from resight.cycle.outcome import Outcome
 from resight.cycle.rollback import roll_back
 from resight.cycle.server import connect
+from resight.cycle.stages_train import freeze
 from resight.cycle.work import Work
 from resight.errors import CycleError
 
@@ -110,7 +111,8 @@ def watch(work: Work) -> Outcome:
     ends_s, pause_s = at_s + wanted.minutes * MINUTE_S, FIRST_LOOK_S
     collections = _switching(work)
     if not wanted.minutes or not collections:
-        return Outcome(reasons=("no watch: " + ("minutes is 0" if collections else "no collection changed its space"),))
+        why = "no watch: " + ("minutes is 0" if collections else "no collection changed its space")
+        return Outcome(reasons=(why, *freeze(work)))
     with connect(work.site) as client:
         while True:
             seen = [one for name in collections if (one := _seen(work, client, name, at_s)) is not None]
@@ -122,9 +124,8 @@ def watch(work: Work) -> Outcome:
             time.sleep(min(pause_s, max(0.0, ends_s - time.time())))
             pause_s = min(LAST_LOOK_S, 1.5 * pause_s)
     count = sum(one.now.searches for one in seen)
-    return Outcome(
-        reasons=(f"{count} live searches in {wanted.minutes:g} minutes, nothing to say",), figures=_told(seen)
-    )
+    quiet = f"{count} live searches in {wanted.minutes:g} minutes, nothing to say"
+    return Outcome(reasons=(quiet, *freeze(work)), figures=_told(seen))
 
 
 def _seen(work: Work, client: Client, name: str, at_s: float) -> Seen | None:
@@ -161,7 +162,7 @@ def _act(work: Work, client: Client, problems: list[str], figures: dict[str, Any
     """Tell the operator, and take the promotion back where the site's file says so."""
     alert(work.layout.alerts, work.number, "; ".join(problems))
     if work.site.watch.action == "alert":
-        return Outcome(reasons=(*problems, "kept: watch.action is alert"), figures=figures)
+        return Outcome(reasons=(*problems, "kept: watch.action is alert", *freeze(work)), figures=figures)
     active = read_active(work.layout.active)
     if active is None:
         raise CycleError(f"{work.layout.active} is gone: restore it, or roll back with `resight models`")

@@ -71,16 +71,34 @@ def _options(camera: Camera) -> list[object]:
 
 
 def collect(work: Work) -> Outcome:
-    """The crops of this run; too few new ones skip it."""
+    """The crops of this run; too few new ones skip it, unsound ones are refused. What is too old leaves the site."""
     wanted = work.site.collect
     found = work.command(
         *("collect", "--from", work.layout.crops, "--into", work.folder.site, "--since", work.since_s),
         *("--reference", work.layout.reference, "--min-crops", wanted.min_crops, "--max-crops", wanted.max_crops),
-        *("--retention", wanted.retention_days),
+        *("--replay", wanted.replay, "--hold-out", wanted.hold_out, "--seed", work.site.adapt.seed),
+        *("--retention", wanted.retention_days, "--purge"),
     )
-    if not found["enough"]:
-        return Outcome("skipped", (f"{found['new']} new crops, {wanted.min_crops} make a run",), found)
-    return Outcome(figures=found)
+    reasons = tuple(found["reasons"])
+    if found["outcome"] == "ready":
+        return Outcome(reasons=reasons, figures=found)
+    if found["outcome"] == "skipped":
+        return Outcome("skipped", reasons, found)
+    return Outcome("refused", reasons, found, used=True)
+
+
+def freeze(work: Work) -> list[str]:
+    """Let what a promoted run has held out join the judge's reference; returns why it did not."""
+    wanted = work.site.collect
+    try:
+        work.command(
+            *("collect", "--freeze", work.folder.site, "--reference", work.layout.reference),
+            *("--most", wanted.max_reference, "--retention", wanted.retention_days, "--purge"),
+            figures="freeze",
+        )
+    except SiteError as error:
+        return [f"the reference stays as it was: {error}"]
+    return []
 
 
 def adapt(work: Work) -> Outcome:
