@@ -194,6 +194,28 @@ def test_a_damaged_store_is_not_taken_for_a_plain_folder(tmp_path: Path) -> None
         open_site(tmp_path)
 
 
+def test_tracks_are_taken_from_names_only_when_asked(tmp_path: Path) -> None:
+    fill(tmp_path, ["bounding_box_train/0002_c1s1_000451_01.jpg", "bounding_box_train/0002_c1s1_000701_01.jpg",
+                    "bounding_box_train/0002_c1s1_000952_01.jpg", "bounding_box_train/0002_c2s1_000451_01.jpg",
+                    "bounding_box_train/0002_c1s2_000451_01.jpg", "bounding_box_train/0003_c1s1_000451_01.jpg",
+                    "query/0007_c1s1_000100_00.jpg", "bounding_box_test/0007_c1s1_000125_00.jpg",
+                    "bounding_box_test/0000_c1s1_000125_00.jpg"])  # fmt: skip
+    assert (open_site(tmp_path).train.tracks == -1).all()
+    site = open_site(tmp_path, tracks_from_names=True)
+    assert site.query is not None and site.gallery is not None
+    track = dict(zip(site.train.paths, site.train.tracks.tolist(), strict=True))
+    names = [path.removeprefix("bounding_box_train/") for path in track]
+    assert names[0] == "0002_c1s1_000451_01.jpg"
+    first, second, third, later, elsewhere, other = track.values()  # by name: 250 frames are 10 s, 251 are more
+    assert first == second and len({first, third, later, elsewhere, other}) == 5
+    assert site.query.tracks[0] == site.gallery.tracks[1] not in track.values()
+    assert site.gallery.tracks[0] == -1  # a stranger is nobody in particular
+    plain = tmp_path / "plain"
+    fill(plain, ["cam1/a.jpg", "cam2/b.jpg"])
+    with pytest.raises(SiteError, match="to take tracks from names"):
+        open_site(plain, tracks_from_names=True)
+
+
 @pytest.mark.real
 def test_the_market_subset_opens() -> None:
     folder = SHARED / "data" / "market-subset"
