@@ -1,4 +1,4 @@
-"""A site small enough for a cycle in seconds: drawn people in its crop store, a real server, two iterations of training."""
+"""A site small enough for a cycle in seconds: drawn people, a real server, two iterations of training."""
 
 from __future__ import annotations
 

@@ -1,0 +1,91 @@
+"""SIGKILL at every stage of a cycle, then `resight cycle once`: it completes, once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from cycles import COLLECTION, ENTRIES, crops, cycle, environment, logs, once, site_served
+
+from resight.cycle.active import read_active
+from resight.cycle.conductor import STAGES
+from resight.cycle.layout import Layout
+from resight.cycle.lock import holder
+from resight.cycle.state import Runs
+
+LONG_S = 120.0
+
+
+def stage_pid(database: Path, stage: str) -> int | None:
+    """The process of a stage, once the row says that it runs; its process group has the same number."""
+    try:
+        with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as db:
+            row = db.execute("SELECT pid FROM stage WHERE stage = ? AND state = 'running'", (stage,)).fetchone()
+        db.close()
+    except sqlite3.OperationalError:  # not there yet
+        return None
+    return None if row is None else int(row[0])
+
+
+def is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def killed_during(stage: str, site: Path, database: Path) -> None:
+    """Begin or go on with the cycle, and kill it as soon as a stage runs; the stage's process follows it."""
+    process = subprocess.Popen(
+        cycle("once", site), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
+    )
+    deadline = time.monotonic() + LONG_S
+    while (pid := stage_pid(database, stage)) is None:
+        assert process.poll() is None and time.monotonic() < deadline, (stage, logs(site))
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + LONG_S
+    while is_alive(pid):
+        assert time.monotonic() < deadline, stage
+        time.sleep(0.01)
+
+
+@pytest.mark.timeout(600)
+def test_a_cycle_that_is_killed_at_every_stage_completes_once(tmp_path: Path) -> None:
+    with site_served(tmp_path) as (site, client):
+        layout = Layout(tmp_path / "state")
+        before = {one.entry_id for one in client.entries(COLLECTION)}
+        for stage in STAGES:
+            killed_during(stage, site, layout.database)
+        assert "is held by" not in str(holder(layout.lock))
+        done = once(site)
+        assert done.returncode == 0, done.stderr + logs(site)
+        with Runs(layout.database) as runs:
+            (run,) = runs.runs()
+            stages = runs.stages(run.run)
+        assert (run.state, list(stages)) == ("promoted", list(STAGES))
+        assert {name: (one.state, one.starts) for name, one in stages.items()} == dict.fromkeys(STAGES, ("done", 2))
+        # What the service does: the new model embeds, the collection is searched in its space, nobody was lost.
+        (active,) = (one for one in client.models() if one.active)
+        collection = client.collection(COLLECTION)
+        assert (active.model_id, collection.space_id) == ("lobby-000001", active.space_id)
+        assert {one.entry_id for one in client.entries(COLLECTION)} == before and len(before) == ENTRIES
+        assert sum(one.model_id.startswith("lobby") for one in client.models()) == 1
+        night = crops(site)
+        seen = client.search(COLLECTION, night.read(0))
+        assert seen.space_id == active.space_id and seen.hits[0].similarity > 0.999
+        found = read_active(layout.active)
+        assert found is not None and (found.model_id, found.run) == ("lobby-000001", 1)
+        assert found.previous is not None and found.previous.model_id == "first"
+        assert not layout.run(1).site.exists()  # crops of people go when the run has ended
+        assert (
+            "promoted" in layout.page(1).read_text()
+            and "run-000001.html" in (layout.history / "index.html").read_text()
+        )
