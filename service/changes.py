@@ -15,6 +15,7 @@ from resight.service.entries import Collection, Enrolled, Entry
 from resight.service.rows import NO_ENTRY, check_etag, log_change
 
 ENTRY_FIELDS = ("subject_id", "labels", "expire_us")
+CLOCKS_US = 60_000_000  # a caller's clock may be ahead of ours
 COLLECTION_FIELDS = (
     "ttl_us",
     "keep_crops",
@@ -26,7 +27,13 @@ COLLECTION_FIELDS = (
 
 
 def update_entry(
-    connection: sqlite3.Connection, found_in: Collection, new: Entry, fields: Iterable[str], *, etag: str = ""
+    connection: sqlite3.Connection,
+    found_in: Collection,
+    new: Entry,
+    fields: Iterable[str],
+    *,
+    etag: str = "",
+    may_outlive: bool = True,
 ) -> Enrolled:
     """Change an entry in place: its key, feature and crops stay.
 
@@ -37,11 +44,12 @@ def update_entry(
             counted from enrolment.
         fields: of `ENTRY_FIELDS`, at least one.
         etag: compared where it is not empty.
+        may_outlive: it may expire later than the collection's time to live after its enrolment.
 
     Raises:
         EntryNotFoundError: no such one.
         ConflictError: it was changed since ``etag`` was read.
-        InputError: no field, or one that cannot be changed.
+        InputError: no field, one that cannot be changed, or a time it may not live to.
     """
     wanted = _wanted(fields, ENTRY_FIELDS)
     key, found = reads.entry(connection, found_in, new.entry_id)
@@ -52,6 +60,8 @@ def update_entry(
         expire_us = new.expire_us
         if expire_us is None and found_in.ttl_us is not None:
             expire_us = found.created_us + found_in.ttl_us
+        if not may_outlive and (error := outlives(found_in, expire_us, found.created_us)):
+            raise error
         connection.execute("UPDATE entry SET expire_us = ? WHERE key = ?", (expire_us, key))
     if "labels" in wanted:
         connection.execute("DELETE FROM label WHERE entry = ?", (key,))
@@ -59,6 +69,18 @@ def update_entry(
     connection.execute("UPDATE entry SET version = version + 1 WHERE key = ?", (key,))
     revision = log_change(connection, found_in.key, [NO_ENTRY], deleted=False)
     return Enrolled(reads.entry_by_key(connection, key), revision)
+
+
+def outlives(of: Collection, expire_us: int | None, since_us: int) -> InputError | None:
+    """What is wrong with a time to expire at that lies beyond the collection's own, counted from ``since_us``."""
+    if of.ttl_us is None or expire_us is None or expire_us <= since_us + of.ttl_us + CLOCKS_US:
+        return None
+    days = of.ttl_us / 86_400e6
+    return InputError(
+        f"entries of collection {of.name} live {days:g} days, this one would live longer: give an earlier expire_time, "
+        "leave it out, or ask an operator",
+        field="entry.expire_time",
+    )
 
 
 def update_collection(

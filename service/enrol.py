@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from uuid import uuid4
 
 from resight.errors import QualityTooLowError, ReIDError
-from resight.service import writes
-from resight.service.entries import Collection, Enrolled, Enrolment, Entry
+from resight.service import audited
+from resight.service.audit import Event
+from resight.service.changes import outlives
+from resight.service.entries import Collection, Enrolled, Enrolment, Entry, now_us
 from resight.service.features import Crops, FeatureMaker, Given, given_features
 from resight.service.lanes import Priority
 from resight.service.runtime import Feature
@@ -18,17 +20,27 @@ from resight.service.store import Store
 
 @dataclass(frozen=True)
 class EnrolRequest:
-    """One entry to enrol, with what its feature is made from."""
+    """One entry to enrol, with what its feature is made from.
+
+    Attributes:
+        may_outlive: it may expire later than the collection's time to live.
+    """
 
     entry: Entry
     source: Crops | Given
     replace: bool = False
     request_id: str = ""
     digest: bytes = b""
+    may_outlive: bool = True
 
 
 async def enrolled(
-    store: Store, maker: FeatureMaker, into: Collection, requests: Sequence[EnrolRequest], deadline: float
+    store: Store,
+    maker: FeatureMaker,
+    into: Collection,
+    requests: Sequence[EnrolRequest],
+    deadline: float,
+    event: Event,
 ) -> list[Enrolled | ReIDError]:
     """Enrol entries in the order of the request; each has its own outcome, and one that is answered is on disk.
 
@@ -38,18 +50,24 @@ async def enrolled(
         into: the collection, as it was read a moment ago.
         requests: at most ``max_batch_items``.
         deadline: in `time.monotonic` seconds.
+        event: of the call, for the audit.
     """
     made = await _made(maker, into, requests, deadline)
     ready = [new for new in made if isinstance(new, Enrolment)]
     try:
-        stored = iter(await store.write(writes.enrol_each, into, ready))
+        stored = iter(await store.write(audited.enrol_each, into, ready, event))
     except ReIDError as error:  # no room, or a damaged database: nothing of this was stored
         return [error if isinstance(new, Enrolment) else new for new in made]
     return [next(stored) if isinstance(new, Enrolment) else new for new in made]
 
 
 async def enrolled_together(
-    store: Store, maker: FeatureMaker, into: Collection, requests: Sequence[EnrolRequest], deadline: float
+    store: Store,
+    maker: FeatureMaker,
+    into: Collection,
+    requests: Sequence[EnrolRequest],
+    deadline: float,
+    event: Event,
 ) -> list[Enrolled]:
     """Enrol all entries or none, in one transaction; see `enrolled`.
 
@@ -63,7 +81,7 @@ async def enrolled_together(
             new.facts["item"] = str(number)
             raise new
         good.append(new)
-    return await store.write(writes.enrol_all, into, good)
+    return await store.write(audited.enrol_all, into, good, event)
 
 
 async def _made(
@@ -80,7 +98,9 @@ async def _made(
             continue
         feature = next(given)
         made.append(feature if isinstance(feature, ReIDError) else _enrolment(one, feature, 0))
-    return made
+    now = now_us()
+    refused = [None if one.may_outlive else outlives(into, one.entry.expire_us, now) for one in requests]
+    return [error or new for error, new in zip(refused, made, strict=True)]
 
 
 async def _embedded(

@@ -1,7 +1,7 @@
 """Enrol, list, change and delete over the store: what callers ask of a gallery, checked and carried out.
 
-Searching stands in `resight.service.searcher`, which follows the store's changes by itself. Deletions leave their row
-in the audit in their own transaction.
+Searching stands in `resight.service.searcher`, which follows the store's changes by itself. Writes of entries leave
+their row in the audit in their own transaction.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import replace
 from resight.errors import InputError, ReIDError, RevisionNotSearchableError
 from resight.service import audited, changes, reads, writes
 from resight.service.audit import Event
-from resight.service.auth import current
+from resight.service.auth import Role, current
 from resight.service.enrol import EnrolRequest, enrolled, enrolled_together
 from resight.service.entries import Collection, Enrolled, Entry, Filter, Space
 from resight.service.erasure import Erasure, erase_subject
@@ -154,17 +154,20 @@ class Gallery:
         gone = await self._store.erase(audited.delete_collection, name, event, force=force, etag=etag)
         self.searcher.drop(gone)
 
-    async def enrol(self, name: str, requests: Sequence[EnrolRequest], deadline: float) -> list[Enrolled | ReIDError]:
+    async def enrol(
+        self, name: str, requests: Sequence[EnrolRequest], deadline: float, *, method: str
+    ) -> list[Enrolled | ReIDError]:
         """Enrol entries, each with its own outcome; see `resight.service.enrol`. Raises CollectionNotFoundError."""
         into = await self.collection(name)
-        outcomes = await enrolled(self._store, self._maker, into, requests, deadline)
+        outcomes = await enrolled(self._store, self._maker, into, requests, deadline, _event(method))
         self.searcher.follow(into)
         return outcomes
 
     async def enrol_together(self, name: str, requests: Sequence[EnrolRequest], deadline: float) -> list[Enrolled]:
         """Enrol all entries or none. Raises CollectionNotFoundError, and what the first refused one was refused for."""
         into = await self.collection(name)
-        done = await enrolled_together(self._store, self._maker, into, requests, deadline)
+        event = _event("BatchEnrollEntries")
+        done = await enrolled_together(self._store, self._maker, into, requests, deadline, event)
         self.searcher.follow(into)
         return done
 
@@ -204,10 +207,14 @@ class Gallery:
         Raises:
             EntryNotFoundError: no such one.
             ConflictError: it was changed since ``etag`` was read.
-            InputError: no field, or one that cannot be changed.
+            InputError: no field, one that cannot be changed, or a time beyond the collection's that only an operator
+                may set.
         """
         found_in = await self.collection(name)
-        changed = await self._store.erase(changes.update_entry, found_in, new, fields, etag=etag)
+        event, operator = _event("UpdateEntry"), may_outlive()
+        changed = await self._store.erase(
+            audited.update_entry, found_in, new, fields, event, etag=etag, may_outlive=operator
+        )
         self.searcher.follow(found_in)
         return changed
 
@@ -256,6 +263,11 @@ class Gallery:
         for touched in await self.collections(after="", limit=-1):
             self.searcher.follow(touched)
         return done
+
+
+def may_outlive() -> bool:
+    """Whether the caller may keep an entry beyond its collection's time to live."""
+    return current().role >= Role.OPERATOR
 
 
 def _event(method: str) -> Event:

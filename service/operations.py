@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from google.rpc import status_pb2
 
-from resight.errors import OperationNotFoundError, ReIDError
+from resight.errors import NotCancellableError, OperationNotFoundError, ReIDError
 from resight.reasons import from_status, to_status
 from resight.service.entries import now_us
 from resight.service.store import Store
@@ -25,6 +25,8 @@ from resight.service.store import Store
 KEPT = 1000  # finished operations remembered
 ADAPT = "adapt"
 ELSEWHERE = (ADAPT,)  # kinds that another process carries out: they outlive this one
+REBUILD, LOAD = "rebuild", "load_model"
+FIXED = (REBUILD, LOAD)  # kinds that end by themselves, in a thread that nothing stops
 _NOT_HERE = ", ".join(repr(kind) for kind in ELSEWHERE)
 
 
@@ -130,6 +132,10 @@ class Operations:
         """Ask it to end; the one who works on it does so at the next step, and what is `ELSEWHERE` has ended now.
 
         What has ended stays as it is.
+
+        Raises:
+            OperationNotFoundError: none of that id.
+            NotCancellableError: its kind is one of `FIXED`, and it has not ended.
         """
         return await self._store.book(_cancel, operation_id)
 
@@ -231,6 +237,12 @@ def finish(
 
 def _cancel(connection: sqlite3.Connection, operation_id: str) -> Operation:
     found = by_id(connection, operation_id)
+    if not found.state.ended and found.kind in FIXED:
+        raise NotCancellableError(
+            f"operation {operation_id} is of the kind {found.kind}, which cannot be cancelled: wait until it has ended",
+            field="operation_id",
+            kind=found.kind,
+        )
     if not found.state.ended:
         connection.execute("UPDATE operation SET cancel = 1 WHERE operation_id = ?", (operation_id,))
     if found.kind in ELSEWHERE:

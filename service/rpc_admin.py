@@ -16,7 +16,7 @@ from resight.service.entries import Filter
 from resight.service.folder import disk_bytes
 from resight.service.long_work import CancelledWork, LongWork
 from resight.service.models import ModelHost
-from resight.service.operations import Operation
+from resight.service.operations import REBUILD, Operation
 from resight.service.paging import key_of_token, page_size, page_token
 from resight.service.rpc_lessons import check_request_id
 from resight.service.rpc_operations import operation_message, state_of
@@ -100,7 +100,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             told = {"index_type": built.index_type, "note": built.note}
             return told | ({} if recall is None else {"recall_at_10": f"{recall:.4f}"})
 
-        started = await self._work.begin(tenant.operations, "rebuild", rebuild, collection=collection.name)
+        started = await self._work.begin(tenant.operations, REBUILD, rebuild, collection=collection.name)
         return admin_pb2.RebuildIndexResponse(operation=operation_message(started))
 
     async def CreateSnapshot(

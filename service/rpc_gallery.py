@@ -13,7 +13,7 @@ from resight.service import translate, watch
 from resight.service.auth import current
 from resight.service.enrol import EnrolRequest
 from resight.service.entries import Collection, Enrolled
-from resight.service.gallery import Gallery
+from resight.service.gallery import Gallery, may_outlive
 from resight.service.guard import check_batch, deadline_of
 from resight.service.paging import key_of_token, name_of_token, page_size, page_token
 from resight.service.rpc_lessons import LessonServicer, check_request_id
@@ -85,7 +85,7 @@ class GalleryServicer(LessonServicer):
         gallery = await self._gallery()
         deadline = deadline_of(context, self._settings.deadline_s)
         wanted = enrol_request(request, request.collection_id)
-        (outcome,) = await gallery.enrol(request.collection_id, [wanted], deadline)
+        (outcome,) = await gallery.enrol(request.collection_id, [wanted], deadline, method="EnrollEntry")
         if isinstance(outcome, ReIDError):
             raise outcome
         return gallery_pb2.EnrollEntryResponse(
@@ -117,7 +117,8 @@ class GalleryServicer(LessonServicer):
             except ReIDError as error:
                 raise _at(error, int(error.facts.pop("item", -1))) from None
         else:
-            done = iter(await gallery.enrol(request.collection_id, wanted, deadline))
+            method = "BatchEnrollEntries"
+            done = iter(await gallery.enrol(request.collection_id, wanted, deadline, method=method))
         revision, results = 0, []
         for number, early in enumerate(outcomes):
             outcome = early or next(done)
@@ -238,6 +239,7 @@ def enrol_request(request: gallery_pb2.EnrollEntryRequest, collection_id: str) -
         replace=request.on_duplicate == gallery_pb2.DUPLICATE_POLICY_REPLACE,
         request_id=request.request_id,
         digest=digest if request.request_id else b"",
+        may_outlive=may_outlive(),
     )
 
 

@@ -8,22 +8,22 @@ from typing import Any
 import grpc
 
 from resight.errors import ModelNotFoundError
-from resight.service import reads, spaces, translate
+from resight.service import audited, reads, translate
+from resight.service.audit import Event
 from resight.service.auth import current
 from resight.service.long_work import LongWork
 from resight.service.migrate import Migrations, Wanted
 from resight.service.model import Model, ModelInfo, ModelState, space_of
 from resight.service.models import ModelHost
-from resight.service.operations import Operation
+from resight.service.operations import LOAD, Operation
 from resight.service.paging import name_of_token, page_size, page_token
 from resight.service.rpc_operations import operation_message
 from resight.service.shadows import Shadows
-from resight.service.tenants import Tenants
+from resight.service.tenants import Tenant, Tenants
 from resight.service.translate_figures import shadow_bounds, shadow_message
 from resight.v1 import model_pb2, model_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
-LOAD = "load_model"
 
 STATES = {
     ModelState.AVAILABLE: model_pb2.MODEL_STATE_AVAILABLE,
@@ -56,6 +56,10 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         self._models, self._migrations, self._shadows = models, migrations, shadows
         self._tenants, self._work = tenants, work
 
+    async def _own(self) -> Tenant:
+        """The caller's own."""
+        return await self._tenants.tenant(current().tenant)
+
     async def ListModels(self, request: model_pb2.ListModelsRequest, context: Context) -> model_pb2.ListModelsResponse:
         """Models by name, page by page."""
         limit = page_size(request.page_size)
@@ -76,7 +80,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     async def LoadModel(self, request: model_pb2.LoadModelRequest, context: Context) -> model_pb2.LoadModelResponse:
         """Begin to load a model; the operation tells when it can be activated, or why not."""
         self._models.root.find(request.model_id)
-        tenant = await self._tenants.tenant(current().tenant)
+        tenant = await self._own()
         host = self._models
 
         async def load(operation: Operation) -> dict[str, str]:
@@ -85,20 +89,25 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             return {"model_id": model.model_id, "space_id": model.space.space_id}
 
         operation = await self._work.begin(tenant.operations, LOAD, load, total=1, model_id=request.model_id)
+        tenant.audit.note(_event("LoadModel", reason=f"model {request.model_id}"))
         return model_pb2.LoadModelResponse(operation=operation_message(operation))
 
     async def UnloadModel(
         self, request: model_pb2.UnloadModelRequest, context: Context
     ) -> model_pb2.UnloadModelResponse:
         """Let a model go when the last request that began with it has ended."""
+        tenant = await self._own()
         await self._models.unload(request.model_id)
+        tenant.audit.note(_event("UnloadModel", reason=f"model {request.model_id}"))
         return model_pb2.UnloadModelResponse()
 
     async def ActivateModel(
         self, request: model_pb2.ActivateModelRequest, context: Context
     ) -> model_pb2.ActivateModelResponse:
         """Let a loaded model embed what names none."""
+        tenant = await self._own()
         active, previous = await self._models.activate(request.model_id, expected=request.expected_current_model_id)
+        tenant.audit.note(_event("ActivateModel", reason=f"model {active.model_id}"))
         return model_pb2.ActivateModelResponse(active=self._told(active), previous=self._told(previous))
 
     def _told(self, model: Model) -> model_pb2.Model:
@@ -108,7 +117,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         self, request: model_pb2.MigrateCollectionRequest, context: Context
     ) -> model_pb2.MigrateCollectionResponse:
         """Begin to embed a collection anew, or go on with it."""
-        tenant = await self._tenants.tenant(current().tenant)
+        tenant = await self._own()
         wanted = Wanted(
             request.collection_id,
             request.target_model_id,
@@ -116,13 +125,15 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             drop_missing=request.missing_crops == model_pb2.MISSING_CROP_POLICY_DROP,
         )
         operation = await self._migrations.begin(tenant, wanted, request_id=request.request_id)
+        told = _event("MigrateCollection", request.collection_id, operation.total, f"model {request.target_model_id}")
+        tenant.audit.note(told)
         return model_pb2.MigrateCollectionResponse(operation=operation_message(operation))
 
     async def ActivateSpace(
         self, request: model_pb2.ActivateSpaceRequest, context: Context
     ) -> model_pb2.ActivateSpaceResponse:
         """Search a collection in another of its spaces from the next search on."""
-        tenant = await self._tenants.tenant(current().tenant)
+        tenant = await self._own()
         previous = await tenant.store.read(reads.collection, request.collection_id)
         if self._models.in_space(request.space_id) is None:
             raise ModelNotFoundError(
@@ -131,9 +142,10 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
                 field="space_id",
             )
         now = await tenant.store.write(
-            spaces.activate,
+            audited.activate_space,
             request.collection_id,
             request.space_id,
+            _event("ActivateSpace"),
             expected=request.expected_current_space_id,
             allow_incomplete=request.allow_incomplete,
         )
@@ -146,18 +158,25 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         self, request: model_pb2.StartShadowRequest, context: Context
     ) -> model_pb2.StartShadowResponse:
         """Let a candidate answer a sample of a collection's searches too, or go on with it."""
-        tenant, bounds = await self._tenants.tenant(current().tenant), shadow_bounds(request)
+        tenant, bounds = await self._own(), shadow_bounds(request)
         told = await self._shadows.start(tenant, request.collection_id, request.model_id, bounds)
+        tenant.audit.note(_event("StartShadow", told.collection, reason=f"model {told.model_id}"))
         return model_pb2.StartShadowResponse(shadow=shadow_message(told))
 
     async def GetShadow(self, request: model_pb2.GetShadowRequest, context: Context) -> model_pb2.GetShadowResponse:
         """A collection's shadow as it stands, or ended."""
-        tenant = await self._tenants.tenant(current().tenant)
+        tenant = await self._own()
         told = await self._shadows.get(tenant, request.collection_id)
         return model_pb2.GetShadowResponse(shadow=shadow_message(told))
 
     async def StopShadow(self, request: model_pb2.StopShadowRequest, context: Context) -> model_pb2.StopShadowResponse:
         """End a collection's shadow."""
-        tenant = await self._tenants.tenant(current().tenant)
+        tenant = await self._own()
         told = await self._shadows.stop(tenant, request.collection_id)
+        tenant.audit.note(_event("StopShadow", told.collection, told.figures.answered, f"model {told.model_id}"))
         return model_pb2.StopShadowResponse(shadow=shadow_message(told))
+
+
+def _event(method: str, collection: str = "", affected: int = 0, reason: str = "") -> Event:
+    """A row of the audit for a call of this service that now runs; which model stands where callers give reasons."""
+    return Event(current().name, f"ModelService.{method}", collection, affected=affected, reason=reason)

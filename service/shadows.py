@@ -119,8 +119,8 @@ class Shadows:
         if (held := self._shadows.get((tenant.name, of.key))) is not None:
             held.fits(of)
             return held.told()
-        for old in await tenant.operations.listed(limit=LOOKED_AT):
-            if old.kind == KIND and old.details["collection"] == name:
+        for old in await tenant.operations.listed(limit=LOOKED_AT, kind=KIND):
+            if old.details["collection"] == name:
                 told = replace(Told.of(old.details["shadow"]), operation_id=old.operation_id)
                 if told.state is ShadowState.RUNNING:  # as it was noted when it began
                     told = replace(told, state=ShadowState.INTERRUPTED, end_us=old.end_us)

@@ -13,6 +13,12 @@ def serve(
     bundle: Annotated[Path | None, typer.Option(help="Bundle folder that `resight export` made.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the gallery; made when missing.")] = None,
     models: Annotated[Path | None, typer.Option(help="Folder of more bundles, for `resight models load`.")] = None,
+    trusted_keys: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--trusted-key", help="Minisign public key or file of one; may be repeated. Then bundles must be signed."
+        ),
+    ] = None,
     listen: Annotated[
         str | None, typer.Option(help="HOST:PORT; port 0 takes a free one. [default: 127.0.0.1:50051]")
     ] = None,
@@ -34,8 +40,9 @@ def serve(
         bool | None, typer.Option("--behind-tls-proxy", help="Off loopback without TLS: a proxy before it has it.")
     ] = None,
     gallery: Annotated[str | None, typer.Option(help="embedded, or milvus://HOST:PORT. [default: embedded]")] = None,
-    metrics: Annotated[
-        str | None, typer.Option(help="HOST:PORT of /metrics, /livez and /readyz over HTTP. [default: none]")
+    metrics_listen: Annotated[
+        str | None,
+        typer.Option("--metrics", help="HOST:PORT of /metrics, /livez and /readyz over HTTP. [default: none]"),
     ] = None,
     log_format: Annotated[str | None, typer.Option(help="Of the log: text or json. [default: text]")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any setting; flags come first.")] = None,
@@ -49,6 +56,7 @@ def serve(
 
     Every setting can also be given as an environment variable (RESIGHT_MAX_BATCH=16) or in the file.
     """
+    flags = dict(locals())  # named as the settings are
     import asyncio
 
     logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells each build it tries
@@ -56,24 +64,6 @@ def serve(
     from resight.service.logs import set_up_log
     from resight.service.settings import load_settings
 
-    settings = load_settings(
-        config=config,
-        bundle=bundle,
-        models=models,
-        data=data,
-        listen=listen,
-        provider=provider,
-        precision=precision,
-        device_id=device_id,
-        engine_cache=engine_cache,
-        reflection=reflection,
-        tls_cert=tls_cert,
-        tls_key=tls_key,
-        tls_client_ca=tls_client_ca,
-        behind_tls_proxy=behind_tls_proxy,
-        metrics_listen=metrics,
-        log_format=log_format,
-        gallery=gallery,
-    )
+    settings = load_settings(**flags)
     set_up_log(settings.log_format)
     asyncio.run(run(settings))

@@ -23,6 +23,7 @@
     ├── CropsMissingError          crops are needed that were never kept
     ├── MigrationError             a migration did not pass its gate
     ├── SpaceMismatchError         features of two embedding spaces would be compared
+    ├── NotCancellableError        long work of a kind that nothing stops
     ├── UncalibratedError          a probability is asked of a space that knows none
     ├── NotFoundError
     │   ├── CollectionNotFoundError
@@ -157,6 +158,10 @@ class MigrationError(ReIDError):
 
 class SpaceMismatchError(ReIDError):
     """Features of two embedding spaces would be compared."""
+
+
+class NotCancellableError(ReIDError):
+    """Long work of a kind that ends by itself and by nothing else."""
 
 
 class UncalibratedError(ReIDError):

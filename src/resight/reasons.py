@@ -51,6 +51,7 @@ WIRE: dict[type[ReIDError], Wire] = {
     errors.CropsMissingError: Wire(grpc.StatusCode.FAILED_PRECONDITION, "CROPS_MISSING"),
     errors.MigrationError: Wire(grpc.StatusCode.FAILED_PRECONDITION, "MIGRATION_GATE"),
     errors.SpaceMismatchError: Wire(grpc.StatusCode.FAILED_PRECONDITION, "EMBEDDING_SPACE_MISMATCH"),
+    errors.NotCancellableError: Wire(grpc.StatusCode.FAILED_PRECONDITION, "NOT_CANCELLABLE"),
     errors.UncalibratedError: Wire(grpc.StatusCode.FAILED_PRECONDITION, "SPACE_UNCALIBRATED"),
     errors.NotFoundError: Wire(grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
     errors.CollectionNotFoundError: Wire(grpc.StatusCode.NOT_FOUND, "COLLECTION_NOT_FOUND"),

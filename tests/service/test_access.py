@@ -2,6 +2,7 @@
 
 import contextvars
 import time
+from datetime import UTC, datetime, timedelta
 
 import grpc
 import pytest
@@ -82,6 +83,25 @@ def test_each_role_does_its_part_and_no_more(connect, tokens):
             stranger.wait_ready(5)
             with pytest.raises(UnauthenticatedError):
                 stranger.search("lobby", jpeg(1))
+
+
+def test_an_enroller_lets_nobody_stay_longer_than_the_collection_says(connect, tokens):
+    later, soon = datetime.now(UTC) + timedelta(days=2), datetime.now(UTC) + timedelta(hours=20)
+    with connect(tokens[Role.OPERATOR]) as operator, connect(tokens[Role.ENROLLER]) as enroller:
+        operator.create_collection("brief", ttl=timedelta(days=1))
+        with pytest.raises(InputError, match="live 1 days, this one would live longer") as refused:
+            enroller.enrol("brief", NewEntry(jpeg(1), "one", expire_time=later))
+        assert refused.value.field == "entry.expire_time"
+        items = [NewEntry(jpeg(1), "one", expire_time=soon), NewEntry(jpeg(2), "two", expire_time=later)]
+        one, two = enroller.enrol_batch("brief", items)
+        assert one.expire_time == soon and isinstance(two, InputError)
+        with pytest.raises(InputError, match="ask an operator"):
+            enroller.update_entry("brief", "one", expire_time=later)
+        enroller.update_entry("brief", "one", expire_time=soon - timedelta(hours=1))
+        assert operator.update_entry("brief", "one", expire_time=later).expire_time == later
+        assert operator.enrol("brief", NewEntry(jpeg(2), "two", expire_time=later)).expire_time == later
+        operator.create_collection("for-good", unlimited_retention=True)
+        assert enroller.enrol("for-good", NewEntry(jpeg(1), expire_time=later)).expire_time == later
 
 
 def test_a_client_without_a_certificate_or_of_another_authority_does_not_get_in(secure, authority, tokens, tmp_path):

@@ -154,8 +154,8 @@ def test_with_trusted_keys_only_signed_models_are_loaded(root, tmp_path):
         sign_bundle(root / "b", key)
         loaded(client, "b")
     assert server.end() == 0
-    unsigned = ServerProcess(root / "bad", tmp_path / "other", **env)
-    assert unsigned.process.wait(60) != 0
+    unsigned = ServerProcess(root / "bad", tmp_path / "other", "--trusted-key", key.public)
+    assert unsigned.process.wait(60) != 0 and "not signed" in " ".join(unsigned.log.read_text().split())
 
 
 def resident_kib(pid: int) -> int:

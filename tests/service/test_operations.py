@@ -3,8 +3,8 @@ import asyncio
 import pytest
 from stores import opened
 
-from resight.errors import InputError, OperationNotFoundError
-from resight.service.operations import Operations, State
+from resight.errors import InputError, NotCancellableError, OperationNotFoundError
+from resight.service.operations import FIXED, Operations, State
 
 
 @pytest.fixture
@@ -79,5 +79,19 @@ def test_cancelling_is_a_wish_that_the_worker_hears(store):
         assert (await work.progress(one.operation_id, succeeded=1)).cancel_asked
         assert (await work.finish(one.operation_id, cancelled=True)).state is State.CANCELLED
         assert (await work.cancel(one.operation_id)).state is State.CANCELLED
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("kind", FIXED)
+def test_what_nothing_stops_says_so_until_it_has_ended(store, kind):
+    async def body():
+        work = Operations(store)
+        begun = await work.start(kind)
+        with pytest.raises(NotCancellableError, match=f"{kind}, which cannot be cancelled"):
+            await work.cancel(begun.operation_id)
+        assert await work.get(begun.operation_id) == begun
+        done = await work.finish(begun.operation_id)
+        assert await work.cancel(begun.operation_id) == done
 
     asyncio.run(body())

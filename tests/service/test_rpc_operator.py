@@ -74,6 +74,7 @@ def test_the_audit_tells_who_looked_for_whom(client, collection):
     rows = [row for row in client.audit_events(start=begun) if row.collection == collection]
     rows.sort(key=lambda row: row.time)  # searches are written together, a moment later than deletions
     assert [(row.method.partition(".")[2], row.affected) for row in rows] == [
+        ("BatchEnrollEntries", 4),
         ("Search", 3),
         ("Verify", 0),
         ("DeleteEntry", 1),
