@@ -31,6 +31,7 @@ ROADS = {
     "cli",
     "cli_bundle",
     "cli_bundle_show",
+    "cli_collect",
     "cli_connect",
     "cli_cycle",
     "cli_demo",

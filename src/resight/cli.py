@@ -11,7 +11,9 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from resight.cli_bundle import bundle
+from resight.cli_collect import collect
 from resight.cli_connect import access
+from resight.cli_cycle import cycle
 from resight.cli_demo import demo
 from resight.cli_doctor import doctor
 from resight.cli_evaluate import evaluate
@@ -36,11 +38,11 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.callback(help=app.info.help)(access)
-for command in (demo, ingest, adapt, evaluate, judge, export, serve, search, verify, doctor):
+for command in (demo, ingest, collect, adapt, evaluate, judge, export, serve, search, verify, doctor):
     app.command()(command)
 app.command(hidden=True)(builtin_weights)
-for command in (confirm, reject, feedback, figures):
-    gallery.command()(command)
+for under_gallery in (confirm, reject, feedback, figures):
+    gallery.command()(under_gallery)
 models.command("adapt")(ask_to_adapt)
 models.command()(shadow)
 app.add_typer(gallery, name="gallery")
@@ -48,6 +50,7 @@ app.add_typer(snapshot, name="snapshot")
 app.add_typer(models, name="models")
 app.add_typer(token, name="token")
 app.add_typer(bundle, name="bundle")
+app.add_typer(cycle, name="cycle")
 
 
 def main() -> None:

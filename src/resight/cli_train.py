@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from resight.checkpoint import Checkpoint
     from resight.training.crops import CropStore
     from resight.training.datasets import Site
+    from resight.training.links import Links
     from resight.training.runlog import RunLog
     from resight.weights import InitialWeights
 
@@ -62,7 +63,6 @@ def adapt(
     from resight.training.adapt import Adaptation
     from resight.training.adapt import adapt as run_adaptation
     from resight.training.distributed import from_first, joined, rank
-    from resight.training.links import links_of
     from resight.training.recipe import change_recipe, load_recipe
     from resight.training.run import Run, require_device
     from resight.training.runlog import RunLog
@@ -77,8 +77,7 @@ def adapt(
     folder, report = out.with_name(f"{out.name}-log"), out.with_name(f"{out.name}-log") / "report.html"
     with joined(device) as device:
         console = Console(stderr=True, quiet=rank() > 0)
-        opened, store = from_first(lambda: _usable(site))
-        links = from_first(lambda: links_of(store))
+        opened, store, links = from_first(lambda: _usable(site))
         initial = load_weights(init)
         smaller = load_weights(student) if student is not None else None
         console.print(
@@ -123,13 +122,15 @@ def _report(
         )
 
 
-def _usable(site: Path) -> tuple[Site, CropStore]:
-    """A site, and those of its training crops that can be decoded."""
+def _usable(site: Path) -> tuple[Site, CropStore, Links]:
+    """A site, those of its training crops that can be decoded, and the links between them."""
     from resight.training.crops import usable_crops
     from resight.training.datasets import open_site
+    from resight.training.links import links_of
 
     opened = open_site(site)
-    return opened, usable_crops(opened.train)
+    store = usable_crops(opened.train)
+    return opened, store, links_of(store)
 
 
 def builtin_weights(

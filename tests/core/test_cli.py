@@ -18,7 +18,7 @@ from tiny import draw_site, resight, resight_here, the_error
 from resight.checkpoint import INDEX_FILE, MODEL_FILE, load_checkpoint
 from resight.training.datasets import Site
 
-COMMANDS = ["demo", "ingest", "adapt", "evaluate", "judge", "export", "serve", "search", "verify", "doctor"]
+COMMANDS = ["demo", "ingest", "collect", "adapt", "evaluate", "judge", "export", "serve", "search", "verify", "doctor"]
 GROUPS = {
     "gallery": [
         *["create", "list", "enrol", "get", "entries", "delete", "update", "erase", "stats", "drop"],
@@ -28,6 +28,7 @@ GROUPS = {
     "models": ["list", "load", "activate", "unload", "migrate", "activate-space", "adapt", "shadow"],
     "token": ["create", "list", "revoke"],
     "bundle": ["verify", "show", "diff", "keygen", "sign"],
+    "cycle": ["init", "once", "run", "status", "history", "rollback"],
 }
 
 

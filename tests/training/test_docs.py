@@ -18,13 +18,18 @@ from resight.training.crops import COLUMNS, SCHEMA, SPLITS, VERSION_KEY, CropSto
 from resight.training.recipe import SECTIONS, Recipe, load_recipe, recipe_names
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-PAGES = {name: (DOCS / f"{name}.md").read_text() for name in ("crop-store", "checkpoint", "method")}
+PAGES = {name: (DOCS / f"{name}.md").read_text() for name in ("crop-store", "checkpoint", "method", "collecting")}
 CITED = re.compile(r"\| `((?:training|src/resight)/\w+\.py)` \| (.+) \|$", re.MULTILINE)
-CITATIONS = [(file, name) for file, cell in CITED.findall(PAGES["method"]) for name in re.findall(r"`([\w.]+)`", cell)]
+CITATIONS = [
+    (file, name)
+    for page in ("method", "collecting")
+    for file, cell in CITED.findall(PAGES[page])
+    for name in re.findall(r"`([\w.]+)`", cell)
+]
 
 
 @pytest.mark.parametrize(("file", "name"), CITATIONS)
-def test_every_function_the_method_names_exists(file: str, name: str) -> None:
+def test_every_function_the_method_and_collecting_name_exists(file: str, name: str) -> None:
     package = "resight.training" if file.startswith("training/") else "resight"
     assert callable(attrgetter(name)(importlib.import_module(f"{package}.{Path(file).stem}")))
 
