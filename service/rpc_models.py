@@ -160,7 +160,6 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         """Let a candidate answer a sample of a collection's searches too, or go on with it."""
         tenant, bounds = await self._own(), shadow_bounds(request)
         told = await self._shadows.start(tenant, request.collection_id, request.model_id, bounds)
-        tenant.audit.note(_event("StartShadow", told.collection, reason=f"model {told.model_id}"))
         return model_pb2.StartShadowResponse(shadow=shadow_message(told))
 
     async def GetShadow(self, request: model_pb2.GetShadowRequest, context: Context) -> model_pb2.GetShadowResponse:

@@ -8,6 +8,8 @@ from dataclasses import replace
 
 from resight.errors import ConflictError, ShadowNotFoundError, SpaceMismatchError
 from resight.service import reads, spaces
+from resight.service.audit import Event
+from resight.service.auth import current
 from resight.service.entries import Collection, Space, now_us
 from resight.service.lanes import Priority
 from resight.service.long_work import LongWork
@@ -41,7 +43,7 @@ class Shadows:
 
     def running(self) -> list[tuple[str, Told]]:
         """Tenants and shadows as they stand."""
-        return [(tenant, shadow.told()) for (tenant, _), shadow in self._shadows.items()]
+        return [(tenant, shadow.told()) for (tenant, _), shadow in self._shadows.items() if shadow.running]
 
     async def start(self, tenant: Tenant, name: str, model_id: str, bounds: Bounds) -> Told:
         """Begin one, or give the one with that model other bounds and let it go on.
@@ -101,6 +103,8 @@ class Shadows:
         operation = await self._work.begin(tenant.operations, KIND, work, collection=of.name, shadow=begun.noted())
         shadow.operation_id = operation.operation_id  # before its work begins
         self._shadows[place] = shadow
+        row = Event(current().name, "ModelService.StartShadow", of.name, reason=f"model {model_id}")
+        tenant.audit.note(row)  # of a beginning; who asks again to look at it begins nothing
         tenant.gallery.searcher.follow(replace(of, space=space))  # its index, should the server have started since
         return shadow.told()
 

@@ -58,7 +58,8 @@ def test_models_and_spaces_leave_theirs(client):
     before, old = len(rows(client)), client.collection("lobby").space_id
     client.wait(client.load_model("b"))
     client.wait(client.migrate("lobby", "b"))
-    shadow = client.start_shadow("lobby", "b")
+    client.start_shadow("lobby", "b")
+    shadow = client.start_shadow("lobby", "b", sample=0.5)  # goes on, which is no row
     client.stop_shadow("lobby")
     client.activate_space("lobby", shadow.space_id)
     client.activate_model("b")

@@ -10,8 +10,9 @@ from stores import DIM, SPACE, feature
 from resight.errors import StoreError
 from resight.service import reads, writes
 from resight.service.entries import Enrolment, Entry, Filter, now_us
+from resight.service.schema import APPLICATION_ID
 from resight.service.store import Store
-from resight.service.tables import SCHEMA_VERSION, UPGRADES
+from resight.service.tables import BOOKS, CORE, SCHEMA_VERSION, UPGRADES
 
 OLD = (Path(__file__).parent / "schema_v1.sql").read_text()
 
@@ -64,6 +65,16 @@ def test_an_upgraded_file_has_the_tables_of_a_new_one(tmp_path):
     Store(tmp_path / "old", dim=DIM).close()
     Store(tmp_path / "new", dim=DIM).close()
     assert without_order(shape(tmp_path / "old")) == without_order(shape(tmp_path / "new"))
+
+
+def test_each_version_on_the_way_is_upgraded(tmp_path):
+    """A file as version 2 wrote it: what a new one holds, without the tables that came later."""
+    raw = sqlite3.connect(tmp_path / "two")
+    raw.executescript(f"PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version=2; {CORE} {BOOKS}")
+    raw.close()
+    for name in ("two", "new"):
+        Store(tmp_path / name, dim=DIM).close()
+    assert shape(tmp_path / "two") == shape(tmp_path / "new")
 
 
 def test_an_old_file_keeps_all_it_held_and_takes_more(tmp_path):

@@ -230,11 +230,17 @@ def test_a_switch_of_the_collection_ends_it(client):
 
 
 def test_metrics_tell_of_those_that_run(client, server):
-    client.start_shadow("lobby", "b")
-    search_each(client, "lobby", ASKED[:4])
     url = json.loads((server.data / "server.json").read_text())["metrics"]
     where = 'collection="lobby",model="b",'
+    client.start_shadow("lobby", "b")
+    before = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
+    search_each(client, "lobby", ASKED[:4])
     text = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
+    for calls in ('resight_stage_seconds_count{stage="infer"}', "resight_searches_total{decision="):
+        was, now = (
+            sum(float(line.split()[-1]) for line in told.splitlines() if calls in line) for told in (before, text)
+        )
+        assert now - was == 4  # a shadow's work is no caller's
     told = dict(line.rsplit(" ", 1) for line in text.splitlines() if "resight_shadow" in line and where in line)
     assert told[f'resight_shadow_searches_total{{{where}outcome="answered",tenant="default"}}'] == "4.0"
     figures = client.stop_shadow("lobby").figures
