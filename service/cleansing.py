@@ -42,6 +42,8 @@ async def cleanse(store: Store) -> int:
         try:
             done += await asyncio.to_thread(_without, store.folder, name, store.key, lines)
         except ReIDError as error:
+            if name not in await asyncio.to_thread(snapshot.names, store.folder):
+                continue  # somebody removed it meanwhile
             log.error("erased people may still be in snapshot %s, remove it or see to this: %s", name, error)
     return done
 

@@ -12,17 +12,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sqlite3
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
-from resight.errors import ConflictError, MigrationError, OverloadedError, ReIDError
+from resight.errors import ConflictError, InputError, MigrationError, OverloadedError, ReIDError
 from resight.service import backfill, reads, spaces
 from resight.service.entries import Collection, Space
 from resight.service.features import Crops
 from resight.service.lanes import Priority
 from resight.service.model import Model
 from resight.service.models import ModelHost
-from resight.service.operations import Operation, State
+from resight.service.operations import Operation, State, finish
 from resight.service.runtime import Feature
 from resight.service.tenants import Tenant, Tenants
 
@@ -102,6 +105,9 @@ class Migrations:
                 continue
             try:
                 new = await self.begin(tenant, Wanted(**old.details))
+            except InputError:
+                log.info("the migration of %s was interrupted, and somebody has switched to its space since", name)
+                continue
             except ReIDError as error:
                 log.error("the migration of %s was interrupted and cannot go on: %s", name, error)
                 continue
@@ -253,8 +259,20 @@ class _Migration:
         if self._wanted.auto_activate:
             current = collection.space.space_id
             incomplete = self._wanted.drop_missing
-            await store.write(
-                spaces.activate, collection.name, self._space.space_id, expected=current, allow_incomplete=incomplete
-            )
             result["activated"] = "true"
+            switch = partial(spaces.activate, expected=current, allow_incomplete=incomplete)
+            await store.write(_switched, switch, collection.name, self._space.space_id, self._id, result)
         return result
+
+
+def _switched(
+    connection: sqlite3.Connection,
+    switch: Callable[[sqlite3.Connection, str, str], Collection],
+    name: str,
+    space_id: str,
+    operation_id: str,
+    result: dict[str, str],
+) -> None:
+    """Switch and end the operation in one transaction: at no moment is one done and the other not."""
+    switch(connection, name, space_id)
+    finish(connection, operation_id, State.SUCCEEDED, None, result)

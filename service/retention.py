@@ -45,8 +45,9 @@ async def purge(store: Store, kept: Kept, *, taken_in: Sequence[tuple[int, int]]
     """
     while await store.read(reads.any_expired):
         await store.erase(writes.purge)
-    for name, space_id in await store.read(spaces.retired_before, now_us() - int(kept.space_s * 1e6)):
-        dropped = await store.erase(spaces.drop, name, space_id)
+    retired_us = now_us() - int(kept.space_s * 1e6)
+    for name, space_id in await store.read(spaces.retired_before, retired_us):
+        dropped = await store.erase(spaces.drop_retired, name, space_id, retired_us)
         log.info("space dropped collection=%s space=%s features=%d", name, space_id, dropped)
     await audit.purge_older(store, kept.audit_s)
     await store.book(search_counts.purge)

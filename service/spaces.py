@@ -132,6 +132,11 @@ def drop(connection: sqlite3.Connection, name: str, space_id: str) -> int:
     return gone
 
 
+def drop_retired(connection: sqlite3.Connection, name: str, space_id: str, before_us: int) -> int:
+    """`drop`, unless the space is no more what `retired_before` told: a migration came back to it, or a switch."""
+    return drop(connection, name, space_id) if (name, space_id) in retired_before(connection, before_us) else 0
+
+
 def retired_before(connection: sqlite3.Connection, before_us: int) -> list[tuple[str, str]]:
     """Collections and those of their spaces that were retired before an instant: what a purge may drop."""
     return connection.execute(

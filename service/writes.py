@@ -125,8 +125,10 @@ def enrol(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> E
     )
     key = cursor.lastrowid
     assert key is not None
+    held_in = _spaces(connection, into.key) if new.others else {into.space.space_id}
     for space, feature in ((into.space.space_id, new.feature), *new.others):
-        add_feature(connection, key, space, feature)
+        if space in held_in:  # else it was dropped meanwhile, and nothing would ever remove this
+            add_feature(connection, key, space, feature)
     if entry.labels:
         connection.executemany("INSERT INTO label VALUES (?, ?, ?)", [(key, *label) for label in entry.labels.items()])
     if into.keep_crops and new.crops:
@@ -185,6 +187,12 @@ def _still_there(connection: sqlite3.Connection, into: Collection) -> tuple[str,
         )
     space_id, most, held = row
     return space_id, most, held
+
+
+def _spaces(connection: sqlite3.Connection, key: int) -> set[str]:
+    """Ids of the spaces a collection has features in."""
+    rows = connection.execute("SELECT space_id FROM collection_space WHERE collection = ?", (key,)).fetchall()
+    return {row[0] for row in rows}
 
 
 def _check_full(connection: sqlite3.Connection, into: Collection, most: int, *, leaving: int) -> None:

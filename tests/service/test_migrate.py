@@ -1,12 +1,16 @@
 """A collection moves to another model's space: searched meanwhile, killed in the middle, taken back."""
 
+import asyncio
+import contextlib
 import signal
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 from serving import ServerProcess, features_by_hand, jpeg, make_bundle
+from stores import OTHER, SPACE, made, opened
 
 from resight.client import Client, NewEntry
 from resight.errors import (
@@ -17,6 +21,9 @@ from resight.errors import (
     ModelNotFoundError,
     SpaceMismatchError,
 )
+from resight.service import reads, spaces
+from resight.service.migrate import _switched
+from resight.service.operations import Operations, State
 
 SLOW = {"RESIGHT_MAX_BATCH": "1", "RESIGHT_BATCH_DELAY_S": "0"}
 
@@ -167,3 +174,22 @@ def test_cancelled_it_takes_the_half_built_space_away_and_the_model_is_held_unti
         done_again = client.wait(client.migrate("lobby", "b"))
         assert done_again.succeeded == 400
     assert server.end() == 0
+
+
+def test_a_collection_is_switched_and_its_migration_ended_at_one_moment(tmp_path):
+    """Whoever is killed in between finds neither or both, so nothing is interrupted that was done."""
+
+    async def body():
+        lobby, operations = await made(store), Operations(store)
+        await store.write(spaces.begin, "lobby", OTHER)
+        begun = await operations.start("migrate")
+        for expected, state, space in ((OTHER, State.RUNNING, SPACE), (SPACE, State.SUCCEEDED, OTHER)):
+            switch = partial(spaces.activate, expected=expected.space_id)
+            told = {"activated": "true"}
+            with contextlib.suppress(ConflictError):
+                await store.write(_switched, switch, lobby.name, OTHER.space_id, begun.operation_id, told)
+            assert (await operations.get(begun.operation_id)).state is state
+            assert (await store.read(reads.collection, "lobby")).space == space
+
+    with opened(tmp_path) as store:
+        asyncio.run(body())

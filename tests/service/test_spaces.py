@@ -93,6 +93,9 @@ def test_a_dropped_space_leaves_no_byte(store, tmp_path):
         assert not any(holding(tmp_path, feature(100 + number).tobytes()) for number in range(40))
         assert (await store.read(reads.collection, "lobby")).other_space_ids == ()
         assert await store.read(spaces.retired_before, 1 << 60) == []
+        late = enrolment(77, others=((OTHER.space_id, feature(177)),))  # embedded before the space was dropped
+        await store.write(writes.enrol, both, late)
+        assert not holding(tmp_path, feature(177).tobytes()) and holding(tmp_path, feature(77).tobytes())
         with pytest.raises(SpaceMismatchError, match="migrate"):
             await store.write(spaces.activate, "lobby", OTHER.space_id, expected="")
         assert lobby.key == both.key and DIM == OTHER.dim
@@ -107,6 +110,9 @@ def test_a_retired_space_is_found_when_its_time_has_come(store):
         await store.write(spaces.activate, "lobby", OTHER.space_id, expected="")
         assert await store.read(spaces.retired_before, 0) == []
         assert await store.read(spaces.retired_before, 1 << 60) == [("lobby", SPACE.space_id)]
+        await store.write(spaces.begin, "lobby", SPACE)  # a migration comes back to it before it is dropped
+        assert await store.erase(spaces.drop_retired, "lobby", SPACE.space_id, 1 << 60) == 0
+        assert (await store.read(reads.collection, "lobby")).other_space_ids == (SPACE.space_id,)
 
     asyncio.run(body())
 
