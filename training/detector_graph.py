@@ -193,8 +193,13 @@ def _input(value: onnx.ValueInfoProto) -> tuple[bool, bool, str, tuple[int, int]
 
 def _ssd_outputs(outputs: Mapping[str, tuple[int, Shape]]) -> tuple[str, str, str]:
     """Names of boxes, labels and scores, by shape and type, and by name where TensorFlow makes all of them float."""
-    boxes = [name for name, (kind, shape) in outputs.items() if kind in FLOATS and shape[-1:] == (4,)]
-    rest = {name: kind for name, (kind, shape) in outputs.items() if name not in boxes and len(shape) in (1, 2)}
+    rank = max(len(shape) for _, shape in outputs.values())  # 2, or 3 with a batch; labels and scores have less
+    boxes = [
+        name
+        for name, (kind, shape) in outputs.items()
+        if (kind in FLOATS, len(shape), shape[-1:]) == (True, rank, (4,))
+    ]
+    rest = {name: kind for name, (kind, shape) in outputs.items() if 1 <= len(shape) < rank}
     labels = [name for name, kind in rest.items() if kind in INTEGERS]
     if not labels:
         labels = [name for name in rest if any(word in name.lower() for word in ("class", "label"))]

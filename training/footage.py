@@ -18,7 +18,7 @@ from resight.image import MAX_SIDE, Pixels
 
 MAX_PIXELS = MAX_SIDE * MAX_SIDE  # of a frame: 50 MB as RGB; cameras of today deliver half of it (4K: 8.3 million)
 LIVE = ("rtsp", "rtsps")
-VIDEOS = "MP4, MKV, AVI, MPEG-TS, FLV, OGG or raw H.264/H.265"
+VIDEOS = "MP4, MKV, WebM, AVI, MPEG-TS, FLV, OGG or ASF"
 CAMERA = re.compile(r"[^\W_][\w .-]{0,62}")  # it becomes a folder's name
 CLOCK_HELP = "give the moment of its first frame, --start 2026-03-01T22:00:00+01:00"
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
+
+import av
 
 from resight.errors import FootageError
 from resight.training.decoding import FORMATS as DEMUXED
@@ -22,9 +25,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OPTIONS = {"protocol_whitelist": "file", "format_whitelist": DEMUXED}
+_Decoded: TypeAlias = "tuple[Place, float, VideoFrame]"
 CLOCK_UNSET_S = 631_152_000.0  # 1990: a camera whose clock was never set writes 1904 or 1970
+BEFORE_ALL = -(2**62)  # no time stamp is lower
 USUAL_RATE = 25.0  # frames a second, FFmpeg's own guess of a raw stream that does not say
-UNMARKED = -1  # a frame without a time stamp of its own
 
 
 class VideoFile:
@@ -82,42 +86,59 @@ class VideoFile:
         # A name such as "a:b.mp4" is a protocol to FFmpeg unless it is told that it is a file.
         return open_video(f"file:{self.path}", shown=self.name, hwaccel=self._hwaccel, options=OPTIONS, timeout_s=None)
 
-    def _decoded(self, start: Place) -> Iterator[tuple[Place, float, VideoFrame]]:
+    def _decoded(self, start: Place) -> Iterator[_Decoded]:
         """All frames from a place on, with their place and the seconds since the first."""
-        for jump in (True, False) if start.number else (False,):
-            container, stream = self._open()
-            with container:
-                decoder = Decoder(container, stream)
-                if jump and start.mark != UNMARKED:
-                    container.seek(start.mark, stream=stream)  # to a key frame before it
-                reached = not start.number
-                number, before = start.number if jump else 0, 0
-                for frame in decoder.frames():
-                    mark = UNMARKED if frame.pts is None else frame.pts
-                    if not reached and jump and (mark == UNMARKED or mark > start.mark):
-                        break  # it led beyond the place, or time stamps are missing: read from the beginning
-                    if not reached and jump and mark < start.mark:
-                        before = decoder.unreadable  # counted when they were met first
-                        continue
-                    place = Place(number + decoder.unreadable - before, mark)
-                    number += 1
-                    if not reached and not jump and place.number < start.number:
-                        continue
-                    if not reached and not jump:
-                        before = 0
-                    reached = True
-                    self.unreadable = decoder.unreadable - before
-                    yield place, self._seconds(place, stream), frame
-                if decoder.broken:
-                    log.warning("%s breaks off (%s): what came before is used", self.name, decoder.broken)
-                if reached or not jump:
-                    self.unreadable = decoder.unreadable - before
-                    return
+        jumped = start != START and (yield from self._after_jump(start))
+        if not jumped:
+            yield from self._from_the_beginning(start)
 
-    def _seconds(self, place: Place, stream: VideoStream) -> float:
-        if place.mark == UNMARKED or stream.time_base is None:
-            return place.number / self._rate
-        return float((place.mark - (stream.start_time or 0)) * stream.time_base)
+    def _after_jump(self, start: Place) -> Generator[_Decoded, None, bool]:
+        """From the key frame before a place; False where the jump leads elsewhere."""
+        container, stream = self._open()
+        with container:
+            try:
+                container.seek(start.mark, stream=stream)
+            except (av.FFmpegError, OverflowError):
+                return False
+            decoder = Decoder(container, stream)
+            found = decoder.frames()
+            for frame in found:
+                if frame.pts is None or frame.pts > start.mark:
+                    return False
+                if frame.pts == start.mark:
+                    break
+            else:
+                return False
+            before = decoder.unreadable  # these were counted when they were met first
+            yield from self._numbered(chain([frame], found), stream, decoder, start, before)
+            return True
+
+    def _from_the_beginning(self, start: Place) -> Iterator[_Decoded]:
+        container, stream = self._open()
+        with container:
+            decoder, before = Decoder(container, stream), 0
+            for found in self._numbered(decoder.frames(), stream, decoder, START, 0):
+                if found[0].number < start.number:
+                    before = decoder.unreadable
+                    continue
+                self.unreadable = decoder.unreadable - before
+                yield found
+
+    def _numbered(
+        self, frames: Iterable[VideoFrame], stream: VideoStream, decoder: Decoder, first: Place, before: int
+    ) -> Iterator[_Decoded]:
+        """Frames with their places: damaged ones count, so that numbers are those of the footage."""
+        mark = BEFORE_ALL if first == START else first.mark - 1
+        for number, frame in enumerate(frames, first.number):
+            self.unreadable = decoder.unreadable - before
+            if frame.pts is None or stream.time_base is None:
+                continue  # nobody knows when it was
+            mark = max(frame.pts, mark + 1)
+            seconds = float((mark - (stream.start_time or 0)) * stream.time_base)
+            yield Place(number + self.unreadable, mark), seconds, frame
+        self.unreadable = decoder.unreadable - before
+        if decoder.broken:
+            log.warning("%s breaks off (%s): what came before is used", self.name, decoder.broken)
 
     def _expected(self, container: InputContainer, stream: VideoStream) -> int | None:
         """Frames on the grid, by what the file says of its length."""
