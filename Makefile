@@ -63,8 +63,8 @@ proto: $(INSTALLED)  ## Generate the Python stubs from proto/resight/v1/*.proto.
 bench: $(INSTALLED)  ## Ratios against named peers, each within one run.
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
-crash: $(INSTALLED)  ## Kill a storm of writes 200 times (ROUNDS=) and look for anything lost or half.
-	ROUNDS=$(or $(ROUNDS),200) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/service/test_crash.py
+crash: $(INSTALLED)  ## Kill a storm of writes, and a server in a storm of calls, 200 times each (ROUNDS=).
+	ROUNDS=$(or $(ROUNDS),200) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/service/test_crash.py tests/service/test_server_crash.py
 
 lock: $(INSTALLED)  ## Write the versions now in .venv to constraints.txt.
 	@{ echo "# The versions resight was tested with; \`make\` installs these. Made by \`make lock\`."; \

@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from ledger import State
 from stores import DIM, SPACE, feature
 
 from resight.errors import ReIDError
@@ -31,8 +32,6 @@ from resight.service.searcher import Searcher
 from resight.service.store import Store
 
 WORKERS = 6
-State = dict[str, Any] | None
-"""What an entry must be: subject, label, seed of its feature and crops; None = it must not be there."""
 
 
 def put(state: dict[str, Any], *, replace: bool = False) -> Enrolment:
