@@ -5,7 +5,7 @@ Letters: N crops, P positive and M negative pairs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from resight.atomic import write_atomic
 from resight.training.album import Album
+from resight.training.case import Case
 from resight.training.cluster import Clustering
 from resight.training.gate_plots import draw_forest, draw_similarities
 from resight.training.hygiene import CameraFigures, Hygiene
@@ -24,7 +25,6 @@ from resight.training.neighbours import Ints
 from resight.training.report import Crop, data_uri, templates
 from resight.training.separation import Separation, similarities
 from resight.training.trial import Look, Trial
-from resight.training.verdict import Verdict
 
 WORST = 8  # pairs shown of each kind
 SHOWN = 8  # crops of a camera
@@ -50,32 +50,19 @@ class ShownCamera:
     crops: Sequence[Crop]
 
 
-def write_gate_page(
-    path: Path,
-    site: Trial,
-    reference: Trial | None,
-    verdict: Verdict,
-    hygiene: Mapping[str, Hygiene],
-    latency: Latency | None,
-    *,
-    names: tuple[str, str],
-) -> None:
+def write_gate_page(path: Path, case: Case, *, names: tuple[str, str]) -> None:
     """Write the page, replacing it in one step.
 
     Args:
         path: of the page.
-        site: both models on the site's crops.
-        reference: both on the reference crops.
-        verdict: of the gate.
-        hygiene: of the crops, by the words for which they are; those judged on come first.
-        latency: of both models.
+        case: with two models.
         names: of the candidate and of the active model.
 
     Raises:
         OSError: the folder cannot be made or written.
     """
-    active, album = site.active, Album()
-    assert active is not None, "a verdict is on two models"
+    site, active, verdict, album = case.site, case.site.active, case.verdict, Album()
+    assert active is not None and verdict is not None, "a verdict is on two models"
     clustering = site.candidate.clustering
     labels = clustering.labels if isinstance(clustering, Clustering) else None
     environment = templates()
@@ -83,13 +70,14 @@ def write_gate_page(
     page = environment.get_template("gate_page.html.j2").render(
         title=f"{names[0]} in the place of {names[1]}?",
         verdict=verdict,
-        problems=[f"{which}: {words}" for which, found in hygiene.items() for words in found.told()],
+        problems=[f"{which}: {words}" for which, found in case.hygiene.items() for words in found.told()],
         forest=Markup(draw_forest(verdict.differences)) if verdict.differences else "",
-        tables=_tables(site, reference, latency),
+        tables=_tables(site, case.reference, case.latency),
         similarities=_histograms(site, active),
         mistakes=_mistakes(site, active, album),
         groups=[] if labels is None else cluster_groups(site.store, labels, site.candidate.features, album),
-        cameras=_cameras(site, next(iter(hygiene.values())), album) if hygiene else [],
+        cameras=_cameras(site, next(iter(case.hygiene.values())), album),
+        notes=album.notes,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, page.encode())

@@ -6,6 +6,7 @@ Letters: N crops, D feature size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from resight.errors import TrainingError
 from resight.training.agreement import LinkedCrops
@@ -57,6 +58,11 @@ class Trial:
     def rivals(self) -> Rivals | None:
         """The two judgements."""
         return None if self.active is None else Rivals(self.active.judgement, self.candidate.judgement)
+
+    def to_json(self) -> dict[str, Any]:
+        """Figures of the candidate as `model`, and of the active model, if any, as `against`."""
+        told = {"model": self.candidate.judgement.to_json()}
+        return told if self.active is None else told | {"against": self.active.judgement.to_json()}
 
 
 def hold_trial(

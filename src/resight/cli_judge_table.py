@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -10,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from resight.training.hygiene import Hygiene
+    from resight.training.case import Case
     from resight.training.judgement import Judgement
     from resight.training.separation import Separation
     from resight.training.trial import Trial
@@ -19,7 +18,28 @@ if TYPE_CHECKING:
 COLOURS = {"promote": "green", "refuse": "red", "undecided": "yellow"}
 
 
-def figures_table(trial: Trial, title: str, against: str | None) -> Table:
+def tell_case(console: Console, case: Case, model: str, against: str | None) -> None:
+    """Everything, the verdict last."""
+    for words, trial in (("the site", case.site), ("earlier nights", case.reference)):
+        if trial is not None:
+            console.print(_table(trial, f"{model} on {len(trial.store)} crops of {words}", against))
+    _tell_missing(console, case.site)
+    for which, found in case.hygiene.items():
+        for problem in found.told():
+            console.print(f"{which}: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
+    if case.latency is not None:
+        timed = case.latency
+        console.print(
+            f"a batch takes {timed.ratio:.2f} [{timed.low:.2f}, {timed.high:.2f}] times as long",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    if case.verdict is not None:
+        _tell_verdict(console, case.verdict)
+
+
+def _table(trial: Trial, title: str, against: str | None) -> Table:
     """Every figure a line, the other model's beside it."""
     table = Table("figure", "model", title=escape(title))
     judged = trial.candidate.judgement
@@ -32,7 +52,7 @@ def figures_table(trial: Trial, title: str, against: str | None) -> Table:
     return table
 
 
-def tell_missing(console: Console, trial: Trial) -> None:
+def _tell_missing(console: Console, trial: Trial) -> None:
     """Why figures are missing, a line each."""
     judged = trial.candidate.judgement
     missing = {**judged.separation.missing, **judged.searches.missing}
@@ -42,14 +62,7 @@ def tell_missing(console: Console, trial: Trial) -> None:
         console.print(f"no {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
 
 
-def tell_hygiene(console: Console, hygiene: Mapping[str, Hygiene]) -> None:
-    """What is wrong with crops, a line each; nothing where all is well."""
-    for which, found in hygiene.items():
-        for words in found.told():
-            console.print(f"{which}: {words}", style="red", markup=False, highlight=False, soft_wrap=True)
-
-
-def tell_verdict(console: Console, verdict: Verdict) -> None:
+def _tell_verdict(console: Console, verdict: Verdict) -> None:
     """The decision and why."""
     colour = COLOURS[verdict.decision]
     console.print(f"[bold {colour}]{verdict.decision}[/bold {colour}] by {verdict.evidence}")
