@@ -34,15 +34,18 @@ def online(
     balance: float,
     positives: int,
     negatives: int,
+    barred: frozenset[int] = frozenset(),
 ) -> float:
-    """O2CAP's online loss of one sample of proxy `own`."""
+    """O2CAP's online loss of one sample of proxy `own`; barred proxies are never positives."""
     score = [balance * float(feature @ entry) + (1 - balance) * float(memory[own] @ entry) for entry in memory]
     best = []
     for camera in sorted(set(cameras.tolist())):
-        rows = [p for p in range(len(score)) if cameras[p] == camera]
-        best.append(max(rows, key=lambda p: score[p]))
+        rows = [p for p in range(len(score)) if cameras[p] == camera and p not in barred]
+        if rows:
+            best.append(max(rows, key=lambda p: score[p]))
     chosen = sorted(best, key=lambda p: -score[p])[:positives]
-    rest = sorted((p for p in range(len(score)) if p not in chosen), key=lambda p: -score[p])[:negatives]
+    rest = sorted((p for p in range(len(score)) if p not in chosen), key=lambda p: -score[p])
+    rest = rest[: min(negatives, len(score) - min(positives, len(set(cameras.tolist()))))]
     values = log_softmax([float(feature @ memory[p]) / temperature for p in chosen + rest])
     return -sum(values[: len(chosen)]) / len(chosen)
 

@@ -158,11 +158,13 @@ def _objective(run: Run, now: Round, views: list[Floats], clustering: Clustering
         *_, chance = run.chance(now.stage, now.epoch)
         warming = now.epoch < recipe.selective.warmup_epochs
         banks = {name: tensor for name, tensor in now.kept.items() if name != LABELS}
-        return InstanceObjective(views, cameras, recipe, warming=warming, rng=chance, banks=banks, device=run.device)
+        return InstanceObjective(
+            views, cameras, recipe, warming=warming, rng=chance, banks=banks, device=run.device, links=run.links
+        )
     momentum = 1.0 if now.borrowed else recipe.momentum
     used = views[: views_used(recipe)]
     if recipe.contrast == "proxies":
-        return ProxyObjective(used, clustering, cameras, recipe, momentum=momentum, device=run.device)
+        return ProxyObjective(used, clustering, cameras, recipe, momentum=momentum, device=run.device, links=run.links)
     return ClusterObjective(used, clustering, recipe, momentum=momentum, device=run.device)
 
 

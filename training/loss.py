@@ -75,7 +75,14 @@ def offline_association(
 
 
 def online_association(
-    similarity: Tensor, scores: Tensor, cameras: Tensor, *, temperature: float, positives: int, negatives: int
+    similarity: Tensor,
+    scores: Tensor,
+    cameras: Tensor,
+    *,
+    temperature: float,
+    positives: int,
+    negatives: int,
+    barred: Tensor | None = None,
 ) -> Tensor:
     """Pull to the best proxies across cameras as they look now, whatever the labels say (O2CAP, online association).
 
@@ -89,23 +96,30 @@ def online_association(
         temperature: tau, 0.07 in O2CAP.
         positives: how many (3 in O2CAP); one a camera at most.
         negatives: how many (50 in O2CAP); all where there are fewer.
+        barred: bool (B, P), proxies that are known to be other persons: never positives (ours, see `links`).
 
     Returns:
         (B,).
     """
     logits = similarity / temperature
-    best = torch.stack([_best_of(scores, cameras == camera) for camera in range(int(cameras.max()) + 1)], 1)  # (B, C)
-    order = scores.gather(1, best).topk(min(positives, best.shape[1]), dim=1).indices
-    chosen = best.gather(1, order)  # (B, positives)
+    allowed = scores if barred is None else scores.masked_fill(barred, -torch.inf)
+    best = [_best_of(allowed, cameras == camera) for camera in range(int(cameras.max()) + 1)]
+    score, proxy = (torch.stack(side, 1) for side in zip(*best, strict=True))  # (B, C)
+    top = score.topk(min(positives, score.shape[1]), dim=1)
+    chosen = proxy.gather(1, top.indices)  # (B, positives)
+    real = top.values > -torch.inf  # a camera may have nobody but barred ones
+    chosen = torch.where(real, chosen, chosen[:, :1])  # the first is real: a sample's own proxy is never barred
     rest = scores.scatter(1, chosen, -torch.inf)
     against = rest.topk(min(negatives, scores.shape[1] - chosen.shape[1]), dim=1).indices
-    selected = torch.log_softmax(logits.gather(1, torch.cat([chosen, against], 1)), 1)
-    return -selected[:, : chosen.shape[1]].mean(1)
+    pulled = logits.gather(1, chosen).masked_fill(~real, -torch.inf)
+    selected = torch.log_softmax(torch.cat([pulled, logits.gather(1, against)], 1), 1)[:, : chosen.shape[1]]
+    return -selected.masked_fill(~real, 0).sum(1) / real.sum(1)
 
 
-def _best_of(scores: Tensor, columns: Tensor) -> Tensor:
-    """Index of the best of some columns, of each row."""
-    return scores.masked_fill(~columns, -torch.inf).argmax(1)
+def _best_of(scores: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """The best of some columns, and its index, of each row."""
+    best = scores.masked_fill(~columns, -torch.inf).max(1)
+    return best.values, best.indices
 
 
 @torch.no_grad()

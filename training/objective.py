@@ -11,7 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from resight.training.apart import clusters_apart
 from resight.training.cluster import Clustering, centroids
+from resight.training.links import Links
 from resight.training.loss import (
     association_scores,
     cluster_contrast,
@@ -80,6 +82,8 @@ class ProxyObjective:
     Attributes:
         memories: one per view, an entry a proxy.
         proxies: which crops and which cluster each proxy stands for.
+
+    Proxies of clusters with a cannot-link between them are never each other's positives.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class ProxyObjective:
         *,
         momentum: float,
         device: str,
+        links: Links | None = None,
     ) -> None:
         self.proxies = split_by_camera(clustering.labels, cameras)
         self.memories = _memories(views, self.proxies.labels, momentum, device)
@@ -98,6 +103,7 @@ class ProxyObjective:
         self._clusters = torch.from_numpy(self.proxies.clusters).to(device)
         self._cameras = torch.from_numpy(self.proxies.cameras).to(device)
         self._recipe = recipe
+        self._apart = clusters_apart(links, clustering.labels, device=device)
 
     def losses(self, features: Sequence[Tensor], rows: Tensor) -> Tensor:
         """See `Objective.losses`."""
@@ -126,6 +132,7 @@ class ProxyObjective:
             temperature=recipe.temperature,
             positives=settings.positives,
             negatives=settings.negatives,
+            barred=None if self._apart is None else self._apart(self._clusters[own], self._clusters),
         )
 
     def update(self, features: Sequence[Tensor], rows: Tensor) -> None:

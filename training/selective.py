@@ -16,12 +16,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from resight.errors import RecipeError
+from resight.training.apart import Apart
+from resight.training.links import Links
 from resight.training.loss import selective_contrast
 from resight.training.memory import blend
 from resight.training.neighbours import Floats, Ints
 from resight.training.recipe import Recipe
 
 MIXTURE = "mixture"
+NEARER = 10.0  # above any difference of nearness: cosines of weights that sum to 1, twice, and the camera penalty
 
 
 class InstanceObjective:
@@ -34,6 +37,7 @@ class InstanceObjective:
         warming: whether neighbours are not trusted yet.
         rng: chance of the negatives while warming up.
         banks: of the epoch before; empty at the start.
+        links: crops known to be one person come first among the neighbours, those known to be another never.
         device: where banks live.
 
     Raises:
@@ -50,6 +54,7 @@ class InstanceObjective:
         rng: np.random.Generator,
         banks: Mapping[str, Tensor],
         device: str,
+        links: Links | None = None,
     ) -> None:
         if sum(view.shape[1] for view in views[1:]) != views[0].shape[1]:
             raise RecipeError(
@@ -63,6 +68,11 @@ class InstanceObjective:
         }
         self._cameras = torch.from_numpy(cameras).to(device)
         self._recipe, self._warming, self._rng = recipe, warming, rng
+        self._links = None
+        if links is not None and len(links):
+            group = links.groups(len(cameras))
+            foes = group[links.rows[~links.same]]
+            self._links = torch.from_numpy(group).to(device), Apart(foes, len(cameras), device=device)
         self._drawn: Ints | None = None  # negatives of the batch at hand, whose parts come one after the other
 
     def losses(self, features: Sequence[Tensor], rows: Tensor) -> Tensor:
@@ -99,7 +109,14 @@ class InstanceObjective:
         nearness -= settings.camera_penalty * (self._cameras[rows, None] == self._cameras)
         nearness.scatter_(1, rows[:, None], -torch.inf)
         count = min(settings.neighbours + negatives, nearness.shape[1] - 1)
-        return nearness.topk(count, dim=1).indices
+        if self._links is None:
+            return nearness.topk(count, dim=1).indices
+        group, apart = self._links
+        own = group[rows]
+        first = nearness + NEARER * (own[:, None] == group)
+        near = first.masked_fill(apart(own, group), -NEARER).topk(min(settings.neighbours, count), dim=1).indices
+        rest = nearness.scatter(1, near, -torch.inf).topk(count - near.shape[1], dim=1).indices
+        return torch.cat([near, rest], 1)
 
     def _random(self, rows: Tensor) -> Tensor:
         """Others by chance, one draw for the batch: int64 (B, neighbours + negatives), capped at N - 1."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from references_links import Link, bent, closed, contradicted, forced
 from rich.console import Console
 from scipy import sparse
@@ -17,15 +18,18 @@ from tiny import random_encoder
 from resight.checkpoint import Checkpoint, load_checkpoint
 from resight.errors import CheckpointError, TrainingError
 from resight.training.adapt import Adaptation, adapt
-from resight.training.cluster import ClusterSettings, cluster
+from resight.training.apart import Apart, clusters_apart
+from resight.training.cluster import Clustering, ClusterSettings, cluster
 from resight.training.constraints import Constraints
 from resight.training.crops import CropStore
 from resight.training.datasets import Site
 from resight.training.features import extract
 from resight.training.links import Links
-from resight.training.recipe import load_recipe
+from resight.training.objective import ProxyObjective
+from resight.training.recipe import ProxySettings, SelectiveSettings, load_recipe
 from resight.training.run import Run
 from resight.training.runlog import RunLog
+from resight.training.selective import InstanceObjective
 from resight.weights import InitialWeights
 
 
@@ -148,6 +152,60 @@ def test_links_that_make_one_cluster_of_half_the_site_are_refused_as_any_collaps
     links = made([(8 * person, 8 * person + 8, True) for person in range(6)])
     with pytest.raises(TrainingError, match="fell into one cluster"):
         cluster([rows], replace(ClusterSettings(), k1=12, k2=3, eps=0.5), links=links)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_who_is_apart_is_asked_for_any_batch(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    pairs = rng.integers(0, 9, (seed, 2))
+    apart = Apart(pairs, 9, device="cpu")
+    own, others = rng.integers(0, 9, 6), rng.integers(0, 9, 20)
+    foes = {frozenset(pair) for pair in pairs.tolist()}
+    assert apart(torch.from_numpy(own), torch.from_numpy(others)).tolist() == [
+        [frozenset((a, b)) in foes for b in others.tolist()] for a in own.tolist()
+    ]
+
+
+def test_rejected_proxies_are_no_positives_and_outliers_have_no_foes() -> None:
+    labels, cameras = np.array([0, 0, 1, 1, 2, 2, -1]), np.array([0, 1, 0, 1, 0, 1, 0])
+    links = made([(0, 2, False), (3, 6, False), (4, 5, True)])
+    apart = clusters_apart(links, labels, device="cpu")
+    assert apart is not None
+    assert apart(torch.tensor([0, 2]), torch.arange(3)).tolist() == [[False, True, False], [False] * 3]
+    assert clusters_apart(made([(3, 6, False)]), labels, device="cpu") is None
+    views = [unit(np.random.default_rng(0).normal(size=(7, 6)))]
+    views[0][3] = views[0][0]  # the rejected looks the same: without the link it is the best of its camera
+    recipe = replace(load_recipe("o2cap"), local_loss_weight=0.0, proxies=ProxySettings(offline=0.0, positives=2))
+    clustering, features = Clustering(labels), torch.from_numpy(views[0][:1])
+    losses = [
+        ProxyObjective(views, clustering, cameras, recipe, momentum=0.2, device="cpu", links=told)
+        .losses([features], torch.tensor([0]))
+        .item()
+        for told in (None, made([(0, 4, True)]), links)
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_neighbours_of_instances_begin_with_the_confirmed_and_leave_the_rejected_out() -> None:
+    rng = np.random.default_rng(2)
+    views = [unit(rng.normal(size=(30, 8))), *(unit(rng.normal(size=(30, 2))) for _ in range(4))]
+    recipe = replace(
+        load_recipe("selective"), parts=4, local_share=0.5, selective=SelectiveSettings(neighbours=3, negatives=6)
+    )
+
+    def nearest(links: Links | None) -> list[int]:
+        objective = InstanceObjective(
+            views, np.zeros(30, np.int64), recipe, warming=False, rng=rng, banks={}, device="cpu", links=links
+        )
+        features = [torch.from_numpy(view[:1]) for view in views]
+        assert torch.isfinite(objective.losses(features, torch.tensor([0]))).all()
+        found: list[int] = objective._nearest(features, torch.tensor([0]), 6)[0].tolist()
+        return found
+
+    plain = nearest(None)
+    far = next(row for row in range(1, 30) if row not in plain)
+    held = nearest(made([(0, far, True), (plain[0], 0, False)]))
+    assert held == [far, plain[1], plain[2], plain[0], *plain[3:8]] and nearest(made([])) == plain
 
 
 def adapted(

@@ -117,6 +117,23 @@ def test_online_association_equals_the_definition_gradients_included(
     assert features.grad[batch // 2, 3].item() == pytest.approx(slope(expected, slowly(moved), 1e-7), abs=1e-4)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_barred_proxies_are_never_positives_gradients_finite(seed: int) -> None:
+    features, memory, own, _, seen = world(7, 12, 5, 4)
+    features.requires_grad_()
+    similarity = features @ memory.T
+    scores = association_scores(similarity, memory[own] @ memory.T, balance=0.15)
+    barred = torch.from_numpy(np.random.default_rng(seed).random((7, 12)) < 0.1 + 0.1 * seed)
+    barred[torch.arange(7), own] = False
+    found = online_association(similarity, scores, seen, temperature=0.07, positives=3, negatives=6, barred=barred)
+    rows, entries = features.detach().numpy(), memory.numpy()
+    foes = [frozenset(np.flatnonzero(row).tolist()) for row in barred.numpy()]
+    slow = [online(rows[i], entries, int(own[i]), seen.numpy(), 0.07, 0.15, 3, 6, foes[i]) for i in range(7)]
+    assert found.detach().numpy() == pytest.approx(np.array(slow), rel=1e-6, abs=1e-9)
+    found.sum().backward()
+    assert features.grad is not None and torch.isfinite(features.grad).all()
+
+
 def test_hand_examples_of_association_scores() -> None:
     """The own proxy scores 0.85 + 0.15 cos; one with <K_y, K_q> = 0.6 and cos 0.9 scores 0.645."""
     found = association_scores(torch.tensor([[0.4, 0.9]]), torch.tensor([[1.0, 0.6]]), balance=0.15)
