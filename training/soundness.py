@@ -71,7 +71,8 @@ def _nights(times_s: NDArray[np.float64], group: int) -> list[Ints]:
         else:
             nights.append(rows)
     if len(nights) > 1 and len(nights[-1]) < group:
-        nights[-2] += nights.pop()
+        few = nights.pop()
+        nights[-1] += few
     return [np.array(sorted(rows), np.int64) for rows in nights]
 
 

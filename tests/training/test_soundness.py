@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -51,4 +52,4 @@ def test_nights_hold_every_row_once_the_latest_first_and_no_fewer_than_asked(gro
     found = _nights(times, group)
     assert sorted(np.concatenate(found).tolist()) == list(range(120))
     assert all(len(rows) >= group for rows in found) or len(found) == 1
-    assert all(times[one].min() > times[other].max() for one, other in zip(found, found[1:], strict=False))
+    assert all(times[one].min() > times[other].max() for one, other in pairwise(found))
