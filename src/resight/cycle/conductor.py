@@ -28,7 +28,7 @@ from resight.errors import CycleError
 log = logging.getLogger(__name__)
 
 STAGES = ("ingest", "collect", "adapt", "judge", "export", "backfill", "shadow", "promote", "watch")
-PAUSES_S = (2.0, 15.0, 60.0)  # before another try of what may pass: a restart of the server takes so long
+PAUSES_S = (2.0, 15.0, 60.0)  # a restart of the server takes so long
 MOST_STARTS = 12  # three nights of four tries; more would never end
 ENDS: dict[str, RunState] = {"skipped": "skipped", "refused": "refused", "rolled_back": "rolled_back"}
 
@@ -42,12 +42,14 @@ class Conductor:
         stop: ends the stage under way when set; the run goes on the next time.
         ignore_window: work outside the maintenance window too.
         deadline: of `time.monotonic`; None = none.
+        pauses_s: before another try of what may pass.
     """
 
     file: Path
     stop: Event = field(default_factory=Event)
     ignore_window: bool = False
     deadline: float | None = None
+    pauses_s: tuple[float, ...] = PAUSES_S
 
     def once(self) -> Run:
         """Work until the run has ended, or until there is no more time.
@@ -104,7 +106,7 @@ class Conductor:
         row = runs.stages(number).get(stage)
         if row is not None and row.outcome is not None:
             return row.outcome
-        for pause_s in (*PAUSES_S, None):
+        for pause_s in (*self.pauses_s, None):
             found = read_outcome(folder.result(stage))
             if found is None and not self._has_time():
                 return None
@@ -144,7 +146,12 @@ class Conductor:
             return None
         elif ended.passing:
             return error
-        self._finish(layout, runs, number, "failed", f"{stage}: {error}")
+        if STAGES.index(stage) > STAGES.index("promote"):  # it serves, whatever else went wrong
+            reason = f"{site.model_id(number)} is active, but {stage}: {error}"
+            alert(layout.alerts, number, reason)
+            self._finish(layout, runs, number, "promoted", reason, used=True)
+        else:
+            self._finish(layout, runs, number, "failed", f"{stage}: {error}")
         return None
 
     def _has_time(self) -> bool:

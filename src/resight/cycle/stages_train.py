@@ -88,15 +88,18 @@ def collect(work: Work) -> Outcome:
 
 
 def freeze(work: Work) -> list[str]:
-    """Let what a promoted run has held out join the judge's reference; returns why it did not."""
+    """Let what a promoted run has held out join the judge's reference; returns why it did not, which undoes nothing."""
     wanted = work.site.collect
+    if not work.folder.site.exists():
+        return ["the reference stays as it was: the run's crops are gone"]
     try:
         work.command(
             *("collect", "--freeze", work.folder.site, "--reference", work.layout.reference),
             *("--most", wanted.max_reference, "--retention", wanted.retention_days, "--purge"),
             figures="freeze",
         )
-    except SiteError as error:
+    except (ReIDError, OSError) as error:
+        log.warning("%s", error)
         return [f"the reference stays as it was: {error}"]
     return []
 

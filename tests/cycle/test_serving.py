@@ -1,0 +1,174 @@
+"""The stages that the server takes part in: what is switched, looked at, taken back, and left alone."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+from cycles import COLLECTION, ENTRIES
+from serving import jpeg
+from tiny import resight_here, the_error
+
+from resight.calibration import Calibration
+from resight.client import Client, NewEntry
+from resight.cycle.active import read_active
+from resight.cycle.conductor import STAGES
+
+if TYPE_CHECKING:
+    from conftest import Place
+
+SURE_OF_NOBODY = Calibration(0.9999, 10_000.0, 0.95, 0.3, 0.001, 0.05, 100, 100, "tests", "tests", 0.01)
+NO_WATCH = ("minutes = 0.0\n[schedule]", "minutes = 0.2\nmin_searches = 10\n[schedule]")
+
+
+@contextmanager
+def searching(address: str, until: threading.Event | None = None) -> Iterator[None]:
+    """People are searched for, by crops that were never enrolled, as long as the block lasts."""
+    stop = threading.Event()
+
+    def search() -> None:
+        with Client(address) as client:
+            number = 0
+            while not stop.is_set():
+                client.search(COLLECTION, jpeg(number % ENTRIES, 1 + number // ENTRIES))
+                number += 1
+                stop.wait(0.01)
+
+    thread = threading.Thread(target=search)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_candidate_is_promoted_and_two_promotions_are_taken_back_one_by_one(place: Place) -> None:
+    spaces = [place.client.collection(COLLECTION).space_id]
+    for seed in (1, 2):
+        place.begin(seed=seed)
+        ended, stages = place.once()
+        assert (ended.state, list(stages)) == ("promoted", list(STAGES)), stages
+        spaces.append(place.client.collection(COLLECTION).space_id)
+    assert len(set(spaces)) == 3 and place.active() == "lobby-000002"
+    place.client.enrol(COLLECTION, NewEntry(jpeg(500), entry_id="newcomer"))
+    for back in (1, 0):
+        done = resight_here("cycle", "rollback", place.file)
+        assert done.returncode == 0 and "active again" in done.stdout, done.stderr
+        assert place.active() == ("first", "lobby-000001")[back]
+        assert place.client.collection(COLLECTION).space_id == spaces[back]
+        assert place.client.collection(COLLECTION).entry_count == ENTRIES + 1
+        assert min(place.finds(person) for person in (0, ENTRIES - 1, 500)) > 0.999  # nobody was lost on the way
+    assert "there is nothing to take back" in the_error(resight_here("cycle", "rollback", place.file))
+    history = resight_here("cycle", "history", place.file, "--json", place.folder / "told.json")
+    assert history.returncode == 0
+    told = json.loads((place.folder / "told.json").read_text())
+    assert [(run["run"], run["state"], run["reason"]) for run in told] == [
+        (2, "rolled_back", "by hand"),
+        (1, "rolled_back", "by hand"),
+    ]
+    assert "rolled back" in place.layout.page(1).read_text()
+
+
+def test_the_next_run_begins_from_what_the_server_has_active(place: Place) -> None:
+    place.begin(seed=1)
+    place.once()
+    first = read_active(place.layout.active)
+    assert first is not None and first.run == 1
+    place.client.activate_model("first")  # by hand
+    place.begin(seed=2)
+    baseline = read_active(place.layout.run(2).baseline)
+    assert baseline is not None and (baseline.model_id, baseline.checkpoint, baseline.run) == ("first", "", 0)
+
+
+def test_somebody_who_switched_meanwhile_is_left_alone(place: Place) -> None:
+    place.begin(seed=1)
+    place.once()
+    run = place.begin(seed=2)
+    place.client.activate_model("first")  # after the run began
+    space = place.client.collection(COLLECTION).space_id
+    ended, stages = place.once()
+    assert ended.state == "failed" and "model first is active, lobby-000001 was when run 2 began" in ended.reason
+    assert place.active() == "first" and place.client.collection(COLLECTION).space_id == space
+    assert stages["promote"].starts == 1  # no other try would help
+    alert = json.loads(place.layout.alerts.read_text().splitlines()[-1])
+    assert alert["run"] == run and "promote" in alert["text"]
+
+
+def test_entries_without_crops_fail_the_run_and_name_the_key(place: Place) -> None:
+    place.client.create_collection("bare", unlimited_retention=True)
+    place.client.enrol("bare", NewEntry(jpeg(1)))
+    place.write(("[gate]", '[migrate]\ncollections = ["bare"]\n[gate]'))
+    place.begin(seed=1)
+    ended, _ = place.once()
+    assert ended.state == "failed" and "no stored crop" in ended.reason and place.active() == "first"
+    place.write(("[gate]", '[migrate]\ncollections = ["bare"]\nmissing_crops = "drop"\n[gate]'))
+    place.begin(seed=1)
+    assert place.once()[0].state == "promoted"
+
+
+def test_live_searches_agree_or_refuse_the_candidate(place: Place) -> None:
+    well = ("max_minutes = 0.0", "max_minutes = 1.0\nmin_searches = 20\nmax_latency_ratio = 100.0")
+    place.write(well)
+    place.begin(seed=1)
+    with searching(place.client.address):
+        ended, stages = place.once()
+    shadow = stages["shadow"].outcome
+    assert (
+        ended.state == "promoted" and shadow is not None and "live searches, the same best hit in" in shadow.reasons[0]
+    )
+    figures = shadow.figures[COLLECTION]
+    assert figures["answered"] >= 20 and figures["top1_agreement"] > 0.5
+
+    place.write((well[0], well[1] + "\nmin_agreement = 1.0"))
+    place.begin(seed=77)
+    space = place.client.collection(COLLECTION).space_id
+    with searching(place.client.address):
+        place.client.enrol_batch(COLLECTION, [NewEntry(jpeg(person, 3)) for person in range(ENTRIES)])
+        ended, stages = place.once()
+    if ended.state == "refused":
+        assert "100.0% are asked for" in ended.reason
+        assert place.client.collection(COLLECTION).space_id == space and place.active() == "lobby-000001"
+        assert not (place.folder / "models" / "lobby-000002").exists()  # unloaded and removed
+        assert [one.model_id for one in place.client.models()] == ["first", "lobby-000001"]
+
+
+def test_without_live_searches_it_goes_on_or_is_refused_as_the_file_says(place: Place) -> None:
+    place.write(("max_minutes = 0.0", "max_minutes = 0.0\nrequired = true"))
+    place.begin(seed=1)
+    ended, _ = place.once()
+    assert ended.state == "refused" and not ended.used  # its crops may yet make something
+    assert "0 live searches" in ended.reason and place.active() == "first"
+
+
+@pytest.mark.parametrize("action", ["rollback", "alert"])
+def test_a_promoted_model_that_finds_nobody_is_taken_back_or_told(place: Place, action: str) -> None:
+    place.write((NO_WATCH[0], NO_WATCH[1].replace("[schedule]", f'action = "{action}"\n[schedule]')))
+    space = place.client.collection(COLLECTION).space_id
+    with searching(place.client.address):
+        place.begin(seed=1, calibration=SURE_OF_NOBODY)
+        ended, stages = place.once()
+    watch = stages["watch"].outcome
+    assert watch is not None and "of searches find nobody" in watch.reasons[0]
+    assert "of searches find nobody" in place.layout.alerts.read_text()
+    if action == "alert":
+        assert ended.state == "promoted" and place.active() == "lobby-000001"
+        return
+    assert ended.state == "rolled_back" and place.active() == "first"
+    assert place.client.collection(COLLECTION).space_id == space
+    assert place.finds(3) > 0.999
+    found = read_active(place.layout.active)
+    assert found is not None and found.model_id == "first"
+
+
+def test_a_promoted_model_that_does_well_stays(place: Place) -> None:
+    place.write(NO_WATCH)
+    with searching(place.client.address):
+        place.begin(seed=1)
+        ended, stages = place.once()
+    watch = stages["watch"].outcome
+    assert ended.state == "promoted" and watch is not None and "nothing to say" in watch.reasons[0]
