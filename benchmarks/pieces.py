@@ -53,7 +53,7 @@ def crops(count: int = 64) -> tuple[bytes, ...]:
     return tuple(made)
 
 
-def bundle_of(backbone: str, path: Path) -> Bundle:
+def bundle_of(backbone: str, path: Path, *, seed: int = 0) -> Bundle:
     """A bundle of random weights, with batch norms that have seen crops: they tell probes apart."""
     import torch
     from torch import nn
@@ -61,7 +61,7 @@ def bundle_of(backbone: str, path: Path) -> Bundle:
     from resight.exporters.export import export_encoder
     from resight.model import Encoder, EncoderConfig
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     encoder = Encoder(EncoderConfig(backbone=backbone))
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):

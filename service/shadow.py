@@ -1,9 +1,9 @@
 """A candidate model answers a sample of live searches beside the active one: for figures, never for callers.
 
 It begins when the caller has the answer, waits behind everybody else, embeds with the priority of a migration, one
-search at a time, and what the server has no time for is dropped and counted. A few crops wait in memory for some
-seconds; nothing of a query is kept but what `resight.service.shadow_figures` counts. A shadow ends with the process;
-as a long operation it is known afterwards.
+search at a time and no more than `SHARE` of the time, and what there is no time for is dropped and counted. A few
+crops wait in memory for some seconds; nothing of a query is kept but what `resight.service.shadow_figures` counts. A
+shadow ends with the process; as a long operation it is known afterwards.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from resight.service.entries import Collection, Space, now_us
 from resight.service.features import Crops
 from resight.service.lanes import QUIET_S, Priority
 from resight.service.long_work import CancelledWork
+from resight.service.operations import Operation
 from resight.service.ranked import RankedAnswer, Wanted, ranked
 from resight.service.shadow_figures import ShadowFigures, Side, SideFigures, Tally
 from resight.service.tenants import Tenant
@@ -40,7 +41,8 @@ log = logging.getLogger(__name__)
 WAITING = 16  # samples of one shadow: crops in memory
 PATIENCE_S = 5.0  # of a sample, from the caller's answer on: what is not begun by then is dropped
 BUSY = 4  # callers' crops and queries under way; above it a shadow begins nothing
-LOOK_S = 2.0  # between two looks at whether it is to end
+SHARE = 1 / 32  # of a core's time, at most: callers' slowest twentieth must not be those that meet a shadow's batch
+LOOK_S = 1.0  # between two looks at whether it is to end
 MEASURED_EVERY = 4  # searches of which one is done again with both models, to be timed
 
 
@@ -123,6 +125,8 @@ class Shadow:
         self._tally, self._samples = Tally(), asyncio.Queue[Sample](WAITING)
         self._state, self._ended = ShadowState.RUNNING, asyncio.Event()
         self._end_us: int | None = None
+        self._noted: dict[str, int] = {}
+        self._worked_s = 0.0  # on the sample it is at
         self.bounds, self.operation_id = told.bounds, ""
 
     @property
@@ -178,18 +182,19 @@ class Shadow:
             working.cancel()
             await asyncio.wait((working,))
         told = self.told()
-        figures = told.figures
-        await self._tenant.operations.progress(
-            self.operation_id,
-            details={"shadow": told.noted()},
-            total=figures.sampled,
-            succeeded=figures.answered,
-            failed=figures.failed,
-            skipped=figures.dropped,
-        )
+        await self._note(told)
         if told.state is ShadowState.STOPPED:
             raise CancelledWork
         return {"state": told.state.value, "model_id": told.model_id, "space_id": told.space_id}
+
+    async def _note(self, ended: Told | None = None) -> Operation:
+        """Tell its operation the counts, and how it ended; returns that as it stands."""
+        tally = self._tally
+        counts = {"total": tally.sampled, "succeeded": tally.answered, "failed": tally.failed, "skipped": tally.dropped}
+        if ended is None and counts == self._noted:
+            return await self._tenant.operations.get(self.operation_id)
+        self._noted, details = counts, None if ended is None else {"shadow": ended.noted()}
+        return await self._tenant.operations.progress(self.operation_id, details=details, result=None, **counts)
 
     async def _look(self) -> None:
         """Wait a moment or until it ends, and see whether it should."""
@@ -201,7 +206,7 @@ class Shadow:
             pass
         if self.bounds.expire_us is not None and now_us() >= self.bounds.expire_us:
             self.end(ShadowState.EXPIRED)
-        if (await self._tenant.operations.get(self.operation_id)).cancel_asked:
+        if (await self._note()).cancel_asked:
             self.end(ShadowState.STOPPED)
         try:
             self.fits(await self._tenant.store.read(reads.collection, self._begun.collection))
@@ -211,6 +216,7 @@ class Shadow:
     async def _work_forever(self) -> None:
         while True:
             sample = await self._samples.get()
+            self._worked_s = 0.0
             try:
                 await self._quiet(sample)
                 await self._answer(sample)
@@ -224,6 +230,7 @@ class Shadow:
                 log.exception("the shadow of %s failed", self._begun.collection)
             if 0 < self.bounds.max_searches <= self._tally.answered:
                 self.end(ShadowState.DONE)
+            await asyncio.sleep(self._worked_s * (1 / SHARE - 1))
 
     async def _quiet(self, sample: Sample) -> None:
         """Return when the caller has the answer and few others wait; raises ExpiredInQueueError where that never is."""
@@ -254,4 +261,5 @@ class Shadow:
             collection, sample.source, deadline, space=collection.space, priority=Priority.REEMBED
         )
         (answer,) = await ranked(gallery.searcher, collection, [sample.wanted.of(made.feature)], deadline)
+        self._worked_s += (made.timings.decode_ns + made.timings.infer_ns + answer.search_ns + answer.rerank_ns) / 1e9
         return answer, made.timings.infer_ns // len(sample.source.images)

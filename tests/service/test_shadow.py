@@ -189,6 +189,12 @@ def test_a_sample_and_the_ends_of_a_shadow(client):
     assert again.figures.offered == 1
     assert until(client, "lobby", lambda now: now.state != "running").state == "expired"
     begun = client.start_shadow("lobby", "b")
+    client.search("lobby", ASKED[0])
+    for _ in range(1000):
+        if (now := client.operation(begun.operation_id)).succeeded:
+            break
+        time.sleep(0.01)
+    assert (now.state, now.total, now.succeeded) == ("running", 1, 1)
     client.cancel_operation(begun.operation_id)
     assert client.wait(client.operation(begun.operation_id)).state == "cancelled"
     assert client.get_shadow("lobby").state == "stopped"
