@@ -52,6 +52,7 @@ class Migrations:
     def __init__(self, models: ModelHost) -> None:
         self._models = models
         self._running: dict[tuple[str, str], tuple[str, asyncio.Task[None]]] = {}
+        self._turn = asyncio.Lock()
 
     async def begin(self, tenant: Tenant, wanted: Wanted, *, request_id: str = "") -> Operation:
         """Begin one, or go on with one that was interrupted; it runs on when this returns.
@@ -63,16 +64,24 @@ class Migrations:
             CropsMissingError: some entries cannot be embedded anew.
             InputError: it is searched in that space already.
         """
+        async with self._turn:  # two that come at once must not both find nothing under way
+            return await self._begin(tenant, wanted, request_id)
+
+    async def _begin(self, tenant: Tenant, wanted: Wanted, request_id: str) -> Operation:
         under_way = self._running.get((tenant.name, wanted.collection))
         if under_way is not None:
-            operation = await tenant.operations.get(under_way[0])
-            if operation.details.get("model_id") == wanted.model_id:
+            operation_id, task = under_way
+            operation = await tenant.operations.get(operation_id)
+            if operation.state.ended:  # and told so; its task has but a line of the log to write
+                await asyncio.wait((task,))
+            elif operation.details.get("model_id") == wanted.model_id:
                 return operation
-            raise ConflictError(
-                f"collection {wanted.collection} is being migrated by operation {under_way[0]}: wait for it, or "
-                "cancel it",
-                field="collection_id",
-            )
+            else:
+                raise ConflictError(
+                    f"collection {wanted.collection} is being migrated by operation {operation_id}: wait for it, or "
+                    "cancel it",
+                    field="collection_id",
+                )
         with self._models.lease(wanted.model_id) as model:
             collection, total = await tenant.store.write(
                 backfill.begin, wanted.collection, model.space, drop_missing=wanted.drop_missing

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 ROUNDS = int(os.environ.get("ROUNDS", "6"))
 TESTS = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300 + 30 * ROUNDS)]
 
 
 def taken_in(ledger: Ledger, lines: list[dict[str, Any]]) -> tuple[list[Write], int]:

@@ -5,6 +5,7 @@ import contextlib
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -80,6 +81,33 @@ def test_a_collection_moves_is_searched_meanwhile_and_moves_back(serving):
     serving.activate_space("lobby", old, expected=new)  # and back, without loss
     assert serving.search("lobby", jpeg(61), top_k=1).hits[0].similarity > 0.9999
     assert np.allclose(serving.get_feature("lobby", "later").vector, features_by_hand([jpeg(61)])[0], atol=1e-5)
+
+
+def test_of_two_that_come_at_once_one_begins_and_when_it_has_ended_the_next_may(root, tmp_path):
+    make_bundle(root / "c", seed=2)
+    server = start(root, tmp_path, **SLOW)
+    with Client(server.wait_ready()) as client:
+        for model in ("b", "c"):
+            client.wait(client.load_model(model))
+        filled(client, "lobby", 60)
+
+        def begin(model: str) -> object:
+            try:
+                return client.migrate("lobby", model, auto_activate=True).operation_id
+            except ConflictError:
+                return None
+
+        with ThreadPoolExecutor(6) as pool:
+            begun = set(pool.map(begin, ["b", "c"] * 3))
+        (operation_id,) = begun - {None}
+        client.wait(client.operation(operation_id))
+        searched = client.collection("lobby").model
+        for model in ("tiny-2", "tiny-1", "tiny-0") * 2:  # each at once after the one before
+            if model != searched:
+                name = {"tiny-0": "a", "tiny-1": "b", "tiny-2": "c"}[model]
+                assert client.wait(client.migrate("lobby", name, auto_activate=True)).state == "succeeded"
+                searched = model
+    assert server.end() == 0
 
 
 def test_crops_that_are_missing_are_refused_or_left_behind(serving):

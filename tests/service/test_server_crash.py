@@ -35,7 +35,7 @@ ROUNDS = int(os.environ.get("ROUNDS", "3"))
 MODELS = ("tiny-0", "tiny-1")
 EAGER = {"RESIGHT_PURGE_INTERVAL_S": "0.3", "RESIGHT_KEEP_RETIRED_SPACE_S": "0.2"}
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300 + 30 * ROUNDS)]
 
 
 @lru_cache(8192)
