@@ -18,6 +18,7 @@ from resight.training.separation import CONFIDENCE, Estimate, Separation
 from resight.training.verdict import TRACK_MARGIN, Evidence, Verdict, broken, cluster_changes, compare, differences
 
 RATE_MARGIN = 0.02  # of a share: what goes with TRACK_MARGIN of AUC among the encoders in docs/judging.md
+ONE_PERSON = 0.6  # of the variance elsewhere: one real person has 0.3-0.5, five have 0.83 (medians, docs/judging.md)
 
 Loss = tuple[Evidence, str]
 
@@ -79,13 +80,17 @@ def _faults(hygiene: Mapping[str, Hygiene]) -> Iterator[Loss]:
 
 
 def _one_person(active: Judgement, elsewhere: Judgement | None) -> Iterator[Loss]:
-    """A sound active model that puts most crops into one cluster tells of the crops, not of itself."""
-    collapsed = active.collapse or (active.clusters is not None and active.clusters.collapsed)
-    if active.problem or not collapsed:
+    """Crops that a sound active model finds nearly all alike show one person, whatever a candidate makes of them."""
+    if active.problem:
         return
-    if elsewhere is not None and not broken(elsewhere):
+    seen = None if elsewhere is None or broken(elsewhere) else elsewhere.variance
+    collapsed = active.collapse or (active.clusters is not None and active.clusters.collapsed)
+    if seen is not None and active.variance is not None and active.variance < ONE_PERSON * seen:
+        change = f"variance {active.variance:.2g}, on the reference crops {seen:.2g}"
+        yield "crops", f"to the active model these crops are as alike as those of one person: {change}"
+    elif collapsed and seen is not None:
         yield "crops", "the active model sees one person on most crops, and many on the reference crops"
-    elif not active.separation.figures:
+    elif collapsed and not active.separation.figures:
         yield "crops", "the active model sees one person on most crops, and too few tracks overlap to show it wrong"
 
 

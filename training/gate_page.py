@@ -68,9 +68,9 @@ def write_gate_page(path: Path, case: Case, *, names: tuple[str, str]) -> None:
     environment = templates()
     environment.filters["uri"] = data_uri
     page = environment.get_template("gate_page.html.j2").render(
-        title=f"{names[0]} in the place of {names[1]}?",
+        title=f"{Path(names[0]).name} in the place of {Path(names[1]).name}?",
+        summary=f"Candidate {names[0]}, active model {names[1]}.",
         verdict=verdict,
-        problems=[f"{which}: {words}" for which, found in case.hygiene.items() for words in found.told()],
         forest=Markup(draw_forest(verdict.differences)) if verdict.differences else "",
         tables=_tables(site, case.reference, case.latency),
         similarities=_histograms(site, active),

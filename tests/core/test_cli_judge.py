@@ -14,6 +14,7 @@ from tiny import resight_here, the_error, without_persons, write_random_checkpoi
 
 from resight.training.crops import write_store
 from resight.training.datasets import Site
+from resight.training.links import write_links
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,23 @@ def test_without_tracks_it_says_so_and_goes_by_clusters(tiny_site: Site, tiny_in
     assert found["model"]["tracks"]["auc"] is None
     _, every = run(tiny_site.root, tiny_init, tmp_path / "all.json", "--all")
     assert every["model"]["crops"] == 240 + 90 and every["settings"]["all"] is True
+
+
+def test_confirmed_and_rejected_pairs_are_labels(
+    tracked: Path, tiny_site: Site, tiny_init: Path, other: Path, tmp_path: Path
+) -> None:
+    site = tmp_path / "site"
+    shutil.copytree(tracked, site)
+    persons, paths = tiny_site.train.persons, tiny_site.train.paths
+    pairs = [(row, (row + 7 * step) % len(paths)) for row in range(12) for step in (1, 9)]
+    write_links(site, [(paths[a], paths[b], bool(persons[a] == persons[b])) for a, b in pairs])
+    told, found = run(site, tiny_init, tmp_path / "found.json", "--against", other)
+    links = found["model"]["links"]
+    assert links["missing"] == {} and f"{links['accuracy']['value']:.4f}" in told
+    assert found["verdict"]["differences"]["links.auc"]["low"] <= found["verdict"]["differences"]["links.auc"]["high"]
+    _, without = run(tracked, tiny_init, tmp_path / "without.json", "--reference", site, "--against", other)
+    assert without["model"]["links"] is None and without["reference"]["model"]["links"] == found["model"]["links"]
+    assert "reference.links.auc" in without["verdict"]["differences"]
 
 
 def test_a_missing_site_is_one_sentence(tiny_init: Path, tmp_path: Path) -> None:

@@ -123,6 +123,15 @@ def test_one_cluster_for_all_crops_is_not_the_active_models_fault(store: CropSto
     assert elsewhere.decision == "refuse" and "many on the reference crops" in elsewhere.reasons[0]
 
 
+def test_crops_of_one_person_are_told_by_what_the_active_model_finds_alike(store: CropStore) -> None:
+    alone = replace(store, persons=np.zeros(len(store), np.int64))
+    one = Rivals(*(judged(people_features(alone, spread=spread), store) for spread in (0.6, 0.5)))
+    verdict = gate(one, reference=rivals(store, 0.6, 0.5))
+    assert (verdict.decision, verdict.evidence) == ("refuse", "crops")
+    assert "as alike as those of one person" in verdict.reasons[0]
+    assert "one person" not in "".join(gate(rivals(store, 0.6, 0.5), reference=rivals(store, 0.6, 0.5)).reasons)
+
+
 def test_tracks_kept_back_are_a_gallery_without_queries(store: CropStore) -> None:
     back = store.subset(np.arange(40))
     assert held_out(Site(store.root, store, None, back)) is back
