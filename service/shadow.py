@@ -125,6 +125,7 @@ class Shadow:
         self._tally, self._samples = Tally(), asyncio.Queue[Sample](WAITING)
         self._state, self._ended = ShadowState.RUNNING, asyncio.Event()
         self._end_us: int | None = None
+        self._working: asyncio.Task[None] | None = None
         self._noted: dict[str, int] = {}
         self._worked_s = 0.0  # on the sample it is at
         self.bounds, self.operation_id = told.bounds, ""
@@ -146,10 +147,14 @@ class Shadow:
         )
 
     def end(self, state: ShadowState) -> None:
-        """Take no more samples; one that has ended stays as it is."""
+        """Take no more samples, and drop those that wait; one that has ended stays as it is."""
         if self.running:
             self._state, self._end_us = state, now_us()
             self._ended.set()
+            if self._working is not None:
+                self._working.cancel()
+            tally = self._tally
+            tally.dropped = tally.sampled - tally.answered - tally.failed
             log.info("shadow %s collection=%s model=%s", state, self._begun.collection, self._begun.model_id)
 
     def fits(self, collection: Collection) -> bool:
@@ -174,13 +179,13 @@ class Shadow:
     async def run(self) -> dict[str, str]:
         """Answer samples until it ends: the work of its long operation, whose result tells how."""
         # Nobody listens to it: its work is no part of the call that began it.
-        working = asyncio.create_task(self._work_forever(), name="shadow", context=contextvars.Context())
+        self._working = asyncio.create_task(self._work_forever(), name="shadow", context=contextvars.Context())
         try:
             while self.running:
                 await self._look()
         finally:
-            working.cancel()
-            await asyncio.wait((working,))
+            self._working.cancel()
+            await asyncio.wait((self._working,))
         told = self.told()
         await self._note(told)
         if told.state is ShadowState.STOPPED:

@@ -100,7 +100,9 @@ class Shadows:
                 if self._shadows.get(place) is shadow:
                     del self._shadows[place]
 
-        operation = await self._work.begin(tenant.operations, KIND, work, collection=of.name, shadow=begun.noted())
+        operation = await self._work.begin(
+            tenant.operations, KIND, work, key=of.key, collection=of.name, shadow=begun.noted()
+        )
         shadow.operation_id = operation.operation_id  # before its work begins
         self._shadows[place] = shadow
         row = Event(current().name, "ModelService.StartShadow", of.name, reason=f"model {model_id}")
@@ -124,7 +126,7 @@ class Shadows:
             held.fits(of)
             return held.told()
         for old in await tenant.operations.listed(limit=LOOKED_AT, kind=KIND):
-            if old.details["collection"] == name:
+            if old.details["key"] == of.key:
                 told = replace(Told.of(old.details["shadow"]), operation_id=old.operation_id)
                 if told.state is ShadowState.RUNNING:  # as it was noted when it began
                     told = replace(told, state=ShadowState.INTERRUPTED, end_us=old.end_us)

@@ -181,6 +181,11 @@ def test_a_sample_and_the_ends_of_a_shadow(client):
         if (now := until(client, "lobby", settled)).state != "running":
             break
     assert now.state == "done" and now.figures.answered == 6 and now.figures.offered > 6 and now.ended is not None
+    client.start_shadow("lobby", "b")
+    client.search_batch("lobby", [Query(crop) for crop in ASKED])
+    now = client.stop_shadow("lobby")  # while most of them wait
+    assert now.figures.sampled == 20 and settled(now) and now.figures.dropped > 0
+    assert client.get_shadow("lobby") == now
     begun = client.start_shadow("lobby", "b", expire_after=timedelta(hours=1))
     assert begun.figures.offered == 0 and begun.expires > begun.started
     client.search("lobby", ASKED[0])
@@ -207,7 +212,11 @@ def test_what_cannot_be_shadowed_is_refused(client):
         client.start_shadow("lobby", "a")
     with pytest.raises(ModelNotFoundError):
         client.start_shadow("lobby", "d")
-    client.create_collection("new", unlimited_retention=True)
+    client.create_collection("new", unlimited_retention=True, keep_crops=True)
+    client.wait(client.migrate("new", "b"))
+    client.start_shadow("new", "b")
+    client.delete_collection("new", force=True)
+    client.create_collection("new", unlimited_retention=True)  # of the same name, never shadowed
     for call in (client.get_shadow, client.stop_shadow):
         with pytest.raises(ShadowNotFoundError, match="no model has shadowed"):
             call("new")
