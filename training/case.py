@@ -29,7 +29,8 @@ class Ground:
 
     Attributes:
         store: N crops that can be decoded.
-        linked: those that operators have confirmed or rejected pairs of, in any split; None where there are none.
+        linked: those that operators have confirmed or rejected pairs of, of tracks held out where there are such, else
+            in any split; None where there are none.
         hygiene: what is wrong with crops, by the words for which crops they are; those judged on come first.
     """
 
@@ -85,7 +86,8 @@ def open_ground(root: Path, *, every: bool = False, tracks_from_names: bool = Fa
     hygiene = {"crops judged on": examine(store)}
     if back is not None:
         hygiene["crops adapted to"] = examine(site.train)
-    return Ground(store, linked_crops(join_splits(site)), hygiene)
+    told = join_splits(site) if back is None else back  # links between training crops were obeyed, not foreseen
+    return Ground(store, linked_crops(told), hygiene)
 
 
 def hear(

@@ -19,6 +19,7 @@ from tiny import environment, resight_here, the_error
 
 from resight.errors import SiteError
 from resight.training import transplant as transplant_module
+from resight.training.case import open_ground
 from resight.training.collect import RECORD_FILE, Collected, CollectSettings, collect
 from resight.training.crops import CropStore, open_store
 from resight.training.growing import GrowingStore
@@ -184,6 +185,10 @@ def test_links_are_carried_over_and_their_tracks_stand_on_one_side(state: Path) 
     assert {tuple(pair) for pair in read_links(state / "site")} == set(pairs) and found.crops["links"] == len(pairs)
     home = {path: split for split, part in open_store(state / "site").items() for path in part.paths}
     assert all(home[one] == home[other] for one, other, _ in pairs)
+    judged = open_ground(state / "site").linked
+    assert judged is None or all(home[path] == "gallery" for path in judged.store.paths)
+    held = [pair for pair in pairs if home[pair[0]] == "gallery"]
+    assert len(held) == (0 if judged is None else len(judged.same)) and len(held) < len(pairs)
 
 
 def test_most_crops_are_most_and_cameras_share_them(drawn: Path, tmp_path: Path) -> None:
