@@ -85,7 +85,7 @@ class Operation(_message.Message):
     RESULT_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.str
     kind: _builtins.str
-    """migrate | snapshot | rebuild | load_model | adapt"""
+    """migrate | snapshot | rebuild | load_model | shadow | adapt"""
     state: Global___OperationState.ValueType
     total: _builtins.int
     succeeded: _builtins.int
