@@ -148,10 +148,6 @@ def open_footage(
     Raises:
         FootageError: it is missing, empty, of another kind, too large a picture, or nobody knows when it was taken.
     """
-    from resight.training.image_folder import ImageFolder
-    from resight.training.live import LiveStream
-    from resight.training.video import VideoFile
-
     check_camera(camera)
     scheme, separator, _ = source.partition("://")
     if separator:
@@ -161,10 +157,16 @@ def open_footage(
             )
         if start_s is not None:
             raise FootageError("a live stream runs by this machine's clock: leave --start away", field="start")
+        from resight.training.live import LiveStream
+
         return LiveStream(source, camera, fps, duration_s=duration_s, hwaccel=hwaccel)
     path = Path(source)
     if path.is_dir():
+        from resight.training.image_folder import ImageFolder
+
         return ImageFolder(path, camera, fps, start_s)
     if not path.is_file():
         raise FootageError(f"no footage at {path}: expected a video ({VIDEOS}), a folder of images, or an rtsp:// URL")
+    from resight.training.video import VideoFile
+
     return VideoFile(path, camera, fps, start_s, hwaccel=hwaccel)

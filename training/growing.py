@@ -25,6 +25,7 @@ from resight.errors import StorageFullError, StoreError
 from resight.training.crops import INDEX_FILE, SCHEMA, UNKNOWN, check_path, is_store
 from resight.training.tables import read_table, write_table
 
+JOURNAL_FILE = "ingest.sqlite3"
 LOCK_FILE = ".index.lock"
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -67,7 +68,7 @@ class GrowingStore:
     """
 
     def __init__(self, root: Path) -> None:
-        if root.exists() and (not root.is_dir() or (any(root.iterdir()) and not _ours(root))):
+        if root.exists() and (not root.is_dir() or not _ours(root)):
             raise StoreError(f"{root} holds other things than a crop store: name a new folder, or a store")
         self.root = root
         with room(root):
@@ -147,16 +148,16 @@ class GrowingStore:
         return found
 
     def sweep(self, folder: str) -> int:
-        """Remove the files below a folder that no row names, and folders that are empty then; how many files."""
+        """Remove the files below a folder that no row names, and the folder and the one above where nothing is left."""
         with self._locked():
             known, count = {row["path"] for row in self.rows(folder)}, 0
-            for file in sorted((self.root / folder).rglob("*"), reverse=True):
-                if file.is_dir():
-                    if not any(file.iterdir()):
-                        file.rmdir()
-                elif file.relative_to(self.root).as_posix() not in known:
+            for file in (self.root / folder).rglob("*"):
+                if not file.is_dir() and file.relative_to(self.root).as_posix() not in known:
                     file.unlink()
                     count += 1
+            for emptied in (self.root / folder, (self.root / folder).parent):
+                if emptied.is_dir() and not any(emptied.iterdir()):
+                    emptied.rmdir()
             return count
 
     @contextmanager
@@ -223,5 +224,7 @@ def room(root: Path) -> Iterator[None]:
 
 
 def _ours(root: Path) -> bool:
-    """Whether a folder is a store, or was begun to be one."""
-    return is_store(root) or (root / LOCK_FILE).is_file() or (root / "ingest.sqlite3").is_file()
+    """Whether a folder is a store, was begun to be one, or is empty but for locks."""
+    return (
+        is_store(root) or (root / JOURNAL_FILE).is_file() or all(path.name.startswith(".") for path in root.iterdir())
+    )

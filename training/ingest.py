@@ -12,17 +12,19 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from resight.errors import FootageError
 from resight.image import MAX_BYTES
 from resight.training.boxes import Boxes
-from resight.training.detect import Detector
 from resight.training.footage import Footage, Frame, Place
 from resight.training.growing import GrowingStore, NewCrop, NewTrack
 from resight.training.journal import Entry, Journal
 from resight.training.sampling import Candidate, Sampler, Sampling
 from resight.training.tracks import Mode, follow
+
+if TYPE_CHECKING:
+    from resight.training.detect import Detector  # which loads torch, and boxes from elsewhere need none
 
 log = logging.getLogger(__name__)
 

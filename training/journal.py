@@ -21,9 +21,8 @@ import numpy as np
 from resight.errors import StoreError
 from resight.training.boxes import Boxes
 from resight.training.footage import START, Place
-from resight.training.growing import room
+from resight.training.growing import JOURNAL_FILE, room
 
-JOURNAL_FILE = "ingest.sqlite3"
 SCHEMA_VERSION = 1
 BUSY_S = 30.0  # that a writer waits for another one; each holds the file for milliseconds
 COLUMNS = 6  # of a box: left, top, right, bottom, score, given track

@@ -1,0 +1,76 @@
+"""Reading a film into a store, here or in a process that is killed on the way: `ingesting.py kill|read ...`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from resight.training import growing, journal
+from resight.training import ingest as module
+from resight.training.footage import open_footage
+from resight.training.given_boxes import GivenBoxes
+from resight.training.growing import GrowingStore
+from resight.training.ingest import Outcome, ingest
+from resight.training.journal import Journal
+
+PLACES: dict[str, tuple[Any, str, bool]] = {
+    "file": (GrowingStore, "_write", False),
+    "file-written": (GrowingStore, "_write", True),
+    "index": (growing, "write_table", False),
+    "index-written": (growing, "write_table", True),
+    "journal": (journal.Journal, "advance", False),
+    "journal-written": (journal.Journal, "advance", True),
+    "frame": (module._Reading, "_look", False),
+}
+COMMIT_S = 6.0  # of footage; the program's own would be longer than the tests' films
+
+
+def read(
+    folder: Path, root: Path, *, boxes: str = "door.jsonl", name: str = "door.mp4", camera: str = "door", **more: Any
+) -> Outcome:
+    store = GrowingStore(root)
+    with Journal(root) as opened:
+        footage = open_footage(str(folder / name), camera=camera, fps=5)
+        return ingest(footage, GivenBoxes(folder / boxes, 5), store, opened, **more)
+
+
+def deadly(place: str, count: int) -> None:
+    """Let the so-manieth call of a step end this process, before or after its work."""
+    owner, name, after = PLACES[place]
+    real, calls = getattr(owner, name), 0
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        found = real(*args, **kwargs)
+        if calls == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    setattr(owner, name, call)
+
+
+def main() -> None:
+    what, folder, root, *rest = sys.argv[1:]
+    if what == "read":
+        read(Path(folder), Path(root), boxes=f"{rest[0]}.jsonl", name=f"{rest[0]}.mp4", camera=rest[0])
+        return
+    module.COMMIT_S = COMMIT_S
+    for where in rest:  # forks of a process that has imported everything and started nothing
+        child = os.fork()
+        if not child:
+            place, _, count = where.partition(":")
+            deadly(place, int(count))
+            read(Path(folder), Path(root) / where)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (where, status)
+
+
+if __name__ == "__main__":
+    main()
