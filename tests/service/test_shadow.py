@@ -175,12 +175,12 @@ def test_only_searches_of_crops_are_sampled_and_each_as_it_was_asked(client):
 
 
 def test_a_sample_and_the_ends_of_a_shadow(client):
-    client.start_shadow("lobby", "b", sample=0.3, max_searches=6)
+    client.start_shadow("lobby", "b", sample=0.3, max_searches=8)
     for crop in ASKED * 6:
         client.search("lobby", crop, top_k=1)
         if (now := until(client, "lobby", settled)).state != "running":
             break
-    assert now.state == "done" and now.figures.answered == 6 and now.figures.offered > 6 and now.ended is not None
+    assert now.state == "done" and now.figures.answered == 8 and now.figures.offered > 8 and now.ended is not None
     client.start_shadow("lobby", "b")
     client.search_batch("lobby", [Query(crop) for crop in ASKED])
     now = client.stop_shadow("lobby")  # while most of them wait
