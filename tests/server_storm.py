@@ -10,7 +10,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -53,14 +53,18 @@ class Storm:
         self.operations: list[str] = []
         self.erased: list[str] = []  # subjects whose erasure was answered as scrubbed
         self.searched_in: set[str] = {models[0], models[1]}  # where the collection may be now
+        self.revision = 0  # the last that somebody was told
         self._lock = threading.Lock()
         callers = [Caller(self, f"w{number}") for number in range(CALLERS)]
         works: list[Callable[[], None]] = [*(caller.work for caller in callers), self._migrate, self._operate]
         self._threads = [threading.Thread(target=self._until_over, args=(work,)) for work in works]
 
     def begin(self) -> None:
+        """Let the callers begin; returns when the first of them was answered."""
         for thread in self._threads:
             thread.start()
+        while not (self.answered or self.broken):
+            time.sleep(0.005)
 
     def end(self, kill: Callable[[], Any]) -> list[Write]:
         """Kill the server; the writes whose end nobody knows."""
@@ -75,7 +79,7 @@ class Storm:
         return self.began
 
     @contextmanager
-    def writing(self, kind: str, want: dict[str, State]):
+    def writing(self, kind: str, want: dict[str, State]) -> Iterator[None]:
         """Write down what is begun, and what was answered or refused."""
         with self._lock:
             self.began.append(want)
@@ -107,7 +111,8 @@ class Storm:
 
     def _migrate(self) -> None:
         """To the other model, and back, and so on; what is refused is tried again."""
-        now = self.client.collection(COLLECTION).model
+        of = self.client.collection(COLLECTION)
+        now, self.revision = of.model, of.revision
         target = next(name for name in self.models if name != now)
         try:
             self.searched_in = {now, target}

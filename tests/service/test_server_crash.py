@@ -122,8 +122,8 @@ def check_files(data: Path, storm: Storm) -> None:
         assert raw.execute(
             stray + "collection_space s WHERE s.collection = e.collection AND s.space_id = f.space_id)"
         ).fetchone() == (0,)
-        (last,) = raw.execute("SELECT seq FROM sqlite_sequence WHERE name = 'change'").fetchone()
-        assert raw.execute("SELECT max(revision) FROM collection").fetchone()[0] <= last
+        (last,) = raw.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'change'").fetchone()
+        assert raw.execute("SELECT max(revision) FROM collection").fetchone()[0] <= (last or 0)
     soon(lambda: [snapshot.verify(data, name) for name in snapshot.names(data)])
     soon(lambda: no_remnants(data / "snapshots"))
     for subject in storm.erased:
@@ -164,7 +164,7 @@ def test_every_answered_call_survives_a_kill_of_the_server_at_any_moment(tmp_pat
         for number in range(ROUNDS):
             storm = Storm(server.wait_ready(), ledger, number, MODELS)
             storm.begin()
-            time.sleep(chance.uniform(0.02, 1.2))
+            time.sleep(chance.uniform(0.0, 1.2))
             assert server.process.poll() is None, server.log.read_text()
             in_flight = storm.end(partial(server.end, signal.SIGKILL))
             counts.update(storm.answered | Counter({"in flight": len(in_flight)}))
@@ -184,14 +184,16 @@ def test_every_answered_call_survives_a_kill_of_the_server_at_any_moment(tmp_pat
                 time.sleep(max([0.0, *(state["ends"] - time.time() for state in ending([ledger.states, *in_flight]))]))
                 ledger.states = lasting(ledger.states)
                 check_entries(client, ledger, [lasting(write) for write in in_flight])
-                assert client.collection(COLLECTION).model in storm.searched_in
+                of = client.collection(COLLECTION)
+                assert of.model in storm.searched_in and of.revision >= storm.revision
                 check_index(client, ledger)
                 check_files(data, storm)
             check_log(server)
     finally:
         server.end(signal.SIGKILL)
         log.info("answered %s; refused %s; left %d", dict(counts), dict(refused), len(ledger.states))
-    assert counts["in flight"] and counts["enrol"] > ROUNDS and counts["migrate succeeded"]
+    assert counts["in flight"] and sum(counts.values()) > 10 * ROUNDS
+    assert ROUNDS < 50 or min(counts[kind] for kind in ("migrate succeeded", "erase", "snapshot", "killed at start"))
 
 
 def ending(writes: list[Write]) -> list[dict[str, Any]]:
