@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from conftest import Place
 
 NOBODY = "127.0.0.1:1"
+LONG_S = 120.0
 
 
 @pytest.fixture
@@ -111,20 +114,32 @@ def test_a_call_without_time_leaves_the_run_to_the_next(lonely: Path) -> None:
 def test_a_second_cycle_is_refused_and_a_signal_lets_the_first_go(place: Place) -> None:
     place.write(("max_minutes = 0.0", "max_minutes = 5.0"))
     place.begin(seed=1)
-    first = subprocess.Popen(cycle("once", place.file), env=environment(), stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while "shadow" not in (stages := running(place.layout)):
-        assert time.monotonic() < deadline and first.poll() is None
-        time.sleep(0.02)
-    assert f"held by process {first.pid}" in the_error(resight_here("cycle", "once", place.file))
-    first.send_signal(signal.SIGTERM)
-    told, _ = first.communicate(timeout=60)
-    assert first.returncode == 75 and "run 1: running" in told
+    with started("once", place.file) as first:
+        while "shadow" not in (stages := running(place.layout)):
+            assert first.poll() is None
+            time.sleep(0.02)
+        assert f"held by process {first.pid}" in the_error(resight_here("cycle", "once", place.file))
+        first.send_signal(signal.SIGTERM)
+        told, _ = first.communicate(timeout=LONG_S)
+        assert first.returncode == 75 and "run 1: running" in told
     with pytest.raises(ProcessLookupError):
         os.killpg(stages["shadow"], 0)
     place.write()
     ended, found = place.once()
     assert ended.state == "promoted" and found["shadow"].starts == 2 and found["backfill"].starts == 1
+
+
+@contextmanager
+def started(command: str, site: Path) -> Iterator[subprocess.Popen[str]]:
+    """A command of the cycle as a process that does not outlive the test."""
+    process = subprocess.Popen(
+        cycle(command, site), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def running(layout: Layout) -> dict[str, int]:
@@ -156,14 +171,13 @@ def test_who_asked_may_cancel_until_it_is_promoted(place: Place) -> None:
 
 def test_the_scheduler_goes_on_with_what_was_left_and_ends_on_a_signal(place: Place) -> None:
     place.begin(seed=1)
-    keeper = subprocess.Popen(cycle("run", place.file), env=environment(), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while place.active() != "lobby-000001" or running(place.layout):
-        assert time.monotonic() < deadline and keeper.poll() is None
-        time.sleep(0.05)
-    keeper.send_signal(signal.SIGTERM)
-    _, told = keeper.communicate(timeout=60)
-    assert keeper.returncode == 0 and "Traceback" not in told, told
+    with started("run", place.file) as keeper:
+        while place.active() != "lobby-000001":
+            assert keeper.poll() is None
+            time.sleep(0.05)
+        keeper.send_signal(signal.SIGTERM)
+        told, _ = keeper.communicate(timeout=LONG_S)
+        assert keeper.returncode == 0 and "Traceback" not in told, told
     assert "the next run begins" in told
 
 

@@ -195,12 +195,15 @@ class Runs:
         return int(row[0])
 
     def end_stage(self, number: int, stage: str, *, outcome: Outcome | None = None, error: str = "") -> None:
-        """Note what a stage came to, or why it failed."""
+        """Note what a stage came to, or why it failed; of one whose start a kill left unnoted too."""
         text = None if outcome is None else json.dumps(json.loads(outcome.to_json()))
+        now_s = time.time()
         with self._writing():
             self._db.execute(
-                "UPDATE stage SET state = ?, ended_s = ?, error = ?, outcome = ? WHERE run = ? AND stage = ?",
-                ("failed" if outcome is None else "done", time.time(), error, text, number, stage),
+                "INSERT INTO stage (run, stage, state, starts, began_s, ended_s, error, outcome) "
+                "VALUES (?, ?, ?, 0, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET state = excluded.state, "
+                "ended_s = excluded.ended_s, error = excluded.error, outcome = excluded.outcome",
+                (number, stage, "failed" if outcome is None else "done", now_s, now_s, error, text),
             )
 
 
