@@ -32,11 +32,13 @@ class Ground:
         linked: those that operators have confirmed or rejected pairs of, of tracks held out where there are such, else
             in any split; None where there are none.
         hygiene: what is wrong with crops, by the words for which crops they are; those judged on come first.
+        adapted: crops that a candidate was adapted to, where ``store`` was held out of them.
     """
 
     store: CropStore
     linked: LinkedCrops | None
     hygiene: Mapping[str, Hygiene]
+    adapted: CropStore | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +48,7 @@ class Case:
     Attributes:
         site: both models, or the one alone, on the site's crops.
         reference: likewise on crops of earlier nights; None where none were given.
+        adapted: both on the crops adapted to; None where the verdict needs them not, or there are none apart.
         hygiene: as in `Ground`, of the site.
         latency: None where it was not asked for.
         verdict: None without an active model.
@@ -53,17 +56,19 @@ class Case:
 
     site: Trial
     reference: Trial | None
+    adapted: Trial | None
     hygiene: Mapping[str, Hygiene]
     latency: Latency | None
     verdict: Verdict | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: `model`, `against`, `hygiene`, and with two models `verdict`, `reference` and `latency`."""
+        """Plain values: `model`, `against`, `hygiene`; with two models `verdict`, `reference`, `adapted`, `latency`."""
         told: dict[str, Any] = self.site.to_json()
         told["hygiene"] = {which: found.to_json() for which, found in self.hygiene.items()}
         if self.verdict is not None:
             told["verdict"] = self.verdict.to_json()
             told["reference"] = None if self.reference is None else self.reference.to_json()
+            told["adapted"] = None if self.adapted is None else self.adapted.to_json()
             told["latency"] = None if self.latency is None else asdict(self.latency)
         return told
 
@@ -83,11 +88,13 @@ def open_ground(root: Path, *, every: bool = False, tracks_from_names: bool = Fa
     site = open_site(root, tracks_from_names=tracks_from_names)
     back = None if every else held_out(site)
     store = usable_crops(join_splits(site) if every else site.train if back is None else back)
-    hygiene = {"crops judged on": examine(store)}
-    if back is not None:
-        hygiene["crops adapted to"] = examine(site.train)
+    if back is None:
+        hygiene, adapted = {"crops judged on": examine(store)}, None
+    else:
+        adapted = usable_crops(site.train)
+        hygiene = {"crops judged on": examine(store, min_tracks=0), "crops adapted to": examine(adapted)}
     told = join_splits(site) if back is None else back  # links between training crops were obeyed, not foreseen
-    return Ground(store, linked_crops(told), hygiene)
+    return Ground(store, linked_crops(told), hygiene, adapted)
 
 
 def hear(
@@ -130,8 +137,11 @@ def hear(
     if active is not None and (timed or limit is not None):
         crops = [decode(site.store.read(row)) for row in range(min(BATCH, len(site.store)))]
         latency = measure_latency(active, candidate, crops, limit=limit)
-    rivals, verdict = own.rivals, None
-    if rivals is not None:
-        before = None if earlier is None else earlier.rivals
-        verdict = gate(rivals, reference=before, hygiene=site.hygiene, latency=latency)
-    return Case(own, earlier, site.hygiene, latency, verdict)
+    if own.rivals is None:
+        return Case(own, earlier, None, site.hygiene, latency, None)
+    before = None if earlier is None else earlier.rivals
+    verdict, seen = gate(own.rivals, reference=before, hygiene=site.hygiene, latency=latency), None
+    if site.adapted is not None and (verdict.decision == "undecided" or verdict.evidence == "clusters"):
+        seen = hold_trial(site.adapted, None, candidate, active, settings, seed=seed, device=device)
+        verdict = gate(own.rivals, reference=before, adapted=seen.rivals, hygiene=site.hygiene, latency=latency)
+    return Case(own, earlier, seen, site.hygiene, latency, verdict)

@@ -40,6 +40,7 @@ def gate(
     site: Rivals,
     *,
     reference: Rivals | None = None,
+    adapted: Rivals | None = None,
     hygiene: Mapping[str, Hygiene] | None = None,
     latency: Latency | None = None,
 ) -> Verdict:
@@ -48,6 +49,7 @@ def gate(
     Args:
         site: both models on crops of the site that the candidate has not seen, where there are such.
         reference: both on the frozen crops of earlier nights.
+        adapted: both on the crops that the candidate was adapted to: heard where nothing else decides.
         hygiene: what is wrong with crops, by the words for which crops they are ("crops it was adapted to").
         latency: of both, with the limit allowed.
 
@@ -69,7 +71,7 @@ def gate(
         reasons = (*(words for _, words in losses), *verdict.reasons)
         evidence = verdict.evidence if verdict.evidence == "features" and losses[0][0] != "crops" else losses[0][0]
         return Verdict("refuse", evidence, reasons, told)
-    return _gained(replace(verdict, differences=told), site)
+    return _gained(replace(verdict, differences=told), site, adapted)
 
 
 def _faults(hygiene: Mapping[str, Hygiene]) -> Iterator[Loss]:
@@ -144,24 +146,45 @@ def _lost(name: str, change: Estimate) -> bool:
     return change.high < 0 and change.value < -margin
 
 
-def _gained(verdict: Verdict, site: Rivals) -> Verdict:
-    """Labelled pairs or searches that surely gained decide where tracks do not."""
-    if verdict.decision != "undecided" or verdict.evidence not in ("tracks", "none", "clusters"):
+def _gained(verdict: Verdict, site: Rivals, adapted: Rivals | None) -> Verdict:
+    """What decides where the site's tracks are too few to: a sure gain elsewhere, nothing being worse."""
+    if verdict.evidence == "clusters" and adapted is not None and adapted.after.separation.figures:
+        # Clusters of a few held out tracks are each a track: tracks of more crops say more.
+        verdict = replace(verdict, decision="undecided")
+    elif verdict.decision != "undecided" or cluster_changes(site.before, site.after)[2]:
         return verdict
-    own = [change for name, change in verdict.differences.items() if "." not in name]
-    if any(change.high < 0 for change in own) or cluster_changes(site.before, site.after)[2]:
+    own = {name: change for name, change in verdict.differences.items() if "." not in name}
+    if any(change.high < 0 for change in own.values()):
         return verdict
-    promoting: tuple[Evidence, ...] = ("links", "searches")
+    promoting: tuple[Evidence, ...] = ("links", "searches", "reference")
     for evidence in promoting:
-        better = [
-            f"{name} {words_of(change)}"
-            for name, change in verdict.differences.items()
-            if name.startswith(f"{evidence}.") and change.low > 0
-        ]
+        better = _better({n: change for n, change in verdict.differences.items() if n.rpartition(".")[0] == evidence})
         if better:
             reason = f"better in {', '.join(better)}, worse in none"
             return replace(verdict, decision="promote", evidence=evidence, reasons=(reason, *verdict.reasons))
-    return verdict
+    fell = "auc" in own and own["auc"].value < -TRACK_MARGIN
+    return verdict if adapted is None or fell else _by_adapted(verdict, adapted)
+
+
+def _by_adapted(verdict: Verdict, adapted: Rivals) -> Verdict:
+    """The candidate has seen these crops, but never who is on them: on tracks it can still fail."""
+    found = compare(adapted.before, adapted.after)
+    told = {**verdict.differences, **{f"adapted.{name}": change for name, change in found.differences.items()}}
+    verdict = replace(verdict, differences=told)
+    if not found.differences or found.decision == "undecided":
+        return verdict
+    better = _better({f"adapted.{name}": change for name, change in found.differences.items()})
+    if found.decision == "promote" and not better:  # by clusters, which adaptation itself made tight
+        return verdict
+    words = (
+        f"better in {', '.join(better)}, worse in none" if better else f"on the crops adapted to: {found.reasons[0]}"
+    )
+    return replace(verdict, decision=found.decision, evidence="adapted", reasons=(words, *verdict.reasons))
+
+
+def _better(changes: Mapping[str, Estimate]) -> list[str]:
+    """Which figures surely rose, in words."""
+    return [f"{name} {words_of(change)}" for name, change in changes.items() if change.low > 0]
 
 
 def _auc_alone(found: Separation) -> Separation:

@@ -19,7 +19,6 @@ from resight.training.cluster import Clustering
 from resight.training.gate_plots import draw_forest, draw_similarities
 from resight.training.hygiene import CameraFigures, Hygiene
 from resight.training.judgement import Judgement
-from resight.training.latency import Latency
 from resight.training.montage import cluster_groups
 from resight.training.neighbours import Ints
 from resight.training.report import Crop, data_uri, templates
@@ -72,7 +71,7 @@ def write_gate_page(path: Path, case: Case, *, names: tuple[str, str]) -> None:
         summary=f"Candidate {names[0]}, active model {names[1]}.",
         verdict=verdict,
         forest=Markup(draw_forest(verdict.differences)) if verdict.differences else "",
-        tables=_tables(site, case.reference, case.latency),
+        tables=_tables(case),
         similarities=_histograms(site, active),
         mistakes=_mistakes(site, active, album),
         groups=[] if labels is None else cluster_groups(site.store, labels, site.candidate.features, album),
@@ -83,17 +82,20 @@ def write_gate_page(path: Path, case: Case, *, names: tuple[str, str]) -> None:
     write_atomic(path, page.encode())
 
 
-def _tables(
-    site: Trial, reference: Trial | None, latency: Latency | None
-) -> list[tuple[str, list[str], list[list[str]]]]:
+def _tables(case: Case) -> list[tuple[str, list[str], list[list[str]]]]:
     """Headings with every figure of both models."""
     columns = ["", "candidate", "active model"]
-    found = []
-    for words, trial in (("Figures on the site's crops", site), ("Figures on crops of earlier nights", reference)):
+    found, latency = [], case.latency
+    parts = {
+        "the site's crops": case.site,
+        "crops of earlier nights": case.reference,
+        "the crops adapted to": case.adapted,
+    }
+    for words, trial in parts.items():
         if trial is not None and trial.active is not None:
             after, before = (_figures(look.judgement) for look in (trial.candidate, trial.active))
             rows = [[name, after.get(name, "–"), before.get(name, "–")] for name in {**after, **before}]
-            found.append((f"{words} ({len(trial.store):,})", columns, rows))
+            found.append((f"Figures on {words} ({len(trial.store):,})", columns, rows))
     if latency is not None:
         timed = [f"{1000 * seconds:.1f} ms" for seconds in (latency.after_s, latency.before_s)]
         ratio = f"{latency.ratio:.2f} [{latency.low:.2f}, {latency.high:.2f}]"

@@ -32,12 +32,14 @@ class CameraMix:
         many_camera_share: share of clusters that more than one camera sees, in [0, 1].
         chance_cameras_per_cluster: what `cameras_per_cluster` would be on average, were cameras shuffled.
         chance_many_camera_share: likewise for `many_camera_share`.
+        cameras_per_cluster_error: standard error of `cameras_per_cluster` over the clusters; 0 for a single one.
     """
 
     cameras_per_cluster: float
     many_camera_share: float
     chance_cameras_per_cluster: float
     chance_many_camera_share: float
+    cameras_per_cluster_error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ def camera_mix(labels: Ints, cameras: Ints) -> CameraMix | None:
         float((distinct > 1).mean()),
         float(np.average(len(camera_sizes) - missed, weights=repeats)),
         float(1 - np.average(alone, weights=repeats)),
+        float(distinct.std(ddof=1) / np.sqrt(len(distinct))) if len(distinct) > 1 else 0.0,
     )
 
 

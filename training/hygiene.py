@@ -89,12 +89,13 @@ class Hygiene:
         return asdict(self) | {"problems": list(self.problems)}
 
 
-def examine(store: CropStore, *, thumbnails: Pixels | None = None) -> Hygiene:
+def examine(store: CropStore, *, thumbnails: Pixels | None = None, min_tracks: int = MIN_TRACKS) -> Hygiene:
     """Look for what makes crops unfit to adapt to and to judge on.
 
     Args:
         store: N crops; persons are not read.
         thumbnails: from `read_thumbnails`, where the caller has them already; else they are read.
+        min_tracks: fewer different passages are a problem, where tracks are known; 0 for crops only judged on.
     """
     small = read_thumbnails(store) if thumbnails is None else thumbnails
     assert small.shape == (len(store), THUMBNAIL.height, THUMBNAIL.width, 3), small.shape
@@ -109,7 +110,7 @@ def examine(store: CropStore, *, thumbnails: Pixels | None = None) -> Hygiene:
             problems[name] = wrong
     sound = np.array([store.camera_names[camera] not in problems for camera in store.cameras], bool)
     share = _largest_share(tracks[sound])
-    return Hygiene(problems, tuple(_problems(store, tracks, sound, share, len(problems))), figures, share)
+    return Hygiene(problems, tuple(_problems(store, tracks, sound, share, len(problems), min_tracks)), figures, share)
 
 
 def read_thumbnails(store: CropStore, *, progress: Callable[[int], None] = lambda done: None) -> Pixels:
@@ -209,7 +210,7 @@ def _camera_problem(figures: CameraFigures) -> str:
 
 
 def _problems(
-    store: CropStore, tracks: Ints, sound: NDArray[np.bool_], largest_share: float | None, faulty: int
+    store: CropStore, tracks: Ints, sound: NDArray[np.bool_], largest_share: float | None, faulty: int, min_tracks: int
 ) -> list[str]:
     """What is wrong with the crops of the sound cameras together."""
     found = []
@@ -223,9 +224,9 @@ def _problems(
     if largest_share is None:
         return found
     passages = len(np.unique(known[known != UNKNOWN]))
-    if passages < MIN_TRACKS:
-        found.append(f"{passages} tracks: expected {MIN_TRACKS} or more different passages")
-    elif largest_share > LARGEST:
+    if passages < min_tracks:
+        found.append(f"{passages} tracks: expected {min_tracks} or more different passages")
+    elif largest_share > LARGEST and passages >= MIN_TRACKS:
         found.append(f"one track holds {largest_share:.0%} of all crops: expected no more than {LARGEST:.0%}")
     return found
 

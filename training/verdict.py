@@ -24,7 +24,7 @@ from resight.training.judgement import Judgement
 from resight.training.separation import CONFIDENCE, Estimate, Separation
 
 Evidence = Literal[
-    "features", "tracks", "clusters", "none", "crops", "reference", "searches", "cameras", "links", "latency"
+    "features", "tracks", "clusters", "none", "crops", "reference", "searches", "cameras", "links", "latency", "adapted"
 ]
 Decision = Literal["promote", "refuse", "undecided"]
 MIN_VARIANCE = 1e-4  # half of it is the step of half precision just below a cosine of 1
@@ -164,7 +164,12 @@ def cluster_changes(before: Judgement, after: Judgement) -> tuple[list[str], boo
 
 
 def _mixes(before: CameraMix, after: CameraMix) -> tuple[tuple[bool, bool], list[str]]:
-    """Whether clusters mix cameras less or more than they did, and that in words."""
+    """Whether clusters mix cameras less or more than they did, and that in words.
+
+    A change counts where it is a step and twice its standard error: a dozen clusters differ by a step by chance.
+    """
     was, now = (mix.cameras_per_cluster / mix.chance_cameras_per_cluster for mix in (before, after))
+    errors = [mix.cameras_per_cluster_error / mix.chance_cameras_per_cluster for mix in (before, after)]
+    step = max(MIX_STEP * was, 2 * float(np.hypot(*errors)))
     told = [f"cameras a cluster, of what chance gives, {was:.2f} to {now:.2f}"]
-    return (now < (1 - MIX_STEP) * was, now > (1 + MIX_STEP) * was), told
+    return (now < was - step, now > was + step), told

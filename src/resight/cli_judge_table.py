@@ -20,7 +20,7 @@ COLOURS = {"promote": "green", "refuse": "red", "undecided": "yellow"}
 
 def tell_case(console: Console, case: Case, model: str, against: str | None) -> None:
     """Everything, the verdict last."""
-    for words, trial in (("the site", case.site), ("earlier nights", case.reference)):
+    for words, trial in (("the site", case.site), ("earlier nights", case.reference), ("its adaptation", case.adapted)):
         if trial is not None:
             console.print(_table(trial, f"{model} on {len(trial.store)} crops of {words}", against))
     _tell_missing(console, case.site)

@@ -132,6 +132,25 @@ def test_crops_of_one_person_are_told_by_what_the_active_model_finds_alike(store
     assert "one person" not in "".join(gate(rivals(store, 0.6, 0.5), reference=rivals(store, 0.6, 0.5)).reasons)
 
 
+def test_few_tracks_held_out_leave_it_to_the_crops_adapted_to(store: CropStore) -> None:
+    few = people_store(persons=3, cameras=3, crops=4)
+    held = rivals(few, 1.0, 0.9)
+    assert gate(held).decision == "undecided" and not held.after.separation.figures
+    up, down = gate(held, adapted=rivals(store, 1.6, 0.7)), gate(held, adapted=rivals(store, 0.7, 1.6))
+    assert (up.decision, up.evidence, down.decision, down.evidence) == ("promote", "adapted", "refuse", "adapted")
+    assert up.reasons[0].startswith("better in adapted.auc +0.") and "worse in auc" in down.reasons[0]
+    assert gate(held, adapted=rivals(store, 1.0, 1.0)).decision == "undecided"
+    assert gate(held, adapted=rivals(store, 1.6, 0.7), reference=rivals(store, 0.7, 1.6)).decision == "refuse"
+    clustered = Rivals(*(judged(people_features(few, spread=spread), few, clusters=True) for spread in (1.2, 0.2)))
+    assert gate(clustered).evidence == "clusters" and gate(clustered).decision == "promote"
+    assert gate(clustered, adapted=rivals(store, 0.7, 1.6)).decision == "refuse"
+
+
+def test_a_sure_gain_on_earlier_nights_promotes_where_the_site_says_nothing(store: CropStore) -> None:
+    verdict = gate(rivals(store, 0.9, 0.9), reference=rivals(store, 1.6, 0.7))
+    assert (verdict.decision, verdict.evidence) == ("promote", "reference")
+
+
 def test_tracks_kept_back_are_a_gallery_without_queries(store: CropStore) -> None:
     back = store.subset(np.arange(40))
     assert held_out(Site(store.root, store, None, back)) is back

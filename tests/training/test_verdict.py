@@ -140,6 +140,8 @@ def test_clusters_that_fall_apart_by_camera_or_into_outliers_refuse(trackless: C
     assert compare(good, replace(good, clusters=better)).decision == "promote"
     apart = replace(better, cameras=CameraMix(1.2, 0.2, 2.5, 1.0))
     assert compare(good, replace(good, clusters=apart)).decision == "refuse"
+    by_chance = replace(better, cameras=CameraMix(1.2, 0.2, 2.5, 1.0, cameras_per_cluster_error=1.0))
+    assert compare(good, replace(good, clusters=by_chance)).decision == "promote"
     lost = replace(better, outlier_share=good.clusters.outlier_share + 0.11)
     assert compare(good, replace(good, clusters=lost)).decision == "refuse"
 
