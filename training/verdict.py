@@ -13,6 +13,7 @@ The rule, from the strongest witness to the weakest (docs/judging.md gives the r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -169,7 +170,7 @@ def _mixes(before: CameraMix, after: CameraMix) -> tuple[tuple[bool, bool], list
     A change counts where it is a step and twice its standard error: a dozen clusters differ by a step by chance.
     """
     was, now = (mix.cameras_per_cluster / mix.chance_cameras_per_cluster for mix in (before, after))
-    errors = [mix.cameras_per_cluster_error / mix.chance_cameras_per_cluster for mix in (before, after)]
-    step = max(MIX_STEP * was, 2 * float(np.hypot(*errors)))
+    errors = (mix.cameras_per_cluster_error / mix.chance_cameras_per_cluster for mix in (before, after))
+    step = max(MIX_STEP * was, 2 * math.hypot(*errors))
     told = [f"cameras a cluster, of what chance gives, {was:.2f} to {now:.2f}"]
     return (now < was - step, now > was + step), told
