@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sqlite3
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from cycles import COLLECTION, ENTRIES, crops, cycle, environment, logs, once, site_served
+from serving import ServerProcess
 
 from resight.cycle.active import read_active
 from resight.cycle.conductor import STAGES
@@ -18,7 +22,11 @@ from resight.cycle.layout import Layout
 from resight.cycle.lock import holder
 from resight.cycle.state import Runs
 
+if TYPE_CHECKING:
+    from conftest import Place
+
 LONG_S = 120.0
+KILLS = 8  # fewer than the starts that a stage is given
 
 
 def stage_pid(database: Path, stage: str) -> int | None:
@@ -57,6 +65,52 @@ def killed_during(stage: str, site: Path, database: Path) -> None:
         time.sleep(0.01)
 
 
+def test_a_storm_of_kills_switches_once_and_loses_nobody(place: Place) -> None:
+    """At any moment of the stages that change the server, not only when they begin."""
+    place.begin(seed=1)
+    rng = random.Random(5)
+    for _ in range(KILLS):
+        process = subprocess.Popen(
+            cycle("once", place.file), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
+        )
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0.3, 2.5))
+            break  # done before it was killed
+        process.kill()
+        process.wait()
+    with Runs(place.layout.database) as runs:
+        if runs.unfinished() is not None:
+            place.once()
+        run = runs.run(1)
+        starts = sum(one.starts for one in runs.stages(1).values())
+        assert run.state == "promoted" and starts > len(STAGES) - STAGES.index("backfill")
+    assert place.active() == "lobby-000001"
+    collection = place.client.collection(COLLECTION)
+    assert (collection.model, collection.entry_count) == ("tiny-1", ENTRIES)
+    assert min(place.finds(person) for person in (0, ENTRIES - 1)) > 0.999
+    found = read_active(place.layout.active)
+    assert found is not None and [one.model_id for one in found.chain()] == ["lobby-000001", "first"]
+
+
+def test_a_server_that_ends_in_the_middle_is_waited_for(place: Place) -> None:
+    place.begin(seed=1)
+    address = place.client.address
+    place.server.end(signal.SIGKILL)
+    stopped, _ = place.once()
+    assert stopped.state == "running"
+    data = place.folder / "data"
+    models = ("--models", str(place.folder / "models"))
+    again = ServerProcess(place.folder / "models" / "first", data, *models, listen=address)
+    try:
+        again.wait_ready()
+        ended, stages = place.once()
+        assert ended.state == "promoted" and stages["backfill"].starts == 3  # two while it was away
+        assert place.active() == "lobby-000001" and place.finds(1) > 0.999
+    finally:
+        again.end()
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_cycle_that_is_killed_at_every_stage_completes_once(tmp_path: Path) -> None:
     with site_served(tmp_path) as (site, client):

@@ -74,7 +74,8 @@ def collect(work: Work) -> Outcome:
     """The crops of this run; too few new ones skip it, unsound ones are refused. What is too old leaves the site."""
     wanted = work.site.collect
     found = work.command(
-        *("collect", "--from", work.layout.crops, "--into", work.folder.site, "--since", work.since_s),
+        "collect",
+        *("--from", work.layout.crops, "--into", work.folder.site, "--since", work.since_s),
         *("--reference", work.layout.reference, "--min-crops", wanted.min_crops, "--max-crops", wanted.max_crops),
         *("--replay", wanted.replay, "--hold-out", wanted.hold_out, "--seed", work.site.adapt.seed),
         *("--retention", wanted.retention_days, "--purge"),
@@ -94,7 +95,8 @@ def freeze(work: Work) -> list[str]:
         return ["the reference stays as it was: the run's crops are gone"]
     try:
         work.command(
-            *("collect", "--freeze", work.folder.site, "--reference", work.layout.reference),
+            "collect",
+            *("--freeze", work.folder.site, "--reference", work.layout.reference),
             *("--most", wanted.max_reference, "--retention", wanted.retention_days, "--purge"),
             figures="freeze",
         )
@@ -116,7 +118,8 @@ def adapt(work: Work) -> Outcome:
     more += [word for change in wanted.set for word in ("--set", change)]
     try:
         told = work.command(
-            *("adapt", "--site", work.folder.site, "--init", start, "--recipe", wanted.recipe),
+            "adapt",
+            *("--site", work.folder.site, "--init", start, "--recipe", wanted.recipe),
             *("--out", work.folder.checkpoint, "--seed", wanted.seed, "--device", wanted.device, "--resume", *more),
         )
     except (TrainingError, SiteError) as error:
@@ -134,7 +137,8 @@ def judge(work: Work) -> Outcome:
             "export", work.folder.checkpoint, "--out", bundle, "--name", name, "--replace", figures="export-judged"
         )
         told = work.command(
-            *("judge", "--model", bundle, "--against", work.baseline().bundle, "--site", work.folder.site, *reference),
+            "judge",
+            *("--model", bundle, "--against", work.baseline().bundle, "--site", work.folder.site, *reference),
             *("--max-latency-ratio", work.site.gate.max_latency_ratio, "--page", work.folder.page),
         )
     except (TrainingError, SiteError, BundleError) as error:
@@ -153,7 +157,8 @@ def export(work: Work) -> Outcome:
     if not root.is_dir():
         raise UnavailableError(f"folder of models {root} is not there: mount it, or mend [service] model_root")
     told = work.command(
-        *("export", work.folder.checkpoint, "--out", work.bundle, "--name", work.model_id, "--replace"),
+        "export",
+        *(work.folder.checkpoint, "--out", work.bundle, "--name", work.model_id, "--replace"),
         *("--precision", work.site.export.precision, "--site", work.folder.site),
         *("--report", work.folder.path / "export.html"),
     )
