@@ -17,6 +17,8 @@ from resight.service.writes import note_space
 
 State = Literal["building", "ready", "active", "retired"]
 
+UNUSED_US = 7 * 86_400_000_000  # a week, as a retired space by default: time for a human to switch
+
 
 class Held(NamedTuple):
     """One space of a collection: its state, since when, and how many entries have a feature in it."""
@@ -138,11 +140,14 @@ def drop_retired(connection: sqlite3.Connection, name: str, space_id: str, befor
 
 
 def retired_before(connection: sqlite3.Connection, before_us: int) -> list[tuple[str, str]]:
-    """Collections and those of their spaces that were retired before an instant: what a purge may drop."""
+    """Collections and those of their spaces that were retired before an instant: what a purge may drop.
+
+    So are those that were migrated to and never activated, `UNUSED_US` after that: candidates that were refused.
+    """
     return connection.execute(
         "SELECT c.name, s.space_id FROM collection_space s JOIN collection c ON c.key = s.collection "
-        "WHERE s.state = 'retired' AND s.since_us < ?",
-        (before_us,),
+        "WHERE s.state = 'retired' AND s.since_us < ?1 OR s.state IN ('ready', 'building') AND s.since_us < ?2",
+        (before_us, min(before_us, now_us() - UNUSED_US)),
     ).fetchall()
 
 

@@ -117,6 +117,23 @@ def test_a_retired_space_is_found_when_its_time_has_come(store):
     asyncio.run(body())
 
 
+def test_a_space_that_nobody_switched_to_goes_in_time(store):
+    async def body():
+        lobby = await made(store)
+        for state in ("building", "ready"):
+            await store.write(spaces.begin, "lobby", OTHER)
+            if state == "ready":
+                await store.write(spaces.mark_ready, lobby, OTHER.space_id)
+            assert await store.read(spaces.retired_before, 1 << 60) == []  # however little a retired one is kept
+            await store.write(lambda c: c.execute("UPDATE collection_space SET since_us = since_us - 8 * 86400000000"))
+            assert await store.read(spaces.retired_before, 1 << 60) == [("lobby", OTHER.space_id)]
+            assert await store.read(spaces.retired_before, 1) == []  # nor where that is kept for longer
+            await store.erase(spaces.drop_retired, "lobby", OTHER.space_id, 1 << 60)
+            assert (await store.read(reads.collection, "lobby")).other_space_ids == ()
+
+    asyncio.run(body())
+
+
 def test_connections_that_read_cannot_write(store):
     with pytest.raises(Exception, match="readonly"):
         connect(store.path, read_only=True).execute("DELETE FROM entry")
