@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from resight.training.faults import doubles, one_person, unsound
 from resight.training.hygiene import Hygiene
 from resight.training.judgement import Judgement
 from resight.training.latency import Latency
 from resight.training.separation import CONFIDENCE, Estimate, Separation
-from resight.training.verdict import TRACK_MARGIN, Evidence, Verdict, broken, cluster_changes, compare, differences
+from resight.training.verdict import TRACK_MARGIN, Evidence, Verdict, cluster_changes, compare, differences
 
 RATE_MARGIN = 0.02  # of a share: what goes with TRACK_MARGIN of AUC among the encoders in docs/judging.md
-ONE_PERSON = 0.6  # of the variance elsewhere: one real person has 0.3-0.5, five have 0.83 (medians, docs/judging.md)
 
 Loss = tuple[Evidence, str]
 
@@ -59,7 +59,8 @@ def gate(
     """
     verdict = compare(site.before, site.after)
     told: dict[str, Estimate] = dict(verdict.differences)
-    losses = [*_faults(hygiene or {}), *_one_person(site.before, None if reference is None else reference.before)]
+    spoilt = [*unsound(hygiene or {}), *one_person(site.before, None if reference is None else reference.before)]
+    losses: list[Loss] = [("crops", words) for words in spoilt]
     losses += _losses(site, "", told)
     if reference is not None:
         losses += _worse_before(reference, told)
@@ -71,29 +72,12 @@ def gate(
         reasons = (*(words for _, words in losses), *verdict.reasons)
         evidence = verdict.evidence if verdict.evidence == "features" and losses[0][0] != "crops" else losses[0][0]
         return Verdict("refuse", evidence, reasons, told)
-    return _gained(replace(verdict, differences=told), site, adapted)
-
-
-def _faults(hygiene: Mapping[str, Hygiene]) -> Iterator[Loss]:
-    """Crops that nobody should adapt to or judge on."""
-    for which, found in hygiene.items():
-        for words in found.told():
-            yield "crops", f"{which}: {words}"
-
-
-def _one_person(active: Judgement, elsewhere: Judgement | None) -> Iterator[Loss]:
-    """Crops that a sound active model finds nearly all alike show one person, whatever a candidate makes of them."""
-    if active.problem:
-        return
-    seen = None if elsewhere is None or broken(elsewhere) else elsewhere.variance
-    collapsed = active.collapse or (active.clusters is not None and active.clusters.collapsed)
-    if seen is not None and active.variance is not None and active.variance < ONE_PERSON * seen:
-        change = f"variance {active.variance:.2g}, on the reference crops {seen:.2g}"
-        yield "crops", f"to the active model these crops are as alike as those of one person: {change}"
-    elif collapsed and seen is not None:
-        yield "crops", "the active model sees one person on most crops, and many on the reference crops"
-    elif collapsed and not active.separation.figures:
-        yield "crops", "the active model sees one person on most crops, and too few tracks overlap to show it wrong"
+    found = _gained(replace(verdict, differences=told), site, adapted)
+    parts = {"these crops": site, "the crops adapted to": adapted}
+    words = next((words for which, part in parts.items() if part and (words := doubles(which, part.before))), "")
+    if found.decision == "undecided" and words:
+        return replace(found, decision="refuse", evidence="crops", reasons=(words, *found.reasons))
+    return found
 
 
 def _losses(rivals: Rivals, where: str, told: dict[str, Estimate]) -> Iterator[Loss]:

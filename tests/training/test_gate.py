@@ -146,6 +146,18 @@ def test_few_tracks_held_out_leave_it_to_the_crops_adapted_to(store: CropStore) 
     assert gate(clustered, adapted=rivals(store, 0.7, 1.6)).decision == "refuse"
 
 
+def test_one_person_walking_beside_himself_is_told_where_nothing_gained(store: CropStore) -> None:
+    doubles = replace(store, persons=np.where(store.persons < 10, 0, store.persons))
+    rows = people_features(doubles, spread=0.3)
+    same = Rivals(*(judged(rows, store, clusters=True) for _ in range(2)))
+    verdict = gate(same)
+    assert (verdict.decision, verdict.evidence) == ("refuse", "crops")
+    assert "look like one person to the active model" in verdict.reasons[0]
+    assert gate(Rivals(same.before, judged(people_features(store, spread=0.3), store))).decision == "promote"
+    sound = judged(people_features(store, spread=0.3), store, clusters=True)
+    assert gate(Rivals(sound, sound)).decision == "undecided"
+
+
 def test_a_sure_gain_on_earlier_nights_promotes_where_the_site_says_nothing(store: CropStore) -> None:
     verdict = gate(rivals(store, 0.9, 0.9), reference=rivals(store, 1.6, 0.7))
     assert (verdict.decision, verdict.evidence) == ("promote", "reference")
