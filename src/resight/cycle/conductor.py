@@ -126,6 +126,7 @@ class Conductor:
     def _try(self, site: SiteFile, runs: Runs, number: int, folder: RunFolder, stage: str) -> str | None:
         """Run a stage's process once; returns why another try may help, or None where none is to be made now."""
         layout = Layout(site.state)
+        log.info("run %d: %s begins, log %s", number, stage, folder.log(stage))
         ended = run_stage(
             stage_command(stage, self.file, number, idle_io=site.schedule.idle_io),
             stage,
