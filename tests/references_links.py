@@ -49,8 +49,11 @@ def bent(distance: np.ndarray, links: Sequence[Link]) -> np.ndarray:
     return out
 
 
-def forced(labels: Sequence[int], links: Sequence[Link], features: np.ndarray) -> list[int]:
-    """Labels that obey the links: must-linked crops united, clusters with a cannot-link parted."""
+def forced(labels: Sequence[int], links: Sequence[Link], distance: np.ndarray) -> list[int]:
+    """Labels that obey the links: must-linked crops united, clusters with a cannot-link built up again.
+
+    Distances are `bent` already; those of 1 are no edges.
+    """
     found, n = list(labels), len(labels)
     group = closed(links, n)
     fresh = max([*found, -1]) + 1
@@ -62,49 +65,28 @@ def forced(labels: Sequence[int], links: Sequence[Link], features: np.ndarray) -
             lost, kept = found[other], found[one]
             found = [kept if label == lost else label for label in found]
     for label in sorted(set(found) - {-1}):
-        members = [i for i in range(n) if found[i] == label]
         foes = {frozenset((group[a], group[b])) for a, b, same in links if not same and found[a] == found[b] == label}
         if foes:
-            for i, part in parted(members, group, foes, features).items():
-                found[i] = fresh + part
-            fresh += n
-    for label in set(found) - {-1}:
-        if found.count(label) == 1 and label >= max([*labels, -1]) + 1:
-            found[found.index(label)] = -1
+            members = [i for i in range(n) if found[i] == label]
+            for part in agglomerated(members, group, foes, distance):
+                for i in part:
+                    found[i] = fresh if len(part) > 1 else -1
+                fresh += 1
     return renumbered(found)
 
 
-def parted(
-    members: Sequence[int], group: Sequence[int], foes: set[frozenset[int]], features: np.ndarray
-) -> dict[int, int]:
-    """Which part each crop of a cluster goes to: anchors agglomerated, the rest to the nearest anchor."""
-    anchors = sorted({g for pair in foes for g in pair})
-    crops = {g: [i for i in members if group[i] == g] for g in anchors}
-
-    def far(g: int, h: int) -> float:
-        if frozenset((g, h)) in foes:
-            return np.inf
-        return 1 - float(np.mean([features[i] @ features[j] for i in crops[g] for j in crops[h]]))
-
-    parts = [[g] for g in anchors]
+def agglomerated(
+    members: Sequence[int], group: Sequence[int], foes: set[frozenset[int]], distance: np.ndarray
+) -> list[list[int]]:
+    """Single linkage from groups on, the nearest two parts first that are not two persons."""
+    parts = [[i for i in members if group[i] == g] for g in sorted({group[i] for i in members})]
     while True:
-        tried = [
-            (max(far(g, h) for g in parts[a] for h in parts[b]), a, b)
-            for a in range(len(parts))
-            for b in range(a + 1, len(parts))
-        ]
-        distance, a, b = min(tried)
-        if distance == np.inf:
-            break
+        tried = []
+        for a in range(len(parts)):
+            for b in range(a + 1, len(parts)):
+                if not any(frozenset((group[i], group[j])) in foes for i in parts[a] for j in parts[b]):
+                    tried.append((min(distance[i, j] for i in parts[a] for j in parts[b]), a, b))
+        if not tried or min(tried)[0] >= 1:
+            return parts
+        _, a, b = min(tried)
         parts[a] += parts.pop(b)
-    parts.sort(key=min)
-    out: dict[int, int] = {}
-    for g in sorted({group[i] for i in members}):
-        unit = [i for i in members if group[i] == g]
-        nearness = [
-            float(np.mean([max(features[i] @ features[j] for h in part for j in crops[h]) for i in unit]))
-            for part in parts
-        ]
-        home = [index for index, part in enumerate(parts) if g in part]
-        out |= dict.fromkeys(unit, home[0] if home else int(np.argmax(nearness)))
-    return out

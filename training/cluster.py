@@ -132,13 +132,11 @@ def cluster(
         TrainingError: no cluster, or one that holds more than half of all crops; no cameras where settings need them.
     """
     weights = _view_weights(len(views), settings.local_weight)
-    used = [
-        (_centred(view, settings, cameras), weight) for view, weight in zip(views, weights, strict=True) if weight > 0
-    ]
+    used = [(view, weight) for view, weight in zip(views, weights, strict=True) if weight > 0]
     encoded = [_encode(view, settings, cameras, device) for view, _ in used]
     longest = max(EPS_GRID) if settings.eps == "auto" else settings.eps
     plain = jaccard_graph(encoded, [weight for _, weight in used], max_distance=longest)
-    held = Constraints(links, used) if links is not None and len(links) else None
+    held = Constraints(links, len(views[0])) if links is not None and len(links) else None
     graph = plain if held is None else held.bend(plain)
     if settings.eps == "auto":
         found = choose_eps(graph, settings.min_samples, held)
@@ -150,20 +148,17 @@ def cluster(
     return _refuse_collapse(found)
 
 
-def _centred(view: Floats, settings: ClusterSettings, cameras: Ints | None) -> Floats:
-    """The view as the settings ask for it."""
-    return centre_cameras(view, cameras) if settings.centre_cameras and cameras is not None else view
-
-
 def _encode(view: Floats, settings: ClusterSettings, cameras: Ints | None, device: str) -> ReciprocalEncoding:
     """The reciprocal neighbours of one view, as the settings ask for them."""
-    if not settings.camera_aware:
-        return encode_reciprocal(view, k1=settings.k1, k2=settings.k2, device=device)
-    if cameras is None:
+    if settings.camera_aware and cameras is None:
         raise TrainingError(
             "camera-aware neighbours need the camera of every crop, found none: give cameras, or set "
             "cluster.camera_aware = false in the recipe"
         )
+    if settings.centre_cameras and cameras is not None:
+        view = centre_cameras(view, cameras)
+    if not settings.camera_aware or cameras is None:
+        return encode_reciprocal(view, k1=settings.k1, k2=settings.k2, device=device)
     return encode_camera_aware(
         view,
         cameras,
@@ -184,7 +179,7 @@ def _label(graph: sparse.csr_matrix, eps: float, min_samples: int, held: Constra
     """Labels at one radius, held to the links where there are any."""
     labels = scan(graph, eps, min_samples)
     if held is not None:
-        labels = held.force(labels)
+        labels = held.force(labels, graph)
     return Clustering(labels, eps, silhouette(graph, labels))
 
 

@@ -3,40 +3,36 @@
 Constrained DBSCAN (C-DBSCAN: Ruiz, Spiliopoulou and Menasalvas, RSFDGrC 2007) lets links act before and after
 density is looked at. Here: must-linked crops are at distance 0 and crops of cannot-linked people out of reach when
 density is computed; then clusters with a must-link between them are united, and a cluster that still holds two people
-who are not one is parted between them.
+who are not one is built up again, nearest crops first, without ever joining two such (agglomeration under
+constraints: Davidson and Ravi, PKDD 2005; single linkage, as density is). docs/results.md shows what it brings.
 
-Letters: N crops, D feature size, L links, G groups of must-linked crops, K clusters, A anchors.
+Letters: N crops, L links, G groups of must-linked crops, K clusters, M members of a cluster, U of their groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.cluster.hierarchy import DisjointSet
 from scipy.sparse.csgraph import connected_components
 
 from resight.training.dbscan import OUTLIER
 from resight.training.links import Links
-from resight.training.neighbours import Floats, Ints
-
-FOES = 10.0  # distance of two anchors that must not meet: above any 1 - cosine, which ends at 2
-MEETING = 5.0  # between the two: complete linkage stops at the first merge that would join foes
+from resight.training.neighbours import Ints
 
 
 class Constraints:
-    """Links between the crops of one clustering, and the features that decide where links leave a choice.
+    """Links between the crops of one clustering.
 
     Args:
         links: free of contradictions, as `links_of` gives them.
-        views: float32 (N, D) unit rows and the weight of each, summing to 1.
+        count: N.
     """
 
-    def __init__(self, links: Links, views: Sequence[tuple[Floats, float]]) -> None:
-        self._links, self._views, self._count = links, views, len(views[0][0])
-        self._group = links.groups(self._count)
+    def __init__(self, links: Links, count: int) -> None:
+        self._links, self._count = links, count
+        self._group = links.groups(count)
         self._tied = np.bincount(self._group)[self._group] > 1  # crops with a must-link
         self._must = links.rows[links.same]
         self._foes = self._group[links.rows[~links.same]]  # groups that are two persons: (., 2)
@@ -79,21 +75,21 @@ class Constraints:
         lost[lost] = np.isin(pairs[:, 0] * self._count + pairs[:, 1], foes[:, 0] * self._count + foes[:, 1])
         return lost
 
-    def force(self, labels: Ints) -> Ints:
+    def force(self, labels: Ints, graph: sparse.csr_matrix) -> Ints:
         """The nearest labels that obey every link.
 
-        Clusters with a must-link between them become one; so do linked outliers. In a cluster with cannot-links the
-        groups these name are anchors: they are agglomerated, nearest first, as far as no two of them are two persons,
-        and every other crop, or group of must-linked ones, goes to the nearest anchor. What is left alone by this is
-        an outlier.
+        Clusters with a must-link between them become one; so do linked outliers. A cluster with cannot-links falls
+        into its groups, which are joined again along the shortest edges, but for those that would join two persons.
+        What is left alone by this is an outlier.
 
         Args:
             labels: int64 (N,), -1 for outliers.
+            graph: what `bend` gave.
 
         Returns:
             int64 (N,), numbered by first crop.
         """
-        return _numbered(self._parted(self._united(labels)))
+        return _numbered(self._parted(self._united(labels), graph))
 
     def _united(self, labels: Ints) -> Ints:
         """One label for each group."""
@@ -110,49 +106,45 @@ class Constraints:
         labels[inliers] = joined[labels[inliers]]
         return labels
 
-    def _parted(self, labels: Ints) -> Ints:
+    def _parted(self, labels: Ints, graph: sparse.csr_matrix) -> Ints:
         """No two foes in one cluster."""
         out = labels.copy()
-        home = np.full(len(self._group), OUTLIER, np.int64)
+        home = np.full(self._count, OUTLIER, np.int64)
         home[self._group] = labels  # united: one label a group
         own, others = home[self._foes.T]
         clash = (own == others) & (own != OUTLIER)
         for label in np.unique(own[clash]):
             members = np.flatnonzero(labels == label)
-            parts = self._part(members, self._foes[clash & (own == label)])
+            parts = self._part(members, self._foes[clash & (own == label)], graph)
             sizes = np.bincount(parts)
             out[members] = np.where(sizes[parts] > 1, out.max() + 1 + parts, OUTLIER)
         return out
 
-    def _part(self, members: Ints, foes: Ints) -> Ints:
-        """Which part each crop of a cluster goes to: (M,), from 0."""
-        unit, of_unit = np.unique(self._group[members], return_inverse=True)
-        features = self._fused(members)
-        sums = sparse.csr_matrix((np.ones(len(members), np.float32), (of_unit, np.arange(len(members)))))
-        means = (sums @ features) / np.bincount(of_unit)[:, None]  # (U, D): their products are average linkage
-        anchors = np.searchsorted(unit, np.unique(foes))
-        side = _sides(means[anchors] @ means[anchors].T, np.searchsorted(unit[anchors], foes))
-        near = np.stack([self._nearness(features, of_unit, anchors[side == part]) for part in range(side.max() + 1)], 1)
-        near = (sums @ near) / np.bincount(of_unit)[:, None]  # (U, parts)
-        chosen = near.argmax(1)
-        chosen[anchors] = side
-        return np.asarray(chosen[of_unit], np.int64)
-
-    def _nearness(self, features: Floats, of_unit: Ints, anchors: Ints) -> Floats:
-        """Similarity of each crop to the nearest crop of some anchors: (M,)."""
-        return np.asarray((features @ features[np.isin(of_unit, anchors)].T).max(1), np.float32)
-
-    def _fused(self, rows: Ints) -> Floats:
-        """Unit rows whose inner products are the weighed sums of the views' cosines."""
-        return np.concatenate([np.float32(weight**0.5) * view[rows] for view, weight in self._views], 1)
-
-
-def _sides(similarity: Floats, foes: Ints) -> Ints:
-    """Agglomerate A anchors by complete linkage until only foes are left to be joined: int64 (A,), from 0."""
-    distance = (1 - similarity).astype(np.float64)
-    distance[foes[:, 0], foes[:, 1]] = distance[foes[:, 1], foes[:, 0]] = FOES
-    condensed = distance[np.triu_indices(len(distance), 1)].clip(0)
-    return _numbered(fcluster(linkage(condensed, "complete"), MEETING, "distance"))
+    def _part(self, members: Ints, foes: Ints, graph: sparse.csr_matrix) -> Ints:
+        """Which part each crop of a cluster goes to: (M,), from 0. Kruskal's algorithm that passes foes by."""
+        group, unit = np.unique(self._group[members], return_inverse=True)
+        edges = graph[members][:, members].tocoo()
+        one, other = unit[edges.row], unit[edges.col]
+        nearest = np.lexsort((other, one, edges.data))
+        nearest = nearest[one[nearest] < other[nearest]]  # each edge once, none within a unit
+        parts = DisjointSet(range(len(group)))
+        apart: dict[int, set[int]] = {number: set() for number in range(len(group))}  # of roots: which are foes
+        for a, b in np.searchsorted(group, foes).tolist():
+            apart[a].add(b)
+            apart[b].add(a)
+        for a, b in zip(one[nearest].tolist(), other[nearest].tolist(), strict=True):
+            roots = parts[a], parts[b]
+            if roots[0] == roots[1] or roots[1] in apart[roots[0]]:
+                continue
+            parts.merge(a, b)
+            kept = parts[a]
+            gone = roots[0] if kept == roots[1] else roots[1]
+            for foe in apart.pop(gone):
+                apart[foe].remove(gone)
+                apart[foe].add(kept)
+                apart[kept].add(foe)
+        root = np.array([parts[number] for number in range(len(group))])
+        return np.unique(root[unit], return_inverse=True)[1].astype(np.int64)
 
 
 def _numbered(labels: Ints) -> Ints:

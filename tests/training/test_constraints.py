@@ -65,23 +65,22 @@ def test_graph_and_labels_are_those_of_the_loops(seed: int) -> None:
     distance = np.triu(rng.uniform(0, 1, (n, n)), 1).astype(np.float32)
     distance += distance.T
     stored = (distance < 0.6) | np.eye(n, dtype=bool)
-    views = [(unit(rng.normal(size=(n, 6))), 0.7), (unit(rng.normal(size=(n, 4))), 0.3)]
-    fused = np.concatenate([np.sqrt(weight) * view.astype(np.float64) for view, weight in views], 1)
     links = drawn(rng, n, int(rng.integers(1, 14)))
     if not links:
         return
-    held = Constraints(made(links), views)
+    held = Constraints(made(links), n)
 
     i, j = np.nonzero(stored)
-    found = held.bend(sparse.csr_matrix((distance[i, j], (i, j)), (n, n))).tocoo()
+    graph = held.bend(sparse.csr_matrix((distance[i, j], (i, j)), (n, n)))
+    found = graph.tocoo()
     seen = np.ones((n, n))
     seen[found.row, found.col] = found.data
     expected = bent(np.where(stored, distance, 1), links)
     assert np.array_equal(seen, expected) and found.nnz == (expected < 1).sum()
 
     labels = DBSCAN(eps=0.15, min_samples=3, metric="precomputed").fit_predict(expected).astype(np.int64)
-    after = held.force(labels)
-    assert after.tolist() == forced(labels.tolist(), links, fused)
+    after = held.force(labels, graph)
+    assert after.tolist() == forced(labels.tolist(), links, expected)
     assert held.violated(after) == 0 and len(held) == len(links)
     group = np.array(closed(links, n))
     for label in set(after) - {-1}:  # groups are never torn
@@ -132,19 +131,6 @@ def test_confirmed_outliers_become_a_cluster() -> None:
     held = cluster([rows], settings, links=made([(64, 65, True)]))
     assert cluster([rows], settings).labels[64:].tolist() == [-1, -1, -1]
     assert held.labels[64] == held.labels[65] != -1 and held.labels[66] == -1
-
-
-def test_cameras_colours_do_not_decide_who_goes_where() -> None:
-    """A cluster is parted by the features it was made of: where cameras are centred, by centred ones."""
-    rng = np.random.default_rng(0)
-    persons, cameras = np.repeat(np.arange(6), 8), np.tile(np.repeat([0, 1], 4), 6)
-    base = rng.normal(size=(6, 16))
-    base[1] = base[0] + 0.35 * rng.normal(size=16)  # two people alike
-    rows = unit(base[persons] + 0.02 * rng.normal(size=(48, 16)) + np.array([[2.0], [-2.0]])[cameras] * np.eye(16)[3])
-    settings = ClusterSettings(k1=16, k2=4, eps=0.6, centre_cameras=True)
-    assert len(set(cluster([rows], settings, cameras=cameras).labels[:16])) == 1
-    held = cluster([rows], settings, cameras=cameras, links=made([(0, 12, False)]))  # of two cameras
-    assert len(set(held.labels[:8])) == len(set(held.labels[8:16])) == 1 and held.labels[0] != held.labels[8]
 
 
 def test_links_that_make_one_cluster_of_half_the_site_are_refused_as_any_collapse() -> None:
