@@ -50,11 +50,14 @@ def agreement(found: Clustering, store: CropStore) -> float:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--site", type=Path, required=True)
+    parser.add_argument("--site", type=Path, help="Market-1501 folder")
     parser.add_argument("--init", default="builtin")
     parser.add_argument("--people", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     asked = parser.parse_args()
+    if asked.site is None:
+        print("not run: give --site, a Market-1501 folder")
+        return
     store = open_site(asked.site).train
     store = store.subset(np.flatnonzero(np.isin(store.persons, np.unique(store.persons)[: asked.people])))
     features = extract(load_weights(asked.init).encoder, store, device="cpu", local=False)[0]
