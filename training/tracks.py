@@ -20,7 +20,9 @@ Ints = NDArray[np.int64]
 Mode = Literal["own", "given"]
 
 LOST_S = 1.0  # unseen for longer, somebody who comes back is a new track: ByteTrack's 30 frames at 30 a second
-LEAST_IOU = 0.1  # the library's default: at 5 frames a second a walker's box overlaps its prediction by little
+# The library's default. On two cameras of a simulated site at 5 frames a second 98.9 % of a track's boxes show one
+# person then, with 1.4 tracks a walk; 0.2 gave 99.1 % and 1.5, 0.3 gave 98.8 % and 1.9.
+LEAST_IOU = 0.1
 BUFFER_RATE = 30.0  # frames a second that the library counts its buffer in
 
 
