@@ -196,12 +196,11 @@ def _balanced(
     part = store.subset(rows)
     place = np.full(len(store), -1, np.int64)
     place[rows] = np.arange(len(rows))
-    linked = place[links.rows]
-    linked = linked[(linked >= 0).all(1)]
-    unit = units_of(part, linked)
+    linked, inside = place[links.rows], (place[links.rows] >= 0).all(1)
+    unit = units_of(part, Links(linked[inside], links.same[inside]))
     sizes = sizes_of(part, unit)
     order = rng.permutation(len(sizes))
-    tied = np.isin(order, unit[linked])
+    tied = np.isin(order, unit[linked[inside]])
     chosen = balance(sizes, [*order[tied], *order[~tied]], budget)
     numbers = np.cumsum(chosen) - 1
     kept = chosen[unit]

@@ -19,7 +19,7 @@ import numpy as np
 from resight.atomic import replace_folder, temporary_folder
 from resight.errors import SiteError
 from resight.training.crops import CropStore, is_store, open_store, write_store
-from resight.training.links import Pair, read_links, write_links
+from resight.training.links import Links, Pair, read_links, write_links
 from resight.training.neighbours import Ints
 from resight.training.purge import taken_s
 from resight.training.selection import balance, sizes_of, units_of
@@ -76,7 +76,7 @@ def _kept(stores: Sequence[CropStore], most: int, before_s: float) -> tuple[list
             told[min(pair[:2]), max(pair[:2])] = pair
     pairs = [pair for pair in told.values() if pair.path_a in number and pair.path_b in number]
     linked = np.array([(number[pair.path_a], number[pair.path_b]) for pair in pairs], np.int64).reshape(-1, 2)
-    unit = units_of(joined, linked)
+    unit = units_of(joined, Links(linked, np.array([pair.same for pair in pairs], bool)))
     sizes = sizes_of(joined, unit)
     chosen = balance(sizes, _ranked(joined, unit), most)[unit]
     paths = {joined.paths[row] for row in np.flatnonzero(chosen)}

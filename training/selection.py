@@ -18,6 +18,7 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 from resight.training.crops import UNKNOWN, CropStore
+from resight.training.links import Links
 from resight.training.neighbours import Ints
 from resight.training.pairs import number_tracks
 
@@ -33,27 +34,38 @@ def tracks_of(store: CropStore) -> Ints:
     return numbers
 
 
-def units_of(store: CropStore, linked: Ints) -> Ints:
+def units_of(store: CropStore, links: Links) -> Ints:
     """Number of each crop's unit, 0..U-1: int64 (N,).
 
     A camera's tracks, by their begin, fill a scene until nobody of it is in the picture any more, or until there are
-    two and a tenth of the camera's crops. Tracks with a link between them are a unit with all these are linked to.
+    two and a tenth of the camera's crops. Tracks with a link between them are a unit with all these are linked to;
+    where that would be more than a tenth of all crops must-links alone tie, and where they do as well, nothing.
 
     Args:
         store: N crops.
-        linked: int64 (L, 2), rows with a link.
+        links: between its rows.
     """
     track = tracks_of(store)
     unit = _scenes(store, track)
-    ends = track[linked]
-    if not len(ends):
-        return unit
-    count = int(track.max()) + 1
+    left = np.ones(len(store), bool)
+    for ends in (links.rows, links.rows[links.same]):
+        if not len(ends):
+            continue
+        tied = _tied(track, track[ends])
+        size = np.bincount(tied[tied != UNKNOWN], minlength=1)
+        fits = left & (tied != UNKNOWN)
+        fits[fits] = size[tied[fits]] <= len(store) / SCENES
+        unit[fits] = unit.max() + 1 + tied[fits]
+        left &= ~fits
+    return np.unique(unit, return_inverse=True)[1].astype(np.int64)
+
+
+def _tied(track: Ints, ends: Ints) -> Ints:
+    """Which tracks hang together by links: a number for each crop of one that has any, else -1: int64 (N,)."""
+    count = int(track.max(initial=UNKNOWN)) + 1
     graph = sparse.coo_matrix((np.ones(len(ends), bool), (ends[:, 0], ends[:, 1])), (count, count))
     group = connected_components(graph, directed=False)[1]
-    tied = np.isin(track, ends)
-    unit[tied] = unit.max() + 1 + group[track[tied]]
-    return np.unique(unit, return_inverse=True)[1].astype(np.int64)
+    return np.where(np.isin(track, ends), group[track], UNKNOWN)
 
 
 def _scenes(store: CropStore, track: Ints) -> Ints:

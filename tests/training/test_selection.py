@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from resight.training.crops import CropStore
+from resight.training.links import Links
 from resight.training.selection import CAP, balance, hold_out, sizes_of, tracks_of, units_of
 
-NONE = np.empty((0, 2), np.int64)
+NONE = Links(np.empty((0, 2), np.int64), np.empty(0, bool))
 
 
 def drawn(rng: np.random.Generator, n: int, cameras: int) -> CropStore:
@@ -53,12 +54,23 @@ def test_units_hold_whole_tracks_of_one_camera_that_follow_without_a_break(seed:
 
 
 def test_links_make_one_unit_over_all_cameras() -> None:
-    store = drawn(np.random.default_rng(1), 60, 3)
+    store = drawn(np.random.default_rng(1), 200, 3)
     track = tracks_of(store)
     chain = np.array([np.flatnonzero(track == number)[0] for number in sorted(set(track))[:4]])
-    unit = units_of(store, np.stack([chain[:-1], chain[1:]], 1))
+    unit = units_of(store, Links(np.stack([chain[:-1], chain[1:]], 1), np.array([True, False, True])))
     assert len({unit[row] for row in np.flatnonzero(np.isin(track, track[chain]))}) == 1
     assert not np.isin(unit[~np.isin(track, track[chain])], unit[chain]).any()
+
+
+def test_links_between_all_tie_by_persons_alone_and_a_person_who_is_everywhere_not_at_all() -> None:
+    store = drawn(np.random.default_rng(1), 200, 3)
+    track = tracks_of(store)
+    first = np.array([np.flatnonzero(track == number)[0] for number in sorted(set(track))[:40]])
+    chain = np.stack([first[:-1], first[1:]], 1)
+    alternating = np.arange(39) % 2 == 0
+    unit = units_of(store, Links(chain, alternating))
+    assert all((unit[one] == unit[other]) == same for (one, other), same in zip(chain, alternating, strict=True))
+    assert np.array_equal(units_of(store, Links(chain, np.ones(39, bool))), units_of(store, NONE))
 
 
 @pytest.mark.parametrize("seed", range(20))
