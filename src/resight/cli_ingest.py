@@ -13,7 +13,14 @@ from rich.table import Table
 
 from resight.cli_connect import connect
 from resight.cli_gallery import DEFAULT_SERVER, Server
-from resight.cli_ingest_footage import check_options, finders, open_sources, read_sources, tell_outcomes
+from resight.cli_ingest_footage import (
+    Call,
+    check_options,
+    given_boxes,
+    one_detector,
+    read_sources,
+    tell_outcomes,
+)
 from resight.cli_json import JsonOption, write_json
 from resight.cli_train import DeviceOption
 from resight.errors import CollectionNotFoundError, CropsMissingError, InputError
@@ -31,8 +38,8 @@ HWACCEL_HELP = "Decoder: auto, none, or a device FFmpeg knows, such as cuda or v
 
 
 def ingest(
+    into: Annotated[Path, typer.Option(help="Crop store to add to; made where there is none.")],
     sources: Annotated[list[str] | None, typer.Argument(help=SOURCES_HELP, show_default=False)] = None,
-    into: Annotated[Path, typer.Option("--into", help="Crop store to add to; made where there is none.")] = ...,  # type: ignore[assignment]
     camera: Annotated[str, typer.Option(help="The camera's name at the site.")] = "",
     start: Annotated[str | None, typer.Option(help=START_HELP)] = None,
     duration: Annotated[float | None, typer.Option(min=1, help="Seconds to watch a live stream.")] = None,
@@ -66,8 +73,10 @@ def ingest(
 
     Example: `resight ingest --from-gallery lobby --server 127.0.0.1:50051 --into crops/`
 
-    Interrupted, the same command goes on where it was; a source that is done is skipped.
+    Interrupted, the same command goes on where it was; a source that is done is skipped. Of several sources one that
+    cannot be used is told and left out; with none left the command ends with status 1.
     """
+    from resight.training.footage import check_camera, read_clock
     from resight.training.growing import GrowingStore
     from resight.training.sampling import Sampling
     from resight.training.track_sheet import check_sheet
@@ -81,11 +90,19 @@ def ingest(
         told, folders = _gallery(store, from_gallery, server, console)
     else:
         check_options(sources or [], start, duration, detections, tracks, detector_weights)
-        chosen = Sampling(crops_per_track=crops_per_track, min_height=min_height, start_score=score)
-        footage = open_sources(sources or [], camera, fps, start, duration, hwaccel)
-        finds = finders(detections, detector, detector_weights, device, fps, tracks)
-        outcomes = read_sources(store, footage, finds, chosen, tracks, again, console)
-        told, folders = tell_outcomes(outcomes, console), [one.folder for one in outcomes]
+        call = Call(
+            camera=check_camera(camera),
+            fps=fps,
+            start_s=None if start is None else read_clock(start),
+            duration_s=duration,
+            hwaccel=hwaccel,
+            sampling=Sampling(crops_per_track=crops_per_track, min_height=min_height, start_score=score),
+            tracks="given" if tracks == "given" else "own",
+            again=again,
+        )
+        finder = given_boxes(detections, call) if detections else one_detector(detector, detector_weights, device)
+        outcomes, failed = read_sources(store, sources or [], call, finder, console)
+        told, folders = tell_outcomes(outcomes, failed, console), [one.folder for one in outcomes]
     if montage is not None:
         _montage(montage, into, folders, console)
     write_json(json_file, {"store": str(into), **told})

@@ -4,24 +4,46 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from resight.errors import InputError
+from resight.errors import DetectorError, FootageError, InputError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from resight.training.detect import Detector
     from resight.training.footage import Footage
     from resight.training.growing import GrowingStore
-    from resight.training.ingest import Counts, Outcome
+    from resight.training.ingest import Outcome
+    from resight.training.journal import Journal
     from resight.training.sampling import Sampling
+    from resight.training.tracks import Mode
+
+Finder: TypeAlias = "Callable[[int], Detector]"
+"""Who finds people in the source of a number."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call says of all its sources; the names are those of its options."""
+
+    camera: str
+    fps: float
+    start_s: float | None
+    duration_s: float | None
+    hwaccel: str
+    sampling: Sampling
+    tracks: Mode
+    again: bool
 
 
 def check_options(
@@ -55,23 +77,8 @@ def check_options(
         raise InputError("--detections need no detector: leave --detector-weights away", field="detector_weights")
 
 
-def open_sources(
-    sources: Sequence[str], camera: str, fps: float, start: str | None, duration: float | None, hwaccel: str
-) -> list[Footage]:
-    """All sources, so that a wrong one is told before the first is read."""
-    from resight.training.footage import open_footage, read_clock
-
-    start_s = None if start is None else read_clock(start)
-    return [
-        open_footage(source, camera=camera, fps=fps, start_s=start_s, duration_s=duration, hwaccel=hwaccel)
-        for source in sources
-    ]
-
-
-def finders(
-    detections: Sequence[Path] | None, name: str, weights: Path | None, device: str, fps: float, tracks: str
-) -> Callable[[int], Detector]:
-    """Who finds people in the source of a number; a detector is made ready once, and not before it is needed."""
+def one_detector(name: str, weights: Path | None, device: str) -> Finder:
+    """One detector for all sources, made ready when the first of them has been opened; without it none can be read."""
 
     @cache
     def detector() -> Detector:
@@ -79,62 +86,93 @@ def finders(
         from resight.training.run import require_device
 
         require_device(device)
-        return open_detector(name, weights=weights, device=device)
+        try:
+            return open_detector(name, weights=weights, device=device)
+        except DetectorError as error:
+            raise InputError(str(error), field=error.field) from error  # of the call, not of this source
 
-    def given(number: int) -> Detector:
-        from resight.training.given_boxes import GivenBoxes
+    return lambda number: detector()
 
-        assert detections is not None
-        boxes = GivenBoxes(detections[number], fps)
-        if tracks == "given" and not boxes.has_tracks:
+
+def given_boxes(detections: Sequence[Path], call: Call) -> Finder:
+    """A file of boxes for each source."""
+    from resight.training.given_boxes import GivenBoxes
+
+    def find(number: int) -> Detector:
+        boxes = GivenBoxes(detections[number], call.fps)
+        if call.tracks == "given" and not boxes.has_tracks:
             raise InputError(f"--tracks given: {detections[number]} names no track", field="tracks")
         return boxes
 
-    return given if detections else lambda number: detector()
+    return find
 
 
 def read_sources(
-    store: GrowingStore,
-    footage: Sequence[Footage],
-    finder: Callable[[int], Detector],
-    sampling: Sampling,
-    tracks: str,
-    again: bool,
-    console: Console,
-) -> list[Outcome]:
-    """One source after the other, with a bar for each."""
+    store: GrowingStore, sources: Sequence[str], call: Call, finder: Finder, console: Console
+) -> tuple[list[Outcome], dict[str, str]]:
+    """One source after the other, with a bar for each.
+
+    Returns:
+        What became of those that could be read, and why others could not, by source.
+
+    Raises:
+        InputError: none could be read; it is the first one's reason.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from resight.training.ingest import ingest as ingest_source
     from resight.training.journal import Journal
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    outcomes = []
+    outcomes: list[Outcome] = []
+    failed: dict[str, InputError] = {}
     with Journal(store.root) as journal, Progress(*columns, console=console) as bar:
-        for number, source in enumerate(footage):
-            task = bar.add_task(escape(Path(source.name).name), total=source.total)
-
-            def show(counts: Counts, task: Any = task) -> None:
-                bar.update(task, completed=counts.frames)
-
-            with _stopping(source):
-                outcome = ingest_source(
-                    source,
-                    finder(number),
-                    store,
-                    journal,
-                    sampling=sampling,
-                    tracks="given" if tracks == "given" else "own",
-                    again=again,
-                    on_frame=show,
-                )
-            bar.update(task, total=max(1, outcome.counts.frames), completed=max(1, outcome.counts.frames))
-            if outcome.status == "skipped":
-                console.print(
-                    f"{source.name} was ingested before: skipped", markup=False, highlight=False, soft_wrap=True
-                )
+        for number, source in enumerate(sources):
+            try:
+                outcome = _read_source(store, journal, source, call, partial(finder, number), bar)
+            except (FootageError, DetectorError) as error:
+                failed[source] = error
+                if len(sources) > 1:
+                    console.print(f"left out: {error}", markup=False, highlight=False, soft_wrap=True)
+                continue
             outcomes.append(outcome)
-    return outcomes
+            if outcome.status == "skipped":
+                told = f"{outcome.name} was ingested before: skipped"
+                console.print(told, markup=False, highlight=False, soft_wrap=True)
+    if failed and not outcomes:
+        raise next(iter(failed.values()))
+    return outcomes, {source: str(error) for source, error in failed.items()}
+
+
+def _read_source(
+    store: GrowingStore, journal: Journal, source: str, call: Call, finder: Callable[[], Detector], bar: Progress
+) -> Outcome:
+    """Open and read one source."""
+    from resight.training.footage import open_footage
+    from resight.training.ingest import ingest
+
+    footage = open_footage(
+        source,
+        camera=call.camera,
+        fps=call.fps,
+        start_s=call.start_s,
+        duration_s=call.duration_s,
+        hwaccel=call.hwaccel,
+    )
+    task = bar.add_task(escape(Path(footage.name).name), total=footage.total)
+    with _stopping(footage):
+        outcome = ingest(
+            footage,
+            finder(),
+            store,
+            journal,
+            sampling=call.sampling,
+            tracks=call.tracks,
+            again=call.again,
+            on_frame=lambda counts: bar.update(task, completed=counts.frames),
+        )
+    seen = max(1, outcome.counts.frames)
+    bar.update(task, total=seen, completed=seen)
+    return outcome
 
 
 @contextmanager
@@ -153,7 +191,7 @@ def _stopping(source: Footage) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def tell_outcomes(outcomes: Sequence[Outcome], console: Console) -> dict[str, Any]:
+def tell_outcomes(outcomes: Sequence[Outcome], failed: Mapping[str, str], console: Console) -> dict[str, Any]:
     """Counts of every source, and of all, on the console and as plain values."""
     table = Table(title=f"{len(outcomes)} sources")
     names = ("frames", "unreadable", "boxes", "tracks", "crops")
@@ -170,6 +208,10 @@ def tell_outcomes(outcomes: Sequence[Outcome], console: Console) -> dict[str, An
     console.print(table)
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())
     console.print(f"boxes that became no crop: {reasons or 'none'}", markup=False, highlight=False, soft_wrap=True)
+    rows += [{"source": source, "status": "failed", "error": error} for source, error in failed.items()]
     fresh = [row for row in rows if row["status"] == "done"]
     total = {name: sum(row[name] for row in fresh) for name in (*names, "left_out", "tracks_without_crops")}
-    return {"sources": rows, "total": {**total, "skipped": len(rows) - len(fresh), "dropped": dict(dropped)}}
+    return {
+        "sources": rows,
+        "total": {**total, "skipped": len(outcomes) - len(fresh), "failed": len(failed), "dropped": dict(dropped)},
+    }

@@ -87,6 +87,17 @@ def test_wrong_calls_are_told_in_a_sentence(footage: Path, tmp_path: Path, optio
     assert done.returncode == 1 and told in the_error(done)
 
 
+def test_one_file_that_cannot_be_read_stops_no_other(footage: Path, tmp_path: Path) -> None:
+    (tmp_path / "torn.mp4").write_bytes((footage / "a.mp4").read_bytes()[:3000])
+    boxes = ["--detections", footage / "a.jsonl"] * 2
+    call = ["ingest", tmp_path / "torn.mp4", footage / "a.mp4", "--camera", "door", "--into", tmp_path / "s", *boxes]
+    done = resight_here(*call, "--json", tmp_path / "f.json")
+    assert done.returncode == 0 and "torn.mp4 cannot be read as video" in " ".join(done.stderr.split())
+    told = json.loads((tmp_path / "f.json").read_text())
+    assert [one["status"] for one in told["sources"]] == ["done", "failed"] and told["total"]["failed"] == 1
+    assert len(open_store(tmp_path / "s")["train"]) == told["total"]["crops"] > 0
+
+
 @pytest.mark.slow
 def test_a_live_camera_stops_when_it_is_told_to_and_keeps_what_it_saw(tmp_path: Path) -> None:
     images = list(shots((Walker(0, 60, 10, 250),), 60))

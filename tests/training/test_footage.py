@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import struct
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -62,6 +63,17 @@ def test_any_frame_can_be_gone_on_from(tmp_path: Path, name: str, codec: str, st
     assert [frame.place for frame in rest] == [frame.place for frame in whole[start - 1 :]]
     for one, two in zip(rest, whole[start - 1 :], strict=True):
         assert one.time_s == two.time_s and (one.image == two.image).all()
+
+
+def test_a_picture_is_turned_as_its_camera_was_held(film: Path, tmp_path: Path) -> None:
+    """The matrix of ISO 14496-12 8.3.2 in the track's header: a quarter to the right."""
+    data = bytearray(film.read_bytes())
+    matrix = data.index(b"tkhd") + 44
+    one = 0x00010000
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, one, 0, -one, 0, 0, HEIGHT * one, 0, 1 << 30)
+    (tmp_path / "turned.mp4").write_bytes(data)
+    turned, plain = read(tmp_path / "turned.mp4")[3], read(film)[3]
+    assert turned.image.shape == (WIDTH, HEIGHT, 3) and (turned.image == np.rot90(plain.image, -1)).all()
 
 
 def test_a_truncated_and_a_damaged_video_are_read_as_far_as_they_go(
