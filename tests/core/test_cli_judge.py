@@ -93,3 +93,8 @@ def test_confirmed_and_rejected_pairs_are_labels(
 def test_a_missing_site_is_one_sentence(tiny_init: Path, tmp_path: Path) -> None:
     done = resight_here("judge", "--model", tiny_init, "--site", tmp_path / "nowhere")
     assert "no site at" in the_error(done)
+
+
+def test_tracks_are_taken_from_names_that_tell_them(tiny_site: Site, tiny_init: Path) -> None:
+    done = resight_here("judge", "--model", tiny_init, "--site", tiny_site.root, "--tracks-from-names")
+    assert "to take tracks from names" in the_error(done)
