@@ -8,10 +8,10 @@ CODE := src training exporters service tests benchmarks examples
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := check
-.PHONY: check demo test gpu format lint types spell quick proto bench crash lock clean help
+.PHONY: check cycle-demo demo test gpu format lint types spell quick proto bench crash lock clean help
 
 help:  ## Show what can be made.
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV): one to three minutes, most of it torch ..."
@@ -21,6 +21,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)  ## The whole road: adapt, export, serve, search. SITE= INIT= JSON= as `resight demo`.
 	@$(BIN)/resight demo $(if $(SITE),--site "$(SITE)") $(if $(INIT),--init "$(INIT)") $(if $(JSON),--json "$(JSON)")
+
+cycle-demo: $(INSTALLED)  ## Five simulated nights: film, the cycle against a service, poison, a rollback. JSON= SEED=
+	@$(BIN)/resight cycle demo $(if $(JSON),--json "$(JSON)") $(if $(SEED),--seed "$(SEED)")
 
 test: $(INSTALLED)  ## Every test; those that need real crops or a GPU are skipped, loudly, where there are none.
 	$(TEST)
@@ -72,4 +75,4 @@ lock: $(INSTALLED)  ## Write the versions now in .venv to constraints.txt.
 	@mv constraints.txt.new constraints.txt
 
 clean:  ## Remove what was built, not what was installed.
-	rm -rf build dist *.egg-info demo
+	rm -rf build dist *.egg-info demo cycle-demo

@@ -34,12 +34,14 @@ ROADS = {
     "cli_collect",
     "cli_connect",
     "cli_cycle",
+    "cli_cycle_demo",
     "cli_demo",
     "cli_doctor",
     "cli_evaluate",
     "cli_export",
     "cli_gallery",
     "cli_ingest",
+    "cli_ingest_call",
     "cli_ingest_footage",
     "cli_json",
     "cli_judge",
@@ -51,8 +53,10 @@ ROADS = {
     "cli_snapshot",
     "cli_token",
     "cli_train",
+    "cycle_demo",
     "demo",
     "export_site",
+    "nights_road",
     "served",
 }
 HEAVY = ("torch", "torchvision", "faiss", "onnx", "onnxruntime", "sklearn", "scipy")
@@ -161,7 +165,7 @@ def test_the_drawn_error_tree_is_the_real_one() -> None:
 
 def test_the_wheel_carries_the_tree(tmp_path: Path) -> None:
     clean = tmp_path / "tree"  # in the checkout setuptools would pack what an earlier build left in build/
-    shutil.copytree(ROOT, clean, ignore=shutil.ignore_patterns(".*", "build", "demo", "*.egg-info", "__pycache__"))
+    shutil.copytree(ROOT, clean, ignore=shutil.ignore_patterns(".*", "build", "*demo", "*.egg-info", "__pycache__"))
     command = [
         sys.executable,
         "-m",
@@ -196,11 +200,11 @@ def shell_lines(path: Path) -> list[str]:
 
 
 def test_every_make_target_in_the_docs_exists() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
     for path in documents:
         used = {line.split()[1] for line in shell_lines(path) if line.startswith("make ")}
-        used |= set(re.findall(r"`make ([a-z]+)", path.read_text()))
+        used |= set(re.findall(r"`make ([a-z-]+)", path.read_text()))
         assert used <= targets, path
 
 

@@ -15,6 +15,9 @@ from resight.image import Pixels
 from resight.training.scene import Camera
 
 TONES = 1024  # steps of the tone curve: four for each grey level delivered
+SIDE_LIGHT = 0.18  # as `scene.take_crop`
+SHADE = (0.52, 0.56, 0.68)  # of red, green and blue that reaches the part of a street in the shade; the sky lights it
+SHADE_EDGE = 0.06  # of the width: how soft its border is
 SHIFTS = 64  # pixels by which the grain may be moved from frame to frame
 
 
@@ -34,7 +37,11 @@ class Exposure:
         self._blur = (math.sqrt(12 * (camera.blur * camera.rows / self.height) ** 2 + 1) - 1) / 2
         across = np.linspace(-1, 1, self._seen[0], dtype=np.float32)[:, None]
         shade = Image.fromarray(camera.vignette[..., 0]).resize(self._seen)
-        self._light = (1 + 0.18 * camera.light * across) * np.asarray(shade)[..., None] * (TONES - 1) / 255  # (h, w, 1)
+        light = (1 + SIDE_LIGHT * camera.light * across) * np.asarray(shade)[..., None]  # (h, w, 1)
+        border = (across - 0.3 * camera.light) * math.copysign(1 / SHADE_EDGE, camera.light)
+        sky = np.array(SHADE, np.float32)
+        light = light * (sky + (1 - sky) * np.clip(0.5 + border, 0, 1))  # (h, w, 3)
+        self._light = light * (TONES - 1) / 255
         self._matrix = camera.matrix.T
         tone = np.linspace(0, 1, TONES) ** camera.gamma
         tone = (tone - 0.5) * camera.contrast + 0.5 + camera.brightness

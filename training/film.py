@@ -80,7 +80,7 @@ class View:
     def __init__(self, camera: Camera, cast: Sequence[Person], walks: Sequence[Walk], *, seed: int) -> None:
         self.camera, self.cast, self.walks = camera, cast, tuple(walks)
         self._seed = seed
-        self._figures: dict[int, list[Figure]] = {}
+        self._figures: dict[tuple[int, int], list[Figure]] = {}  # by walk and leg
         self._expose = Exposure(camera, np.random.default_rng(seed))
         wide = camera.backdrop.width // BACKDROP
         self._wall = camera.backdrop.crop((0, 0, wide, camera.backdrop.height)).resize((WIDTH, HEIGHT))
@@ -97,8 +97,8 @@ class View:
 
     def shot(self, time_s: float) -> Shot:
         """The frame of one moment, in seconds of the film; moments are best taken in their order."""
-        for number in [number for number in self._figures if self.walks[number].end_s <= time_s]:
-            del self._figures[number]
+        for key in [key for key in self._figures if self.walks[key[0]].end_s <= time_s]:
+            del self._figures[key]
         there = [(number, p.at(time_s)) for number, p in enumerate(self.walks) if p.start_s <= time_s < p.end_s]
         there.sort(key=lambda walker: walker[1].feet)  # the far ones first: the near ones cover them
         canvas, owner = self._wall.copy(), np.full((HEIGHT, WIDTH), -1, np.int32)
@@ -112,7 +112,7 @@ class View:
 
     def _paint(self, canvas: Image.Image, owner: NDArray[np.int32], number: int, spot: Spot) -> tuple[Box, int]:
         """Put a walker into the picture; the box within it and how many pixels were painted there."""
-        poses = self._poses(number)
+        poses = self._poses(number, spot.leg)
         figure = poses[int(spot.phase / (2 * math.pi) * POSES) % POSES]
         wide, tall = (max(2, round(side * spot.scale)) for side in (figure.width, figure.height))
         left, top = round(spot.x + figure.left * spot.scale), round(spot.feet + figure.top * spot.scale)
@@ -129,18 +129,18 @@ class View:
         first, last = (int(columns[0]), int(rows[0])), (int(columns[-1]) + 1, int(rows[-1]) + 1)
         return (box[0] + first[0], box[1] + first[1], box[0] + last[0], box[1] + last[1]), int(inside.sum())
 
-    def _poses(self, number: int) -> list[Figure]:
-        """The figures of one walk, drawn when first needed."""
-        if number not in self._figures:
-            walk, rng = self.walks[number], np.random.default_rng([self._seed, number])
+    def _poses(self, number: int, leg: int) -> list[Figure]:
+        """The figures of one part of a walk, drawn when first needed."""
+        if (number, leg) not in self._figures:
+            walk, rng = self.walks[number], np.random.default_rng([self._seed, number, leg])
             raised = bool(rng.random() < 0.1)  # as `scene.take_crop`
-            turns = walk.turn + rng.normal(0, WIGGLE, POSES)
+            turns = walk.legs[leg].turn + rng.normal(0, WIGGLE, POSES)
             phases = np.arange(POSES) * 2 * math.pi / POSES
-            self._figures[number] = [
+            self._figures[number, leg] = [
                 draw_figure(self.cast[walk.person], Pose(turn, phase, walk.stride, self.camera.tilt, raised))
                 for turn, phase in zip(turns.tolist(), phases.tolist(), strict=True)
             ]
-        return self._figures[number]
+        return self._figures[number, leg]
 
 
 def draw_figure(person: Person, pose: Pose) -> Figure:

@@ -15,7 +15,7 @@ from PIL import Image
 from resight.training.crops import UNKNOWN, CropStore, write_store
 from resight.training.film import Shot, Sighting, View
 from resight.training.nights import Night, SimulatedSite
-from resight.training.people import Person, sample_people
+from resight.training.people import Person
 from resight.training.sightings import jitter
 from resight.training.street import Walk, walk_by
 
@@ -26,7 +26,7 @@ TOGETHER = 2.0  # people in a picture at a time, in the mean
 
 def lineup(site: SimulatedSite, count: int) -> tuple[Person, ...]:
     """The people whom queries search for, the same on every night."""
-    return sample_people(count, np.random.default_rng([site.seed, 4]), world="site")
+    return site.people(count, np.random.default_rng([site.seed, 4]))
 
 
 def photograph(

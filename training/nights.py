@@ -5,6 +5,7 @@ The same site seed gives the same cameras and the same enrolled people on every 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from resight.training.film import Shot, View
-from resight.training.people import Person, sample_people
+from resight.training.people import CLOTH, Person, sample_people
 from resight.training.reel import Reel, write_reel, write_told_reel
 from resight.training.scene import Camera
 from resight.training.sightings import Detection, nobody
@@ -22,6 +23,8 @@ from resight.training.street import FPS, HEIGHT, WIDTH, Walk, dusk, hang_cameras
 
 FIRST_S = datetime(2026, 3, 2, 22, 0, tzinfo=UTC).timestamp()
 DAY_S = 86_400.0
+UNIFORM = 0.6  # share of people in working clothes: colour alone must not be enough
+UNIFORMS = ("navy", "olive")
 DEAD_BOXES = 4  # false boxes at a time that a detector sees in the picture of a dead camera
 DEAD_S = 6.0  # how long one of them stays
 
@@ -86,7 +89,12 @@ class SimulatedSite:
 
     def visitors(self, night: Night) -> tuple[Person, ...]:
         """Who comes on a night."""
-        return sample_people(night.visitors, np.random.default_rng([self.seed, 1, night.number]), world="site")
+        return self.people(night.visitors, np.random.default_rng([self.seed, 1, night.number]))
+
+    def people(self, count: int, rng: np.random.Generator) -> tuple[Person, ...]:
+        """People of this site: some of them wear its working clothes, and differ in everything else."""
+        drawn = sample_people(count, rng, world="site")
+        return tuple(_at_work(person, rng) if rng.random() < UNIFORM else person for person in drawn)
 
     def film(self, folder: Path, night: Night, camera: int) -> Reel:
         """Film a night with one camera.
@@ -110,6 +118,12 @@ class SimulatedSite:
         if night.poisoned:
             who = np.zeros_like(who)
         return walk_by(who.tolist(), self.look(night, camera), self.together, rng)
+
+
+def _at_work(person: Person, rng: np.random.Generator) -> Person:
+    """The same person in working clothes."""
+    upper, lower = CLOTH[UNIFORMS[int(rng.integers(len(UNIFORMS)))]], CLOTH["charcoal"]
+    return dataclasses.replace(person, upper=upper, lower=lower, skirt=False, hem=1.0, sleeve=1.0)
 
 
 def _dead(seconds: float, seed: int) -> Iterator[tuple[Shot, list[Detection]]]:

@@ -23,8 +23,28 @@ BODY_M = 1.7  # metres of the usual body height
 SPEED_M_S = (1.1, 1.6)  # of walking; Weidmann (1993) gives 1.34 in the mean, with a deviation of 0.26
 STRIDE_S = 1.1  # seconds of two steps
 OUTSIDE = 0.12  # of the width: how far beyond the edge people come from and leave to
+BACK = 0.4  # share of people who look round and go back to where they came from: one track shows both their sides
+BEND = 0.4  # radians by which the others change direction, as one deviation
 DEPTH_TURN = 0.4  # depth walked while the picture's width is crossed at 45 degrees: the street is narrow
 SLANT = 0.9  # radians at most between a walk and the picture's plane: everybody leaves at one of its sides
+STEEPEST = 1.2  # radians likewise after a bend
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A straight part of a walk.
+
+    Attributes:
+        seconds: how long it takes.
+        x: from and to, centre of the body in shares of the width.
+        depth: from and to, 0..1.
+        turn: view angle, see `figure.Pose`.
+    """
+
+    seconds: float
+    x: tuple[float, float]
+    depth: tuple[float, float]
+    turn: float
 
 
 @dataclass(frozen=True)
@@ -34,22 +54,21 @@ class Walk:
     Attributes:
         person: number in the cast.
         start_s: when it begins, on the clock of the film.
-        seconds: how long it takes.
-        x: from and to, centre of the body in shares of the width.
-        depth: from and to, 0..1.
-        turn: view angle, see `figure.Pose`.
+        legs: its parts; between two of them the walker turns.
         phase: moment of the stride at the start, radians.
-        stride: swing of the thigh, radians; 0 stands.
+        stride: swing of the thigh, radians.
     """
 
     person: int
     start_s: float
-    seconds: float
-    x: tuple[float, float]
-    depth: tuple[float, float]
-    turn: float
+    legs: tuple[Leg, ...]
     phase: float
     stride: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it takes."""
+        return sum(leg.seconds for leg in self.legs)
 
     @property
     def end_s(self) -> float:
@@ -58,11 +77,16 @@ class Walk:
 
     def at(self, time_s: float) -> Spot:
         """Where the walker is, a time of the film within the walk given."""
-        share = (time_s - self.start_s) / self.seconds
-        x, depth = (low + (high - low) * share for low, high in (self.x, self.depth))
+        number, since_s = 0, time_s - self.start_s
+        while number < len(self.legs) - 1 and since_s >= self.legs[number].seconds:
+            since_s -= self.legs[number].seconds
+            number += 1
+        leg = self.legs[number]
+        share = since_s / leg.seconds
+        x, depth = (low + (high - low) * share for low, high in (leg.x, leg.depth))
         scale = FAR_SCALE + (NEAR_SCALE - FAR_SCALE) * depth
         feet = FAR_FEET + (NEAR_FEET - FAR_FEET) * depth
-        return Spot(x * WIDTH, feet, scale, (self.phase + 2 * math.pi * (time_s - self.start_s) / STRIDE_S))
+        return Spot(x * WIDTH, feet, scale, self.phase + 2 * math.pi * (time_s - self.start_s) / STRIDE_S, number)
 
 
 @dataclass(frozen=True)
@@ -74,12 +98,14 @@ class Spot:
         feet: row of the feet, pixels.
         scale: pixels of the usual body height.
         phase: moment of the stride, radians.
+        leg: number of the walk's part.
     """
 
     x: float
     feet: float
     scale: float
     phase: float
+    leg: int
 
 
 def hang_cameras(count: int, rng: np.random.Generator) -> tuple[Camera, ...]:
@@ -106,8 +132,8 @@ def dusk(camera: Camera) -> Camera:
     return dataclasses.replace(
         camera,
         matrix=blue @ camera.matrix,
-        gamma=camera.gamma * 1.45,
-        contrast=camera.contrast * 0.9,
+        gamma=camera.gamma * 1.3,
+        contrast=camera.contrast * 0.95,
         noise=camera.noise * 2,
         blur=camera.blur + 0.3,
         light=-camera.light,
@@ -132,14 +158,24 @@ def walk_by(people: Sequence[int], camera: Camera, together: float, rng: np.rand
 
 
 def _walk(person: int, camera: Camera, rng: np.random.Generator) -> Walk:
+    """Through the picture with a bend, or to somewhere in it and back."""
     turn = float(rng.choice(camera.turns)) + float(rng.normal(0, 0.15))
-    across, along = math.sin(turn), math.cos(turn)
-    change = DEPTH_TURN * along / max(abs(across), 0.3)
-    middle = float(rng.uniform(0.15, 0.85))
-    depth = tuple(float(np.clip(middle + side * change / 2, 0, 1)) for side in (-1, 1))
-    edges = (-OUTSIDE, 1 + OUTSIDE) if across > 0 else (1 + OUTSIDE, -OUTSIDE)
-    scale = FAR_SCALE + (NEAR_SCALE - FAR_SCALE) * middle
-    metres = (1 + 2 * OUTSIDE) * WIDTH / scale * BODY_M / max(abs(across), 0.5)
-    seconds = metres / float(rng.uniform(*SPEED_M_S))
-    phase, stride = float(rng.uniform(0, 2 * math.pi)), float(rng.uniform(0.25, 0.5))
-    return Walk(person, 0.0, seconds, edges, (depth[0], depth[1]), turn, phase, stride)
+    rightwards, back = math.sin(turn) > 0, bool(rng.random() < BACK)
+    near, far = (-OUTSIDE, 1 + OUTSIDE) if rightwards else (1 + OUTSIDE, -OUTSIDE)
+    middle, depth = float(rng.uniform(0.3, 0.7)), float(rng.uniform(0.2, 0.8))
+    speed = float(rng.uniform(*SPEED_M_S))
+    straight = math.pi / 2 if rightwards else 3 * math.pi / 2
+    bent = straight + float(np.clip(turn - straight + rng.normal(0, BEND), -STEEPEST, STEEPEST))
+    turned = turn + math.pi if back else bent
+    coming = _leg(turn, (near, middle), depth, speed, ends=True)
+    leaving = _leg(turned, (middle, near if back else far), depth, speed, ends=False)
+    return Walk(person, 0.0, (coming, leaving), float(rng.uniform(0, 2 * math.pi)), float(rng.uniform(0.25, 0.5)))
+
+
+def _leg(turn: float, x: tuple[float, float], depth: float, speed: float, *, ends: bool) -> Leg:
+    """A part of a walk that ends, or begins, in the depth given."""
+    wide = abs(x[1] - x[0])
+    across = max(abs(math.sin(turn)), 0.5)  # nobody walks so straight at the camera that they never leave
+    other = float(np.clip(depth + (-1 if ends else 1) * DEPTH_TURN * wide * math.cos(turn) / across, 0, 1))
+    metres = wide * WIDTH / (FAR_SCALE + (NEAR_SCALE - FAR_SCALE) * depth) * BODY_M / across
+    return Leg(metres / speed, x, (other, depth) if ends else (depth, other), turn)

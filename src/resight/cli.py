@@ -14,6 +14,7 @@ from resight.cli_bundle import bundle
 from resight.cli_collect import collect
 from resight.cli_connect import access
 from resight.cli_cycle import cycle
+from resight.cli_cycle_demo import cycle_demo
 from resight.cli_demo import demo
 from resight.cli_doctor import doctor
 from resight.cli_evaluate import evaluate
@@ -45,6 +46,7 @@ for under_gallery in (confirm, reject, feedback, figures):
     gallery.command()(under_gallery)
 models.command("adapt")(ask_to_adapt)
 models.command()(shadow)
+cycle.command("demo")(cycle_demo)
 app.add_typer(gallery, name="gallery")
 app.add_typer(snapshot, name="snapshot")
 app.add_typer(models, name="models")

@@ -110,10 +110,18 @@ def _make_room(road: Road) -> None:
     Raises:
         SiteError: there is a folder that no demo made, or one that holds what this demo starts from.
     """
-    out = road.out
     for given in (road.site, Path(road.init)):
-        if given is not None and given.resolve().is_relative_to(out.resolve()) and given.exists():
-            raise SiteError(f"{given} lies in {out}, which this demo empties first: choose another --out")
+        if given is not None and given.resolve().is_relative_to(road.out.resolve()) and given.exists():
+            raise SiteError(f"{given} lies in {road.out}, which this demo empties first: choose another --out")
+    make_room(road.out)
+
+
+def make_room(out: Path) -> None:
+    """An empty folder for a demo; what an earlier demo left there goes.
+
+    Raises:
+        SiteError: there is a folder that no demo made.
+    """
     if out.exists() and not (out / MARK).is_file():
         if not out.is_dir() or any(out.iterdir()):
             raise SiteError(f"{out} exists and no demo made it: choose another --out, or remove it")

@@ -1,6 +1,6 @@
 """A bundle measured as its users meet it: a server process, enrolments and searches over gRPC.
 
-Used by the demo. What is scored are the service's own answers, not features computed beside it.
+Used by the demos. What is scored are the service's own answers, not features computed beside it.
 """
 
 from __future__ import annotations
@@ -50,8 +50,14 @@ class Served:
 
 
 @contextmanager
-def server(bundle: Path, data: Path, *, max_top_k: int) -> Iterator[str]:
+def server(bundle: Path, data: Path, *, max_top_k: int, models: Path | None = None) -> Iterator[str]:
     """Run `resight serve` as a process of its own on a free loopback port; yields its address.
+
+    Args:
+        bundle: it starts with.
+        data: folder of its gallery, and of its log.
+        max_top_k: hits of one search at most.
+        models: folder of more bundles, to be loaded by name.
 
     Raises:
         UnavailableError: it ended or was not ready in time, or did not stop as it should; with the end of its log.
@@ -69,6 +75,7 @@ def server(bundle: Path, data: Path, *, max_top_k: int) -> Iterator[str]:
         data,
         "--listen",
         "127.0.0.1:0",
+        *([] if models is None else ["--models", models]),
     ]
     with log_file.open("w") as log:
         process = subprocess.Popen(
@@ -109,30 +116,43 @@ def _tail(log_file: Path, lines: int = 15) -> str:
     return "\n".join(log_file.read_text(errors="replace").splitlines()[-lines:])
 
 
-def enrol(address: str, gallery: CropStore, advance: Advance) -> None:
+def enrol(
+    address: str, gallery: CropStore, advance: Advance, *, collection: str = COLLECTION, lasting: bool = False
+) -> None:
     """Enrol every crop of a gallery under its row number.
+
+    Args:
+        address: of the server.
+        gallery: what to enrol.
+        advance: is told of progress.
+        collection: to make and enrol into.
+        lasting: whether crops are kept for another model, and persons named, as an operator enrols people; else who
+            is on them stays untold.
 
     Raises:
         SiteError: names the first crop that was refused.
         ReIDError: the server could not enrol at all.
     """
     with Client(address, timeout_s=60) as client:
-        client.create_collection(COLLECTION, unlimited_retention=True)
+        client.create_collection(collection, unlimited_retention=True, keep_crops=lasting)
         for start in range(0, len(gallery), CHUNK):
-            part = [_entry(gallery, row) for row in range(start, min(start + CHUNK, len(gallery)))]
-            for row, outcome in enumerate(client.enrol_batch(COLLECTION, part), start):
+            part = [_entry(gallery, row, named=lasting) for row in range(start, min(start + CHUNK, len(gallery)))]
+            for row, outcome in enumerate(client.enrol_batch(collection, part), start):
                 if isinstance(outcome, ReIDError):
                     raise SiteError(f"{gallery.root / gallery.paths[row]} cannot be enrolled: {outcome}") from outcome
             advance(len(part))
 
 
-def _entry(gallery: CropStore, row: int) -> NewEntry:
-    """A crop as it is enrolled: who it shows stays untold."""
+def _entry(gallery: CropStore, row: int, *, named: bool) -> NewEntry:
+    """A crop as it is enrolled."""
     camera = gallery.camera_names[gallery.cameras[row]]
-    return NewEntry(gallery.read(row), entry_id=str(row), camera_id=camera)
+    subject = f"person-{gallery.persons[row]}" if named else ""
+    return NewEntry(gallery.read(row), entry_id=str(row), camera_id=camera, subject_id=subject)
 
 
-def search(address: str, query: CropStore, gallery: CropStore, advance: Advance) -> Served:
+def search(
+    address: str, query: CropStore, gallery: CropStore, advance: Advance, *, collection: str = COLLECTION
+) -> Served:
     """Search with every query crop, several in flight, and score the answers.
 
     Raises:
@@ -144,7 +164,7 @@ def search(address: str, query: CropStore, gallery: CropStore, advance: Advance)
 
         def ask(row: int) -> tuple[list[int], list[float]]:
             try:
-                hits = client.search(COLLECTION, query.read(row), top_k=top_k).hits
+                hits = client.search(collection, query.read(row), top_k=top_k).hits
             except ImageError as error:
                 raise SiteError(f"{query.root / query.paths[row]} cannot be searched for: {error}") from error
             advance(1)

@@ -28,7 +28,7 @@ GROUPS = {
     "models": ["list", "load", "activate", "unload", "migrate", "activate-space", "adapt", "shadow"],
     "token": ["create", "list", "revoke"],
     "bundle": ["verify", "show", "diff", "keygen", "sign"],
-    "cycle": ["init", "once", "run", "status", "history", "rollback"],
+    "cycle": ["init", "once", "run", "status", "history", "rollback", "demo"],
 }
 
 

@@ -1,0 +1,92 @@
+"""The cycle on a simulated site: film, nights, one of them poisoned, a rollback; a service that answers all along."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import ServerProcess, jpeg, make_bundle
+from tiny import resight, resight_here, the_error
+
+from resight.client import Client, NewEntry
+from resight.cycle.site_file import load_site
+from resight.live_searches import LiveSearches
+from resight.nights_road import NightRoad, Scale, plan, site_file
+
+SMALL = ("--visitors", 28, "--enrolled", 14, "--cameras", 3, "--iters", 12)
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("nights")
+    done = resight("cycle", "demo", "--out", folder / "demo", *SMALL, "--json", folder / "figures.json", timeout_s=1500)
+    (folder / "told").write_text(done.stdout + done.stderr)
+    assert (folder / "figures.json").is_file(), done.stderr
+    return folder
+
+
+def figures(walked: Path) -> dict[str, Any]:
+    return dict(json.loads((walked / "figures.json").read_text()))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
+def test_every_promise_is_kept(walked: Path) -> None:
+    told = figures(walked)
+    assert [text for text, kept in told["promises"] if not kept] == [], (walked / "told").read_text()
+    assert len(told["promises"]) == 7
+    names = [step["name"] for step in told["steps"]]
+    assert names == ["Night 1", "Night 2", "Night 3", "Night 4", "Rollback", "Night 5"]
+    assert all(step["searches"] > 10 for step in told["steps"] if step["name"] != "Rollback")
+
+
+@pytest.mark.slow
+def test_search_is_better_than_by_the_first_model_on_every_later_night(walked: Path) -> None:
+    for step in figures(walked)["steps"][1:]:
+        if step["name"] != "Rollback":
+            assert step["after"] > step["first"], step
+
+
+@pytest.mark.slow
+def test_the_page_tells_every_step_and_links_to_the_cycles_own(walked: Path) -> None:
+    path = Path(figures(walked)["page"])
+    page = path.read_text()
+    for source in re.findall(r"""src\s*=\s*["']([^"']*)""", page):
+        assert source.startswith("data:"), source
+    for link in re.findall(r'href="([^"#]+)"', page):
+        assert (path.parent / link).is_file(), link
+    for step in figures(walked)["steps"]:
+        assert step["name"] in page and f"{step['after']:.1f}" in page
+
+
+def test_the_sites_file_can_be_read_and_names_the_cameras_that_hang(tmp_path: Path) -> None:
+    road = NightRoad(tmp_path, Scale(cameras=3), 1, None)  # type: ignore[arg-type]
+    for night, _ in plan(road.scale):
+        road.file.write_text(site_file(road, "127.0.0.1:1", night.cameras))
+        site = load_site(road.file)
+        assert [camera.name for camera in site.camera] == [f"cam{n}" for n in range(1, night.cameras + 1)]
+        assert site.service.bundle == tmp_path / "models" / "first"
+
+
+def test_a_folder_that_no_demo_made_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    assert "no demo made it" in the_error(resight_here("cycle", "demo", "--out", tmp_path))
+    assert (tmp_path / "letter.txt").read_text() == "dear"
+
+
+def test_live_searches_count_answers_and_keep_errors(tmp_path: Path) -> None:
+    server = ServerProcess(make_bundle(tmp_path / "bundle").path, tmp_path / "data")
+    try:
+        address = server.wait_ready()
+        with Client(address) as client:
+            client.create_collection("people", unlimited_retention=True)
+            client.enrol("people", NewEntry(jpeg(1), entry_id="1"))
+            with LiveSearches(address, "people", [jpeg(1), b"no image"], per_s=200) as live:
+                while live.answered < 3 or len(live.errors) < 3:
+                    assert server.process.poll() is None
+        assert live.answered >= 3 and "JPEG" in live.errors[0]
+    finally:
+        server.end()
