@@ -6,11 +6,13 @@ import json
 import random
 import sqlite3
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
 import grpc
 import pytest
+from grpc_status import rpc_status
 from serving import ServerProcess, jpeg
 from stores import enrolment, holding, made, opened
 from tiny import resight_here, the_error
@@ -107,8 +109,6 @@ def add(channel, collection, one="a", other="b", verdict=SAME, **more):
     try:
         return gallery_pb2_grpc.GalleryServiceStub(channel).AddFeedback(request)
     except grpc.RpcError as failure:
-        from grpc_status import rpc_status
-
         raise from_status(rpc_status.from_call(failure)) from None
 
 
@@ -306,8 +306,6 @@ def test_the_command_line_confirms_rejects_lists_and_takes_back(client, collecti
 
 def test_many_verdicts_at_once_are_all_there(client, collection):
     """As an operator's tool would send them, from several threads."""
-    from concurrent.futures import ThreadPoolExecutor
-
     client.enrol_batch(collection, [NewEntry(jpeg(number), f"e{number}") for number in range(16)])
     pairs_told = list(itertools.combinations(range(16), 2))
 
