@@ -10,10 +10,11 @@ from typing import Any
 
 from resight.training import growing, journal
 from resight.training import ingest as module
+from resight.training.counts import Outcome
 from resight.training.footage import open_footage
 from resight.training.given_boxes import GivenBoxes
 from resight.training.growing import GrowingStore
-from resight.training.ingest import Outcome, ingest
+from resight.training.ingest import ingest
 from resight.training.journal import Journal
 
 PLACES: dict[str, tuple[Any, str, bool]] = {

@@ -7,12 +7,8 @@ does; a program killed in between leaves files that no row names, which `sweep` 
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
-import sqlite3
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,13 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from resight.atomic import sync
-from resight.errors import StorageFullError, StoreError
+from resight.errors import StoreError
+from resight.training.claims import claimed, room, waiting
 from resight.training.crops import INDEX_FILE, SCHEMA, UNKNOWN, check_path, is_store
 from resight.training.tables import read_table, write_table
 
 JOURNAL_FILE = "ingest.sqlite3"
 LOCK_FILE = ".index.lock"
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True)
@@ -160,34 +156,12 @@ class GrowingStore:
                     emptied.rmdir()
             return count
 
-    @contextmanager
-    def claimed(self, key: str) -> Iterator[None]:
-        """Alone with one source of crops.
+    def claimed(self, key: str) -> AbstractContextManager[None]:
+        """Alone with one source of crops; see `claims.claimed`."""
+        return claimed(self.root / f".{key}.lock", f"adds the same to {self.root}")
 
-        Raises:
-            StoreError: another process is at it.
-        """
-        path = self.root / f".{key}.lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise StoreError(f"another process adds the same to {self.root}: wait until it is done") from error
-            yield
-            path.unlink(missing_ok=True)
-        finally:
-            os.close(descriptor)
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Alone with the index; waits for the others, whose turns take a moment."""
-        descriptor = os.open(self.root / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+    def _locked(self) -> AbstractContextManager[None]:
+        return waiting(self.root / LOCK_FILE)
 
     def _read(self) -> pa.Table:
         if not is_store(self.root):
@@ -204,23 +178,6 @@ class GrowingStore:
         path.write_bytes(crop.data)
         sync(path)
         sync(path.parent)
-
-
-@contextmanager
-def room(root: Path) -> Iterator[None]:
-    """Tell a full disk as what it is.
-
-    Raises:
-        StorageFullError: instead of the system's, Arrow's or SQLite's own error.
-    """
-    try:
-        yield
-    except (OSError, sqlite3.OperationalError) as error:
-        if getattr(error, "errno", None) in DISK_FULL or "disk is full" in str(error):
-            raise StorageFullError(
-                f"no room left for {root} ({error}): what was committed stands; free some and run the same again"
-            ) from error
-        raise
 
 
 def _ours(root: Path) -> bool:

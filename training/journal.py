@@ -20,8 +20,9 @@ import numpy as np
 
 from resight.errors import StoreError
 from resight.training.boxes import Boxes
+from resight.training.claims import room
 from resight.training.footage import START, Place
-from resight.training.growing import JOURNAL_FILE, room
+from resight.training.growing import JOURNAL_FILE
 
 SCHEMA_VERSION = 1
 BUSY_S = 30.0  # that a writer waits for another one; each holds the file for milliseconds
@@ -34,10 +35,6 @@ CREATE TABLE source (
 CREATE TABLE frame (
     key TEXT NOT NULL REFERENCES source (key) ON DELETE CASCADE, mark INTEGER NOT NULL, boxes BLOB NOT NULL,
     PRIMARY KEY (key, mark)
-) STRICT, WITHOUT ROWID;
-CREATE TABLE track (
-    key TEXT NOT NULL, camera TEXT NOT NULL, name TEXT NOT NULL, number INTEGER NOT NULL,
-    PRIMARY KEY (key, camera, name)
 ) STRICT, WITHOUT ROWID;
 """
 
@@ -146,19 +143,6 @@ class Journal:
         with self._telling():
             found = self._db.execute("SELECT mark, boxes FROM frame WHERE key = ?", (key,))
             return {mark: _unpack(blob) for mark, blob in found}
-
-    def tracks(self, key: str) -> dict[tuple[str, str], int]:
-        """Numbers in the store of tracks that have names elsewhere, by camera and name."""
-        with self._telling():
-            found = self._db.execute("SELECT camera, name, number FROM track WHERE key = ?", (key,))
-            return {(camera, name): number for camera, name, number in found}
-
-    def name_tracks(self, key: str, numbers: Mapping[tuple[str, str], int]) -> None:
-        """Write such numbers down; those that are not among them any more are forgotten."""
-        with self._telling(), self._transaction():
-            self._db.execute("DELETE FROM track WHERE key = ?", (key,))
-            rows = ((key, camera, name, number) for (camera, name), number in numbers.items())
-            self._db.executemany("INSERT INTO track VALUES (?, ?, ?, ?)", rows)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

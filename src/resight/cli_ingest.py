@@ -13,14 +13,8 @@ from rich.table import Table
 
 from resight.cli_connect import connect
 from resight.cli_gallery import DEFAULT_SERVER, Server
-from resight.cli_ingest_footage import (
-    Call,
-    check_options,
-    given_boxes,
-    one_detector,
-    read_sources,
-    tell_outcomes,
-)
+from resight.cli_ingest_call import Call, check_options, given_boxes, one_detector
+from resight.cli_ingest_footage import read_sources, tell_outcomes
 from resight.cli_json import JsonOption, write_json
 from resight.cli_train import DeviceOption
 from resight.errors import CollectionNotFoundError, CropsMissingError, InputError

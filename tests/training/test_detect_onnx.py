@@ -12,8 +12,8 @@ from PIL import Image
 
 from resight.errors import DetectorError
 from resight.training.detect import open_detector
-from resight.training.detect_onnx import letterbox, read_ssd, read_yolo
 from resight.training.footage import Frame, Place
+from resight.training.heads import letterbox, read_ssd, read_yolo
 
 HEIGHT, WIDTH = 180, 320
 PEOPLE = np.array([[40, 30, 90, 150], [200, 20, 260, 170]], float)  # xyxy in the frame

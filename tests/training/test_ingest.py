@@ -25,11 +25,13 @@ from resight.errors import FootageError, StorageFullError, StoreError
 from resight.image import decode
 from resight.training import growing
 from resight.training import ingest as module
+from resight.training.claims import room
+from resight.training.counts import Counts, Outcome
 from resight.training.crops import CropStore, open_store
 from resight.training.footage import open_footage
 from resight.training.given_boxes import GivenBoxes
 from resight.training.growing import GrowingStore
-from resight.training.ingest import Counts, Outcome, ingest
+from resight.training.ingest import ingest
 from resight.training.journal import Journal
 
 # 48 s: two who cross, quiet moments, and from frame 85 on somebody is always there.
@@ -215,7 +217,7 @@ def test_a_disk_without_room_for_the_journal_is_told(tmp_path: Path) -> None:
     device = Path("/dev/full")
     if not device.exists():
         pytest.skip("no /dev/full here")
-    with pytest.raises(StorageFullError), growing.room(tmp_path), device.open("wb", buffering=0) as file:
+    with pytest.raises(StorageFullError), room(tmp_path), device.open("wb", buffering=0) as file:
         file.write(b"x")
 
 
