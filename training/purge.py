@@ -1,4 +1,4 @@
-"""Retention: crops leave a store, rows and files, when they are older than they may be.
+"""Retention: crops leave a store, rows and files, when they may not be kept any more.
 
 What is to go is written down first; whatever kills the program in between, the next purge finishes it. Links of such
 crops go as well.
@@ -40,12 +40,14 @@ def taken_s(store: CropStore) -> NDArray[np.float64]:
     return times
 
 
-def purge(root: Path, before_s: float) -> int:
+def purge(root: Path, before_s: float, *, source: Path | None = None) -> int:
     """Remove the crops that were taken before a time; how many.
 
     Args:
         root: folder of a store; one that is not there holds nothing to remove.
         before_s: Unix seconds.
+        source: folder of the store whose crops these are: what it has not any more, since somebody was erased say,
+            goes as well. One that is not there says nothing.
 
     Raises:
         StoreError: the index or the list of an interrupted purge is damaged.
@@ -56,12 +58,16 @@ def purge(root: Path, before_s: float) -> int:
     removed = _finish(root)
     if open_store(root):
         store = whole_store(root)
-        old = [store.paths[row] for row in np.flatnonzero(taken_s(store) < before_s)]
+        gone = taken_s(store) < before_s
+        if source is not None and is_store(source):
+            left = {path for part in open_store(source).values() for path in part.paths}
+            gone |= np.array([path not in left for path in store.paths])
+        old = [store.paths[row] for row in np.flatnonzero(gone)]
         if old:
             write_atomic(root / PURGE_FILE, json.dumps(old).encode())
             removed += _finish(root)
     if removed:
-        log.info("removed %d crops of %s, older than they may be", removed, root)
+        log.info("removed %d crops of %s that may not be kept any more", removed, root)
     return removed
 
 

@@ -53,7 +53,7 @@ def collect(
     if purge and retention is None:
         raise InputError("--purge needs --retention DAYS: what is older is removed")
     before_s = -math.inf if retention is None else now_s - retention * DAY_S
-    purged = _purge(before_s, *(store for store in (source, reference) if store is not None)) if purge else 0
+    purged = _purge(before_s, source, reference) if purge else 0
     if freeze is not None:
         if reference is None or source is not None or into is not None:
             raise InputError("--freeze SITE needs --reference STORE, and neither --from nor --into")
@@ -73,11 +73,12 @@ def collect(
     write_json(json_file, {**found, "site": str(into), "purged": purged})
 
 
-def _purge(before_s: float, *stores: Path) -> int:
-    """How many crops left the stores."""
+def _purge(before_s: float, source: Path | None, reference: Path | None) -> int:
+    """How many crops left the stores; what the source has not any more leaves the reference too."""
     from resight.training.purge import purge
 
-    return sum(purge(store, before_s) for store in stores)
+    removed = 0 if source is None else purge(source, before_s)
+    return removed + (0 if reference is None else purge(reference, before_s, source=source))
 
 
 def _tell(found: dict[str, Any], into: Path) -> None:

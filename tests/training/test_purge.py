@@ -56,6 +56,16 @@ def test_old_crops_go_with_files_and_links_and_the_rest_stays(root: Path) -> Non
     assert purge(root, end_of(5)) == 0 and purge(root.parent / "nowhere", end_of(5)) == 0
 
 
+def test_what_left_the_source_leaves_the_reference(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "reference")
+    erased = whole_store(root).paths[3]
+    GrowingStore(root).remove(lambda path: path == erased)
+    assert purge(tmp_path / "reference", 0.0) == 0
+    assert purge(tmp_path / "reference", 0.0, source=tmp_path / "nowhere") == 0
+    assert purge(tmp_path / "reference", 0.0, source=root) == 1
+    assert erased not in whole_store(tmp_path / "reference").paths and erased not in files(tmp_path / "reference")
+
+
 def test_files_outlive_in_stores_that_share_them(root: Path, tmp_path: Path) -> None:
     path = whole_store(root).paths[0]
     os.link(root / path, tmp_path / "shared.jpg")
