@@ -37,7 +37,7 @@ def open_video(
     hwaccel: str,
     options: Mapping[str, str],
     timeout_s: tuple[float, float] | None = None,
-) -> tuple[InputContainer, VideoStream]:
+) -> tuple[InputContainer, VideoStream, str]:
     """Open a source and choose its first video stream.
 
     Args:
@@ -46,6 +46,9 @@ def open_video(
         hwaccel: "none", "auto" (the first of this build's devices that works, software where none does), or a device.
         options: of the container.
         timeout_s: of opening and of reading.
+
+    Returns:
+        The container, its stream, and the decoder that works: a device, or "none", to be asked for the next time.
 
     Raises:
         FootageError: it cannot be read, holds no video, or too large a picture.
@@ -78,7 +81,7 @@ def open_video(
             log.info("%s: decoded by %s", shown, device)
         elif hwaccel not in (SOFTWARE, "auto"):
             log.warning("%s: %s cannot decode it here, decoded in software", shown, hwaccel)
-        return container, stream
+        return container, stream, device
     raise AssertionError  # the last of the list is software, which returns or raises
 
 

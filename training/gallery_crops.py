@@ -22,6 +22,8 @@ from resight.training.links import read_links, write_links
 NAMELESS = "gallery"  # the camera of entries that name none
 BATCH = 256  # entries between two commits
 LONGEST = 200  # bytes of a file's name before its number and suffix: file systems end at 255
+_Owner = tuple[str, str]
+"""Camera, and name of the track."""
 SUFFIXES = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp"}
 
 
@@ -97,86 +99,84 @@ def sync_gallery(
         StoreError: the store or its links are damaged, or another process does the same.
         StorageFullError: no room; what was added stands.
     """
-    folder, counts = folder_of(collection), GalleryCounts()
     with store.claimed(_claim(collection)):
-        store.sweep(folder)
-        known = {row["path"]: _Row(row["camera"], row["time_s"], row["track"]) for row in store.rows(folder)}
-        numbers: dict[tuple[str, str], int] = {}
-        first: dict[str, str] = {}  # entry id -> path of its first crop
-        coming, wanted = iter(entries), set[str]()
+        sync = _Sync(store, folder_of(collection))
+        coming = iter(entries)
         while part := list(islice(coming, BATCH)):
-            _add(store, folder, part, known, numbers, first, wanted, counts)
-        gone = known.keys() - wanted
-        counts.removed = store.remove(gone.__contains__)
-        store.sweep(folder)
-        pairs = [(first[one], first[other], same) for one, other, same in feedback if {one, other} <= first.keys()]
+            sync.add(part)
+        sync.remove()
+        pairs = [(sync.first[a], sync.first[b], same) for a, b, same in feedback if {a, b} <= sync.first.keys()]
         _link(store, collection, pairs)
+        counts = sync.counts
         counts.confirmed, counts.rejected = sum(same for *_, same in pairs), sum(not same for *_, same in pairs)
         return counts
 
 
-def _add(
-    store: GrowingStore,
-    folder: str,
-    entries: Sequence[KeptEntry],
-    known: dict[str, _Row],
-    numbers: dict[tuple[str, str], int],
-    first: dict[str, str],
-    wanted: set[str],
-    counts: GalleryCounts,
-) -> None:
-    """Rows of some entries: those that are there as they are, new ones added, changed ones replaced."""
-    new: dict[tuple[str, str], list[NewCrop]] = {}
-    outdated: set[str] = set()
-    for entry in entries:
-        counts.entries += 1
-        owner = (entry.camera or NAMELESS, entry.track)
-        for shot, data in enumerate(entry.images):
-            path = f"{folder}/{_file_name(entry.entry_id)}_{shot:02d}{SUFFIXES.get(data[:2], '')}"
-            row = known.get(path)
-            same = row is not None and _unchanged(store, path, row, entry, owner, numbers, data)
-            if not same and not _usable(data):
-                counts.refused += 1
-                continue
-            counts.crops += 1
-            wanted.add(path)
-            first.setdefault(entry.entry_id, path)
-            if same:
-                continue
-            if row is None:
-                counts.added += 1
-            else:
-                counts.changed += 1
-                outdated.add(path)
-            new.setdefault(owner, []).append(NewCrop(path, data, entry.time_s))
-    if outdated:
-        store.remove(outdated.__contains__)
-    if new:
+class _Sync:
+    """One pass over a collection; ``first`` tells the path of each entry's first crop."""
+
+    def __init__(self, store: GrowingStore, folder: str) -> None:
+        store.sweep(folder)
+        self._store, self._folder = store, folder
+        self._known = {row["path"]: _Row(row["camera"], row["time_s"], row["track"]) for row in store.rows(folder)}
+        self._numbers: dict[_Owner, int] = {}  # of the tracks met so far
+        self._wanted: set[str] = set()
+        self.first: dict[str, str] = {}
+        self.counts = GalleryCounts()
+
+    def add(self, entries: Sequence[KeptEntry]) -> None:
+        """Rows of some entries: those that are there as they are, new ones added, changed ones replaced."""
+        new: dict[_Owner, list[NewCrop]] = {}
+        outdated: set[str] = set()
+        for entry in entries:
+            self.counts.entries += 1
+            owner = (entry.camera or NAMELESS, entry.track)
+            for shot, data in enumerate(entry.images):
+                path = f"{self._folder}/{_file_name(entry.entry_id)}_{shot:02d}{SUFFIXES.get(data[:2], '')}"
+                same = self._unchanged(path, entry, owner, data)
+                if not same and not _usable(data):
+                    self.counts.refused += 1
+                    continue
+                self.counts.crops += 1
+                self._wanted.add(path)
+                self.first.setdefault(entry.entry_id, path)
+                if same:
+                    continue
+                if path in self._known:
+                    outdated.add(path)
+                new.setdefault(owner, []).append(NewCrop(path, data, entry.time_s))
+        self.counts.changed += len(outdated)
+        self.counts.added += sum(map(len, new.values())) - len(outdated)
+        if outdated:
+            self._store.remove(outdated.__contains__)
+        if new:
+            self._write(new)
+
+    def _unchanged(self, path: str, entry: KeptEntry, owner: _Owner, data: bytes) -> bool:
+        """Whether a crop stands in the store as the service has it; the number of its track is learned from it."""
+        row = self._known.get(path)
+        if row is None or (row.camera, row.time_s) != (owner[0], entry.time_s):
+            return False
+        if (row.track is not None) != bool(entry.track):
+            return False
+        if row.track is not None and self._numbers.setdefault(owner, row.track) != row.track:
+            return False
+        file = self._store.root / path
+        return file.is_file() and file.read_bytes() == data
+
+    def _write(self, new: dict[_Owner, list[NewCrop]]) -> None:
         tracks = [
-            NewTrack(owner[0], crops, numbered=bool(owner[1]), number=numbers.get(owner))
+            NewTrack(owner[0], crops, numbered=bool(owner[1]), number=self._numbers.get(owner))
             for owner, crops in new.items()
         ]
-        for owner, number in zip(new, store.add(tracks), strict=True):
+        for owner, number in zip(new, self._store.add(tracks), strict=True):
             if owner[1] and number is not None:
-                numbers[owner] = number
+                self._numbers[owner] = number
 
-
-def _unchanged(
-    store: GrowingStore,
-    path: str,
-    row: _Row,
-    entry: KeptEntry,
-    owner: tuple[str, str],
-    numbers: dict[tuple[str, str], int],
-    data: bytes,
-) -> bool:
-    """Whether a crop stands in the store as the service has it; the number of its track is learned from it."""
-    if (row.camera, row.time_s) != (owner[0], entry.time_s) or (row.track is not None) != bool(entry.track):
-        return False
-    if row.track is not None and numbers.setdefault(owner, row.track) != row.track:
-        return False
-    file = store.root / path
-    return file.is_file() and file.read_bytes() == data
+    def remove(self) -> None:
+        """Take out what the service does not have any more."""
+        self.counts.removed = self._store.remove((self._known.keys() - self._wanted).__contains__)
+        self._store.sweep(self._folder)
 
 
 def _usable(data: bytes) -> bool:

@@ -120,7 +120,7 @@ class LiveStream:
 
     def _read_connection(self) -> bool:
         """Read until the connection breaks; whether there was a frame."""
-        container, stream = open_video(
+        container, stream, self._hwaccel = open_video(
             self._url, shown=self.name, hwaccel=self._hwaccel, options=OPTIONS, timeout_s=WAIT_S
         )
         before, came = self.unreadable, False

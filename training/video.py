@@ -84,7 +84,10 @@ class VideoFile:
 
     def _open(self) -> tuple[InputContainer, VideoStream]:
         # A name such as "a:b.mp4" is a protocol to FFmpeg unless it is told that it is a file.
-        return open_video(f"file:{self.path}", shown=self.name, hwaccel=self._hwaccel, options=OPTIONS, timeout_s=None)
+        container, stream, self._hwaccel = open_video(
+            f"file:{self.path}", shown=self.name, hwaccel=self._hwaccel, options=OPTIONS
+        )
+        return container, stream
 
     def _decoded(self, start: Place) -> Iterator[_Decoded]:
         """All frames from a place on, with their place and the seconds since the first."""
