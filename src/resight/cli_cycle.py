@@ -144,7 +144,7 @@ def rollback(site: SiteFileArgument = HERE) -> None:
     Collections are searched in the space before, by the model before; nobody enrolled since is lost. The next run
     begins from what is active then.
     """
-    from resight.cycle.rollback import by_hand
+    from resight.cycle.undo import by_hand
 
     for line in by_hand(site):
         Console().print(line, highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ class Place:
     """A site and its server."""
 
     folder: Path
+    models: Path
     server: ServerProcess
     client: Client
 
@@ -42,14 +44,15 @@ class Place:
         return Layout(self.folder / "state")
 
     def write(self, *changes: tuple[str, str]) -> None:
-        write_site(self.folder, self.client.address, *changes)
+        places = [(f'"{name}', f'"{self.models}{name.removeprefix("models")}') for name in ("models/first", "models")]
+        write_site(self.folder, self.client.address, *places, *changes)
 
     def begin(self, *, seed: int, calibration: Calibration | None = None) -> int:
         """A run that has made a candidate: everything before `backfill` is done."""
         with Runs(self.layout.database) as runs:
             run = runs.begin().run
         folder = self.layout.run(run)
-        bundle = self.folder / "models" / f"lobby-{run:06d}"
+        bundle = self.models / f"lobby-{run:06d}"
         made: Bundle = make_bundle(bundle, seed=seed, calibration=calibration)
         (folder.path / "checkpoint").mkdir(parents=True)
         write_active(folder.baseline, find_active(load_site(self.file), self.layout, self.client))
@@ -72,17 +75,58 @@ class Place:
         return self.client.search(COLLECTION, jpeg(person)).hits[0].similarity
 
 
+def started(folder: Path) -> ServerProcess:
+    """A server of a folder's models, of which the first is active."""
+    bundle = make_bundle(folder / "models" / "first", seed=0, calibration=CURVE)
+    return ServerProcess(bundle.path, folder / "data", "--models", str(folder / "models"))
+
+
+def filled(folder: Path, root: Path, server: ServerProcess, client: Client) -> Place:
+    """A site with a collection of people."""
+    client.create_collection(COLLECTION, keep_crops=True, unlimited_retention=True)
+    client.enrol_batch(COLLECTION, [NewEntry(jpeg(person), entry_id=f"p{person}") for person in range(ENTRIES)])
+    found = Place(folder, root, server, client)
+    found.write()
+    return found
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, ServerProcess]]:
+    """One server for all: a site has a collection and models of its own for as long as its test lasts."""
+    root = tmp_path_factory.mktemp("shared")
+    server = started(root)
+    try:
+        server.wait_ready()
+        yield root, server
+    finally:
+        server.end()
+
+
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    bundle = make_bundle(tmp_path / "models" / "first", seed=0, calibration=CURVE)
-    server = ServerProcess(bundle.path, tmp_path / "data", "--models", str(tmp_path / "models"))
+def place(shared: tuple[Path, ServerProcess], tmp_path: Path) -> Iterator[Place]:
+    root, server = shared
+    with Client(server.wait_ready()) as client:
+        try:
+            yield filled(tmp_path, root / "models", server, client)
+        finally:
+            client.activate_model("first")
+            for collection in list(client.collections()):
+                client.delete_collection(collection.name, force=True)
+            for model in list(client.models()):
+                if model.state == "ready" and model.model_id != "first":
+                    client.unload_model(model.model_id)
+            for bundle in (root / "models").glob("lobby-*"):
+                shutil.rmtree(bundle)
+            for asked in list(client.pending_adaptations()):
+                client.cancel_operation(asked.operation_id)
+
+
+@pytest.fixture
+def own_place(tmp_path: Path) -> Iterator[Place]:
+    """The same with a server that the test may end."""
+    server = started(tmp_path)
     try:
         with Client(server.wait_ready()) as client:
-            client.create_collection(COLLECTION, keep_crops=True, unlimited_retention=True)
-            people = [NewEntry(jpeg(person), entry_id=f"p{person}") for person in range(ENTRIES)]
-            client.enrol_batch(COLLECTION, people)
-            found = Place(tmp_path, server, client)
-            found.write()
-            yield found
+            yield filled(tmp_path, tmp_path / "models", server, client)
     finally:
         server.end()

@@ -92,7 +92,8 @@ def test_a_storm_of_kills_switches_once_and_loses_nobody(place: Place) -> None:
     assert found is not None and [one.model_id for one in found.chain()] == ["lobby-000001", "first"]
 
 
-def test_a_server_that_ends_in_the_middle_is_waited_for(place: Place) -> None:
+def test_a_server_that_ends_in_the_middle_is_waited_for(own_place: Place) -> None:
+    place = own_place
     place.begin(seed=1)
     address = place.client.address
     place.server.end(signal.SIGKILL)

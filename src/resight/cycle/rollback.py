@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from pathlib import Path
 
 from resight.client import Client
-from resight.cycle import history
-from resight.cycle.active import Active, read_active, write_active
+from resight.cycle.active import Active, write_active
 from resight.cycle.layout import Layout
-from resight.cycle.lock import Lock
-from resight.cycle.server import active_model, connect, finished
-from resight.cycle.site_file import SiteFile, load_site
-from resight.cycle.state import Runs
+from resight.cycle.server import active_model, finished
+from resight.cycle.site_file import SiteFile
 from resight.errors import CollectionNotFoundError, CycleError, MigrationError, SpaceMismatchError
 
 log = logging.getLogger(__name__)
@@ -80,29 +76,3 @@ def _activate(client: Client, name: str, was: str, now: str, model_id: str, *, d
         with contextlib.suppress(MigrationError):  # its gate compares with the model that is to go
             finished(client, client.migrate(name, model_id, drop_missing=dropping))
         client.activate_space(name, was, expected=now, allow_incomplete=dropping)
-
-
-def by_hand(file: Path) -> list[str]:
-    """Take the last promotion back because an operator says so; returns what was done, in words.
-
-    A run that was still watching its promotion has ended with it.
-
-    Raises:
-        RecipeError: the site's file is wrong.
-        CycleBusyError: a cycle of the site is at work.
-        CycleError: nothing was promoted, or there is nothing to go back to.
-    """
-    site = load_site(file)
-    layout = Layout(site.state)
-    with Lock(layout.lock, f"site {site.name}"), Runs(layout.database) as runs, connect(site) as client:
-        active = read_active(layout.active)
-        if active is None or active.run == 0:
-            raise CycleError(f"no cycle of site {site.name} has promoted a model: there is nothing to take back")
-        unfinished = runs.unfinished()
-        told = roll_back(site, layout, client, active)
-        if unfinished is not None and unfinished.run == active.run:
-            runs.end(active.run, "rolled_back", "by hand", used=True, until_s=None)
-        else:
-            runs.mark(active.run, "rolled_back", "by hand")
-        history.write(site, layout, runs)
-    return told
