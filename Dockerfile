@@ -11,7 +11,7 @@ FROM python:3.12-slim-bookworm AS service
 COPY constraints.txt /tmp/constraints.txt
 COPY --from=wheel /wheels /wheels
 RUN pip install --no-cache-dir -c /tmp/constraints.txt "$(ls /wheels/resight-*.whl)[cpu]" && rm -r /wheels
-RUN useradd --uid 10001 --create-home resight && install -d -o 10001 /data
+RUN useradd --uid 10001 --create-home resight && install -d -o 10001 /data /models
 USER 10001
 ENV RESIGHT_BUNDLE=/bundle RESIGHT_DATA=/data RESIGHT_LISTEN=0.0.0.0:50051 RESIGHT_AUTH=tokens
 VOLUME /data
@@ -44,7 +44,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends libgl1 libglib2
 COPY constraints.txt /tmp/constraints.txt
 COPY --from=wheel /wheels /wheels
 RUN pip install --no-cache-dir -c /tmp/constraints.txt "$(ls /wheels/resight-*.whl)[cpu,train,export,ingest,cycle]" && rm -r /wheels
-RUN useradd --uid 10001 --create-home resight && install -d -o 10001 /srv/resight
+RUN useradd --uid 10001 --create-home resight && install -d -o 10001 /srv/resight /srv/resight/models /srv/resight/state
 USER 10001
 WORKDIR /srv/resight
 VOLUME /srv/resight

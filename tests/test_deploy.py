@@ -208,6 +208,20 @@ def test_settings_of_the_pods_are_settings_and_ports_agree(monkeypatch: pytest.M
         assert {port["name"]: port["port"] for port in service["spec"]["ports"]} == ports
 
 
+def test_the_cycle_of_compose_writes_the_models_that_the_service_reads() -> None:
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    service, cycle = services["service"], services["cycle"]
+    assert cycle["network_mode"] == "service:service" and cycle["profiles"]  # only where it is asked for
+    (read,) = (one for one in service["volumes"] if one["source"] == "models")
+    (written,) = (one for one in cycle["volumes"] if one["source"] == "models")
+    assert read["target"] == service["environment"]["RESIGHT_MODELS"] and read["read_only"]
+    assert "read_only" not in written
+    stages = (ROOT / "Dockerfile").read_text().split("\nFROM ")
+    for image, target in ((service, read["target"]), (cycle, written["target"])):
+        (stage,) = (text for text in stages if f"AS {image['build']['target']}\n" in text)
+        assert re.search(rf"install -d -o 10001 .*{target}\b", stage)  # a new volume takes its owner from there
+
+
 def test_compose_watches_the_service_on_loopback_only() -> None:
     watch = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     base = yaml.safe_load((ROOT / "compose.yaml").read_text())
