@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from cycles import COLLECTION, ENTRIES
+from cycles import COLLECTION, ENTRIES, write_site
 from serving import jpeg
 from tiny import resight_here, the_error
 
+from resight.answers_figures import SearchFigures
 from resight.calibration import Calibration
 from resight.client import Client, NewEntry
+from resight.cycle import stages_look
 from resight.cycle.active import read_active
 from resight.cycle.conductor import STAGES
+from resight.cycle.site_file import load_site
+from resight.cycle.state import Runs
+from resight.cycle.work import Work
 
 if TYPE_CHECKING:
     from conftest import Place
@@ -163,6 +171,55 @@ def test_a_promoted_model_that_finds_nobody_is_taken_back_or_told(place: Place, 
     assert place.finds(3) > 0.999
     found = read_active(place.layout.active)
     assert found is not None and found.model_id == "first"
+
+
+def test_a_rollback_ends_a_run_that_still_watches(place: Place) -> None:
+    place.write(("minutes = 0.0\n[schedule]", "minutes = 30.0\n[schedule]"))
+    run = place.begin(seed=1)
+    stop = threading.Event()
+    watcher = threading.Thread(target=place.once, args=(stop,))
+    watcher.start()
+    while not place.layout.run(run).log("watch").exists():
+        assert watcher.is_alive()
+        time.sleep(0.02)
+    assert "is held by process" in the_error(resight_here("cycle", "rollback", place.file))
+    stop.set()
+    watcher.join()
+    assert resight_here("cycle", "rollback", place.file).returncode == 0
+    with Runs(place.layout.database) as runs:
+        assert (runs.run(run).state, runs.unfinished(), runs.since_s()) == ("rolled_back", None, 7.0)
+    assert place.active() == "first"
+
+
+def figures(**more: Any) -> SearchFigures:
+    """Of a hundred searches that went well."""
+    at = datetime(2026, 3, 1, tzinfo=UTC)
+    counts = {"searches": 100, "matches": 90, "uncertain": 5, "unknown": 5, "without_hit": 0, "unknown_share": 0.05}
+    means = {"mean_cosine": 0.8, "mean_probability": 0.9, "drift_index": 0.05, "mean_shift": 0.0}
+    told = {"space_id": "a", "model_id": "m", "active": True, "reference_searches": 1000, "cosine_histogram": ()}
+    return SearchFigures(**{**told, **counts, **means, "first_time": at, "last_time": at, **more})
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "said"),
+    [
+        ({}, {}, ""),
+        ({"unknown_share": 0.24}, {}, ""),
+        ({"unknown_share": 0.26}, {}, "26.0% of searches find nobody, 5.0% did before"),
+        ({"unknown_share": 0.9}, {"unknown_share": None}, ""),  # the model before had no calibration
+        ({"unknown_share": None, "drift_index": 0.26}, {}, "stability index 0.26, 0.25 is allowed"),
+        ({"drift_index": None}, {}, ""),
+        ({"unknown_share": 0.9, "drift_index": 9.0, "searches": 99}, {}, ""),  # too few to say anything
+    ],
+)
+def test_the_watch_says_what_became_worse(
+    tmp_path: Path, now: dict[str, Any], before: dict[str, Any], said: str
+) -> None:
+    work = Work(load_site(write_site(tmp_path, "127.0.0.1:1")), 1, 0.0)
+    found = stages_look._worse(work, stages_look.Seen("lobby", figures(**now), figures(**before)))
+    assert (said in found[0]) if said else found == []
+    first = stages_look._worse(work, stages_look.Seen("lobby", figures(**now), None))
+    assert first == [one for one in found if "find nobody" not in one]
 
 
 def test_a_promoted_model_that_does_well_stays(place: Place) -> None:

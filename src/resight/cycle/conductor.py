@@ -18,7 +18,7 @@ from resight.cycle import asked, history, retention
 from resight.cycle.alerts import alert
 from resight.cycle.layout import Layout, RunFolder
 from resight.cycle.lock import Lock
-from resight.cycle.outcome import Outcome, read_outcome
+from resight.cycle.outcome import Outcome, read_outcome, until_s
 from resight.cycle.site_file import SiteFile, load_site
 from resight.cycle.state import Run, Runs, RunState
 from resight.cycle.supervise import run_stage, stage_command
@@ -163,10 +163,9 @@ class Conductor:
     ) -> None:
         """End the run, and let its crops go: the site's store has them, for as long as they may be kept."""
         folder = layout.run(number)
-        collected = read_outcome(folder.result("collect"))
-        until_s = None if collected is None else collected.figures.get("until_s")
+        until = until_s(read_outcome(folder.result("collect")))
         if state in ("failed", "rolled_back"):
             alert(layout.alerts, number, f"{state}: {reason}")
-        runs.end(number, state, reason, used=used or state in ("promoted", "rolled_back"), until_s=until_s)
+        runs.end(number, state, reason, used=used or state in ("promoted", "rolled_back"), until_s=until)
         shutil.rmtree(folder.site, ignore_errors=True)
         log.info("run %d: %s, %s", number, state, reason)

@@ -44,6 +44,12 @@ class Outcome:
         return cls(told["verdict"], tuple(told["reasons"]), dict(told["figures"]), bool(told["used"]))
 
 
+def until_s(collected: Outcome | None) -> float | None:
+    """Capture time of a run's newest crop, as its `collect` told; None = it has none."""
+    found = None if collected is None else collected.figures.get("until_s")
+    return None if found is None else float(found)
+
+
 def write_outcome(path: Path, outcome: Outcome) -> None:
     """Write it whole and at once."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from resight.cycle import history
 from resight.cycle.active import read_active
 from resight.cycle.layout import Layout
 from resight.cycle.lock import Lock
+from resight.cycle.outcome import read_outcome, until_s
 from resight.cycle.rollback import roll_back
 from resight.cycle.server import connect
 from resight.cycle.site_file import load_site
@@ -34,7 +35,8 @@ def by_hand(file: Path) -> list[str]:
         unfinished = runs.unfinished()
         told = roll_back(site, layout, client, active)
         if unfinished is not None and unfinished.run == active.run:
-            runs.end(active.run, "rolled_back", "by hand", used=True, until_s=None)
+            until = until_s(read_outcome(layout.run(active.run).result("collect")))
+            runs.end(active.run, "rolled_back", "by hand", used=True, until_s=until)
         else:
             runs.mark(active.run, "rolled_back", "by hand")
         history.write(site, layout, runs)
