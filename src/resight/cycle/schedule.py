@@ -65,6 +65,7 @@ class Keeper:
         """Work until SIGTERM or Ctrl-C; the stage under way is ended then, and goes on the next time."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._told_to_stop)
+        logging.getLogger("apscheduler").setLevel(logging.ERROR)  # it tells each look, and each that waits for a run
         schedule = self._site.schedule
         trigger = CronTrigger.from_crontab(schedule.cron, timezone=schedule.timezone)
         self._jobs.add_job(self.work, trigger, name=f"cycle of {self._site.name}")
