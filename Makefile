@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## The whole road: adapt, export, serve, search. SITE= INIT= JSON= as `resight demo`.
 	@$(BIN)/resight demo $(if $(SITE),--site "$(SITE)") $(if $(INIT),--init "$(INIT)") $(if $(JSON),--json "$(JSON)")
 
-cycle-demo: $(INSTALLED)  ## Five simulated nights: film, the cycle against a service, poison, a rollback. JSON= SEED=
+cycle-demo: $(INSTALLED)  ## Four simulated nights: film, the cycle against a service, poison, a rollback. JSON= SEED=
 	@$(BIN)/resight cycle demo $(if $(JSON),--json "$(JSON)") $(if $(SEED),--seed "$(SEED)")
 
 test: $(INSTALLED)  ## Every test; those that need real crops or a GPU are skipped, loudly, where there are none.

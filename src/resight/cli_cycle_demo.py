@@ -22,7 +22,7 @@ def cycle_demo(
     seed: Annotated[int, typer.Option(min=0, help="Seed of cameras, people and walks.")] = 1,
     json_file: JsonOption = None,
 ) -> None:
-    """Let the cycle keep up a site that is drawn: five nights of film, one of them poisoned, and a rollback.
+    """Let the cycle keep up a site that is drawn: four nights of film, one of them poisoned, and a rollback.
 
     Example: `resight cycle demo --out nights/ --json figures.json`
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 LATER = 75  # status of `resight cycle once`: the run goes on the next time
 TRIES = 3  # of a run that goes on the next time
 FIRST_BUNDLE = "first"
+ROLLBACK_AFTER = 2  # the night whose promotion an operator takes back
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Scale:
         cameras: on the first night; one more hangs from the third on.
         epochs: of each stage of training.
         iters: batches an epoch.
+        precision: forms of each bundle, as `resight export` takes them.
     """
 
     visitors: int = 45
@@ -39,6 +41,7 @@ class Scale:
     cameras: int = 4
     epochs: int = 1
     iters: int = 32
+    precision: str = "auto"
 
 
 @dataclass
@@ -74,9 +77,8 @@ def plan(scale: Scale) -> list[tuple[Night, str]]:
         (Night(3, scale.visitors, more, dusk=True), "a new camera hangs, dusk has fallen on the others"),
         (
             Night(4, scale.visitors, more, dusk=True, poisoned=True),
-            "poisoned: one camera is dead, one person passes all others again and again",
+            "poisoned: one camera is dead, one and the same person passes all others",
         ),
-        (Night(5, scale.visitors, more, dusk=True), "after the rollback: people as usual, still dusk"),
     ]
 
 
@@ -95,8 +97,9 @@ def site_file(road: NightRoad, address: str, cameras: int) -> str:
         lines += [f'detections = "{films}.detections.jsonl"']
     lines += ["[collect]", "min_crops = 100", "hold_out = 0.3"]
     lines += ["[adapt]", f"epochs = {road.scale.epochs}", f"iters = {road.scale.iters}"]
-    lines += ["[shadow]", "min_searches = 40", "max_minutes = 1.0"]
-    lines += ["[watch]", "minutes = 0.2", "min_searches = 40"]
+    lines += ["[export]", f'precision = "{road.scale.precision}"']
+    lines += ["[shadow]", "min_searches = 30", "max_minutes = 1.0"]
+    lines += ["[watch]", "minutes = 0.1", "min_searches = 30"]
     lines += ["[schedule]", "nice = 0", "idle_io = false"]  # somebody is waiting
     return "\n".join(lines) + "\n"
 
