@@ -154,7 +154,9 @@ def links_of(store: CropStore) -> Links:
     same = np.array([pair.same for pair in known], bool)
     sound = _sound(rows, same)
     if len(known) < len(pairs):
-        log.info("%d of %d pairs name crops that are not among these %d", len(pairs) - len(known), len(pairs), len(store))
+        log.info(
+            "%d of %d pairs name crops that are not among these %d", len(pairs) - len(known), len(pairs), len(store)
+        )
     if refuted := [known[index] for index in np.flatnonzero(~sound)]:
         log.warning(
             "left out %d confirmed pairs that rejected ones contradict, among them %s and %s: confirm or reject anew",

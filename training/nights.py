@@ -64,7 +64,7 @@ class SimulatedSite:
     seed: int
     first_cameras: int = 4
     all_cameras: int = 5
-    together: float = 3.0
+    together: float = 4.0
     passed: float = 0.85
     first_s: float = FIRST_S
 

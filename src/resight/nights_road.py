@@ -95,7 +95,7 @@ def site_file(road: NightRoad, address: str, cameras: int) -> str:
         films = f"footage/*/cam{number}"
         lines += ["[[camera]]", f'name = "cam{number}"', f'source = "{films}.mp4"']
         lines += [f'detections = "{films}.detections.jsonl"']
-    lines += ["[collect]", "min_crops = 100", "hold_out = 0.3"]
+    lines += ["[collect]", "min_crops = 100", "hold_out = 0.4"]  # few tracks make a night here
     lines += ["[adapt]", f"epochs = {road.scale.epochs}", f"iters = {road.scale.iters}"]
     lines += ["[export]", f'precision = "{road.scale.precision}"']
     lines += ["[shadow]", "min_searches = 30", "max_minutes = 1.0"]

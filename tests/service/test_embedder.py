@@ -9,8 +9,8 @@ from serving import jpeg
 
 from resight.errors import DeadlineError, ImageUndecodableError, InputError, OverloadedError
 from resight.image import ImageSpec, decode, fit
-from resight.service.embedder import Embedded, Embedder, Timings, all_embedded, combined
 from resight.quality import quality
+from resight.service.embedder import Embedded, Embedder, Timings, all_embedded, combined
 from resight.service.runtime import DummyRuntime
 from resight.service.settings import Settings
 
