@@ -18,7 +18,7 @@ from resight.cycle_demo import walk_nights
 from resight.live_searches import LiveSearches
 from resight.nights_road import NightRoad, Scale, plan, site_file
 
-SMALL = Scale(visitors=26, enrolled=14, cameras=3, iters=12, precision="fp32")
+SMALL = Scale(visitors=36, enrolled=14, cameras=3, iters=24, precision="fp32")  # fewer tracks judge no model
 
 
 @pytest.fixture(scope="module")
