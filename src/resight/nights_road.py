@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -134,9 +135,15 @@ def roll_back(road: NightRoad) -> str:
 
 
 def resight(road: NightRoad, log: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process of its own; what it says is kept in a file of the demo's folder."""
+    """Run a command in a process of its own; what it says is kept in a file of the demo's folder.
+
+    A core is left to the service: threads of one computation that wait for each other take many times as long where
+    another process holds one of their cores.
+    """
     command = [sys.executable, "-m", "resight.cli", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    threads = str(max(1, (os.cpu_count() or 1) - 1))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     (road.out / f"{log}.log").write_text(done.stdout + done.stderr)
     return done
 
