@@ -135,10 +135,17 @@ def listed(folder: Path) -> list[Manifest]:
 
 
 def remove(folder: Path, name: str) -> None:
-    """Remove a snapshot; one that is not there is no error. Raises InputError for a bad name."""
+    """Remove a snapshot; one that is not there is no error. Raises InputError for a bad name.
+
+    What a kill has left of an older one under its name goes first, or the next start would put that in its place.
+    """
     path = folder / SNAPSHOTS / check_name(name)
-    if not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(path.with_name(f".{name}.old"), ignore_errors=True)  # see `resight.atomic.replace_folder`
+    if path.is_dir() and not path.is_symlink():
+        gone = path.with_name(f".{name}.removed")
+        shutil.rmtree(gone, ignore_errors=True)
+        path.rename(gone)  # in one step: a kill leaves all of it or nothing
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def manifest_of(folder: Path, name: str) -> Manifest:

@@ -290,3 +290,14 @@ def test_killed_at_any_step_of_a_restore_the_old_or_the_new_is_there(tmp_path):
         assert done.returncode == -signal.SIGKILL
     assert done.returncode == 0 and not late and seen == {True, False}
     assert np.array_equal(np.frombuffer(found[0][2], np.float32), feature(0))
+
+
+def test_a_removed_snapshot_does_not_come_back_from_what_a_kill_left_of_it(tmp_path):
+    with opened(tmp_path) as store:
+        asyncio.run(fill(store, 3))
+    snapshot.create(tmp_path / DATABASE, "one")
+    shutil.copytree(tmp_path / "snapshots" / "one", tmp_path / "snapshots" / ".one.old")
+    (tmp_path / "snapshots" / ".one.old" / DATABASE).unlink()  # killed while it removed the old one
+    snapshot.remove(tmp_path, "one")
+    with opened(tmp_path):
+        assert list((tmp_path / "snapshots").iterdir()) == []
