@@ -6,7 +6,9 @@ thresholds on the probability.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +17,26 @@ from resight.errors import UncalibratedError
 from resight.service.entries import Collection
 
 NEAR_ENOUGH = 1e-6  # of a cosine: a float32's steps there are 6e-8, so nothing is cut that the exact test would keep
+
+
+class Judgement(NamedTuple):
+    """What a similarity is taken for; both None without a calibration.
+
+    Attributes:
+        probability: that two crops so similar show one person, at even odds.
+    """
+
+    probability: float | None
+    decision: Decision | None
+
+    def reaches(self, least: float | None) -> bool:
+        """Whether it is as probable as asked for, in the float32 of the wire."""
+        if least is None:
+            return True
+        return self.probability is not None and bool(np.float32(self.probability) >= np.float32(least))
+
+
+UNCALIBRATED = Judgement(None, None)
 
 
 @dataclass(frozen=True)
@@ -43,28 +65,27 @@ class Decider:
         reject = collection.reject_probability or calibration.reject
         return cls(collection.name, calibration, accept, min(reject, accept))
 
-    def probability(self, similarity: float) -> float | None:
-        """That two crops so similar show one person, at even odds; None without calibration."""
-        return None if self.calibration is None else float(self.calibration.probability(similarity))
+    def judged(self, similarities: Sequence[float]) -> list[Judgement]:
+        """Each of some similarities, all at once: numpy's calls cost more here than the numbers do."""
+        if self.calibration is None:
+            return [UNCALIBRATED] * len(similarities)
+        return [
+            Judgement(probability, self._decision(probability))
+            for probability in self.calibration.probability(similarities).tolist()
+        ]
 
-    def decision(self, similarity: float | None) -> Decision | None:
-        """What a similarity is taken for; that of a query without a hit, None, is unknown."""
-        probability = 0.0 if similarity is None else self.probability(similarity)
-        if self.calibration is None or probability is None:
-            return None
-        if similarity is not None and probability >= self.accept:
+    @property
+    def nothing(self) -> Decision | None:
+        """What a query without a hit is taken for."""
+        return None if self.calibration is None else "unknown"
+
+    def _decision(self, probability: float) -> Decision:
+        if probability >= self.accept:
             return "match"
-        return "uncertain" if similarity is not None and probability >= self.reject else "unknown"
-
-    def reaches(self, similarity: float, least: float | None) -> bool:
-        """Whether a similarity is as probable as asked for, in the float32 of the wire."""
-        if least is None:
-            return True
-        probability = self.probability(similarity)
-        return probability is not None and bool(np.float32(probability) >= np.float32(least))
+        return "uncertain" if probability >= self.reject else "unknown"
 
     def least_similarity(self, probability: float | None) -> float:
-        """A similarity below which none is as probable, -1..1; `reaches` is exact where this is near.
+        """A similarity below which none is as probable, -1..1; `Judgement.reaches` is exact where this is near.
 
         Raises:
             UncalibratedError: a probability is asked of a space that has none.

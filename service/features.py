@@ -124,6 +124,9 @@ def joined(
         ReIDError: of the first shot, where none can be used or ``every`` must be; one that no other shot's success
             could mend (a deadline, a failed model) always.
     """
+    if len(outcomes) == 1:
+        (only,) = all_embedded(outcomes, fields)
+        return Made(only.feature, only.quality, only.timings, 1)
     good = [outcome for outcome in outcomes if isinstance(outcome, Embedded)]
     if (
         every

@@ -49,6 +49,8 @@ class Gallery:
         self.figures = SearchFigures(store)
         self._store, self._models = store, models
         self._maker = FeatureMaker(models, settings)
+        self._collections: dict[str, Collection] = {}  # as they stood after commit `_read_at`
+        self._read_at = -1
 
     async def start(self) -> None:
         """Remember what the served model's similarities mean, and build the indexes from the store."""
@@ -109,8 +111,14 @@ class Gallery:
         return await self._store.erase(changes.update_collection, new, fields, etag=etag)
 
     async def collection(self, name: str) -> Collection:
-        """One collection; raises CollectionNotFoundError."""
-        return await self._store.read(reads.collection, name)
+        """One collection; raises CollectionNotFoundError. Read once between two commits, for every search asks."""
+        commits = self._store.commits
+        if commits != self._read_at:
+            self._read_at, self._collections = commits, {}
+        known = self._collections
+        if name not in known:
+            known[name] = await self._store.read(reads.collection, name)
+        return known[name]
 
     async def collection_at(self, name: str, revision: int, deadline: float) -> Collection:
         """One collection, once a write of it is committed; a search that begins then finds it.

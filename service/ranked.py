@@ -17,6 +17,7 @@ from resight.service.grouping import PER_GROUP, GroupBy, Groups
 from resight.service.rerank import Rerank, scores
 from resight.service.runtime import Feature
 from resight.service.searcher import Found, Query, Searcher
+from resight.service.together import together
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ async def ranked(
     alike: dict[tuple[bool, bool], list[_Rounds]] = {}
     for one in rounds:
         alike.setdefault((one.with_features, one.wanted.exact), []).append(one)
-    await asyncio.gather(*(_first(searcher, collection, kind, ones, deadline) for kind, ones in alike.items()))
-    answers = await asyncio.gather(*(one.answer() for one in rounds))
+    await together([_first(searcher, collection, kind, ones, deadline) for kind, ones in alike.items()])
+    answers = await together([one.answer() for one in rounds])
     watch.searched([one.decision for one in answers])
     return answers
 
@@ -149,7 +150,7 @@ class _Rounds:
         best = self._judged(hits, by)
         return RankedAnswer(
             hits=tuple(best),
-            decision=self._decider.decision(best[0].hit.similarity if best else None),
+            decision=best[0].decision if best else self._decider.nothing,
             revision=self.found[0].revision,
             exact=all(found.exact for found in self.found),
             search_ns=sum(found.search_ns for found in self.found),
@@ -181,26 +182,26 @@ class _Rounds:
     def _judged(self, hits: Sequence[Hit], by: Sequence[float]) -> list[Ranked]:
         """The best that are similar and probable enough; of a group its best with the group's size."""
         order = np.argsort(-np.asarray(by, np.float64), kind="stable") if self.wanted.rerank else range(len(hits))
+        only_looked_at = self.with_features and not self.wanted.with_features
+        judgements = self._decider.judged([hit.similarity for hit in hits])
         sizes: dict[object, int] = {}
-        chosen: dict[object, tuple[Hit, float]] = {}
+        chosen: dict[object, int] = {}
         for number in order:
-            hit = hits[number]
-            if hit.similarity < self.wanted.query.min_similarity or not self._decider.reaches(
-                hit.similarity, self.wanted.min_probability
+            if hits[number].similarity < self.wanted.query.min_similarity or not judgements[number].reaches(
+                self.wanted.min_probability
             ):
                 continue
-            group = number if self.wanted.group_by is None else self.wanted.group_by.of(hit.entry)
+            group = number if self.wanted.group_by is None else self.wanted.group_by.of(hits[number].entry)
             sizes[group] = sizes.get(group, 0) + 1
-            chosen.setdefault(group, (hit, float(by[number])))
+            chosen.setdefault(group, number)
         return [
             Ranked(
-                hit if self.wanted.with_features else replace(hit, feature=None),
-                self._decider.probability(hit.similarity),
-                self._decider.decision(hit.similarity),
-                score,
+                replace(hits[number], feature=None) if only_looked_at else hits[number],
+                *judgements[number],
+                float(by[number]),
                 sizes[group],
             )
-            for group, (hit, score) in list(chosen.items())[: self.wanted.query.top_k]
+            for group, number in list(chosen.items())[: self.wanted.query.top_k]
         ]
 
 

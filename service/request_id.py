@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 import re
-import secrets
 from collections.abc import AsyncIterator
 from contextvars import ContextVar
 
@@ -25,7 +25,7 @@ def request_id() -> str:
 async def with_request_id(call: Call) -> AsyncIterator[None]:
     """The stage that gives a call its id; one that is not well formed is replaced."""
     given = next((value for name, value in call.context.invocation_metadata() or () if name == HEADER), "")
-    text = given if isinstance(given, str) and _WELL_FORMED.fullmatch(given) else secrets.token_hex(8)
+    text = given if isinstance(given, str) and _WELL_FORMED.fullmatch(given) else f"{random.getrandbits(64):016x}"
     call.trailers = (*call.trailers, (HEADER, text))
     call.context.set_trailing_metadata(call.trailers)
     token = _current.set(text)

@@ -25,6 +25,7 @@ from resight.service.rpc_stream import as_ready, outcome
 from resight.service.settings import Settings
 from resight.service.shadows import Shadows
 from resight.service.tenants import Tenant, Tenants
+from resight.service.together import together
 from resight.service.translate_search import search_message, verify_message, wanted
 from resight.v1 import search_pb2, search_pb2_grpc
 
@@ -119,7 +120,7 @@ class SearchServicer(search_pb2_grpc.SearchServiceServicer):
         tenant = await self._own()
         gallery = tenant.gallery
         collection = await gallery.collection(requests[0].collection_id)
-        prepared = await asyncio.gather(*(self._prepared(gallery, collection, one, deadline) for one in requests))
+        prepared = await together([self._prepared(gallery, collection, one, deadline) for one in requests])
         good = [one for one in prepared if not isinstance(one, ReIDError)]
         found = iter(await gallery.search(collection, [one.wanted for one in good], deadline) if good else ())
         answers: list[search_pb2.SearchResponse | ReIDError] = []

@@ -1,13 +1,14 @@
 """Searches that wait while one runs are run together: a bound, deadlines, and no fixed delay.
 
-Each submission asks the search thread once to take what waits, so an idle thread starts at once and a busy
-one finds company gathered.
+The search thread is asked once in a turn of the event loop to take what waits: what came out of one batch of crops is
+searched together, an idle thread starts at once, and a busy one finds company gathered.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ class _Item(Generic[Kind, Job, Answer]):
 
 
 class SearchQueue(Generic[Kind, Job, Answer]):
-    """Gathers jobs of equal kind.
+    """Gathers jobs of equal kind. Of one event loop at a time.
 
     Args:
         thread: one thread, which runs them.
@@ -53,6 +54,7 @@ class SearchQueue(Generic[Kind, Job, Answer]):
         self._items: deque[_Item[Kind, Job, Answer]] = deque()
         self.taken = 0
         self._each_s = 0.0
+        self._asking: asyncio.AbstractEventLoop | None = None  # which will ask the thread when it comes round
 
     async def submit(self, kind: Kind, jobs: Sequence[Job], *, deadline: float) -> list[Answer]:
         """Answers of some jobs.
@@ -72,7 +74,9 @@ class SearchQueue(Generic[Kind, Job, Answer]):
         self.taken += len(jobs)
         try:
             self._items.append(item)
-            self._thread.submit(self._drain)
+            if self._asking is not loop:
+                self._asking = loop
+                loop.call_soon(self._ask)
             return await item.result
         finally:
             self.taken -= len(jobs)
@@ -80,7 +84,8 @@ class SearchQueue(Generic[Kind, Job, Answer]):
     def close(self) -> None:
         """Refuse who still waits; call it when the thread has ended."""
         while self._items:
-            _tell(self._items.popleft(), DrainingError("the gallery is closing: try again when the server is back"))
+            closing = DrainingError("the gallery is closing: try again when the server is back")
+            _tell([(self._items.popleft(), closing)])
 
     def _admit(self, count: int, deadline: float) -> None:
         left_s = deadline - time.monotonic()
@@ -96,6 +101,14 @@ class SearchQueue(Generic[Kind, Job, Answer]):
                 max_search_queue=self._most,
             )
 
+    def _ask(self) -> None:
+        """Let the thread take what waits."""
+        self._asking = None
+        try:
+            self._thread.submit(self._drain)
+        except RuntimeError:  # it has ended
+            self.close()
+
     def _drain(self) -> None:
         """Take what waits, up to `MAX_TOGETHER`, and run it kind by kind."""
         together: dict[Kind, list[_Item[Kind, Job, Answer]]] = {}
@@ -105,22 +118,22 @@ class SearchQueue(Generic[Kind, Job, Answer]):
             if item.result.done():  # its caller left
                 continue
             if time.monotonic() >= item.deadline:
-                _tell(item, _late())
+                _tell([(item, _late())])
                 continue
             together.setdefault(item.kind, []).append(item)
             count += len(item.jobs)
+        if self._items:
+            with contextlib.suppress(RuntimeError):  # it is ending, and `close` tells them
+                self._thread.submit(self._drain)
         started = time.monotonic()
         for kind, items in together.items():
             try:
                 answers = self._run(kind, [job for item in items for job in item.jobs])
             except Exception as error:
-                for item in items:
-                    _tell(item, error)
+                _tell([(item, error) for item in items])
                 continue
-            done = 0
-            for item in items:
-                _tell(item, answers[done : done + len(item.jobs)])
-                done += len(item.jobs)
+            ends = itertools.accumulate(len(item.jobs) for item in items)
+            _tell([(item, answers[end - len(item.jobs) : end]) for item, end in zip(items, ends, strict=True)])
         if count:
             self._each_s += SMOOTHING * ((time.monotonic() - started) / count - self._each_s)
 
@@ -129,16 +142,18 @@ def _late() -> DeadlineError:
     return ExpiredInQueueError("the deadline passed before the search began: allow more time or send less at once")
 
 
-def _tell(item: _Item[Kind, Job, Answer], outcome: list[Answer] | Exception) -> None:
-    """Hand an outcome to the caller's loop, unless that has ended or the caller left."""
+def _tell(outcomes: Sequence[tuple[_Item[Kind, Job, Answer], list[Answer] | Exception]]) -> None:
+    """Hand outcomes to the callers' loop, all at once, unless that has ended; callers who left are passed over."""
 
     def told() -> None:
-        if item.result.done():
-            return
-        if isinstance(outcome, Exception):
-            item.result.set_exception(outcome)
-        else:
-            item.result.set_result(outcome)
+        for item, outcome in outcomes:
+            if item.result.done():
+                continue
+            if isinstance(outcome, Exception):
+                item.result.set_exception(outcome)
+            else:
+                item.result.set_result(outcome)
 
-    with contextlib.suppress(RuntimeError):
-        item.loop.call_soon_threadsafe(told)
+    if outcomes:
+        with contextlib.suppress(RuntimeError):
+            outcomes[0][0].loop.call_soon_threadsafe(told)

@@ -45,6 +45,8 @@ class Store:
     """An open gallery database. The caller holds the data folder's lock.
 
     ``key`` is the folder's own, for `resight.service.secret.keyed`; it is made beside the database when missing.
+    ``commits`` counts those since the start: between two equal readings of it nothing in the database has changed that
+    anybody was told of.
 
     Args:
         path: of the SQLite file; made when missing.
@@ -68,6 +70,7 @@ class Store:
         self._local = threading.local()
         self._readers: list[sqlite3.Connection] = []
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
+        self.commits = 0
         self._closing = False
         self._unscrubbed = True  # a server killed between a deletion and its scrub left the log
         self._writer = threading.Thread(target=self._write_forever, name="writer")
@@ -212,6 +215,7 @@ class Store:
                     connection.execute("ROLLBACK TO job")
                 connection.execute("RELEASE job")
             connection.execute("COMMIT")
+            self.commits += 1
         except sqlite3.Error as error:
             if connection.in_transaction:  # some of SQLite's errors have rolled back already
                 connection.execute("ROLLBACK")

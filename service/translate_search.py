@@ -138,9 +138,10 @@ def verify_message(
     similarity: float, decider: Decider, space: Space, left: Made, right: Made
 ) -> search_pb2.VerifyResponse:
     """The answer to one comparison for the wire."""
+    (judged,) = decider.judged([similarity])
     return search_pb2.VerifyResponse(
-        score=score_message(similarity, decider.probability(similarity)),
-        decision=DECISIONS[decider.decision(similarity)],
+        score=score_message(similarity, judged.probability),
+        decision=DECISIONS[judged.decision],
         space=translate.space_message(space),
         left_quality=left.quality,
         right_quality=right.quality,
