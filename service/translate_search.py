@@ -31,6 +31,7 @@ METHODS: dict[int, Method | None] = {
     search_pb2.RERANKING_METHOD_K_RECIPROCAL: "k_reciprocal",
     search_pb2.RERANKING_METHOD_QUERY_EXPANSION: "query_expansion",
 }
+ACCURACIES = frozenset(search_pb2.Accuracy.values())
 DECISIONS: dict[Decision | None, common_pb2.Decision.ValueType] = {
     None: common_pb2.DECISION_UNSPECIFIED,
     "match": common_pb2.DECISION_MATCH,
@@ -64,7 +65,7 @@ def wanted(request: search_pb2.SearchRequest, settings: Settings) -> Wanted:
         raise InputError(f"min_revision is 0 (none) or more, found {request.min_revision}", field="min_revision")
     if request.group_by not in GROUPS:
         raise InputError(UNKNOWN_VALUE % ("group_by", request.group_by), field="group_by")
-    if request.accuracy not in search_pb2.Accuracy.values():
+    if request.accuracy not in ACCURACIES:
         raise InputError(UNKNOWN_VALUE % ("accuracy", request.accuracy), field="accuracy")
     return Wanted(
         Query(NOTHING, top_k, translate.filters(request.filter), least),

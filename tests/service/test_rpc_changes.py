@@ -1,5 +1,7 @@
 """Changing what stands, over a real socket: updates, etags, limits, all-or-none batches, and erasing a person."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import grpc
@@ -93,6 +95,32 @@ def test_a_collections_settings(client, collection):
     assert client.collection(collection) == kept
     with pytest.raises(ModelNotFoundError):
         client.create_collection("other-model", unlimited_retention=True, model="nobody")
+
+
+def test_whoever_reads_while_settings_change_sees_no_older_state_than_was_acknowledged(client, collection):
+    acknowledged, stop = [0], threading.Event()
+
+    def reading() -> int:
+        seen = 0
+        while not stop.is_set():
+            least = acknowledged[0]
+            assert client.collection(collection).max_entries >= least
+            seen += 1
+        return seen
+
+    with ThreadPoolExecutor(3) as pool:
+        readers = [pool.submit(reading) for _ in range(3)]
+        try:
+            for number in range(1, 151):
+                client.update_collection(collection, CollectionChange(max_entries=number))
+                acknowledged[0] = number
+                assert client.collection(collection).max_entries == number
+        finally:
+            stop.set()
+    assert all(reader.result() for reader in readers)
+    client.update_collection(collection, CollectionChange(max_entries=0))
+    client.enrol(collection, NewEntry(jpeg(1), "e"))
+    assert client.search(collection, jpeg(1), top_k=1).hits[0].entry.entry_id == "e"
 
 
 def test_a_time_to_live_is_not_taken_away(client, collection, address):
