@@ -1,6 +1,6 @@
 """The service against its parts, over loopback; client and server share two cores, and figures are ratios of one run.
 
-    python benchmarks/bench_service.py [--only embed,batching,overhead,index,overload,shadow] [--models resnet50]
+    python benchmarks/bench_service.py [--only embed,batching,overhead,index,overload,shadow,migration] [--seconds 6]
     python benchmarks/bench_service.py --full    # and a million entries: 6 GB of disk, 5 GB of memory, some minutes
 
 The server is `resight serve` with its defaults, the client a process of its own that sends requests made beforehand
@@ -19,7 +19,7 @@ from pathlib import Path
 from pieces import Bench, Rows, crops
 from service_gallery import index, large
 from service_overload import overload
-from service_shadow import shadow
+from service_shadow import migration, shadow
 from service_speed import CORES, batching, embed, overhead
 
 MODELS = ("resnet50", "osnet_x0_25")
@@ -52,6 +52,7 @@ def main() -> None:
             "index": lambda: index(bench),
             "overload": lambda: overload(bench, models),
             "shadow": lambda: shadow(bench),
+            "migration": lambda: migration(bench),
             "large": lambda: large(bench),
         }
         names = told.only.split(",") if told.only else [name for name in measurements if name != "large" or told.full]

@@ -1,4 +1,4 @@
-"""What callers notice of a shadow that samples every search: their times with it over those without, in turns."""
+"""What callers notice of a shadow that samples every search, and of a migration: their times beside it over without."""
 
 from __future__ import annotations
 
@@ -17,27 +17,63 @@ BACKBONE = "osnet_x0_25"
 COLLECTION, CANDIDATE = "bench", "candidate"
 PARTS = (0.25, 0.6)  # of what the service can do: a quiet site, and a busy one
 WARM_S = 0.5
+BATCH = 64
+MIGRATED = 4000  # entries: more than are moved within a measurement
+DELAYED = 1.5  # of the 95th percentile, while entries move
 NOTICED = 1.1  # of the median; the 95th percentile waits for one batch of the shadow's now and then
 
 
 @contextmanager
-def _migrated(bench: Bench) -> Iterator[tuple[str, Client]]:
-    """A server whose collection holds both models' features."""
+def _two_models(bench: Bench, name: str) -> Iterator[tuple[str, Client]]:
+    """A server with a second model loaded."""
     active = bench.bundle(BACKBONE)
-    root = bench.folder / "shadow-models"
+    root = bench.folder / f"{name}-models"
     shutil.copytree(active.path, root / "active")
     bundle_of(BACKBONE, root / CANDIDATE, seed=1)
-    with bench.serving(active, "data-shadow", models=str(root)) as (address, _), Client(address) as client:
-        client.create_collection(COLLECTION, unlimited_retention=True, keep_crops=True)
-        client.enrol_batch(COLLECTION, [NewEntry(jpeg, str(number)) for number, jpeg in enumerate(bench.jpegs)])
+    with bench.serving(active, f"data-{name}", models=str(root)) as (address, _), Client(address) as client:
         client.wait(client.load_model(CANDIDATE))
-        client.wait(client.migrate(COLLECTION, CANDIDATE))
         yield address, client
+
+
+def _filled(bench: Bench, client: Client, collection: str, count: int) -> None:
+    """A collection that keeps its crops."""
+    client.create_collection(collection, unlimited_retention=True, keep_crops=True)
+    entries = [NewEntry(bench.jpegs[number % len(bench.jpegs)], str(number)) for number in range(count)]
+    for start in range(0, count, BATCH):
+        client.enrol_batch(collection, entries[start : start + BATCH])
+
+
+def migration(bench: Bench) -> Rows:
+    """Searches by crop at parts of the peak, of a collection at rest and while it is being migrated."""
+    with _two_models(bench, "migration") as (address, client):
+        _filled(bench, client, COLLECTION, BATCH)
+        peak = sure(put(Load(address, SEARCH, bench.searches(COLLECTION), bench.seconds, WARM_S))).rate
+        for part in PARTS:
+            alone, beside, moved = [], [], 0
+            for number in range(bench.rounds):
+                name = f"{COLLECTION}-{part * 100:.0f}-{number}"
+                _filled(bench, client, name, MIGRATED)
+                load = Load(address, SEARCH, bench.searches(name), bench.seconds, WARM_S, rate=part * peak)
+                alone.append(_times(load))
+                begun = client.migrate(name, CANDIDATE)
+                beside.append(_times(load))
+                now = client.operation(begun.operation_id)
+                assert not now.ended, "the migration ended within the measurement: migrate more entries"
+                moved += now.succeeded
+                client.wait(client.cancel_operation(begun.operation_id))
+            median, late, before = _ratios(alone, beside)
+            told = (
+                f"p50 x {median:.2f}, p95 x {late:.2f} ({before}); {moved / bench.rounds:.0f} entries moved meanwhile"
+            )
+            what = f"a migration, {part:.0%} of the peak of {peak:.0f}/s"
+            yield Row(what, told, f"p95 x <= {DELAYED}", late <= DELAYED)
 
 
 def shadow(bench: Bench) -> Rows:
     """Searches by crop at parts of the peak, without a shadow and with one, by turns."""
-    with _migrated(bench) as (address, client):
+    with _two_models(bench, "shadow") as (address, client):
+        _filled(bench, client, COLLECTION, BATCH)
+        client.wait(client.migrate(COLLECTION, CANDIDATE))
         requests = bench.searches(COLLECTION)
         peak = sure(put(Load(address, SEARCH, requests, bench.seconds, WARM_S))).rate
         for part in PARTS:
@@ -57,10 +93,16 @@ def _times(load: Load) -> tuple[float, float]:
     return float(median), float(late)
 
 
-def _row(what: str, alone: list[tuple[float, float]], beside: list[tuple[float, float]], told: list[Shadow]) -> Row:
+def _ratios(alone: list[tuple[float, float]], beside: list[tuple[float, float]]) -> tuple[float, float, str]:
+    """How much longer callers wait, median and 95th percentile, and what they waited alone."""
     ratios = [[with_[at] / without[at] for without, with_ in zip(alone, beside, strict=True)] for at in (0, 1)]
-    median, late = (statistics.median(one) for one in ratios)
     before = [statistics.median(one[at] for one in alone) for at in (0, 1)]
+    median, late = (statistics.median(one) for one in ratios)
+    return median, late, f"alone {before[0]:.1f} and {before[1]:.1f} ms"
+
+
+def _row(what: str, alone: list[tuple[float, float]], beside: list[tuple[float, float]], told: list[Shadow]) -> Row:
+    median, late, before = _ratios(alone, beside)
     answered, sampled = (sum(getattr(one.figures, name) for one in told) for name in ("answered", "sampled"))
-    times = f"p50 x {median:.2f}, p95 x {late:.2f} (alone {before[0]:.1f} and {before[1]:.1f} ms)"
+    times = f"p50 x {median:.2f}, p95 x {late:.2f} ({before})"
     return Row(what, f"{times}; {answered} of {sampled} answered", f"p50 x <= {NOTICED}", median <= NOTICED)
