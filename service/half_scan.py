@@ -65,9 +65,7 @@ def scan_blocks(
         return _best(list(pool.map(scan, range(parts))), fetch)
 
 
-def _scan(
-    halves: NDArray[np.int16], scaled: Feature, fetch: int, rows: NDArray[np.int64] | None, part: range
-) -> Found:
+def _scan(halves: NDArray[np.int16], scaled: Feature, fetch: int, rows: NDArray[np.int64] | None, part: range) -> Found:
     """The nearest of one part of the rows; where there are fewer than ``fetch``, -inf and -1 follow them."""
     room = np.empty((min(BLOCK, len(part)), halves.shape[1]), np.int32)
     heap = faiss.ResultHeap(len(scaled), fetch, keep_max=True)
