@@ -25,7 +25,7 @@ from resight.service.features import Crops
 from resight.service.lanes import Priority
 from resight.service.model import Model
 from resight.service.models import ModelHost
-from resight.service.operations import Operation, State, finish
+from resight.service.operations import KEPT, Operation, State, finish
 from resight.service.runtime import Feature
 from resight.service.tenants import Tenant, Tenants
 
@@ -67,7 +67,7 @@ class Migrations:
         async with self._turn:  # two that come at once must not both find nothing under way
             return await self._begin(tenant, wanted, request_id)
 
-    async def _begin(self, tenant: Tenant, wanted: Wanted, request_id: str) -> Operation:
+    async def _begin(self, tenant: Tenant, wanted: Wanted, request_id: str = "", *, continues: str = "") -> Operation:
         under_way = self._running.get((tenant.name, wanted.collection))
         if under_way is not None:
             operation_id, task = under_way
@@ -87,9 +87,10 @@ class Migrations:
                 backfill.begin, wanted.collection, model.space, drop_missing=wanted.drop_missing
             )
         tenant.gallery.searcher.drop(collection, model.space)  # of an earlier try: older entries will come into it
-        operation = await tenant.operations.start(KIND, total=total, request_id=request_id, **asdict(wanted))
+        about = {"total": total, **asdict(wanted)}
+        operation = await tenant.operations.start(KIND, request_id=request_id, continues=continues, **about)
         if operation.state is State.INTERRUPTED:  # asked for again: it goes on under another number
-            operation = await tenant.operations.start(KIND, total=total, **asdict(wanted))
+            operation = await tenant.operations.start(KIND, continues=operation.operation_id, **about)
         if operation.state is State.RUNNING:
             self._spawn(tenant, wanted, operation.operation_id)
         return operation
@@ -105,21 +106,23 @@ class Migrations:
     async def resume(self, tenant: Tenant) -> None:
         """At start: go on with what the end of the process interrupted, the newest of each collection."""
         seen: set[str] = set()
-        for old in await tenant.operations.listed():
+        for old in await tenant.operations.listed(kind=KIND, limit=KEPT):
             name = str(old.details.get("collection", ""))
-            if old.kind != KIND or name in seen:
+            if name in seen:
                 continue
             seen.add(name)
             if old.state is not State.INTERRUPTED:
                 continue
             try:
-                new = await self.begin(tenant, Wanted(**old.details))
+                async with self._turn:
+                    new = await self._begin(tenant, Wanted(**old.details), continues=old.operation_id)
             except InputError:
                 log.info("the migration of %s was interrupted, and somebody has switched to its space since", name)
                 continue
             except ReIDError as error:
                 log.error("the migration of %s was interrupted and cannot go on: %s", name, error)
                 continue
+            # Once more, for where a caller was quicker and the one that goes on is theirs.
             await tenant.operations.progress(old.operation_id, result={"continued_by": new.operation_id})
             log.info("the migration of %s goes on operation=%s", name, new.operation_id)
 

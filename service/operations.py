@@ -83,9 +83,15 @@ class Operations:
         """At start: what was running when the process died is interrupted; returns how many."""
         return await self._store.book(_interrupt)
 
-    async def start(self, kind: str, *, total: int = 0, request_id: str = "", **details: Any) -> Operation:
-        """Begin one, RUNNING. One of the same kind and ``request_id`` is answered instead, as it stands."""
-        return await self._store.book(begin, kind, total, request_id, details)
+    async def start(
+        self, kind: str, *, total: int = 0, request_id: str = "", continues: str = "", **details: Any
+    ) -> Operation:
+        """Begin one, RUNNING. One of the same kind and ``request_id`` is answered instead, as it stands.
+
+        One that ``continues`` an interrupted one is that one's ``continued_by`` from its first moment, so that no kill
+        leaves whoever waits for the old one without a way to the new one.
+        """
+        return await self._store.book(begin, kind, total, request_id, details, continues=continues)
 
     async def any_running(self) -> bool:
         """Whether something is under way in this process."""
@@ -185,6 +191,8 @@ def begin(
     request_id: str,
     details: dict[str, Any],
     state: State = State.RUNNING,
+    *,
+    continues: str = "",
 ) -> Operation:
     """`Operations.start`, in the writer's transaction."""
     if request_id and (first := by_request(connection, kind, request_id)):
@@ -195,6 +203,8 @@ def begin(
         "cancel, request_id, details) VALUES (?, ?, ?, ?, 0, 0, 0, '{}', ?, 0, ?, ?)",
         (operation_id, kind, state, total, now_us(), request_id, json.dumps(details)),
     )
+    if continues:
+        progress(connection, continues, {}, {}, {"continued_by": operation_id})
     connection.execute(
         "DELETE FROM operation WHERE end_us IS NOT NULL AND key <= (SELECT max(key) FROM operation) - ?", (KEPT,)
     )

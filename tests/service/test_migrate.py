@@ -153,6 +153,14 @@ def test_killed_in_the_middle_it_goes_on_by_itself_and_misses_nothing(root, tmp_
         seen = until(client, begun.operation_id, 64)
         assert first.end(signal.SIGKILL) == -signal.SIGKILL
     assert 0 < seen.succeeded < 600
+    with opened(tmp_path / "data") as store:  # and much else was done while it ran
+
+        async def much() -> None:
+            for _ in range(150):
+                await work.finish((await work.start("snapshot")).operation_id)
+
+        work = Operations(store)
+        asyncio.run(much())
     second = start(root, tmp_path)
     with Client(second.wait_ready()) as client:
         old = client.operation(begun.operation_id)

@@ -71,6 +71,23 @@ def test_what_ran_when_the_process_died_is_interrupted(tmp_path):
         asyncio.run(after())
 
 
+def test_what_goes_on_is_told_by_what_was_interrupted_in_the_same_commit(store):
+    """Between two commits a kill would leave an interrupted one that nobody goes on with."""
+
+    async def body():
+        work = Operations(store)
+        old = await work.start("migrate", collection="lobby")
+        assert await work.recover() == 1
+        commits = store.commits
+        new = await work.start("migrate", continues=old.operation_id, collection="lobby")
+        assert store.commits == commits + 1
+        told = await work.get(old.operation_id)
+        assert told.state is State.INTERRUPTED and told.result == {"continued_by": new.operation_id}
+        assert new.state is State.RUNNING and new.details == {"collection": "lobby"} and not new.result
+
+    asyncio.run(body())
+
+
 def test_cancelling_is_a_wish_that_the_worker_hears(store):
     async def body():
         work = Operations(store)
