@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pieces import Bench, Rows, crops
+from service_beside import migration, shadow
 from service_gallery import index, large
 from service_overload import overload
-from service_shadow import migration, shadow
 from service_speed import CORES, batching, embed, overhead
 
 MODELS = ("resnet50", "osnet_x0_25")
