@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CODE := src training exporters service tests benchmarks examples
 # Two test processes with one thread each use two cores better than one process with two threads.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
 
 .DEFAULT_GOAL := check
-.PHONY: check cycle-demo demo test gpu format lint types spell quick proto bench crash lock clean help
+.PHONY: check cycle-demo demo test test-slow gpu format lint types spell quick proto bench crash lock clean help
 
 help:  ## Show what can be made.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -25,8 +25,11 @@ demo: $(INSTALLED)  ## The whole road: adapt, export, serve, search. SITE= INIT=
 cycle-demo: $(INSTALLED)  ## Four simulated nights: film, the cycle against a service, poison, a rollback. JSON= SEED=
 	@$(BIN)/resight cycle demo $(if $(JSON),--json "$(JSON)") $(if $(SEED),--seed "$(SEED)")
 
-test: $(INSTALLED)  ## Every test; those that need real crops or a GPU are skipped, loudly, where there are none.
-	$(TEST)
+test: $(INSTALLED)  ## The tests, in under 10 minutes on 2 cores; what is skipped is listed with its reason.
+	$(TEST) -m "not slow"
+
+test-slow: $(INSTALLED)  ## Kills, nights and whole runs, in under an hour; what is skipped is listed with its reason.
+	$(TEST) -m slow
 
 # onnxruntime and faiss come in two builds each, which overwrite one another: the GPU's are put in last.
 gpu:  ## With an NVIDIA GPU: the tests and benchmarks that need one, figures to docs/gpu.md.
@@ -58,7 +61,7 @@ spell: $(INSTALLED)
 	$(BIN)/codespell $(CODE) docs README.md CONTRIBUTING.md CHANGELOG.md
 
 quick: $(INSTALLED)
-	$(TEST) -m "not slow and not real"
+	$(TEST) -m "not slow and not long and not real"
 
 proto: $(INSTALLED)  ## Generate the Python stubs from proto/resight/v1/*.proto.
 	$(BIN)/python proto/generate.py

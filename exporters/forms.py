@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from resight.exporters.quantize import Gate, decide, keep_sensitive
 from resight.exporters.to_fp16 import to_fp16
 from resight.exporters.verify import run_onnx, verify_graph
 from resight.image import Pixels
+from resight.machine import cores
 from resight.manifest import PRECISIONS
 from resight.probes import Probes, Run, measure_parity
 from resight.tolerance import LEAST_COSINE
@@ -214,4 +214,4 @@ def machine() -> str:
             if line.startswith("model name"):
                 name = line.partition(":")[2].strip()
                 break
-    return f"{name}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+    return f"{name}, {cores()} cores"

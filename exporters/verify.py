@@ -8,9 +8,11 @@ import torch
 from numpy.typing import NDArray
 
 from resight.bundle import Bundle
+from resight.cpu_session import open_session
 from resight.errors import BundleError
 from resight.graph_check import check_graph
 from resight.image import Pixels
+from resight.machine import threads
 from resight.model import Encoder
 from resight.probes import MIN_COSINE, Parity, Probes, Run, check_probes, measure_parity
 from resight.tolerance import least_cosine
@@ -33,10 +35,8 @@ def run_onnx(model: bytes) -> Run:
     Raises:
         BundleError: onnxruntime does not accept it.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only: warnings about unused initialisers are not the user's
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = open_session(model, threads())
     except Exception as error:  # onnxruntime's exceptions have no common root of their own
         raise BundleError(f"onnxruntime {onnxruntime.__version__} does not accept the graph: {error}") from error
     name = session.get_inputs()[0].name

@@ -6,7 +6,6 @@ Each check tells ok, warn or fail, what was found, and what to do next. Nothing 
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import resource
 import sqlite3
@@ -22,6 +21,7 @@ from typing import Literal
 from resight.bundle import open_bundle
 from resight.client import Client
 from resight.errors import ReIDError
+from resight.machine import cores
 from resight.service.disk import room
 from resight.service.onnx_runtime import OnnxRuntime
 from resight.service.runtime import open_runtime
@@ -75,8 +75,8 @@ def machine() -> list[Check]:
     providers = [name.removesuffix("ExecutionProvider").lower() for name in onnxruntime.get_available_providers()]
     told = "pip install 'resight[cpu]' anew: onnxruntime has no CPU provider"
     checks.append(judged("machine", "providers", "cpu" in providers, ", ".join(providers), told, "fail"))
-    cores = len(os.sched_getaffinity(0))
-    checks.append(judged("machine", "cores", cores >= 2, str(cores), "one core decodes and infers in turn: give two"))
+    usable = cores()
+    checks.append(judged("machine", "cores", usable >= 2, str(usable), "one core decodes and infers in turn: give two"))
     free, total = _memory_mib()
     found = f"{free} of {total} MiB available"
     checks.append(judged("machine", "memory", free >= MEMORY_MIB, found, f"leave {MEMORY_MIB} MiB for a server"))

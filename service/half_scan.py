@@ -9,7 +9,6 @@ one query's scan 10 ms.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,6 +16,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from resight.machine import cores
 from resight.service.runtime import Feature
 
 QUERIES = 6  # 200,000 x 512, one core: 4 queries 51 ms, by faiss's scan 40; 6: 55 and 60; 32: 112 and 320
@@ -54,7 +54,7 @@ def scan_blocks(
     halves = raw.view(np.int16).reshape(count, codes.d)
     scaled = np.ascontiguousarray(queries * np.float32(2.0**BIAS))
     total = count if rows is None else len(rows)
-    parts = min(len(os.sched_getaffinity(0)), -(-total // BLOCK))
+    parts = min(cores(), -(-total // BLOCK))
     ends = [total * part // parts for part in range(parts + 1)]
 
     def scan(part: int) -> Found:

@@ -6,7 +6,6 @@ Runs in any thread: nothing here touches an index that is being searched.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from dataclasses import dataclass
 from threading import Event
@@ -14,6 +13,7 @@ from threading import Event
 import faiss
 import numpy as np
 
+from resight.machine import cores
 from resight.service.candidates import VectorIndex
 from resight.service.feed import PIECE, Feed
 from resight.service.index import ExactIndex
@@ -84,7 +84,7 @@ def scanned(feed: Feed, kind: Kind, stop: Event) -> ExactIndex | HalfIndex:
 def _graph(feed: Feed, ladder: Ladder, stop: Event) -> Built:
     files = None if ladder.folder is None else SegmentFiles(ladder.folder)
     kept = None if files is None else files.load(feed.collection, feed.space)
-    faiss.omp_set_num_threads(max(1, (os.cpu_count() or 2) // 2))  # of this thread: searches want the other half
+    faiss.omp_set_num_threads(max(1, cores() // 2))  # of this thread: searches want the other half
     if kept is not None:
         index = _revived(feed, kept, stop)
         if index is not None and not ladder.worn(index) and not judged(index, ladder, stop):

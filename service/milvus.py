@@ -34,6 +34,9 @@ TIMEOUT_S = 10.0
 WRITE_ROWS = 1000  # of one message: 2 MB at 512-d, far below Milvus' 64 MB
 MAX_LIMIT = 16_384  # Milvus' own largest topK
 OVERFETCH = 2
+# pymilvus pings every 10 s even while nothing is called. gRPC's servers take that, more than twice in 5 minutes, for an
+# attack (GOAWAY, too_many_pings); milvus-lite and many proxies have this default. A call ends after TIMEOUT_S anyway.
+CHANNEL_OPTIONS = {"grpc.keepalive_permit_without_calls": False}
 
 
 def connect(address: str, token: str = "") -> MilvusClient:
@@ -48,7 +51,7 @@ def connect(address: str, token: str = "") -> MilvusClient:
         raise StartupError(f"gallery {address} needs pymilvus: install resight[milvus]") from error
     uri = f"http://{address.removeprefix(SCHEME)}" if address.startswith(SCHEME) else address
     try:
-        return MilvusClient(uri=uri, token=token, timeout=TIMEOUT_S)
+        return MilvusClient(uri=uri, token=token, timeout=TIMEOUT_S, grpc_options=CHANNEL_OPTIONS)
     except Exception as error:  # pymilvus raises grpc's, its own and plain ones
         raise StartupError(
             f"Milvus at {address} cannot be reached ({type(error).__name__}): start it or use --gallery embedded"

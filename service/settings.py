@@ -6,7 +6,6 @@ The environment prefix is ``RESIGHT_`` (``RESIGHT_MAX_BATCH=16``); the file is T
 from __future__ import annotations
 
 import difflib
-import os
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,6 +15,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from resight.engine_cache import default_folder
 from resight.errors import RecipeError
 from resight.image import MAX_BYTES, MAX_PIXELS
+from resight.machine import cores
 from resight.service.runtime import Provider
 
 MIB = 1024 * 1024
@@ -103,7 +103,7 @@ class Settings(BaseSettings):
     device_id: int = Field(default=0, ge=0, le=63)
     engine_cache: Path = Field(default_factory=default_folder)
     inference_threads: int = Field(default=0, ge=0, le=256)
-    decode_threads: int = Field(default=min(8, os.cpu_count() or 1), ge=1, le=64)
+    decode_threads: int = Field(default=min(8, cores()), ge=1, le=64)
     decode_pixels: int = Field(default=16_000_000, ge=256)
     max_batch: int = Field(default=32, ge=1, le=1024)
     batch_delay_s: float = Field(default=0.0, ge=0.0, le=1.0)
@@ -185,7 +185,7 @@ class Settings(BaseSettings):
         """Batches that are embedded at once: on a CPU one for each core that embeds, on a GPU one."""
         if self.provider != "cpu":
             return 1
-        return self.inference_threads or len(os.sched_getaffinity(0))
+        return self.inference_threads or cores()
 
     @property
     def host(self) -> str:

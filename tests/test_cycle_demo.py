@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from serving import ServerProcess, jpeg, make_bundle
 from tiny import resight_here, the_error
@@ -16,15 +17,37 @@ from resight.client import Client, NewEntry
 from resight.cycle.site_file import load_site
 from resight.cycle_demo import walk_nights
 from resight.live_searches import LiveSearches
+from resight.model import Encoder
 from resight.nights_road import NightRoad, Scale, plan, site_file
+from resight.training.nights import Night
+from resight.weights import load_weights
 
 SMALL = Scale(visitors=36, enrolled=14, cameras=3, iters=24, precision="fp32")  # fewer tracks judge no model
+FAINT = 300.0  # what is added to features, in their mean lengths: a variance of about 1 / FAINT**2, under MIN_VARIANCE
+NIGHTS = [
+    (Night(1, SMALL.visitors, SMALL.cameras), "the first night the cycle sees"),
+    (Night(2, SMALL.visitors, SMALL.cameras, dead=SMALL.cameras), "every camera delivers noise"),
+    (Night(3, SMALL.visitors, SMALL.cameras + 1, dusk=True), "a new camera, dusk on the others"),
+    (Night(4, SMALL.visitors, SMALL.cameras + 1, dead=SMALL.cameras + 1, one_person=True), "every camera is dead"),
+]
+"""Each verdict is certain: what is adapted to a sound night beats a model whose features are all alike, and noise is
+refused by its pixels. Whether the judge decides well on nights between these is measured, not tested."""
+
+
+def faint_encoder() -> Encoder:
+    """The built-in weights plus a constant in each feature: the same ranking, and to the judge a broken model."""
+    encoder = load_weights("builtin").encoder
+    neck = encoder.heads["global"].neck
+    with torch.no_grad():
+        neck.bias += FAINT * neck.weight.abs()
+    return encoder
 
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     said = io.StringIO()
-    road = NightRoad(tmp_path_factory.mktemp("nights") / "demo", SMALL, 1, Console(file=said, width=200))
+    console = Console(file=said, width=200)
+    road = NightRoad(tmp_path_factory.mktemp("nights") / "demo", SMALL, 1, console, NIGHTS, faint_encoder())
     return {**walk_nights(road), "said": said.getvalue()}
 
 

@@ -38,14 +38,16 @@ class Night:
         visitors: people who come; each passes some of the cameras.
         cameras: how many hang.
         dusk: whether the cameras of the first night have lost the daylight.
-        poisoned: whether the first camera is dead and one and the same person walks past all others.
+        dead: how many cameras, from the first, deliver noise.
+        one_person: whether one and the same person walks past all cameras again and again.
     """
 
     number: int
     visitors: int
     cameras: int
     dusk: bool = False
-    poisoned: bool = False
+    dead: int = 0
+    one_person: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class SimulatedSite:
         seed = int(np.random.default_rng([self.seed, 2, night.number, camera]).integers(2**31))
         name, start_s = self.names[camera], self.start_s(night)
         view = View(self.look(night, camera), self.visitors(night), self._walks(night, camera), seed=seed)
-        if night.poisoned and camera == 0:
+        if camera < night.dead:
             return write_told_reel(folder, name, _dead(view.seconds, seed), start_s=start_s)
         return write_reel(folder, name, view.shots(), start_s=start_s, seed=seed)
 
@@ -115,7 +117,7 @@ class SimulatedSite:
         rng = np.random.default_rng([self.seed, 3, night.number, camera])
         who = rng.permutation(night.visitors)
         who = who[: max(1, round(self.passed * night.visitors))]
-        if night.poisoned:
+        if night.one_person:
             who = np.zeros_like(who)
         return walk_by(who.tolist(), self.look(night, camera), self.together, rng)
 

@@ -31,6 +31,7 @@ from resight.cli_snapshot import snapshot
 from resight.cli_token import token
 from resight.cli_train import adapt, builtin_weights
 from resight.errors import ReIDError
+from resight.machine import limit_threads
 
 app = typer.Typer(
     help="Person re-identification that adapts itself to a site, without labels, and serves.",
@@ -57,6 +58,7 @@ app.add_typer(cycle, name="cycle")
 
 def main() -> None:
     """Run a command; errors a user can mend end with one sentence and exit status 1."""
+    limit_threads()
     console = Console(stderr=True)
     logging.basicConfig(
         level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False, markup=False)]

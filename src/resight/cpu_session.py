@@ -9,7 +9,6 @@ batches of 4 and 872 one by one. ResNet-50 27 to 29 in each way.
 
 from __future__ import annotations
 
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from resight.graph_check import INPUT, OUTPUT
 from resight.image import Pixels
+from resight.machine import cores
 
 Features = NDArray[np.float32]
 """float32 (N, D), unit rows."""
@@ -44,7 +44,7 @@ class CpuSession:
     """
 
     def __init__(self, data: bytes, threads: int = 0) -> None:
-        self._threads = threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads = threads or cores()
         self._alone = open_session(data, 1)
         self._together = self._alone
         self._callers, self._lock = 0, Lock()  # within `run`

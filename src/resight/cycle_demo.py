@@ -48,7 +48,7 @@ def walk_nights(road: NightRoad) -> dict[str, Any]:
 
     began = time.monotonic()
     make_room(road.out)
-    nights = plan(road.scale)
+    nights = road.nights or plan(road.scale)
     midnight_s = time.time() // DAY_S * DAY_S
     site = SimulatedSite(
         road.seed,
@@ -86,14 +86,14 @@ def _silent(done: int) -> None:
 
 
 def _first_bundle(road: NightRoad) -> Path:
-    """The model everything starts with: the built-in weights."""
+    """The model everything starts with."""
     from resight.exporters.export import export_encoder
     from resight.weights import load_weights
 
     initial = load_weights("builtin")
     road.models.mkdir()
     bundle = export_encoder(
-        initial.encoder,
+        road.first or initial.encoder,
         road.models / FIRST_BUNDLE,
         name="first",
         training={"initial_weights": dict(initial.source)},

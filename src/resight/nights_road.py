@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from resight.errors import CycleError
+from resight.machine import cores, threads
 
 if TYPE_CHECKING:
+    from resight.model import Encoder
     from resight.training.nights import Night
     from resight.training.nights_page import Step
 
@@ -53,6 +55,8 @@ class NightRoad:
     scale: Scale
     seed: int
     console: Console
+    nights: list[tuple[Night, str]] = field(default_factory=list)  # and what there is to see; empty = `plan`
+    first: Encoder | None = None  # of the model everything starts with; None = the built-in weights
     steps: list[Step] = field(default_factory=list)
     entries: frozenset[str] = frozenset()  # ids of everybody enrolled
 
@@ -77,7 +81,7 @@ def plan(scale: Scale) -> list[tuple[Night, str]]:
         (Night(2, scale.visitors, scale.cameras), "other people, the same cameras"),
         (Night(3, scale.visitors, more, dusk=True), "a new camera hangs, dusk has fallen on the others"),
         (
-            Night(4, scale.visitors, more, dusk=True, poisoned=True),
+            Night(4, scale.visitors, more, dusk=True, dead=1, one_person=True),
             "poisoned: one camera is dead, one and the same person passes all others",
         ),
     ]
@@ -98,8 +102,10 @@ def site_file(road: NightRoad, address: str, cameras: int) -> str:
         lines += [f'detections = "{films}.detections.jsonl"']
     lines += ["[collect]", "min_crops = 100", "hold_out = 0.4"]  # few tracks make a night here
     lines += ["[adapt]", f"epochs = {road.scale.epochs}", f"iters = {road.scale.iters}"]
+    # All models here are of one network, so that only other load can make one slower than another.
+    lines += ["[gate]", "max_latency_ratio = 5.0"]
     lines += ["[export]", f'precision = "{road.scale.precision}"']
-    lines += ["[shadow]", "min_searches = 30", "max_minutes = 1.0"]
+    lines += ["[shadow]", "min_searches = 30", "max_minutes = 1.0", "max_latency_ratio = 5.0"]
     lines += ["[watch]", "minutes = 0.1", "min_searches = 30"]
     lines += ["[schedule]", "nice = 0", "idle_io = false"]  # somebody is waiting
     return "\n".join(lines) + "\n"
@@ -141,8 +147,7 @@ def resight(road: NightRoad, log: str, *arguments: object) -> subprocess.Complet
     another process holds one of their cores.
     """
     command = [sys.executable, "-m", "resight.cli", *map(str, arguments)]
-    threads = str(max(1, (os.cpu_count() or 1) - 1))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    environment = os.environ | {"OMP_NUM_THREADS": str(min(threads(), max(1, cores() - 1)))}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     (road.out / f"{log}.log").write_text(done.stdout + done.stderr)
     return done

@@ -18,6 +18,8 @@ from tiny import draw_site, resight, resight_here, the_error
 from resight.checkpoint import INDEX_FILE, MODEL_FILE, load_checkpoint
 from resight.training.datasets import Site
 
+pytestmark = pytest.mark.long
+
 COMMANDS = ["demo", "ingest", "collect", "adapt", "evaluate", "judge", "export", "serve", "search", "verify", "doctor"]
 GROUPS = {
     "gallery": [
@@ -73,7 +75,7 @@ def made(tiny_site: Site, tiny_init: Path, tmp_path_factory: pytest.TempPathFact
         "evaluate-bundle": ["evaluate", "--model", bundle, "--site", tiny_site.root],
         "evaluate-extras": ["evaluate", "--model", bundle, "--site", tiny_site.root, "--flip", "--rerank"],
     }.items():
-        done = resight(*command, "--json", figures / f"{name}.json")
+        done = resight_here(*command, "--json", figures / f"{name}.json")
         assert done.returncode == 0, f"{command}: {done.stderr}"
     return folder
 

@@ -9,6 +9,8 @@ from exports import draw_crops, export
 from resight.cpu_session import CpuSession, session_options
 from resight.exporters.verify import run_onnx
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_parts_are_the_whole(threads: int) -> None:

@@ -29,6 +29,8 @@ from resight.graph_check import MAX_NODES, OPERATORS, check_graph
 from resight.image import ImageSpec
 from resight.model import Encoder, EncoderConfig
 
+pytestmark = pytest.mark.long
+
 PIXELS = SPEC.height * SPEC.width
 CONFIGS = {
     "stripes": EncoderConfig("resnet18", "gem", 0, ImageSpec(80, 32), parts=3, part_dim=16, local_share=0.5),

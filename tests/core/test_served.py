@@ -24,6 +24,8 @@ from resight.training.datasets import Site, open_site
 from resight.training.evaluate import evaluate_site, evaluation_splits, percentages
 from resight.training.features import extract
 
+pytestmark = pytest.mark.long
+
 
 def ignore(done: int) -> None:
     """Nobody watches the progress here."""

@@ -24,6 +24,8 @@ from resight.cycle.outcome import Outcome, write_outcome
 from resight.cycle.site_file import load_site
 from resight.cycle.state import Runs
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from conftest import Place
 

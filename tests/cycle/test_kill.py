@@ -21,6 +21,8 @@ from resight.cycle.layout import Layout
 from resight.cycle.lock import holder
 from resight.cycle.state import Runs
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from conftest import Place
 

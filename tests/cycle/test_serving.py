@@ -26,6 +26,8 @@ from resight.cycle.site_file import load_site
 from resight.cycle.state import Runs
 from resight.cycle.work import Work
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from conftest import Place
 

@@ -18,6 +18,8 @@ from resight.cycle import supervise
 from resight.cycle.layout import RunFolder
 from resight.cycle.supervise import Ended, run_stage
 
+pytestmark = pytest.mark.long
+
 # A stage that has a child of its own, ignores SIGTERM where told to, and says where both are.
 STAGE = """
 import os, signal, subprocess, sys, time

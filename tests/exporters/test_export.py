@@ -32,6 +32,8 @@ from resight.manifest import to_json
 from resight.model import Encoder, EncoderConfig
 from resight.weights import load_weights
 
+pytestmark = pytest.mark.long
+
 SHARED = Path(__file__).parents[3] / "shared"
 CONFIGS = {
     "osnet-avg": EncoderConfig("osnet_x0_25", "avg", 512, ImageSpec(64, 32, "bilinear")),

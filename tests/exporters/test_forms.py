@@ -23,6 +23,8 @@ from resight.signing_key import generate_key
 from resight.training.datasets import Site, open_site
 from resight.weights import load_weights
 
+pytestmark = pytest.mark.long
+
 SHARED = Path(__file__).parents[3] / "shared"
 
 
@@ -195,6 +197,7 @@ def test_steps_are_told_in_their_order() -> None:
     assert steps(Wanted(), Lent()) == ("reference features", "graph", "parity", "fp32", "files")
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_int8_of_a_real_model_passes_the_gate_on_real_crops(tmp_path: Path) -> None:
     weights, market = SHARED / "weights" / "osnet_x0_25_msmt17.pth", SHARED / "data" / "market-subset"

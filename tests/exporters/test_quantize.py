@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -16,8 +17,10 @@ import onnx
 import pytest
 import torch
 from exports import CONFIGS, SPEC, cosines, draw_crops, export, make_encoder
+from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from resight.cpu_session import open_session
 from resight.errors import BundleError
 from resight.exporters import qdq
 from resight.exporters.graph import ServingGraph
@@ -25,8 +28,10 @@ from resight.exporters.int8_graph import suit_cpu
 from resight.exporters.quantize import Gate, decide, keep_sensitive
 from resight.exporters.to_onnx import to_onnx
 from resight.exporters.verify import run_onnx
-from resight.image import ImageSpec
+from resight.image import ImageSpec, Pixels
 from resight.model import Encoder
+
+pytestmark = pytest.mark.long
 
 BLOCKS = ("conv1", "layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer3.0", "layer3.1", "layer4.0", "layer4.1")
 
@@ -85,6 +90,78 @@ def test_the_cpu_form_is_uint8_by_int8_per_channel(name: str) -> None:
             assert values[weight.input[0]].dtype == np.int8
             assert len(values[weight.input[1]]) == len(values[weight.input[0]])  # a scale for each output channel
     assert not model.functions and {opset.domain for opset in model.opset_import} == {""}
+
+
+def saturating_sums(activations: NDArray[np.int64], weights: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(M, K) x (K, N) as kernels without VNNI compute it: two products are added in 16 bits (`vpmaddubsw`)."""
+    total = np.zeros((len(activations), weights.shape[1]), np.int64)
+    for k in range(0, len(weights), 2):
+        pair = activations[:, k : k + 2] @ weights[k : k + 2]
+        total += np.clip(pair, -(2**15), 2**15 - 1)
+    return total
+
+
+def patches(values: NDArray[np.uint8], node: onnx.NodeProto, zero: int) -> NDArray[np.int64]:
+    """(B, C, h, w) -> (places, kh kw C), in the order of onnxruntime's kernels: channels innermost."""
+    found = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    (kh, kw), (top, left, bottom, right), (down, across) = (found[key] for key in ("kernel_shape", "pads", "strides"))
+    padded = np.pad(values, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=zero)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (kh, kw), (2, 3))[:, :, ::down, ::across]
+    return windows.transpose(0, 2, 3, 4, 5, 1).reshape(-1, kh * kw * values.shape[1]).astype(np.int64)
+
+
+def sums_with_and_without_vnni(model: onnx.ModelProto, crops: Pixels) -> Iterator[tuple[str, bool]]:
+    """Each dense convolution's name, and whether both kinds of kernel come to the same sums on what it reads."""
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    values, made_by = constants(model), {name: node for node in model.graph.node for name in node.output}
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    dense = [node for node in convolutions if {a.name: a.i for a in node.attribute}.get("group", 1) == 1]
+    read = {node.name: made_by[node.input[0]] for node in dense}
+    for name in dict.fromkeys(node.input[0] for node in read.values()):
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, TensorProto.UINT8, None))
+    session = open_session(model.SerializeToString(), 1)
+    found = dict(zip([out.name for out in session.get_outputs()], session.run(None, {"images": crops}), strict=True))
+    for node in dense:
+        zero = int(values[read[node.name].input[2]])
+        weight = values[made_by[node.input[1]].input[0]].astype(np.int64)
+        flat = weight.transpose(2, 3, 1, 0).reshape(-1, len(weight))
+        seen = patches(found[read[node.name].input[0]], node, zero)[:256]
+        yield node.name, np.array_equal(saturating_sums(seen, flat), seen @ flat)
+
+
+@pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
+def test_cpus_without_vnni_come_to_the_same_sums(name: str) -> None:
+    """And they would not with weights of 8 bits: the emulation shows what went wrong on such CPUs."""
+    crops = draw_crops(4, seed=77)
+    assert all(same for _, same in sums_with_and_without_vnni(form(name, False), crops))
+    wide = onnx.ModelProto.FromString(form(name, False).SerializeToString())
+    for tensor in wide.graph.initializer:  # the same scales, twice the weights: the range as it was
+        if tensor.data_type == TensorProto.INT8 and tensor.name.endswith("_quantized"):
+            doubled = np.clip(numpy_helper.to_array(tensor).astype(np.int16) * 2, -127, 127).astype(np.int8)
+            tensor.CopyFrom(numpy_helper.from_array(doubled, tensor.name))
+    assert not all(same for _, same in sums_with_and_without_vnni(wide, crops))
+
+
+@pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
+def test_no_two_products_leave_16_bits_whatever_a_kernel_pairs(name: str) -> None:
+    values, graph = constants(form(name, False)), form(name, False).graph
+    made_by = {output: node for node in graph.node for output in node.output}
+    for node in graph.node:
+        if node.op_type in ("Conv", "Gemm"):
+            weight = values[made_by[node.input[1]].input[0]].astype(int)
+            assert np.abs(weight).max() * 255 * 2 < 2**15
+            assert np.abs(weight).max() == 64 or weight.shape[1:] == (1, 2, 2)  # the averages are all one number
+
+
+@pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
+def test_corrected_biases_bring_the_features_nearer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    crops = draw_crops(64, seed=77)
+    wanted = run_onnx(export(name))(crops)
+    corrected = cosines(run_onnx(qdq.apply(calibrated(name)))(crops), wanted).mean()
+    with monkeypatch.context() as patch:
+        patch.setattr(qdq, "_correct_biases", lambda model, calibrated: None)
+        plain = cosines(run_onnx(qdq.apply(calibrated(name)))(crops), wanted).mean()
+    assert 1 - corrected < 0.95 * (1 - plain)
 
 
 @pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])

@@ -18,6 +18,8 @@ from resight.exporters.to_onnx import to_onnx
 from resight.exporters.verify import run_onnx, run_torch
 from resight.model import Encoder, EncoderConfig
 
+pytestmark = pytest.mark.long
+
 # Random weights as deep as these magnify any rounding: half floats and INT8 are tried on the others.
 LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("osnet_x1_0", "resnet50")]
 BACKBONES = ["osnet_x0_25", "resnet18", *LARGE]

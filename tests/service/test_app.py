@@ -20,6 +20,8 @@ from resight.errors import OverloadedError, ReIDError, SpaceMismatchError, Unava
 from resight.service.auth import Role
 from resight.service.tokens import TokenFile
 
+pytestmark = pytest.mark.long
+
 
 def refused(process: ServerProcess) -> str:
     """The log of a server that does not start, without the frames rich draws around it."""
@@ -130,6 +132,7 @@ def test_another_model_keeps_the_gallery_and_refuses_to_mix_spaces(bundle_path, 
     assert second.end() == 0
 
 
+@pytest.mark.slow
 def test_a_kill_in_a_storm_of_enrolments_loses_nothing_acknowledged(bundle_path, tmp_path):
     acknowledged: dict[str, np.ndarray] = {}
     attempted: set[str] = set()

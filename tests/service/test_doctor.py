@@ -16,6 +16,8 @@ from resight.service.auth import Role
 from resight.service.folder import DATABASE_FILE
 from resight.service.tokens import TokenFile
 
+pytestmark = pytest.mark.long
+
 CODE = "from resight.cli import main; main()"
 
 

@@ -23,6 +23,8 @@ from resight.service.endpoint import Watched
 from resight.service.settings import Settings
 from resight.service.tokens import TokenBook, TokenFile
 
+pytestmark = pytest.mark.long
+
 
 class Scraped:
     """One scrape; ``[name, label=value, ...]`` is the sum of the samples that have these labels."""

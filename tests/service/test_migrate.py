@@ -26,6 +26,8 @@ from resight.service import reads, spaces
 from resight.service.migrate import _switched
 from resight.service.operations import Operations, State
 
+pytestmark = pytest.mark.long
+
 SLOW = {"RESIGHT_MAX_BATCH": "1", "RESIGHT_BATCH_DELAY_S": "0"}
 
 

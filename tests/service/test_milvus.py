@@ -2,6 +2,8 @@
 
 import asyncio
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 
 import numpy as np
@@ -103,3 +105,24 @@ def test_a_lost_milvus_is_said_and_the_store_goes_on(tmp_path):
 def test_an_address_where_nothing_answers_is_refused_at_start():
     with pytest.raises(StartupError, match="cannot be reached"):
         connect("milvus://127.0.0.1:1")
+
+
+IDLE = """
+import sys, time
+from pathlib import Path
+from resight.service.milvus import connect
+client = connect(sys.argv[1])
+client.create_collection("someone_elses", dimension=4)
+time.sleep(45)  # pymilvus' own settings ping every 10 s, and the server ends the connection at the third ping
+print(client.list_collections())
+client.close()
+"""
+
+
+@pytest.mark.slow
+def test_an_idle_client_is_not_sent_away(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", IDLE, tmp_path / "milvus.db"], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "['someone_elses']", done.stderr
+    assert "GOAWAY" not in done.stderr and "too_many_pings" not in done.stderr

@@ -27,6 +27,8 @@ from resight.service.models import ModelHost
 from resight.service.settings import Settings
 from resight.signing_key import generate_key, load_private_key
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def root(tmp_path):

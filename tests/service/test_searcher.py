@@ -15,6 +15,8 @@ from resight.service.ladder import Ladder
 from resight.service.searcher import Query, Searcher
 from resight.service.store import Store
 
+pytestmark = pytest.mark.long
+
 DIM = 24
 SPACE = Space("ab" * 16, "tiny", DIM)
 KINDS = ("flat", "flat-fp16", "hnsw", "milvus")

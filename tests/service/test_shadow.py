@@ -22,6 +22,8 @@ from resight.errors import (
     SpaceMismatchError,
 )
 
+pytestmark = pytest.mark.long
+
 CURVES = (
     Calibration(0.5, 10.0, 0.95, 0.3, 0.001, 0.05, 100, 100, "tests", "tests", 0.01),
     Calibration(0.6, 12.0, 0.9, 0.4, 0.001, 0.05, 100, 100, "tests", "tests", 0.01),

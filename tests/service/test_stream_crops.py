@@ -33,6 +33,8 @@ from resight.reasons import from_status
 from resight.service.auth import Role
 from resight.v1 import gallery_pb2, gallery_pb2_grpc
 
+pytestmark = pytest.mark.long
+
 FEW = 12
 
 

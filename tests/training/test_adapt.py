@@ -40,6 +40,8 @@ from resight.training.runlog import RunLog
 from resight.training.step import Trainee
 from resight.weights import InitialWeights, load_weights
 
+pytestmark = pytest.mark.long
+
 SHARED = Path(__file__).parents[3] / "shared"
 SOURCE = {"name": "random", "sha256": "00", "licence": "none"}
 PURIFY = load_recipe("purify").with_schedule(epochs=2, iters=2)
@@ -213,6 +215,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(
     tiny_site: Site, tiny_init: Path, tmp_path: Path, cli_run: Path
 ) -> None:

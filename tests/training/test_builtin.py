@@ -14,6 +14,8 @@ from resight.training.recipe import load_recipe
 from resight.training.synthetic import demo_site
 from resight.weights import load_weights
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.slow
 def test_the_command_that_made_the_weights_makes_such_weights(tmp_path: Path) -> None:
@@ -34,6 +36,7 @@ def test_the_command_that_made_the_weights_makes_such_weights(tmp_path: Path) ->
     assert load_checkpoint(tmp_path / "made").provenance.history[-1]["source_mAP"] == figures["mAP"]
 
 
+@pytest.mark.slow
 def test_the_shipped_weights_know_people_before_cameras_they_have_never_seen(tmp_path: Path) -> None:
     site = demo_site(tmp_path / "site", seed=11)  # not the seed whose figures are published
     assert site.query is not None and site.gallery is not None

@@ -33,6 +33,8 @@ from resight.training.pairs import draw_pairs
 from resight.training.reliability import BINS, Doubles, Reliability, ReliabilityCurve, measure_reliability
 from resight.weights import load_weights
 
+pytestmark = pytest.mark.long
+
 CAMERAS, CROPS = 3, 4
 
 

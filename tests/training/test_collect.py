@@ -26,6 +26,8 @@ from resight.training.growing import GrowingStore
 from resight.training.links import read_links, write_links
 from resight.training.transplant import whole_store
 
+pytestmark = pytest.mark.long
+
 TRACKS = {"door": 7, "hall": 6, "yard": 20}  # the yard is busy: more than twice the median, which is 7
 NIGHT = 33 * 4  # crops
 WANTED = CollectSettings(since_s=end_of(1), min_crops=100, retention_days=30)
@@ -246,6 +248,7 @@ def test_where_the_disk_cannot_link_crops_are_copied(
     assert copied.stat().st_mtime == pytest.approx(original.stat().st_mtime, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_killed_collect_leaves_nothing_half_and_the_next_one_is_whole(state: Path) -> None:
     whole = run(state / "crops", state / "whole")
     command = [

@@ -30,7 +30,7 @@ from resight.training.recipe import ProxySettings, SelectiveSettings, load_recip
 from resight.training.run import Run
 from resight.training.runlog import RunLog
 from resight.training.selective import InstanceObjective
-from resight.weights import InitialWeights
+from resight.weights import InitialWeights, load_weights
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -195,36 +195,48 @@ def test_neighbours_of_instances_begin_with_the_confirmed_and_leave_the_rejected
 
 
 def adapted(
-    store: CropStore, out: Path, links: Links | None, *, recipe: str = "purify", resume: bool = False
+    store: CropStore,
+    out: Path,
+    links: Links | None,
+    *,
+    recipe: str = "purify",
+    resume: bool = False,
+    start: InitialWeights | None = None,
+    iters: int = 4,
 ) -> Checkpoint:
-    method = replace(load_recipe(recipe).with_schedule(epochs=2, iters=4), student=False)
-    start = InitialWeights(random_encoder(), {"name": "random", "sha256": "00", "licence": "none"})
+    method = replace(load_recipe(recipe).with_schedule(epochs=2, iters=iters), student=False)
+    start = start or InitialWeights(random_encoder(), {"name": "random", "sha256": "00", "licence": "none"})
     with RunLog(out.with_name(f"{out.name}-log"), console=Console(quiet=True), append=resume) as log:
         return adapt(Adaptation(Run(store, method, 1, "cpu", log, links=links), start, out), resume=resume)
 
 
 @pytest.mark.parametrize("recipe", ["purify", "o2cap"])
 def test_a_model_learns_what_was_confirmed(tiny_site: Site, tmp_path: Path, recipe: str) -> None:
-    """Two of the drawn people are one person in two coats: pixels cannot say so, one confirmed pair does."""
+    """Two of the drawn people are one person in two coats: pixels cannot say so, one confirmed pair does.
+
+    Margins are under half of the smallest difference of three seeds: ARI .09 and .13, nearness .12 to .43. The ARI is
+    that of the first clustering, which both runs make of the same features; later ones depend on the training.
+    """
     coats = [np.flatnonzero(tiny_site.train.persons == person) for person in (1, 2)]
     persons = tiny_site.train.persons.copy()
     persons[coats[1]] = 1
     store = replace(tiny_site.train, persons=persons)
     link = Links(np.array([[coats[0][0], coats[1][1]]]), np.array([True]))
-    plain = adapted(store, tmp_path / "plain", None, recipe=recipe)
-    held = adapted(store, tmp_path / "held", link, recipe=recipe)
-    told, untold = held.provenance.history, plain.provenance.history
-    assert [row["links"] for row in told] == [1, 1] and "links" not in untold[0]
-    assert told[0]["links_violated"] == 1 and told[-1]["ari"] > untold[-1]["ari"]
+    start = load_weights("builtin")
+    plain = adapted(store, tmp_path / "plain", None, recipe=recipe, start=start, iters=8)
+    held = adapted(store, tmp_path / "held", link, recipe=recipe, start=start, iters=8)
+    linked, unlinked = held.provenance.history, plain.provenance.history
+    assert [row["links"] for row in linked] == [1, 1] and "links" not in unlinked[0]
+    assert linked[0]["links_violated"] == 1 and linked[0]["ari"] > unlinked[0]["ari"] + 0.04
     labels = np.load(tmp_path / "held-log" / "teacher-labels.npy")
     assert labels[link.rows[0, 0]] == labels[link.rows[0, 1]] != -1
 
     def nearness(found: Checkpoint) -> float:
         features = extract(found.encoder, store, device="cpu", local=False)[0]
-        features = unit(features - features.mean(0))  # random weights see all people from afar
+        features = unit(features - features.mean(0))
         return float(features[coats[0]].mean(0) @ features[coats[1]].mean(0))
 
-    assert nearness(held) > nearness(plain)
+    assert nearness(held) > nearness(plain) + 0.05
     assert held.provenance.recipe["links"] == link.digest and "links" not in plain.provenance.recipe
 
 

@@ -27,6 +27,8 @@ from resight.training.run import Run
 from resight.training.runlog import RunLog
 from resight.weights import load_weights
 
+pytestmark = pytest.mark.long
+
 TESTS = Path(__file__).resolve().parents[1]
 
 
@@ -81,6 +83,7 @@ def test_batches_that_break_groups_are_refused_with_what_to_change(
         distributed.require_even_shares(recipe)
 
 
+@pytest.mark.slow
 def test_helpers_make_two_processes_one_and_errors_of_one_end_both(tiny_site: Site, tmp_path: Path) -> None:
     done = torchrun(Path(__file__).with_name("processes.py"), tiny_site.root, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -168,6 +171,7 @@ def assert_same_run(one: Path, other: Path, start: Encoder) -> None:
         assert np.array_equal(*labels)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tiny_site: Site, init: Path, tmp_path: Path) -> None:
     """The command under torchrun, 16 crops in each process, against 32 in this one; and in two parts."""
     settings = [word for key, value in CHANGES.items() for word in ("--set", f"{key}={json.dumps(value)}")]

@@ -34,6 +34,8 @@ from resight.training.growing import GrowingStore
 from resight.training.ingest import ingest
 from resight.training.journal import Journal
 
+pytestmark = pytest.mark.long
+
 # 48 s: two who cross, quiet moments, and from frame 85 on somebody is always there.
 DAY = (*CROSSING, *(Walker(85 + 22 * n, 113 + 22 * n, 10, 250, top=40 + 8 * n) for n in range(6)))
 FRAMES = 240
@@ -157,6 +159,7 @@ def killed(day: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", KILLS)
 def test_killed_anywhere_it_goes_on_as_if_nothing_had_been(
     killed: Path, day: Path, whole: tuple[Path, Outcome], tmp_path: Path, where: str

@@ -23,7 +23,7 @@ from resight.weights import load_weights
 SHARED = Path(__file__).parents[3] / "shared"
 PERSONS = 50
 SMALL = ImageSpec(128, 64, "bilinear")  # as the crops are: a quarter of the work of 256 x 128
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ from resight.training import live
 from resight.training.footage import open_footage
 from resight.training.live import LiveStream, without_credentials
 
+pytestmark = pytest.mark.long
+
 IMAGES = list(shots((Walker(0, 30, 10, 250),), 30))
 
 

@@ -25,6 +25,8 @@ from resight.training.runlog import RunLog
 from resight.training.step import Trainee
 from resight.weights import InitialWeights
 
+pytestmark = pytest.mark.long
+
 METHODS = ("cluster-contrast", "purify", "o2cap", "selective", "purify-camera")
 SOURCE = {"name": "random", "sha256": "00", "licence": "none"}
 

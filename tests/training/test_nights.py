@@ -35,7 +35,7 @@ def test_dusk_falls_on_the_cameras_that_hung_and_not_on_the_new_one(site: Simula
 
 
 def test_a_poisoned_night_has_a_dead_camera_and_one_person(site: SimulatedSite, tmp_path: Path) -> None:
-    night = Night(2, 5, 2, poisoned=True)
+    night = Night(2, 5, 2, dead=1, one_person=True)
     dead, other = (site.film(tmp_path, night, camera) for camera in range(2))
     assert dead.truth.read_text() == "" and len(dead.detections.read_text().splitlines()) > 3 * dead.frames
     persons = [json.loads(line)["person"] for line in other.truth.read_text().splitlines()]

@@ -28,6 +28,8 @@ from resight.training.runlog import RunLog
 from resight.training.synthetic import SiteSettings, render_site
 from resight.weights import load_weights
 
+pytestmark = pytest.mark.long
+
 PEOPLE, EARLIER = 75, 40  # of the night, a third of them kept back, and of nights before
 LOOKS = SiteSettings(
     train_persons=PEOPLE + EARLIER, test_persons=0, strangers=0, cameras=3, visits=(2, 3), crops=4, height=64, width=32

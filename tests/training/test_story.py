@@ -25,6 +25,8 @@ from resight.training.ranked import EXAMPLES, HITS, rank, ranked_lists
 from resight.training.report import render
 from resight.training.story import Outcome, tell, tell_adaptation, write_adaptation_report
 
+pytestmark = pytest.mark.long
+
 HISTORY = (
     {"stage": "teacher", "epoch": 0, "loss": 3.0, "contrast": 3.0, "guidance": 0.0, "clusters": 9.0, "label_s": 1.0},
     {"stage": "student", "epoch": 0, "loss": 2.0, "contrast": 1.5, "guidance": 0.5, "clusters": 8.0, "label_s": 1.0},
