@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from serving import ServerProcess, jpeg, make_bundle
 from tiny import resight_here, the_error
+from watchdog import progress_expected
 
 from resight.client import Client, NewEntry
 from resight.cycle.site_file import load_site
@@ -47,12 +48,14 @@ def faint_encoder() -> Encoder:
 def walked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     said = io.StringIO()
     console = Console(file=said, width=200)
-    road = NightRoad(tmp_path_factory.mktemp("nights") / "demo", SMALL, 1, console, NIGHTS, faint_encoder())
-    return {**walk_nights(road), "said": said.getvalue()}
+    folder = tmp_path_factory.mktemp("nights")
+    with progress_expected(folder):
+        road = NightRoad(folder / "demo", SMALL, 1, console, NIGHTS, faint_encoder())
+        return {**walk_nights(road), "said": said.getvalue()}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(0)  # `progress_expected` watches the fixture
 def test_every_promise_is_kept(walked: dict[str, Any]) -> None:
     assert [text for text, kept in walked["promises"] if not kept] == [], walked["said"]
     assert len(walked["promises"]) == 7
@@ -61,7 +64,7 @@ def test_every_promise_is_kept(walked: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(0)  # `progress_expected` watches the fixture
 def test_search_is_better_than_by_the_first_model_on_every_later_night(walked: dict[str, Any]) -> None:
     for step in walked["steps"][1:]:
         if step["name"] != "Rollback":
@@ -69,7 +72,7 @@ def test_search_is_better_than_by_the_first_model_on_every_later_night(walked: d
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(0)  # `progress_expected` watches the fixture
 def test_the_page_tells_every_step_and_links_to_the_cycles_own(walked: dict[str, Any]) -> None:
     path = Path(walked["page"])
     page = path.read_text()

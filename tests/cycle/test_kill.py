@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from cycles import COLLECTION, ENTRIES, crops, cycle, environment, logs, once, site_served
 from serving import ServerProcess
+from watchdog import progress_expected
 
 from resight.cycle.active import read_active
 from resight.cycle.conductor import STAGES
@@ -111,10 +112,9 @@ def test_a_server_that_ends_in_the_middle_is_waited_for(own_place: Place) -> Non
         again.end()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(0)  # `progress_expected` watches it
 def test_a_cycle_that_is_killed_at_every_stage_completes_once(tmp_path: Path) -> None:
-    with site_served(tmp_path) as (site, client):
+    with progress_expected(tmp_path), site_served(tmp_path) as (site, client):
         layout = Layout(tmp_path / "state")
         before = {one.entry_id for one in client.entries(COLLECTION)}
         for stage in STAGES:

@@ -16,6 +16,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 import pytest
 from ledger import Ledger, State, Write
 from stores import SPACE, feature, opened
+from watchdog import progress_expected
 
 from resight.service import reads
 from resight.service.entries import Filter
@@ -35,7 +37,14 @@ log = logging.getLogger(__name__)
 ROUNDS = int(os.environ.get("ROUNDS", "6"))
 TESTS = Path(__file__).parents[1]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300 + 30 * ROUNDS)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]
+
+
+@pytest.fixture(autouse=True)
+def _watched(tmp_path: Path) -> Iterator[None]:
+    """However many rounds there are and however slow the machine: each of them writes."""
+    with progress_expected(tmp_path):
+        yield
 
 
 def taken_in(ledger: Ledger, lines: list[dict[str, Any]]) -> tuple[list[Write], int]:

@@ -113,7 +113,7 @@ from pathlib import Path
 from resight.service.milvus import connect
 client = connect(sys.argv[1])
 client.create_collection("someone_elses", dimension=4)
-time.sleep(45)  # pymilvus' own settings ping every 10 s, and the server ends the connection at the third ping
+time.sleep(75)  # by pymilvus' own settings the server ends the connection within a minute
 print(client.list_collections())
 client.close()
 """
