@@ -25,11 +25,12 @@ CONFIG = EncoderConfig(embedding_dim=32, image=ImageSpec(64, 32))
 PERSONS, STRANGERS = range(1, 9), range(9, 15)
 
 
-def draw_site(root: Path, *, cameras: int = 3, seed: int = 3) -> Site:
+def draw_site(root: Path, *, cameras: int = 3, seed: int = 3, test_noise: float = 60) -> Site:
     """240 crops of 8 people to adapt to, 6 other people to measure with, as a crop store.
 
     Each person is a field of colours and each camera a tint, so that even random weights find the people;
-    30 crops a person suit the recipe's k1. Of the people to measure with, shots differ enough for some mistakes.
+    30 crops a person suit the recipe's k1. Of the people to measure with, shots differ enough for some mistakes,
+    unless ``test_noise`` (grey levels) is small.
     """
     rng = np.random.default_rng(seed)
     fields = rng.integers(40, 216, (len(PERSONS) + len(STRANGERS) + 1, 8, 4, 3)).astype(np.float64)
@@ -42,7 +43,7 @@ def draw_site(root: Path, *, cameras: int = 3, seed: int = 3) -> Site:
     ]
     paths = []
     for number, (person, camera, split) in enumerate(rows):
-        noise = rng.normal(0, 6 if split == "train" else 60, fields[person].shape)
+        noise = rng.normal(0, 6 if split == "train" else test_noise, fields[person].shape)
         small = (fields[person] + tints[camera] + noise).clip(0, 255).astype(np.uint8)
         path = root / split / f"cam{camera}" / f"{number:04d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)

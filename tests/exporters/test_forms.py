@@ -51,7 +51,7 @@ def exported(site: Site, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bund
         "--site",
         site.root,
         "--evaluation",
-        site.root,
+        draw_site(root / "certain", test_noise=6).root,
         "--sign-key",
         root / "site.key",
         "--json",
@@ -85,6 +85,7 @@ def test_the_figures_are_in_the_manifest_and_on_the_table(exported: tuple[Bundle
     bundle, figures, told = exported
     forms = bundle.manifest.evaluation["forms"]
     assert forms["model.int8.onnx"]["mean_cosine"] >= 0.98
+    assert forms["model.onnx"]["mAP"] > 0.999  # so that no CPU's rounding changes the order of 18 searches
     assert abs(forms["model.int8.onnx"]["mAP"] - forms["model.onnx"]["mAP"]) <= 0.01
     assert forms["model.onnx"]["images_per_s"] > 0 and "cores" in bundle.manifest.evaluation["measured_on"]
     for artefact in bundle.manifest.artefacts:
