@@ -214,8 +214,9 @@ def adapted(
 def test_a_model_learns_what_was_confirmed(tiny_site: Site, tmp_path: Path, recipe: str) -> None:
     """Two of the drawn people are one person in two coats: pixels cannot say so, one confirmed pair does.
 
-    Margins are under half of the smallest difference of three seeds on two kinds of CPU: ARI .13, nearness .12 to .43.
-    No margin holds for the ARI of o2cap, whose few clusters of these crops change with the last digits of features.
+    Margins are under half of the smallest difference of three seeds on two kinds of CPU: ARI .13, nearness .35. No such
+    margin holds for o2cap: its clusters of these crops change with the last digits of features. What is certain for
+    both is that features alone part the pair, and that the labels trained on unite it.
     """
     coats = [np.flatnonzero(tiny_site.train.persons == person) for person in (1, 2)]
     persons = tiny_site.train.persons.copy()
@@ -228,8 +229,6 @@ def test_a_model_learns_what_was_confirmed(tiny_site: Site, tmp_path: Path, reci
     linked, unlinked = held.provenance.history, plain.provenance.history
     assert [row["links"] for row in linked] == [1, 1] and "links" not in unlinked[0]
     assert linked[0]["links_violated"] == 1
-    if recipe == "purify":
-        assert linked[-1]["ari"] > unlinked[-1]["ari"] + 0.05
     labels = np.load(tmp_path / "held-log" / "teacher-labels.npy")
     assert labels[link.rows[0, 0]] == labels[link.rows[0, 1]] != -1
 
@@ -238,7 +237,9 @@ def test_a_model_learns_what_was_confirmed(tiny_site: Site, tmp_path: Path, reci
         features = unit(features - features.mean(0))
         return float(features[coats[0]].mean(0) @ features[coats[1]].mean(0))
 
-    assert nearness(held) > nearness(plain) + 0.05
+    if recipe == "purify":
+        assert linked[-1]["ari"] > unlinked[-1]["ari"] + 0.05
+        assert nearness(held) > nearness(plain) + 0.1
     assert held.provenance.recipe["links"] == link.digest and "links" not in plain.provenance.recipe
 
 
