@@ -17,7 +17,7 @@ ENV RESIGHT_BUNDLE=/bundle RESIGHT_DATA=/data RESIGHT_LISTEN=0.0.0.0:50051 RESIG
 VOLUME /data
 EXPOSE 50051
 HEALTHCHECK --interval=15s --timeout=5s --start-period=60s \
-    CMD ["python", "-c", "from resight.cli_connect import connect; connect('localhost:50051').wait_ready(3)"]
+    CMD ["python", "-c", "from resight.cli.options import connect; connect('localhost:50051').wait_ready(3)"]
 # It starts with TLS files or RESIGHT_BEHIND_TLS_PROXY, and answers whoever has a token (docs/security.md).
 ENTRYPOINT ["resight", "serve"]
 
@@ -33,7 +33,7 @@ ENV RESIGHT_BUNDLE=/bundle RESIGHT_DATA=/data RESIGHT_LISTEN=0.0.0.0:50051 RESIG
 VOLUME /data
 EXPOSE 50051
 HEALTHCHECK --interval=15s --timeout=5s --start-period=120s \
-    CMD ["python", "-c", "from resight.cli_connect import connect; connect('localhost:50051').wait_ready(3)"]
+    CMD ["python", "-c", "from resight.cli.options import connect; connect('localhost:50051').wait_ready(3)"]
 ENTRYPOINT ["resight", "serve"]
 
 # Ingests, adapts, exports and runs the cycle.

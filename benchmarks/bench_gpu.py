@@ -24,9 +24,9 @@ from pathlib import Path
 
 from gpu_pieces import Rows, export, index, runtimes, service, training
 
-from resight.bundle import Bundle, open_bundle
-from resight.engine import load_cudart
+from resight.bundle.bundle import Bundle, open_bundle
 from resight.errors import StartupError
+from resight.runtime.engine import load_cudart
 
 ROOT = Path(__file__).resolve().parents[1]
 DOC = ROOT / "docs" / "gpu.md"

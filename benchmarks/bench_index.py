@@ -25,13 +25,13 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from resight.service import reads, writes
-from resight.service.entries import Collection, Filter, Space, now_us
-from resight.service.ladder import Kind, Ladder
-from resight.service.runtime import Feature
-from resight.service.searcher import Query, Searcher
-from resight.service.store import Store
-from resight.service.tune import tune
+from resight.arrays import Feature
+from resight.service.index.base import IndexKind, IndexPolicy
+from resight.service.index.flat import tune_faiss
+from resight.service.records import Collection, Filter, Space, now_us
+from resight.service.search.searcher import NearestQuery, Searcher
+from resight.service.storage import reads, writes
+from resight.service.storage.store import Store
 
 DIM, K, BATCH = 512, 10, 64
 PIECE = 10_000
@@ -89,21 +89,21 @@ async def medians_ms(*runs: Callable[[], Awaitable[object]], times: int) -> list
     return [statistics.median(own) for own in taken]
 
 
-async def measured(path: Path, kind: Kind, count: int) -> None:
+async def measured(path: Path, kind: IndexKind, count: int) -> None:
     """Print the figures of one kind over one store."""
     gc.collect()
     before, started = resident(), time.perf_counter()
     store = Store(path, dim=DIM, quick_check_s=5.0)
-    searcher = Searcher(store, Ladder(kind=kind))
+    searcher = Searcher(store, IndexPolicy(kind=kind))
     await searcher.load()
     collection = await store.read(reads.collection, "bench")
-    asked = [Query(row, K, Filter()) for row in rows_of(BATCH, 10**9)]
+    asked = [NearestQuery(row, K, Filter()) for row in rows_of(BATCH, 10**9)]
     await searcher.search(collection, asked[:1], with_features=False)
     took_s, held, told = time.perf_counter() - started, resident() - before, searcher.stats(collection).index_bytes
     print(f"{count} {kind}: {took_s:.1f} s from opening to the first answer, {held / 1e6:.0f} MB resident, ", end="")
     print(f"{told / 1e6:.0f} MB told")
     index, queries = bare(kind, count), np.stack([one.feature for one in asked])
-    pool = ThreadPoolExecutor(1, initializer=tune(DIM).apply, initargs=(DIM,))
+    pool = ThreadPoolExecutor(1, initializer=tune_faiss(DIM).apply, initargs=(DIM,))
 
     async def scan(few: Feature) -> None:
         await asyncio.get_running_loop().run_in_executor(pool, index.search, few, K)
@@ -131,7 +131,7 @@ async def measured(path: Path, kind: Kind, count: int) -> None:
     )
 
 
-def bare(kind: Kind, count: int) -> faiss.Index:
+def bare(kind: IndexKind, count: int) -> faiss.Index:
     """The same rows in faiss alone."""
     index = (
         faiss.IndexFlatIP(DIM)

@@ -24,15 +24,14 @@ from bench_runtime import BACKBONES, SUBSET, make_encoder
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.quant_utils import QuantType
 
-from resight.cpu_session import CpuSession
-from resight.export_site import Lender, fitted, sample
-from resight.exporters import qdq
-from resight.exporters.forms import machine
-from resight.exporters.graph import ServingGraph
-from resight.exporters.to_onnx import to_onnx
+from resight.arrays import Pixels
+from resight.cli.export import SiteDataLoader, fitted_pixels, sample_crops
+from resight.exporters import int8
+from resight.exporters.forms import machine_name
+from resight.exporters.onnx_graph import ServingGraph, to_onnx
 from resight.exporters.verify import run_onnx
-from resight.image import Pixels
-from resight.training.datasets import open_site
+from resight.runtime.onnx import CpuSession
+from resight.training.store.datasets import open_site
 
 BATCH = 32
 FORMS: dict[str, dict[str, Any]] = {
@@ -48,14 +47,14 @@ def has_vnni() -> bool:
     return any(name in flags.split() for name in ("avx512_vnni", "avx_vnni"))
 
 
-def make_form(calibrated: qdq.Calibrated, changes: dict[str, Any]) -> bytes:
+def make_form(calibrated: int8.CalibratedGraph, changes: dict[str, Any]) -> bytes:
     """An INT8 form with other settings of the quantiser; corrected biases only where ours has them."""
     spell: Callable[..., QDQQuantizer] = partial(_quantizer, changes)
-    with mock.patch.object(qdq, "QDQQuantizer", spell):
+    with mock.patch.object(int8, "QDQQuantizer", spell):
         if not changes:
-            return qdq.apply(calibrated)
-        with mock.patch.object(qdq, "_correct_biases", lambda model, calibrated: None):
-            return qdq.apply(calibrated)
+            return int8.quantize_graph(calibrated)
+        with mock.patch.object(int8, "_correct_biases", lambda model, calibrated: None):
+            return int8.quantize_graph(calibrated)
 
 
 def _quantizer(changes: dict[str, Any], model: object, **settings: Any) -> QDQQuantizer:
@@ -77,20 +76,20 @@ def rate(model: bytes, crops: Pixels, seconds: float) -> float:
 def compare(backbone: str, label: str, seconds: float) -> None:
     """Print a row a form."""
     site = open_site(SUBSET)
-    store = sample(site.train, 256)
-    encoder = make_encoder(backbone, lambda spec: fitted(store, spec))
+    store = sample_crops(site.train, 256)
+    encoder = make_encoder(backbone, lambda spec: fitted_pixels(store, spec))
     spec = encoder.config.image
     fp32 = to_onnx(ServingGraph(encoder), spec)
-    calibrated = qdq.calibrate(fp32, fitted(store, spec))
+    calibrated = int8.calibrate(fp32, fitted_pixels(store, spec))
     crops, trained = calibrated.held_back, backbone == "osnet_x0_25"
     base = rate(fp32, crops, seconds)
-    before = f"{100 * Lender(None, spec, site).measure(run_onnx(fp32)):.2f}" if trained else "-"
+    before = f"{100 * SiteDataLoader(None, spec, site).measure(run_onnx(fp32)):.2f}" if trained else "-"
     print(f"| {backbone} | {label} | fp32 | 1 | 1 | {before} | {base:.0f} | 1 |", flush=True)
     for name, changes in FORMS.items():
         model = make_form(calibrated, changes)
-        cosines = (qdq.run(model, crops).astype(np.float64) * calibrated.features).sum(1)
+        cosines = (int8.run_graph(model, crops).astype(np.float64) * calibrated.features).sum(1)
         speed = rate(model, crops, seconds)
-        after = f"{100 * Lender(None, spec, site).measure(run_onnx(model)):.2f}" if trained else "-"
+        after = f"{100 * SiteDataLoader(None, spec, site).measure(run_onnx(model)):.2f}" if trained else "-"
         print(
             f"| {backbone} | {label} | {name} | {cosines.mean():.4f} | {cosines.min():.4f} | {after} | {speed:.0f} | "
             f"{speed / base:.2f} |",
@@ -107,7 +106,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not SUBSET.exists():
         raise SystemExit(f"bench_int8: no {SUBSET}: it needs real crops beside the checkout")
-    print(f"{machine()}, onnxruntime {onnxruntime.__version__}")
+    print(f"{machine_name()}, onnxruntime {onnxruntime.__version__}")
     print("| backbone | kernels | form | mean cosine | worst | mAP | crops/s | x fp32 |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for backbone in arguments.backbones.split(","):

@@ -30,9 +30,9 @@ import torch
 from numpy.typing import NDArray
 from sklearn.cluster import DBSCAN
 
-from resight.training.dbscan import scan
-from resight.training.jaccard import encode_ranked, jaccard_graph
-from resight.training.neighbours import Neighbours, search
+from resight.neighbours.jaccard import encode_neighbours, jaccard_graph
+from resight.neighbours.search import Neighbours, search_neighbours
+from resight.training.clustering.dbscan import dbscan
 
 K1, K2, EPS, MIN_SAMPLES = 30, 6, 0.6, 4  # LP on Market-1501
 EACH = 17  # crops a person, as Market-1501's 12,936 of 751
@@ -72,8 +72,8 @@ def people(crops: int, dim: int) -> Floats:
 
 def sparse_rest(features: Floats, near: Neighbours) -> Ints:
     """What `resight adapt` does once neighbours are found."""
-    graph = jaccard_graph([encode_ranked(features, near, k1=K1, k2=K2)], [1.0], max_distance=EPS)
-    return scan(graph, EPS, MIN_SAMPLES)
+    graph = jaccard_graph([encode_neighbours(features, near, k1=K1, k2=K2)], [1.0], max_distance=EPS)
+    return dbscan(graph, EPS, MIN_SAMPLES)
 
 
 def dense_search(features: Floats) -> Ints:
@@ -117,7 +117,7 @@ def _reciprocal(ranks: Ints, i: int, k: int) -> Ints:
 
 
 WAYS: dict[str, tuple[Callable[[Floats], Any], Callable[[Floats, Any], Ints]]] = {
-    "sparse": (lambda features: search(features, K1), sparse_rest),
+    "sparse": (lambda features: search_neighbours(features, K1), sparse_rest),
     "dense": (dense_search, dense_rest),
 }
 

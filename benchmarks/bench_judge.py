@@ -20,17 +20,17 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from resight.model import Encoder
-from resight.ranking import evaluate_ranking
-from resight.training.cluster import Clustering
-from resight.training.crops import CropStore
-from resight.training.datasets import Site, open_site
-from resight.training.evaluate import evaluation_splits
-from resight.training.features import extract
-from resight.training.judge import join_splits, judge, try_cluster
-from resight.training.neighbours import Floats
-from resight.training.recipe import load_recipe
-from resight.weights import load_weights
+from resight.arrays import Floats
+from resight.encoder.model import Encoder
+from resight.encoder.weights import load_weights
+from resight.metrics.ranking import evaluate_ranking
+from resight.training.adaptation.recipe import load_recipe
+from resight.training.clustering.cluster import Clustering, try_cluster
+from resight.training.evaluation.evaluate import evaluation_splits
+from resight.training.features.extract import extract_features
+from resight.training.judging.judge import judge
+from resight.training.store.crops import CropStore
+from resight.training.store.datasets import Site, join_splits, open_site
 
 NOISE = (0.1, 0.2, 0.3, 0.5)  # of each tensor's standard deviation
 
@@ -78,7 +78,7 @@ def features_of(name: str, encoder: Encoder, store: CropStore, cache: Path | Non
     if file is not None and file.is_file():
         found: Floats = np.load(file)
         return found
-    found = extract(encoder, store, local=False)[0]
+    found = extract_features(encoder, store, local=False)[0]
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         np.save(file, found)

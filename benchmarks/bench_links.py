@@ -19,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import adjusted_rand_score
 
-from resight.training.cluster import Clustering, ClusterSettings, cluster
-from resight.training.crops import CropStore
-from resight.training.datasets import open_site
-from resight.training.features import extract
-from resight.training.links import Links
-from resight.weights import load_weights
+from resight.encoder.weights import load_weights
+from resight.training.clustering.cluster import Clustering, ClusterSettings, cluster
+from resight.training.features.extract import extract_features
+from resight.training.store.crops import CropStore
+from resight.training.store.datasets import open_site
+from resight.training.store.links import Links
 
 LINKS = (0, 50, 100, 200, 500, 1000)
 SETTINGS = ClusterSettings(centre_cameras=True)  # as purify-camera's
@@ -60,7 +60,7 @@ def main() -> None:
         return
     store = open_site(asked.site).train
     store = store.subset(np.flatnonzero(np.isin(store.persons, np.unique(store.persons)[: asked.people])))
-    features = extract(load_weights(asked.init).encoder, store, device="cpu", local=False)[0]
+    features = extract_features(load_weights(asked.init).encoder, store, device="cpu", local=False)[0]
     print(f"{len(store)} crops of {asked.people} people\n")
     print("| links | of them rejected | violated without | clusters | ARI | seconds |")
     print("| --- | --- | --- | --- | --- | --- |")

@@ -29,20 +29,20 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from resight.cpu_session import CpuSession
-from resight.exporters.graph import ServingGraph
-from resight.exporters.qdq import calibrate
-from resight.exporters.quantize import Gate, decide, keep_sensitive
-from resight.exporters.to_fp16 import to_fp16
-from resight.exporters.to_onnx import to_onnx
+from resight.arrays import Pixels
+from resight.bundle.probes import EmbedBatch
+from resight.encoder.model import Encoder, EncoderConfig
+from resight.encoder.weights import load_weights
+from resight.exporters.fp16 import to_fp16
+from resight.exporters.int8 import Int8Criteria, calibrate, check_int8, keep_sensitive
+from resight.exporters.onnx_graph import ServingGraph, to_onnx
 from resight.exporters.verify import run_onnx, run_torch
-from resight.image import ImageSpec, Pixels, decode, fit
-from resight.model import Encoder, EncoderConfig
-from resight.probes import Run
-from resight.training.datasets import Site, open_site
-from resight.training.evaluate import embed_store, evaluate_site
-from resight.training.synthetic import SiteSettings, render_site
-from resight.weights import load_weights
+from resight.image import ImageSpec, decode, fit
+from resight.runtime.onnx import CpuSession
+from resight.training.evaluation.evaluate import evaluate_site
+from resight.training.features.extract import embed_store
+from resight.training.store.datasets import Site, open_site
+from resight.training.synthetic.site import SiteSettings, render_site
 
 SHARED = Path(__file__).parents[2] / "shared"
 SUBSET, WEIGHTS = SHARED / "data" / "market-subset", SHARED / "weights" / "osnet_x0_25_msmt17.pth"
@@ -70,7 +70,7 @@ def make_encoder(backbone: str, crops: Callable[[ImageSpec], Pixels]) -> Encoder
     return encoder.eval()
 
 
-def plain_export(encoder: Encoder) -> Run:
+def plain_export(encoder: Encoder) -> EmbedBatch:
     """The peer: exported as it stands, fed with input that was normalised beforehand."""
 
     class Plain(torch.nn.Module):
@@ -104,7 +104,7 @@ def plain_export(encoder: Encoder) -> Run:
     return run
 
 
-def rates(runs: dict[str, tuple[Run, int]], pixels: Pixels, seconds: float) -> dict[str, float]:
+def rates(runs: dict[str, tuple[EmbedBatch, int]], pixels: Pixels, seconds: float) -> dict[str, float]:
     """Crops a second of each, in turns: the best of at least 3 rounds, and of ``seconds`` in all."""
     best = dict.fromkeys(runs, 0.0)
     for run, batch in runs.values():
@@ -120,7 +120,7 @@ def rates(runs: dict[str, tuple[Run, int]], pixels: Pixels, seconds: float) -> d
     return best
 
 
-def in_batches(run: Run, pixels: Pixels, batch: int) -> Features:
+def in_batches(run: EmbedBatch, pixels: Pixels, batch: int) -> Features:
     """Features of all pixels, ``batch`` at a time."""
     return np.concatenate([run(pixels[start : start + batch]) for start in range(0, len(pixels), batch)])
 
@@ -182,8 +182,8 @@ def compare(backbone: str, site: Site, seconds: float) -> None:
             float(evaluate_site(site, lambda part, run=run: embed_store(part, spec, run)).mAP) for run in (ours, int8)
         )
         print(f"  mAP on {site.name}: fp32 {100 * before:.2f}, int8 {100 * after:.2f}")
-    verdict = decide(
-        Gate(),
+    verdict = check_int8(
+        Int8Criteria(),
         mean_cosine=made.mean_cosine,
         map_before=before,
         map_after=after,

@@ -3,7 +3,7 @@
 Each row runs the same graph in a process of its own, the rows in turn and several rounds, and prints medians:
 crops a second and CPU milliseconds a crop over batches of random size (what a batcher makes), milliseconds and CPU
 milliseconds of a lone crop every 5 ms, crops and JPEGs a second when a decoding thread shares the cores, and the
-memory the runs added to the loaded model. The first row is what `resight.service.onnx_runtime` sets.
+memory the runs added to the loaded model. The first row is what `resight.runtime.onnx` sets.
 
     python benchmarks/bench_session.py [--onnx FILE] [--seconds 1] [--rounds 3]
 """
@@ -28,9 +28,9 @@ import numpy as np
 import onnxruntime as ort
 from PIL import Image
 
-from resight.cpu_session import CpuSession, session_options
-from resight.image import Pixels
-from resight.probes import draw_jpegs
+from resight.arrays import Pixels
+from resight.bundle.probes import draw_jpegs
+from resight.runtime.onnx import CpuSession, session_options
 
 MAX_BATCH = 32
 LONE = 60  # lone crops
@@ -139,8 +139,8 @@ def main() -> None:
 
 def export_builtin(folder: Path) -> Path:
     """The built-in encoder's graph."""
+    from resight.encoder.weights import load_weights
     from resight.exporters.export import export_encoder
-    from resight.weights import load_weights
 
     initial = load_weights("builtin")
     licence = initial.source["licence"]

@@ -22,24 +22,22 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from resight.model import Encoder
-from resight.training.augment import erase, shift_and_flip
-from resight.training.distill import Guide
-from resight.training.epoch import Round, draw_batches, train_epoch
-from resight.training.features import autocast, read_batches, to_input
-from resight.training.ghost import group_batch_norm
-from resight.training.optimizer import make_optimizer
-from resight.training.recipe import load_recipe
-from resight.training.run import Run, Stage
-from resight.training.runlog import RunLog
-from resight.training.step import Trainee, views_used
-from resight.training.synthetic import SiteSettings, render_site
-from resight.weights import load_weights
+from resight.encoder.model import Encoder
+from resight.encoder.weights import load_weights
+from resight.training.adaptation.adapt import train_epoch
+from resight.training.adaptation.batches import erase, shift_and_flip
+from resight.training.adaptation.distill import Teacher
+from resight.training.adaptation.epoch import draw_batches
+from resight.training.adaptation.ghost_batch_norm import group_batch_norm
+from resight.training.adaptation.recipe import load_recipe, views_used
+from resight.training.adaptation.run import EpochState, RunLog, Stage, TrainingRun, TrainState, make_optimizer
+from resight.training.features.extract import autocast, read_batches, to_input
+from resight.training.synthetic.site import SiteSettings, render_site
 
 SITE = SiteSettings(train_persons=32, test_persons=2, strangers=0)  # crops of 128 x 64, as Market-1501's
 
 
-def same_batches(run: Run, stage: Stage, encoder: Encoder) -> list[Tensor]:
+def same_batches(run: TrainingRun, stage: Stage, encoder: Encoder) -> list[Tensor]:
     """The inputs of `train_epoch`'s epoch 0, drawn with the same chance and ready in memory."""
     recipe, store = run.recipe, run.store
     sampling, moving, erasing, *_ = run.chance(stage, 0)
@@ -53,7 +51,7 @@ def same_batches(run: Run, stage: Stage, encoder: Encoder) -> list[Tensor]:
     return [erase(to_input(encoder, pixels, run.device), recipe.augment, erasing) for _, pixels in read]
 
 
-def bare_steps(run: Run, trainee: Trainee, batches: list[Tensor]) -> float:
+def bare_steps(run: TrainingRun, trainee: TrainState, batches: list[Tensor]) -> float:
     """Seconds of forward, backward and step over all batches, for a loss that costs nothing."""
     trainee.encoder.train()
     if trainee.guide is not None:
@@ -72,21 +70,21 @@ def bare_steps(run: Run, trainee: Trainee, batches: list[Tensor]) -> float:
     return time.perf_counter() - started
 
 
-def compare(run: Run, stage: Stage, repeats: int) -> tuple[float, float]:
+def compare(run: TrainingRun, stage: Stage, repeats: int) -> tuple[float, float]:
     """Images a second of the loop and of bare steps, in turns."""
     initial = load_weights("builtin").encoder.to(memory_format=torch.channels_last).to(run.device)
     group_batch_norm(initial, run.recipe.samples_per_bn)
-    guide = Guide(copy.deepcopy(initial)) if stage == "student" else None
+    guide = Teacher(copy.deepcopy(initial)) if stage == "student" else None
     trainees = []
     for _ in range(2):
         encoder = copy.deepcopy(initial)
-        trainees.append(Trainee(encoder, make_optimizer(encoder, run.recipe), guide))
+        trainees.append(TrainState(encoder, make_optimizer(encoder, run.recipe), guide))
     batches = same_batches(run, stage, initial)
     images = repeats * run.recipe.iters * run.recipe.batch
     seconds = {"loop": 0.0, "bare": 0.0}
     bare_steps(run, trainees[1], batches[:2])  # both sides find warm caches
     for _ in range(repeats):
-        seconds["loop"] += train_epoch(run, Round(stage, 0), trainees[0])["train_s"]
+        seconds["loop"] += train_epoch(run, EpochState(stage, 0), trainees[0])["train_s"]
         seconds["bare"] += bare_steps(run, trainees[1], batches)
     return images / seconds["loop"], images / seconds["bare"]
 
@@ -106,7 +104,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = render_site(Path(folder) / "site", SITE, seed=1).train
         with RunLog(Path(folder) / "log", console=Console(stderr=True)) as log:
-            run = Run(store, recipe, 1, arguments.device, log)
+            run = TrainingRun(store, recipe, 1, arguments.device, log)
             print(f"{recipe.name}, {arguments.device}, {torch.get_num_threads()} threads, batches of {recipe.batch}")
             for stage in ("teacher", "student"):
                 loop, bare = compare(run, stage, arguments.repeats)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from resight.bundle import Bundle, open_bundle
+from resight.arrays import Pixels
+from resight.bundle.bundle import Bundle, open_bundle
+from resight.bundle.probes import EmbedBatch, draw_jpegs
 from resight.errors import ReIDError
-from resight.image import Pixels, decode, fit
-from resight.probes import Run, draw_jpegs
+from resight.image import decode, fit
 
 BATCHES = (1, 8, 32)
 TRAIN_BATCH = 64  # the recipes' own
@@ -38,8 +39,8 @@ def training(device: str, seconds: float) -> Rows:
     """Forward, backward and step of ResNet-50 on ready batches, in fp32 and bf16."""
     import torch
 
-    from resight.model import Encoder, EncoderConfig
-    from resight.training.features import autocast
+    from resight.encoder.model import Encoder, EncoderConfig
+    from resight.training.features.extract import autocast
 
     if device == "cuda" and not torch.cuda.is_available():
         return [("training step", f"not run: this torch ({torch.__version__}) sees no GPU")]
@@ -66,8 +67,8 @@ def training(device: str, seconds: float) -> Rows:
 
 def runtimes(bundle: Bundle, providers: tuple[str, ...], seconds: float, cache: Path) -> Rows:
     """Crops a second of every runtime and precision, and how near each came to torch on the probes."""
-    from resight.probes import measure_parity
-    from resight.service.runtime import open_runtime
+    from resight.bundle.probes import measure_parity
+    from resight.runtime.providers import open_runtime
 
     found: Rows = []
     precisions = dict.fromkeys(artefact.precision for artefact in bundle.manifest.artefacts)
@@ -98,7 +99,7 @@ def runtimes(bundle: Bundle, providers: tuple[str, ...], seconds: float, cache: 
     return found
 
 
-def rates(run: Run, crops: Pixels, seconds: float) -> dict[int, float]:
+def rates(run: EmbedBatch, crops: Pixels, seconds: float) -> dict[int, float]:
     """Crops a second by size of batch."""
     return {size: rate(lambda: run(crops[:size]), size, seconds / len(BATCHES)) for size in BATCHES}  # noqa: B023
 
@@ -168,7 +169,7 @@ def service(bundle: Bundle, providers: tuple[str, ...], seconds: float, folder: 
     """Crops a second through `resight serve`, with 32 callers."""
     from load import EMBED, IN_FLIGHT, Load, put
 
-    from resight.served import server
+    from resight.demo.harness import running_server
     from resight.v1 import common_pb2, embedding_pb2
 
     found: Rows = []
@@ -178,7 +179,7 @@ def service(bundle: Bundle, providers: tuple[str, ...], seconds: float, folder: 
         what = f"service on {provider}, {IN_FLIGHT} in flight"
         with environment(RESIGHT_PROVIDER=provider, RESIGHT_ENGINE_CACHE=str(folder / "engines")):
             try:
-                with server(bundle.path, folder / f"data-{provider}", max_top_k=10) as address:
+                with running_server(bundle.path, folder / f"data-{provider}", max_top_k=10) as address:
                     found.append((what, f"{put(Load(address, EMBED, asked, seconds, warm_s=1.0)).rate:.0f} crops/s"))
             except ReIDError as error:
                 found.append((what, f"not run: {str(error).strip().splitlines()[-1][:300]}"))
@@ -189,9 +190,9 @@ def service(bundle: Bundle, providers: tuple[str, ...], seconds: float, folder: 
 
 def export(folder: Path) -> Bundle:
     """The built-in encoder as fp32 and fp16."""
+    from resight.encoder.weights import load_weights
     from resight.exporters.export import export_encoder
-    from resight.exporters.forms import Wanted
-    from resight.weights import load_weights
+    from resight.exporters.forms import ExportOptions
 
     initial = load_weights("builtin")
     export_encoder(
@@ -200,6 +201,6 @@ def export(folder: Path) -> Bundle:
         name="bench",
         training={},
         weights_licence=initial.source["licence"],
-        wanted=Wanted(precisions=("fp32", "fp16")),
+        wanted=ExportOptions(precisions=("fp32", "fp16")),
     )
     return open_bundle(folder / "bundle")

@@ -14,10 +14,10 @@ import numpy as np
 from load import ENROL_BATCH, Heard, Load, put
 from PIL import Image
 
-from resight.bundle import Bundle, open_bundle
+from resight.arrays import Feature
+from resight.bundle.bundle import Bundle, open_bundle
 from resight.client import Client
-from resight.served import server
-from resight.service.runtime import Feature
+from resight.demo.harness import running_server
 from resight.v1 import common_pb2, embedding_pb2, gallery_pb2, search_pb2
 
 TOP_K = 10
@@ -40,8 +40,8 @@ Rows = Iterator[Row]
 
 def crops(count: int = 64) -> tuple[bytes, ...]:
     """JPEGs of drawn people, 128 x 256, about as large as a camera's."""
-    from resight.training.people import sample_people
-    from resight.training.scene import make_cameras, take_crop
+    from resight.training.synthetic.camera import make_cameras, take_crop
+    from resight.training.synthetic.people import sample_people
 
     rng = np.random.default_rng(0)
     (camera,) = make_cameras(1, rng, world="site", height=256, width=128)
@@ -58,8 +58,8 @@ def bundle_of(backbone: str, path: Path, *, seed: int = 0) -> Bundle:
     import torch
     from torch import nn
 
+    from resight.encoder.model import Encoder, EncoderConfig
     from resight.exporters.export import export_encoder
-    from resight.model import Encoder, EncoderConfig
 
     torch.manual_seed(seed)
     encoder = Encoder(EncoderConfig(backbone=backbone))
@@ -117,7 +117,7 @@ class Bench:
         os.environ.update({f"RESIGHT_{key.upper()}": value for key, value in settings.items()})
         with ExitStack() as stack:
             try:
-                address = stack.enter_context(server(bundle.path, self.folder / name, max_top_k=1000))
+                address = stack.enter_context(running_server(bundle.path, self.folder / name, max_top_k=1000))
             finally:  # at once: another server may be started in the block
                 os.environ.clear()
                 os.environ.update(before)

@@ -11,9 +11,10 @@ import onnxruntime as ort
 from load import EMBED, EMBED_BATCH, EMBED_STREAM, IN_FLIGHT, SEARCH, Heard, Load, put
 from pieces import Bench, Row, Rows, fill, sure
 
-from resight.bundle import Bundle
-from resight.cpu_session import session_options
-from resight.image import Pixels, decode, fit
+from resight.arrays import Pixels
+from resight.bundle.bundle import Bundle
+from resight.image import decode, fit
+from resight.runtime.onnx import session_options
 from resight.v1 import search_pb2
 
 GOALS = {"resnet50": 0.90, "osnet_x0_25": 0.80}  # of a bare onnxruntime loop at its best batch

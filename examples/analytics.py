@@ -1,15 +1,16 @@
-"""A loop of video analytics: frames with tracked boxes go in, acts come out.
+"""A loop of video analytics: it reads frames with tracked boxes, and acts on the search results.
 
     python examples/analytics.py --server 127.0.0.1:50051 --collection lobby
 
-Each track becomes one query and one entry, made of its crops. Who passes the entrance is enrolled; whoever is seen in
-the yard is searched for among what *other* cameras saw, and the answer's decision is acted on:
+Each track becomes one query and one entry, made of its crops. People at the entrance are enrolled; people in the
+yard are searched for among the entries of *other* cameras, and the decision determines the action:
 
 - match: the same person, so the track is enrolled under that person's subject.
-- uncertain: somebody should look; it is enrolled under a subject of its own until then.
+- uncertain: an operator should check it; until then the track is enrolled under its own subject.
 - unknown: not seen before, enrolled as a new subject.
 
-A space without a calibration has no decisions: all is for somebody to look at. The last line on stdout is the summary.
+A space without a calibration has no decisions: an operator has to check every track.
+The last line on stdout is the summary.
 """
 
 from __future__ import annotations
@@ -30,21 +31,20 @@ from pathlib import Path
 from drawn_camera import DrawnCamera, Frame, two_cameras
 from PIL import Image
 
-from resight.client import NewEntry, Where
-from resight.client_async import AsyncClient
+from resight.client import AsyncClient, NewEntry, Where
 from resight.errors import CollectionExistsError, ReIDError
 
 log = logging.getLogger("analytics")
 
-MOST_CROPS = 8  # of a track: more cost time and tell little
-GONE_S = 1.0  # a track not seen for so long has ended
+MOST_CROPS = 8  # of a track: more cost time and add little
+GONE_S = 1.0  # a track not seen for this time has ended
 IN_FLIGHT = 8  # calls at once: enough for the server to batch
 KEPT = timedelta(days=1)
 
 
 @dataclass
 class Track:
-    """What one camera saw of one person: up to `MOST_CROPS` crops, as JPEG files."""
+    """Crops of one person from one camera: up to `MOST_CROPS` crops, as JPEG files."""
 
     camera_id: str
     track_id: str
@@ -53,7 +53,7 @@ class Track:
     crops: list[bytes] = field(default_factory=list)
 
     def add(self, frame: Frame, xyxy: tuple[int, int, int, int]) -> None:
-        """Take the crop of a frame."""
+        """Add the crop of a frame."""
         self.last_seen = frame.time
         if len(self.crops) < MOST_CROPS:
             left, top, right, bottom = xyxy
@@ -62,7 +62,7 @@ class Track:
             self.crops.append(buffer.getvalue())
 
     def entry(self, subject_id: str) -> NewEntry:
-        """As it is enrolled: one entry of all crops; again, it takes the place of the earlier one."""
+        """The entry of all crops; it replaces an earlier entry of the track."""
         return NewEntry(
             self.crops,
             entry_id=self.track_id,
@@ -75,7 +75,7 @@ class Track:
 
 
 def tracks(frames: Iterable[Frame]) -> Iterator[Track]:
-    """Tracks of one camera, each when it has ended."""
+    """Tracks of one camera, each yielded when it has ended."""
     open_ones: dict[str, Track] = {}
     for frame in frames:
         for box in frame.boxes:
@@ -87,7 +87,7 @@ def tracks(frames: Iterable[Frame]) -> Iterator[Track]:
 
 
 class Analytics:
-    """Follows cameras and acts.
+    """Enrols and searches the tracks of cameras.
 
     Args:
         client: of the server.
@@ -107,10 +107,10 @@ class Analytics:
                 group.create_task(self._enrol(track, f"subject-of-{track.track_id}"))
 
     async def search_all(self, frames: Iterable[Frame]) -> None:
-        """Search for each track of a camera among what other cameras saw."""
+        """Search each track of a camera among the entries of other cameras."""
         async with asyncio.TaskGroup() as group:
             for track in tracks(frames):
-                group.create_task(self._look_for(track))
+                group.create_task(self._search(track))
 
     async def _enrol(self, track: Track, subject_id: str) -> None:
         async with self._places:
@@ -118,37 +118,39 @@ class Analytics:
         self.subjects[track.track_id] = subject_id
         log.info("enrolled %s as %s from %d crops", track.track_id, subject_id, entry.shot_count)
 
-    async def _look_for(self, track: Track) -> None:
+    async def _search(self, track: Track) -> None:
         others = Where(exclude_camera_ids=[track.camera_id])
         async with self._places:
-            answer = await self._client.search(self._collection, track.crops, top_k=3, where=others, group_by="subject")
-        decision = answer.decision or "uncertain"
+            result = await self._client.search(self._collection, track.crops, top_k=3, where=others, group_by="subject")
+        decision = result.decision or "uncertain"
         self.decisions[decision] += 1
         own = f"subject-of-{track.track_id}"
         if decision == "match":
-            best = answer.hits[0]
+            best = result.hits[0]
             log.info("%s is %s, probability %.3f", track.track_id, best.entry.subject_id, best.probability)
             await self._enrol(track, best.entry.subject_id)
             return
         if decision == "uncertain":
-            nearest = ", ".join(f"{hit.entry.subject_id} ({hit.similarity:.2f})" for hit in answer.hits)
-            log.warning("%s: somebody should look whether it is one of %s", track.track_id, nearest)
+            nearest = ", ".join(f"{hit.entry.subject_id} ({hit.similarity:.2f})" for hit in result.hits)
+            log.warning("%s: an operator should check whether it is one of %s", track.track_id, nearest)
         await self._enrol(track, own)
 
 
-async def run(told: argparse.Namespace) -> None:
-    """Follow both cameras, one after the other, and tell what came of it."""
-    entrance, yard = two_cameras(told.people, told.strangers, datetime.now(UTC), world=told.world, seed=told.seed)
+async def run(options: argparse.Namespace) -> None:
+    """Process both cameras in turn, and print a summary."""
+    entrance, yard = two_cameras(
+        options.people, options.strangers, datetime.now(UTC), world=options.world, seed=options.seed
+    )
     ca = os.environ.get("RESIGHT_TLS_CA")
     async with AsyncClient(
-        told.server, timeout_s=30, token=os.environ.get("RESIGHT_TOKEN"), tls_ca=Path(ca) if ca else None
+        options.server, timeout_s=30, token=os.environ.get("RESIGHT_TOKEN"), tls_ca=Path(ca) if ca else None
     ) as client:
-        await client.wait_ready(told.wait)
+        await client.wait_ready(options.wait)
         try:
-            await client.create_collection(told.collection, ttl=KEPT)
+            await client.create_collection(options.collection, ttl=KEPT)
         except CollectionExistsError:
-            log.info("collection %s is there already", told.collection)
-        analytics = Analytics(client, told.collection)
+            log.info("collection %s already exists", options.collection)
+        analytics = Analytics(client, options.collection)
         await analytics.enrol_all(entrance.frames())
         await analytics.search_all(yard.frames())
     json.dump(summary(analytics, entrance, yard), sys.stdout)
@@ -165,7 +167,7 @@ def summary(analytics: Analytics, entrance: DrawnCamera, yard: DrawnCamera) -> d
 
 
 def main() -> None:
-    """Parse what is asked for, and run."""
+    """Parse the arguments, and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", default="127.0.0.1:50051")
     parser.add_argument("--collection", default="analytics")
@@ -174,10 +176,10 @@ def main() -> None:
     parser.add_argument("--world", choices=("source", "site"), default="source", help="what the cameras are like")
     parser.add_argument("--wait", type=float, default=60.0, help="seconds for the server to become ready")
     parser.add_argument("--seed", type=int, default=0)
-    told = parser.parse_args()
+    options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
-        asyncio.run(run(told))
+        asyncio.run(run(options))
     except* ReIDError as errors:
         sys.exit("; ".join(str(error) for error in errors.exceptions))
 

@@ -11,9 +11,9 @@ from datetime import datetime, timedelta
 
 import numpy as np
 
-from resight.image import Pixels
-from resight.training.people import Person, World, sample_people
-from resight.training.scene import Camera, make_cameras, take_crop
+from resight.arrays import Pixels
+from resight.training.synthetic.camera import SimulatedCamera, make_cameras, take_crop
+from resight.training.synthetic.people import Person, World, sample_people
 
 HEIGHT, WIDTH = 128, 64  # of a person in the frame, pixels
 LANES = 4  # people side by side
@@ -49,7 +49,12 @@ class DrawnCamera:
     """
 
     def __init__(
-        self, camera_id: str, look: Camera, walkers: dict[int, Person], start: datetime, rng: np.random.Generator
+        self,
+        camera_id: str,
+        look: SimulatedCamera,
+        walkers: dict[int, Person],
+        start: datetime,
+        rng: np.random.Generator,
     ) -> None:
         self.camera_id = camera_id
         self.truth = {f"{camera_id}-{number}": number for number in walkers}

@@ -15,16 +15,17 @@ import onnx
 import onnxruntime
 import torch
 
-from resight.bundle import Bundle, Graph, open_bundle, require_room, space_id, write_bundle
-from resight.checkpoint import load_checkpoint
+from resight.bundle.bundle import Bundle, Graph, open_bundle, require_free_folder, write_bundle
+from resight.bundle.manifest import space_id
+from resight.bundle.probes import make_probes
+from resight.bundle.signing import PrivateKey
+from resight.encoder.checkpoint import load_checkpoint
+from resight.encoder.model import Encoder
 from resight.errors import BundleError
-from resight.exporters.forms import Lent, Progress, Wanted, make_forms, require_crops
-from resight.exporters.graph import ServingGraph
-from resight.exporters.to_onnx import to_onnx
+from resight.exporters.forms import ExportOptions, SiteData, make_forms, require_crops
+from resight.exporters.int8 import Progress
+from resight.exporters.onnx_graph import ServingGraph, to_onnx
 from resight.exporters.verify import run_onnx, run_torch, verify_bundle, verify_graph
-from resight.model import Encoder
-from resight.probes import make_probes
-from resight.signature import PrivateKey
 
 
 def export_checkpoint(
@@ -32,8 +33,8 @@ def export_checkpoint(
     out: Path,
     *,
     name: str | None = None,
-    wanted: Wanted | None = None,
-    lent: Lent | None = None,
+    wanted: ExportOptions | None = None,
+    lent: SiteData | None = None,
     key: PrivateKey | None = None,
     replace: bool = False,
     progress: Progress | None = None,
@@ -60,7 +61,7 @@ def export_checkpoint(
     return export_encoder(
         loaded.encoder,
         out,
-        name=name or spell_name(out.name),
+        name=name or model_name(out.name),
         training={
             "recipe": dict(origin.recipe),
             "config": loaded.encoder.config.to_json(),
@@ -85,8 +86,8 @@ def export_encoder(
     name: str,
     training: Mapping[str, Any],
     weights_licence: str,
-    wanted: Wanted | None = None,
-    lent: Lent | None = None,
+    wanted: ExportOptions | None = None,
+    lent: SiteData | None = None,
     key: PrivateKey | None = None,
     replace: bool = False,
     progress: Progress | None = None,
@@ -99,10 +100,10 @@ def export_encoder(
         BundleError: a weight is not finite, an exported graph does not reproduce the encoder, or INT8 lacks crops.
         AlreadyExistsError: something stands at ``out``.
     """
-    wanted, lent = wanted or Wanted(), lent or Lent()
+    wanted, lent = wanted or ExportOptions(), lent or SiteData()
     require_crops(wanted, lent)
     tell = progress or (lambda step: None)
-    require_room(out, replace=replace)
+    require_free_folder(out, replace=replace)
     encoder = copy.deepcopy(encoder).cpu().float().eval()
     broken = [key for key, tensor in encoder.state_dict().items() if not tensor.isfinite().all()]
     if broken:
@@ -166,6 +167,6 @@ def encoder_space_id(encoder: Encoder) -> str:
     return space_id(digest.digest(), config.image, encoder.feature_dim)
 
 
-def spell_name(text: str) -> str:
+def model_name(text: str) -> str:
     """Turn a folder's name into a model's: ``My Site (2)`` becomes ``my-site-2``."""
     return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")[:63] or "model"

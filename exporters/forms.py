@@ -12,28 +12,32 @@ from typing import Any
 
 import numpy as np
 
-from resight.bundle import Graph
+from resight.arrays import Pixels
+from resight.bundle.bundle import Graph
+from resight.bundle.manifest import PRECISIONS
+from resight.bundle.probes import MIN_COSINE_BY_PRECISION, EmbedBatch, Probes, measure_parity
 from resight.calibration import Calibration
-from resight.cpu_session import CpuSession
 from resight.errors import BundleError, RecipeError
-from resight.exporters.qdq import MIN_CROPS, Calibrated, calibrate
-from resight.exporters.quantize import Gate, decide, keep_sensitive
-from resight.exporters.to_fp16 import to_fp16
+from resight.exporters.fp16 import to_fp16
+from resight.exporters.int8 import (
+    MIN_CROPS,
+    CalibratedGraph,
+    Int8Criteria,
+    Progress,
+    calibrate,
+    check_int8,
+    keep_sensitive,
+)
 from resight.exporters.verify import run_onnx, verify_graph
-from resight.image import Pixels
 from resight.machine import cores
-from resight.manifest import PRECISIONS
-from resight.probes import Probes, Run, measure_parity
-from resight.tolerance import LEAST_COSINE
+from resight.runtime.onnx import CpuSession
 
-SPEED_BATCH = 32  # the service's default max_batch
-SPEED_S = 0.5  # and one batch at least; ratios of a few per cent are for benchmarks/bench_runtime.py
-Progress = Callable[[str], None]
-"""Called with what begins."""
+TIMED_BATCH = 32  # the service's default max_batch
+TIMED_S = 0.5  # and one batch at least; ratios of a few per cent are for benchmarks/bench_runtime.py
 
 
 @dataclass(frozen=True, eq=False)
-class Lent:
+class SiteData:
     """What a site lends to an export; nothing of it but figures enters the bundle.
 
     Attributes:
@@ -43,16 +47,16 @@ class Lent:
     """
 
     crops: Pixels | None = None
-    calibrate: Callable[[Run], Calibration | None] | None = None
-    measure: Callable[[Run], float] | None = None
+    calibrate: Callable[[EmbedBatch], Calibration | None] | None = None
+    measure: Callable[[EmbedBatch], float] | None = None
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ExportOptions:
     """Which forms are asked for.
 
     Attributes:
-        precisions: of `resight.manifest.PRECISIONS`; fp32 is always made.
+        precisions: of `resight.bundle.manifest.PRECISIONS`; fp32 is always made.
         tensorrt: whether TensorRT's own INT8 form is made as well.
         keep_slow: keep an INT8 form that is slower than fp32 here.
 
@@ -65,13 +69,13 @@ class Wanted:
     keep_slow: bool = True
 
     @classmethod
-    def parse(cls, text: str, *, crops: bool, tensorrt: bool = False) -> Wanted:
+    def parse(cls, text: str, *, crops: bool, tensorrt: bool = False) -> ExportOptions:
         """Read ``fp32,int8``, or ``auto``: whatever can be made, INT8 only where it is the faster one here.
 
         Args:
             text: from a command line.
             crops: whether the site lends crops, without which there is no INT8.
-            tensorrt: see `Wanted`.
+            tensorrt: see `ExportOptions`.
         """
         if text.strip() == "auto":
             return cls(PRECISIONS if crops else ("fp32", "fp16"), tensorrt, keep_slow=False)
@@ -84,7 +88,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Forms:
+class ExportedForms:
     """What was made: graphs with their figures by file name, and why a form that was asked for is missing."""
 
     graphs: list[Graph] = field(default_factory=list)
@@ -98,10 +102,10 @@ class Forms:
 
     def evaluation(self) -> dict[str, Any]:
         """As the manifest tells it, with the machine the speeds were measured on."""
-        return {"forms": self.figures, "left_out": self.left_out, "measured_on": machine()}
+        return {"forms": self.figures, "left_out": self.left_out, "measured_on": machine_name()}
 
 
-def require_crops(wanted: Wanted, lent: Lent) -> None:
+def require_crops(wanted: ExportOptions, lent: SiteData) -> None:
     """Refuse INT8 without crops; worth asking before anything is computed.
 
     Raises:
@@ -115,7 +119,7 @@ def require_crops(wanted: Wanted, lent: Lent) -> None:
         )
 
 
-def steps(wanted: Wanted, lent: Lent) -> tuple[str, ...]:
+def export_steps(wanted: ExportOptions, lent: SiteData) -> tuple[str, ...]:
     """What an export will tell of, in order."""
     forms = ["fp32", *(precision for precision in ("fp16", "int8") if precision in wanted.precisions)]
     if "int8" in wanted.precisions and wanted.tensorrt:
@@ -123,7 +127,7 @@ def steps(wanted: Wanted, lent: Lent) -> tuple[str, ...]:
     return ("reference features", "graph", "parity", *forms, *(["calibration"] if lent.calibrate else []), "files")
 
 
-def make_forms(fp32: Graph, probes: Probes, wanted: Wanted, lent: Lent, tell: Progress) -> Forms:
+def make_forms(fp32: Graph, probes: Probes, wanted: ExportOptions, lent: SiteData, tell: Progress) -> ExportedForms:
     """Make and measure every form that is asked for.
 
     Args:
@@ -136,13 +140,13 @@ def make_forms(fp32: Graph, probes: Probes, wanted: Wanted, lent: Lent, tell: Pr
     Raises:
         BundleError: fp16 does not reproduce the model.
     """
-    forms = Forms()
+    forms = ExportedForms()
     tell("fp32")
-    forms.add(fp32, _figures(fp32.data, probes, lent))
+    forms.add(fp32, _measure_form(fp32.data, probes, lent))
     if "fp16" in wanted.precisions:
         tell("fp16")
         model = to_fp16(fp32.data)
-        parity = verify_graph(model, probes, what="the fp16 graph", min_cosine=LEAST_COSINE["fp16"])
+        parity = verify_graph(model, probes, what="the fp16 graph", min_cosine=MIN_COSINE_BY_PRECISION["fp16"])
         forms.add(Graph(model, parity, "fp16"), {})  # its speed on a CPU, which widens every number first, says nothing
     if "int8" in wanted.precisions:
         assert lent.crops is not None, "require_crops comes first"
@@ -156,7 +160,13 @@ def make_forms(fp32: Graph, probes: Probes, wanted: Wanted, lent: Lent, tell: Pr
 
 
 def _add_int8(
-    forms: Forms, fp32: Graph, probes: Probes, wanted: Wanted, lent: Lent, calibrated: Calibrated, runtime: str
+    forms: ExportedForms,
+    fp32: Graph,
+    probes: Probes,
+    wanted: ExportOptions,
+    lent: SiteData,
+    calibrated: CalibratedGraph,
+    runtime: str,
 ) -> None:
     """Quantise, measure, and take the form in if the gate lets it."""
     made = keep_sensitive(calibrated, symmetric=runtime == "tensorrt")
@@ -164,11 +174,11 @@ def _add_int8(
     base = forms.figures[fp32.file]
     figures = {"mean_cosine": made.mean_cosine, "min_cosine": made.min_cosine, "blocks_in_float": float(len(made.kept))}
     if runtime == "onnx":
-        figures |= _figures(made.model, probes, lent)
+        figures |= _measure_form(made.model, probes, lent)
     elif lent.measure is not None:  # its speed on a CPU says nothing
         figures["mAP"] = lent.measure(run_onnx(made.model))
-    reason = decide(
-        Gate(),
+    reason = check_int8(
+        Int8Criteria(),
         mean_cosine=made.mean_cosine,
         map_before=base.get("mAP"),
         map_after=figures.get("mAP"),
@@ -180,7 +190,7 @@ def _add_int8(
         forms.add(graph, figures)
 
 
-def _figures(model: bytes, probes: Probes, lent: Lent) -> dict[str, float]:
+def _measure_form(model: bytes, probes: Probes, lent: SiteData) -> dict[str, float]:
     """Crops a second and, where the site can tell, mAP."""
     run = CpuSession(model).run  # as the service will
     figures = {"images_per_s": images_per_s(run, probes.pixels)}
@@ -189,24 +199,24 @@ def _figures(model: bytes, probes: Probes, lent: Lent) -> dict[str, float]:
     return figures
 
 
-def images_per_s(run: Run, like: Pixels) -> float:
-    """Crops a second at the service's batch size: the best run of `SPEED_S` seconds, so other work counts least.
+def images_per_s(run: EmbedBatch, like: Pixels) -> float:
+    """Crops a second at the service's batch size: the best run of `TIMED_S` seconds, so other work counts least.
 
     Args:
         run: of the form.
         like: uint8 (P, H, W, 3), crops to be repeated to a batch.
     """
-    batch = np.resize(like, (SPEED_BATCH, *like.shape[1:]))
+    batch = np.resize(like, (TIMED_BATCH, *like.shape[1:]))
     run(batch)  # allocates
-    best, until = float("inf"), time.perf_counter() + SPEED_S
+    best, until = float("inf"), time.perf_counter() + TIMED_S
     while best == float("inf") or time.perf_counter() < until:
         started = time.perf_counter()
         run(batch)
         best = min(best, time.perf_counter() - started)
-    return SPEED_BATCH / best
+    return TIMED_BATCH / best
 
 
-def machine() -> str:
+def machine_name() -> str:
     """The processor's name and how many cores this process may use."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):

@@ -7,18 +7,17 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from resight.bundle import Bundle
-from resight.cpu_session import open_session
+from resight.arrays import Pixels
+from resight.bundle.bundle import Bundle
+from resight.bundle.graph_check import check_graph
+from resight.bundle.probes import MIN_COSINE, EmbedBatch, Parity, Probes, check_probes, measure_parity, min_cosine_for
+from resight.encoder.model import Encoder
 from resight.errors import BundleError
-from resight.graph_check import check_graph
-from resight.image import Pixels
 from resight.machine import threads
-from resight.model import Encoder
-from resight.probes import MIN_COSINE, Parity, Probes, Run, check_probes, measure_parity
-from resight.tolerance import least_cosine
+from resight.runtime.onnx import open_session
 
 
-def run_torch(encoder: Encoder) -> Run:
+def run_torch(encoder: Encoder) -> EmbedBatch:
     """The reference: the encoder itself on the CPU, in eval mode and fp32."""
 
     def run(pixels: Pixels) -> NDArray[np.float32]:
@@ -29,7 +28,7 @@ def run_torch(encoder: Encoder) -> Run:
     return run
 
 
-def run_onnx(model: bytes) -> Run:
+def run_onnx(model: bytes) -> EmbedBatch:
     """An ONNX model in onnxruntime on the CPU, as the service would run it.
 
     Raises:
@@ -78,6 +77,6 @@ def verify_bundle(bundle: Bundle) -> dict[str, Parity]:
         data = bundle.read(artefact.precision, artefact.runtime)
         check_graph(data, bundle.manifest.image, bundle.manifest.feature_dim, what=artefact.file)
         found[artefact.file] = check_probes(
-            probes, bundle.manifest.image, run_onnx(data), what=artefact.file, min_cosine=least_cosine(artefact)
+            probes, bundle.manifest.image, run_onnx(data), what=artefact.file, min_cosine=min_cosine_for(artefact)
         )
     return found

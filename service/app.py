@@ -2,43 +2,61 @@
 
 Order matters. The data folder is locked and the port taken before the model is loaded, so that a
 mistake shows at once; nothing is answered before the model has proved itself and the indexes stand.
+
+The server's socket: who may reach it, under which limits, with TLS or without.
+
+The services that every gRPC tool knows: health, and reflection under both its names.
+
+grpcurl and its kin ask for ``grpc.reflection.v1`` first; grpcio-reflection has ``v1alpha`` only. The messages
+are the same but for the package, so one servicer answers both.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import grpc
+from google.protobuf import descriptor_pb2, descriptor_pool, text_format
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # missing in the stubs
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+from grpc_reflection.v1alpha._async import ReflectionServicer
 
-from resight.service.canary import Canary
-from resight.service.embedder import Embedder
-from resight.service.folder import DataFolder
+from resight.errors import StartupError
+from resight.service.access.auth import TokenFile, TokenLookup
+from resight.service.access.interceptors import (
+    Authentication,
+    CallInterceptor,
+    Deadlines,
+    InterceptorChain,
+    RateLimit,
+    assign_request_id,
+    report_errors,
+)
+from resight.service.access.tls import Certificates, TlsFiles
 from resight.service.gallery import Gallery
-from resight.service.gate import Gate
-from resight.service.guard import Deadlines, Guard, Stage, errors_told
-from resight.service.listen import bind, certificates, check_listen
-from resight.service.long_work import LongWork
-from resight.service.migrate import Migrations
-from resight.service.models import ModelHost
-from resight.service.rate import RateLimit
-from resight.service.request_id import with_request_id
-from resight.service.rpc_admin import AdminServicer
-from resight.service.rpc_embedding import EmbeddingServicer
-from resight.service.rpc_gallery import GalleryServicer
-from resight.service.rpc_models import ModelServicer
-from resight.service.rpc_operations import OperationServicer
-from resight.service.rpc_search import SearchServicer
+from resight.service.inference.embedder import Embedder
+from resight.service.inference.models import ModelHost
+from resight.service.jobs.migration import Migrations
+from resight.service.jobs.runner import JobRunner
+from resight.service.jobs.shadow import ShadowManager
+from resight.service.monitoring.canary import Canary
+from resight.service.monitoring.setup import Monitoring
+from resight.service.rpc.admin import AdminServicer
+from resight.service.rpc.embedding import EmbeddingServicer
+from resight.service.rpc.gallery import GalleryServicer
+from resight.service.rpc.models import ModelServicer
+from resight.service.rpc.operations import OperationServicer
+from resight.service.rpc.search import SearchServicer
 from resight.service.settings import Settings
-from resight.service.shadows import Shadows
-from resight.service.standard import add_standard_services
+from resight.service.storage.data_folder import DataFolder
 from resight.service.tenants import Tenants
-from resight.service.tokens import TokenBook, TokenFile
-from resight.service.watchers import Watchers
 from resight.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -53,6 +71,133 @@ from resight.v1 import (
     search_pb2,
     search_pb2_grpc,
 )
+
+STREAMS_PER_CONNECTION = 100
+MAX_ANSWER_BYTES = 64 * 1024 * 1024  # 64 searches of 1000 hits without features take 10 MiB
+MAX_METADATA_BYTES = 16 * 1024  # gRPC's own hard limit; set as the soft one too, so that none is refused by chance
+KEEPALIVE_MS, MIN_CLIENT_PING_MS = 60_000, 30_000  # gRPC's own 5 minutes send eager clients away
+CONNECTION_AGE_MS, CONNECTION_GRACE_MS = 30 * 60_000, 30_000  # lets DNS load balancing work
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_listen(settings: Settings) -> None:
+    """Refuse addresses that other machines can reach, unless callers are authenticated and the way is encrypted.
+
+    Raises:
+        StartupError: authentication or encryption is missing.
+    """
+    for address in (settings.listen, settings.metrics_listen):
+        if address is not None and not is_loopback(address.rpartition(":")[0].strip("[]")):
+            _check_open(address, settings)
+
+
+def _check_open(address: str, settings: Settings) -> None:
+    told = f"{address} can be reached from other machines"
+    if settings.auth != "tokens" and not TokenFile(settings.data).exists():
+        raise StartupError(
+            f"{told}, and nobody would be authenticated: make a token with `resight token create NAME --role admin "
+            f"--data {settings.data}`, or listen on 127.0.0.1"
+        )
+    if settings.tls_cert is None and not settings.behind_tls_proxy:
+        raise StartupError(
+            f"{told}, and crops and tokens would travel in clear: give --tls-cert and --tls-key, say "
+            "--behind-tls-proxy where a proxy with TLS stands before this port and nothing else reaches it, or listen "
+            "on 127.0.0.1"
+        )
+
+
+def certificates(settings: Settings) -> Certificates | None:
+    """The certificate to serve with; None = plaintext.
+
+    Raises:
+        StartupError: a file cannot be used.
+    """
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    return Certificates(TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca))
+
+
+def bind(settings: Settings, guard: InterceptorChain, tls: Certificates | None) -> tuple[grpc.aio.Server, int]:
+    """A server that holds its port, not yet answering.
+
+    Raises:
+        StartupError: the address is taken or not ours.
+    """
+    options = [
+        ("grpc.so_reuseport", 0),  # or a second server would share the port instead of being refused
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", MAX_ANSWER_BYTES),
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.http2.min_ping_interval_without_data_ms", MIN_CLIENT_PING_MS),
+        ("grpc.max_connection_age_ms", CONNECTION_AGE_MS),
+        ("grpc.max_connection_age_grace_ms", CONNECTION_GRACE_MS),
+    ]
+    server = grpc.aio.server(interceptors=[guard], options=options, maximum_concurrent_rpcs=settings.max_rpcs)
+    try:
+        if tls is None:
+            port = server.add_insecure_port(settings.listen)
+        else:
+            port = server.add_secure_port(settings.listen, tls.credentials())
+    except RuntimeError as error:
+        raise StartupError(
+            f"cannot listen on {settings.listen}: the port is taken or the address is not this machine's: stop the "
+            "other server or choose another --listen (port 0 takes a free one)",
+            listen=settings.listen,
+        ) from error
+    return server, port
+
+
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+
+
+async def add_standard_services(
+    server: grpc.aio.Server, services: Sequence[str], settings: Settings
+) -> health.HealthServicer:
+    """Health for the whole and for each service; reflection where it is wanted, on loopback unless told."""
+    status = health.HealthServicer()
+    for name in ("", *services):
+        await status.set(name, health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(status, server)
+    if is_loopback(settings.host) if settings.reflection is None else settings.reflection:
+        _add_reflection(server, (*services, HEALTH))
+    return status
+
+
+def _add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
+    _describe_v1()
+    names = (*services, REFLECTION_V1, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    servicer = ReflectionServicer(names)
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        reflection_pb2.ServerReflectionRequest.FromString,
+        reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    methods = {"ServerReflectionInfo": handler}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(REFLECTION_V1, methods),))
+
+
+def _describe_v1() -> None:
+    """Put the description of v1, v1alpha's under its other name, where reflection looks services up."""
+    pool = descriptor_pool.Default()
+    try:
+        pool.FindServiceByName(REFLECTION_V1)
+    except KeyError:
+        file = descriptor_pb2.FileDescriptorProto()
+        reflection_pb2.DESCRIPTOR.CopyToProto(file)
+        text = text_format.MessageToString(file).replace("v1alpha", "v1")
+        pool.AddSerializedFile(text_format.Parse(text, descriptor_pb2.FileDescriptorProto()).SerializeToString())
+
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +228,7 @@ async def run(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: (impatient if stopping.is_set() else stopping).set())
-    async with serving(settings) as server:
+    async with running_server(settings) as server:
         await stopping.wait()
         log.info("draining")
         await server.drain(settings, impatient)
@@ -112,15 +257,15 @@ class Server:
 
 
 @contextlib.asynccontextmanager
-async def serving(settings: Settings) -> AsyncIterator[Server]:
+async def running_server(settings: Settings) -> AsyncIterator[Server]:
     """A ready server for the time of the block; leaving it stops everything and flushes the store."""
     check_listen(settings)
     tls = certificates(settings)
     async with contextlib.AsyncExitStack() as stack:
         folder = stack.enter_context(DataFolder(settings.data))
-        book = TokenBook(TokenFile(settings.data))
-        watchers = Watchers(settings, book)
-        server, port = bind(settings, Guard(_stages(settings, book, watchers.stages)), tls)
+        book = TokenLookup(TokenFile(settings.data))
+        watchers = Monitoring(settings, book)
+        server, port = bind(settings, InterceptorChain(_interceptors(settings, book, watchers.stages)), tls)
         metrics_url = stack.enter_context(watchers.answering())
         stack.push_async_callback(server.stop, 0)
         embedder = Embedder(settings)
@@ -132,9 +277,9 @@ async def serving(settings: Settings) -> AsyncIterator[Server]:
         tenants = Tenants(settings.data, settings, dim=dim, make=lambda store: Gallery(store, models, settings))
         stack.push_async_callback(tenants.stop)
         await tenants.start()
-        work = LongWork()
+        work = JobRunner()
         stack.push_async_callback(work.stop)
-        shadows = Shadows(models, embedder.waiting, work)
+        shadows = ShadowManager(models, embedder.waiting, work)
         embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(EmbeddingServicer(models, settings), server)
         search_pb2_grpc.add_SearchServiceServicer_to_server(SearchServicer(tenants, settings, shadows), server)
         gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryServicer(tenants, settings), server)
@@ -160,8 +305,12 @@ async def serving(settings: Settings) -> AsyncIterator[Server]:
         yield Server(server, status, address)
 
 
-def _stages(settings: Settings, tokens: TokenBook, watchers: tuple[Stage, ...]) -> tuple[Stage, ...]:
+def _interceptors(
+    settings: Settings, tokens: TokenLookup, watchers: tuple[CallInterceptor, ...]
+) -> tuple[CallInterceptor, ...]:
     """What a call passes through, outermost first: what refuses it is told like any error, and has an id."""
-    limits: tuple[Stage, ...] = (RateLimit(settings.rate_limit, settings.rate_burst),) if settings.rate_limit else ()
-    gate = Gate(tokens, always=settings.auth == "tokens")
-    return (with_request_id, *watchers, errors_told, gate, *limits, Deadlines(settings))
+    limits: tuple[CallInterceptor, ...] = (
+        (RateLimit(settings.rate_limit, settings.rate_burst),) if settings.rate_limit else ()
+    )
+    gate = Authentication(tokens, always=settings.auth == "tokens")
+    return (assign_request_id, *watchers, report_errors, gate, *limits, Deadlines(settings))

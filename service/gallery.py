@@ -1,7 +1,9 @@
 """Enrol, list, change and delete over the store: what callers ask of a gallery, checked and carried out.
 
-Searching stands in `resight.service.searcher`, which follows the store's changes by itself. Writes of entries leave
-their row in the audit in their own transaction.
+Searching stands in `resight.service.search.searcher`, which follows the store's changes by itself. Writes of entries
+leave their row in the audit in their own transaction.
+
+Requests to enrol become features and go to the writer, each with its own outcome, or all or none.
 """
 
 from __future__ import annotations
@@ -10,29 +12,151 @@ import asyncio
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from uuid import uuid4
 
-from resight.errors import InputError, ReIDError, RevisionNotSearchableError
-from resight.service import audited, changes, reads, writes
-from resight.service.audit import Event
-from resight.service.auth import Role, current
-from resight.service.enrol import EnrolRequest, enrolled, enrolled_together
-from resight.service.entries import Collection, Enrolled, Entry, Filter, Space
-from resight.service.erasure import Erasure, erase_subject
-from resight.service.features import Crops, FeatureMaker, Given, Made
-from resight.service.ladder import ladder_of
-from resight.service.lanes import Priority
-from resight.service.models import ModelHost
-from resight.service.ranked import RankedAnswer, Wanted, ranked
-from resight.service.runtime import Feature
-from resight.service.search_figures import SearchFigures
-from resight.service.searcher import Searcher
+from resight.arrays import Feature
+from resight.errors import InputError, QualityTooLowError, ReIDError, RevisionNotSearchableError
+from resight.service.access.auth import Role, current
+from resight.service.index.base import index_policy
+from resight.service.inference.features import (
+    CropSource,
+    FeatureExtractor,
+    FeatureResult,
+    FeatureSource,
+    check_features,
+)
+from resight.service.inference.models import ModelHost
+from resight.service.inference.priority_queue import Priority
+from resight.service.records import Collection, Enrolled, Enrolment, EntryRecord, Filter, Space, now_us
+from resight.service.search.ranking import RankedAnswer, SearchParams, run_search
+from resight.service.search.searcher import Searcher
+from resight.service.search.statistics import SearchStatistics
 from resight.service.settings import Settings
-from resight.service.store import Store
+from resight.service.storage import audit, reads, writes
+from resight.service.storage.audit import AuditEvent
+from resight.service.storage.erasure import ErasureResult, erase_subject
+from resight.service.storage.store import Store
+from resight.service.storage.writes import expiry_error
 
-NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
-LOOK_AGAIN_S = 0.01  # for a write that is to come
-ANSWER_S = 0.1  # kept of a deadline, at most a tenth, so that a refusal still arrives
+
+@dataclass(frozen=True)
+class EnrolmentRequest:
+    """One entry to enrol, with what its feature is made from.
+
+    Attributes:
+        may_outlive: it may expire later than the collection's time to live.
+    """
+
+    entry: EntryRecord
+    source: CropSource | FeatureSource
+    replace: bool = False
+    request_id: str = ""
+    digest: bytes = b""
+    may_outlive: bool = True
+
+
+async def enrol_each(
+    store: Store,
+    maker: FeatureExtractor,
+    into: Collection,
+    requests: Sequence[EnrolmentRequest],
+    deadline: float,
+    event: AuditEvent,
+) -> list[Enrolled | ReIDError]:
+    """Enrol entries in the order of the request; each has its own outcome, and one that is answered is on disk.
+
+    Args:
+        store: of the collection.
+        maker: makes their features.
+        into: the collection, as it was read a moment ago.
+        requests: at most ``max_batch_items``.
+        deadline: in `time.monotonic` seconds.
+        event: of the call, for the audit.
+    """
+    made = await _make_enrolments(maker, into, requests, deadline)
+    ready = [new for new in made if isinstance(new, Enrolment)]
+    try:
+        stored = iter(await store.write(audit.audited_enrol_each, into, ready, event))
+    except ReIDError as error:  # no room, or a damaged database: nothing of this was stored
+        return [error if isinstance(new, Enrolment) else new for new in made]
+    return [next(stored) if isinstance(new, Enrolment) else new for new in made]
+
+
+async def enrol_all(
+    store: Store,
+    maker: FeatureExtractor,
+    into: Collection,
+    requests: Sequence[EnrolmentRequest],
+    deadline: float,
+    event: AuditEvent,
+) -> list[Enrolled]:
+    """Enrol all entries or none, in one transaction; see `enrol_each`.
+
+    Raises:
+        ReIDError: of the first that cannot be enrolled; its ``item`` fact tells which.
+    """
+    made = await _make_enrolments(maker, into, requests, deadline)
+    good: list[Enrolment] = []
+    for number, new in enumerate(made):
+        if isinstance(new, ReIDError):
+            new.facts["item"] = str(number)
+            raise new
+        good.append(new)
+    return await store.write(audit.audited_enrol_all, into, good, event)
+
+
+async def _make_enrolments(
+    maker: FeatureExtractor, into: Collection, requests: Sequence[EnrolmentRequest], deadline: float
+) -> list[Enrolment | ReIDError]:
+    """What is to be stored, or why it cannot be; given features are checked together, crops embedded at once."""
+    given = iter(check_features([one.source for one in requests if isinstance(one.source, FeatureSource)], into))
+    crops = [
+        _embed_enrolment(maker, into, one, one.source, deadline)
+        for one in requests
+        if isinstance(one.source, CropSource)
+    ]
+    embedded = iter(await asyncio.gather(*crops))
+    made: list[Enrolment | ReIDError] = []
+    for one in requests:
+        if isinstance(one.source, CropSource):
+            made.append(next(embedded))
+            continue
+        feature = next(given)
+        made.append(feature if isinstance(feature, ReIDError) else _enrolment(one, feature, 0))
+    now = now_us()
+    refused = [None if one.may_outlive else expiry_error(into, one.entry.expire_us, now) for one in requests]
+    return [error or new for error, new in zip(refused, made, strict=True)]
+
+
+async def _embed_enrolment(
+    maker: FeatureExtractor, into: Collection, request: EnrolmentRequest, source: CropSource, deadline: float
+) -> Enrolment | ReIDError:
+    try:
+        made = await maker.made(into, source, deadline, every=True, priority=Priority.ENROL)
+        others = await maker.others(into, source, deadline)
+    except ReIDError as error:
+        return error
+    if made.quality < into.min_quality:
+        return QualityTooLowError(
+            f"quality {made.quality:.3f} is below the {into.min_quality:.3f} that collection {into.name} asks for: "
+            "enrol a larger, sharper or better lit crop",
+            field=source.within,
+            quality=f"{made.quality:.4f}",
+            min_quality=f"{into.min_quality:.4f}",
+        )
+    new = _enrolment(request, made.feature, made.used)
+    return replace(new, entry=replace(new.entry, quality=made.quality), crops=source.images, others=others)
+
+
+def _enrolment(request: EnrolmentRequest, feature: Feature, shots: int) -> Enrolment:
+    entry = replace(request.entry, entry_id=request.entry.entry_id or uuid4().hex, shot_count=shots)
+    return Enrolment(entry, feature, (), request.replace, request.request_id, request.digest)
+
+
+COLLECTION_NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
+POLL_S = 0.01  # for a write that is to come
+REPLY_RESERVE_S = 0.1  # kept of a deadline, at most a tenth, so that a refusal still arrives
 
 
 class Gallery:
@@ -45,16 +169,16 @@ class Gallery:
     """
 
     def __init__(self, store: Store, models: ModelHost, settings: Settings) -> None:
-        self.searcher = Searcher(store, ladder_of(settings, store.folder), max_queue=settings.max_search_queue)
-        self.figures = SearchFigures(store)
+        self.searcher = Searcher(store, index_policy(settings, store.folder), max_queue=settings.max_search_queue)
+        self.figures = SearchStatistics(store)
         self._store, self._models = store, models
-        self._maker = FeatureMaker(models, settings)
+        self._maker = FeatureExtractor(models, settings)
         self._collections: dict[str, Collection] = {}  # as they stood after commit `_read_at`
         self._read_at = -1
 
     async def start(self) -> None:
         """Remember what the served model's similarities mean, and build the indexes from the store."""
-        await self._store.book(writes.note_space, self.space)
+        await self._store.book(writes.save_space, self.space)
         await self.searcher.load(self.space.dim)
         await self.figures.start()
 
@@ -80,7 +204,7 @@ class Gallery:
             InputError: a bad name or setting, or no time to live although unlimited retention was not asked for.
             CollectionExistsError: the name is taken.
         """
-        if not NAME.fullmatch(new.name):
+        if not COLLECTION_NAME.fullmatch(new.name):
             raise InputError(
                 f"a collection's name is 1-63 of a-z, 0-9 and -, a letter first; found {new.name!r}",
                 field="collection.collection_id",
@@ -108,7 +232,7 @@ class Gallery:
                 field="collection.default_ttl",
             )
         _check_thresholds(replace(found, **{name: getattr(new, name) for name in set(fields) & set(vars(new))}))
-        return await self._store.erase(changes.update_collection, new, fields, etag=etag)
+        return await self._store.erase(writes.update_collection, new, fields, etag=etag)
 
     async def collection(self, name: str) -> Collection:
         """One collection; raises CollectionNotFoundError. Read once between two commits, for every search asks."""
@@ -128,7 +252,7 @@ class Gallery:
             RevisionNotSearchableError: it was not before the deadline, in `time.monotonic` seconds.
         """
         found = await self.collection(name)
-        last = deadline - min(ANSWER_S, 0.1 * (deadline - time.monotonic()))
+        last = deadline - min(REPLY_RESERVE_S, 0.1 * (deadline - time.monotonic()))
         while found.revision < revision:
             if time.monotonic() >= last:
                 raise RevisionNotSearchableError(
@@ -138,7 +262,7 @@ class Gallery:
                     revision=found.revision,
                     min_revision=revision,
                 )
-            await asyncio.sleep(LOOK_AGAIN_S)
+            await asyncio.sleep(POLL_S)
             found = await self.collection(name)
         return found
 
@@ -148,7 +272,7 @@ class Gallery:
 
     async def counted(self, found: Sequence[Collection]) -> list[tuple[Collection, int]]:
         """Collections with the number of their living entries."""
-        return await self._store.read(reads.counted, found)
+        return await self._store.read(reads.count_entries, found)
 
     async def delete_collection(self, name: str, *, force: bool, etag: str) -> None:
         """Remove a collection and all it holds.
@@ -159,57 +283,59 @@ class Gallery:
             ConflictError: it was changed since ``etag`` was read.
         """
         event = _event("DeleteCollection")
-        gone = await self._store.erase(audited.delete_collection, name, event, force=force, etag=etag)
+        gone = await self._store.erase(audit.audited_delete_collection, name, event, force=force, etag=etag)
         self.searcher.drop(gone)
 
     async def enrol(
-        self, name: str, requests: Sequence[EnrolRequest], deadline: float, *, method: str
+        self, name: str, requests: Sequence[EnrolmentRequest], deadline: float, *, method: str
     ) -> list[Enrolled | ReIDError]:
-        """Enrol entries, each with its own outcome; see `resight.service.enrol`. Raises CollectionNotFoundError."""
+        """Enrol entries, each with its own outcome; see `resight.service.gallery`. Raises CollectionNotFoundError."""
         into = await self.collection(name)
-        outcomes = await enrolled(self._store, self._maker, into, requests, deadline, _event(method))
+        outcomes = await enrol_each(self._store, self._maker, into, requests, deadline, _event(method))
         self.searcher.follow(into)
         return outcomes
 
-    async def enrol_together(self, name: str, requests: Sequence[EnrolRequest], deadline: float) -> list[Enrolled]:
+    async def enrol_together(self, name: str, requests: Sequence[EnrolmentRequest], deadline: float) -> list[Enrolled]:
         """Enrol all entries or none. Raises CollectionNotFoundError, and what the first refused one was refused for."""
         into = await self.collection(name)
         event = _event("BatchEnrollEntries")
-        done = await enrolled_together(self._store, self._maker, into, requests, deadline, event)
+        done = await enrol_all(self._store, self._maker, into, requests, deadline, event)
         self.searcher.follow(into)
         return done
 
     async def feature(
         self,
         of: Collection,
-        source: Crops | Given,
+        source: CropSource | FeatureSource,
         deadline: float,
         *,
         space: Space | None = None,
         priority: Priority = Priority.INTERACTIVE,
-    ) -> Made:
+    ) -> FeatureResult:
         """The feature of a source, in a collection's space or another one; what cannot be decoded is left out."""
         return await self._maker.made(of, source, deadline, every=False, space=space, priority=priority)
 
-    async def search(self, of: Collection, wanted: Sequence[Wanted], deadline: float) -> list[RankedAnswer]:
-        """Answer searches of one collection, and count them; see `resight.service.ranked`."""
-        answers = await ranked(self.searcher, of, wanted, deadline)
+    async def search(self, of: Collection, wanted: Sequence[SearchParams], deadline: float) -> list[RankedAnswer]:
+        """Answer searches of one collection, and count them; see `resight.service.search.ranking`."""
+        answers = await run_search(self.searcher, of, wanted, deadline)
         self.figures.note(of, answers)
         return answers
 
-    async def entry(self, name: str, entry_id: str, *, with_feature: bool) -> tuple[Collection, Entry, Feature | None]:
+    async def entry(
+        self, name: str, entry_id: str, *, with_feature: bool
+    ) -> tuple[Collection, EntryRecord, Feature | None]:
         """One entry; raises CollectionNotFoundError, EntryNotFoundError, StoreError."""
         found_in = await self.collection(name)
         key, found = await self._store.read(reads.entry, found_in, entry_id)
         feature = await self._store.read(reads.feature, key, found_in.space) if with_feature else None
         return found_in, found, feature
 
-    async def entries(self, name: str, filters: Filter, *, after: int, limit: int) -> list[tuple[int, Entry]]:
+    async def entries(self, name: str, filters: Filter, *, after: int, limit: int) -> list[tuple[int, EntryRecord]]:
         """Entries with their keys in order of enrolment, from the one after key ``after``."""
         found_in = await self.collection(name)
         return await self._store.read(reads.entries, found_in.key, filters, after=after, limit=limit)
 
-    async def update_entry(self, name: str, new: Entry, fields: Sequence[str], *, etag: str) -> Enrolled:
+    async def update_entry(self, name: str, new: EntryRecord, fields: Sequence[str], *, etag: str) -> Enrolled:
         """Change what is told of an entry.
 
         Raises:
@@ -221,7 +347,7 @@ class Gallery:
         found_in = await self.collection(name)
         event, operator = _event("UpdateEntry"), may_outlive()
         changed = await self._store.erase(
-            audited.update_entry, found_in, new, fields, event, etag=etag, may_outlive=operator
+            audit.audited_update_entry, found_in, new, fields, event, etag=etag, may_outlive=operator
         )
         self.searcher.follow(found_in)
         return changed
@@ -231,7 +357,7 @@ class Gallery:
         found_in = await self.collection(name)
         event = _event("DeleteEntry")
         revision = await self._store.erase(
-            audited.delete_entry, found_in, entry_id, event, allow_missing=allow_missing, etag=etag
+            audit.audited_delete_entry, found_in, entry_id, event, allow_missing=allow_missing, etag=etag
         )
         self.searcher.follow(found_in)
         return revision
@@ -254,17 +380,17 @@ class Gallery:
             matched = await self._store.read(reads.count, found_in.key, filters)
             return matched, 0, found_in.revision
         event = _event("DeleteEntries")
-        deleted, revision = await self._store.erase(audited.delete_entries, found_in, filters, event, cap=cap)
+        deleted, revision = await self._store.erase(audit.audited_delete_entries, found_in, filters, event, cap=cap)
         self.searcher.follow(found_in)
         return deleted, deleted, revision
 
-    async def erase(self, collection: str, subject_id: str, *, reason: str, deadline: float) -> Erasure:
-        """Erase a person for good; see `resight.service.erasure.erase_subject`."""
+    async def erase(self, collection: str, subject_id: str, *, reason: str, deadline: float) -> ErasureResult:
+        """Erase a person for good; see `resight.service.storage.erasure.erase_subject`."""
         done = await erase_subject(
             self._store,
             subject_id,
             principal=current().name,
-            deadline=deadline - ANSWER_S,  # graphs on the disk hold numbers of entries, and no features
+            deadline=deadline - REPLY_RESERVE_S,  # graphs on the disk hold numbers of entries, and no features
             collection=collection,
             reason=reason,
         )
@@ -278,9 +404,9 @@ def may_outlive() -> bool:
     return current().role >= Role.OPERATOR
 
 
-def _event(method: str) -> Event:
+def _event(method: str) -> AuditEvent:
     """A row of the audit for a call of this service that now runs."""
-    return Event(current().name, f"GalleryService.{method}")
+    return AuditEvent(current().name, f"GalleryService.{method}")
 
 
 def _check_thresholds(new: Collection) -> None:

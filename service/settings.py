@@ -12,11 +12,11 @@ from typing import Any, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
-from resight.engine_cache import default_folder
 from resight.errors import RecipeError
 from resight.image import MAX_BYTES, MAX_PIXELS
 from resight.machine import cores
-from resight.service.runtime import Provider
+from resight.runtime.base import Provider
+from resight.runtime.engine import default_folder
 
 MIB = 1024 * 1024
 DAY_S = 86_400
@@ -48,7 +48,7 @@ class Settings(BaseSettings):
         inference_threads: of onnxruntime on the CPU; 0 = one for each core the process may use.
         decode_threads: crops decoded at once.
         decode_pixels: of full-size images in memory at once, however many threads; each takes up to 9 bytes.
-        max_batch: crops of one inference; on the CPU at most 4 (`resight.cpu_session`): more gain nothing.
+        max_batch: crops of one inference; on the CPU at most 4 (`resight.runtime.onnx`): more gain nothing.
         batch_delay_s: wait for more crops when the model is idle; 0 batches what gathers while it is busy.
         max_queue: crops admitted and not yet answered (8 batches), of each priority.
         max_rpcs: calls in flight, twice ``max_queue``: our refusals say when to come back, gRPC's own do not. Times
@@ -176,9 +176,11 @@ class Settings(BaseSettings):
         """Crops of the largest inference."""
         if self.provider != "cpu":
             return self.max_batch
-        from resight.cpu_session import PER_CORE  # here: onnxruntime is large, and settings are read for --help too
+        from resight.runtime.onnx import (
+            CROPS_PER_CORE,  # here: onnxruntime is large, and settings are read for --help too
+        )
 
-        return min(self.max_batch, PER_CORE)
+        return min(self.max_batch, CROPS_PER_CORE)
 
     @property
     def batches_at_once(self) -> int:

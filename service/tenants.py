@@ -1,8 +1,13 @@
 """The galleries of a data folder, one for each tenant: a database of its own, opened when it is first asked for.
 
 So an erasure, a copy or a full disk of one tenant is no other's, and nothing that is read can belong to another one.
-The tenant comes from the credential (`resight.service.auth`), never from a request. The default tenant's database
-stands in the data folder itself, the others' in ``tenants/NAME/``; the folder's one lock covers all.
+The tenant comes from the credential (`resight.service.access.auth`), never from a request. The default tenant's
+database stands in the data folder itself, the others' in ``tenants/NAME/``; the folder's one lock covers all.
+
+What leaves the disk by itself: expired entries, old requests, audit and figures, spaces given up, the erased.
+
+It looks at the database alone, so it runs for every tenant, whether anybody uses the gallery or not, and whatever else
+is switched off. Answers leave expired entries out from the instant they expire; this is about the disk.
 """
 
 from __future__ import annotations
@@ -12,22 +17,28 @@ import contextlib
 import logging
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from resight.errors import InputError, OverloadedError, ReIDError, StorageFullError
-from resight.service import reads, retention
-from resight.service.audit import Audit
-from resight.service.auth import DEFAULT_TENANT
-from resight.service.disk import Watermark
-from resight.service.folder import DATABASE_FILE, TENANT_NAME, TENANTS_FOLDER, tenant_folder
 from resight.service.gallery import Gallery
-from resight.service.operations import Operations, State
-from resight.service.retention import Kept
-from resight.service.schema import connect
+from resight.service.records import DEFAULT_TENANT, now_us
+from resight.service.search import statistics
 from resight.service.settings import Settings
-from resight.service.store import Store
+from resight.service.storage import audit, reads, spaces, writes
+from resight.service.storage.audit import AuditLog
+from resight.service.storage.data_folder import (
+    DATABASE_FILE,
+    TENANT_NAME,
+    TENANTS_FOLDER,
+    DiskWatermark,
+    tenant_folder,
+)
+from resight.service.storage.operations import Operations, OperationState
+from resight.service.storage.schema import connect
+from resight.service.storage.snapshots import erase_from_snapshots
+from resight.service.storage.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +52,7 @@ class Tenant:
     name: str
     store: Store
     gallery: Gallery
-    audit: Audit
+    audit: AuditLog
     operations: Operations
     asked_s: float = field(default_factory=time.monotonic)
     users: int = 0  # calls that may take longer than `IDLE_S`
@@ -53,7 +64,7 @@ class Tenants:
     Args:
         folder: the data folder.
         settings: of the server.
-        dim: of the features to come; see `resight.service.store.Store`.
+        dim: of the features to come; see `resight.service.storage.store.Store`.
         make: a gallery over a tenant's store, not yet started.
 
     Attributes:
@@ -62,7 +73,7 @@ class Tenants:
 
     def __init__(self, folder: Path, settings: Settings, *, dim: int, make: Callable[[Store], Gallery]) -> None:
         self._folder, self._settings, self._dim, self._make = folder, settings, dim, make
-        self._kept = Kept(audit_s=settings.audit_retention_s, space_s=settings.keep_retired_space_s)
+        self._kept = RetentionPeriods(audit_s=settings.audit_retention_s, space_s=settings.keep_retired_space_s)
         self._open: dict[str, Tenant] = {}
         self._turn = asyncio.Lock()
         self._purging: asyncio.Task[None] | None = None
@@ -136,7 +147,11 @@ class Tenants:
     def _unfinished(self, name: str, kind: str) -> bool:
         """Read beside the store: opening a tenant builds its indexes, which most need not."""
         with contextlib.closing(connect(tenant_folder(self._folder, name) / DATABASE_FILE, read_only=True)) as database:
-            states = [State.PENDING, State.RUNNING, State.INTERRUPTED]  # the first two until its gallery is opened
+            states = [
+                OperationState.PENDING,
+                OperationState.RUNNING,
+                OperationState.INTERRUPTED,
+            ]  # the first two until its gallery is opened
             marks = ", ".join("?" * len(states))
             sql = f"SELECT 1 FROM operation WHERE kind = ? AND state IN ({marks}) LIMIT 1"
             try:
@@ -163,11 +178,11 @@ class Tenants:
         if tenant is not None:
             for collection in await tenant.store.read(reads.collections, limit=-1):
                 tenant.gallery.searcher.follow(collection)
-            await retention.purge(tenant.store, self._kept, taken_in=tenant.gallery.searcher.revisions())
+            await purge_expired(tenant.store, self._kept, taken_in=tenant.gallery.searcher.revisions())
             return
         store = await asyncio.to_thread(self._store, name)
         try:
-            await retention.purge(store, self._kept)
+            await purge_expired(store, self._kept)
         finally:
             await asyncio.to_thread(store.close)
 
@@ -196,7 +211,7 @@ class Tenants:
         except BaseException:
             await asyncio.to_thread(store.close)
             raise
-        audit = Audit(store)
+        audit = AuditLog(store)
         await audit.start()
         self._open[name] = tenant = Tenant(name, store, gallery, audit, operations)
         log.info("tenant opened name=%s", name)
@@ -204,7 +219,7 @@ class Tenants:
 
     def _store(self, name: str) -> Store:
         path, settings = tenant_folder(self._folder, name) / DATABASE_FILE, self._settings
-        mark = Watermark(path.parent, low_bytes=settings.disk_low_bytes, low_percent=settings.disk_low_percent)
+        mark = DiskWatermark(path.parent, low_bytes=settings.disk_low_bytes, low_percent=settings.disk_low_percent)
         return Store(path, dim=self._dim, quick_check_s=settings.quick_check_s, watermark=mark)
 
     async def _close_idle(self) -> None:
@@ -226,3 +241,40 @@ class Tenants:
         await tenant.audit.stop()
         await asyncio.to_thread(tenant.store.close)
         log.info("tenant closed name=%s", tenant.name)
+
+
+@dataclass(frozen=True)
+class RetentionPeriods:
+    """How long is kept what nobody needs any more, in seconds.
+
+    Attributes:
+        audit_s: rows of the audit; a day at least.
+        space_s: features of a space that another one has taken the place of, for the way back.
+    """
+
+    audit_s: float
+    space_s: float
+
+
+async def purge_expired(store: Store, kept: RetentionPeriods, *, taken_in: Sequence[tuple[int, int]] = ()) -> None:
+    """Remove what has had its time; each step by itself, and in parts, so that enrolments do not wait.
+
+    Args:
+        store: whose.
+        kept: how long.
+        taken_in: (collection key, revision) that indexes have reached: the change log up to there goes.
+
+    Raises:
+        StorageFullError: the disk takes nothing, not even a deletion.
+        StoreError: the database is damaged.
+    """
+    while await store.read(reads.any_expired):
+        await store.erase(writes.purge)
+    retired_us = now_us() - int(kept.space_s * 1e6)
+    for name, space_id in await store.read(spaces.spaces_retired_before, retired_us):
+        dropped = await store.erase(spaces.drop_retired_space, name, space_id, retired_us)
+        log.info("space dropped collection=%s space=%s features=%d", name, space_id, dropped)
+    await audit.purge_older_events(store, kept.audit_s)
+    await store.book(statistics.purge_counts)
+    await store.book(writes.purge_requests, taken_in)
+    await erase_from_snapshots(store)

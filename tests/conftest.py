@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 from hardware import no_gpu
+from serving import make_bundle
 from tiny import draw_site, write_random_checkpoint
 
-from resight.training.datasets import Site
+from resight.bundle.bundle import Bundle, open_bundle
+from resight.training.store.datasets import Site
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +27,16 @@ def tiny_site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 def tiny_init(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder of a random encoder. Read only."""
     return write_random_checkpoint(tmp_path_factory.mktemp("tiny") / "init")
+
+
+@pytest.fixture(scope="session")
+def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundle") / "tiny").path
+
+
+@pytest.fixture(scope="session")
+def bundle(bundle_path: Path) -> Bundle:
+    return open_bundle(bundle_path)
 
 
 @pytest.fixture(scope="module", autouse=True)

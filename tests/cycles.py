@@ -1,4 +1,4 @@
-"""A site small enough for a cycle in seconds: drawn people, a real server, two iterations of training."""
+"""A site small enough for a cycle in seconds: synthetic people, a real server, two iterations of training."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import numpy as np
 from serving import ServerProcess, make_bundle
 
 from resight.client import Client, NewEntry
-from resight.cycle.layout import Layout
-from resight.cycle.site_file import load_site
-from resight.training.crops import CropStore, open_store, write_store
-from resight.training.synthetic import SiteSettings, render_site
+from resight.cycle.site import load_site
+from resight.cycle.state_folder import StateFolder
+from resight.training.store.crops import CropStore, open_store, write_store
+from resight.training.synthetic.site import SiteSettings, render_site
 
 PEOPLE = SiteSettings(
     world="source",
@@ -111,7 +111,7 @@ def entry(store: CropStore, row: int) -> NewEntry:
 
 
 def cycle(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "resight.cli", "cycle", *map(str, arguments)]
+    return [sys.executable, "-m", "resight", "cycle", *map(str, arguments)]
 
 
 def environment() -> dict[str, str]:
@@ -125,12 +125,12 @@ def once(site: Path, *more: object) -> subprocess.CompletedProcess[str]:
 
 def logs(site: Path) -> str:
     """What every stage of every run said."""
-    runs = Layout(load_site(site).state).runs
+    runs = StateFolder(load_site(site).state).runs
     return "\n".join(f"== {path}\n{path.read_text()}" for path in sorted(runs.rglob("*.log")))
 
 
 def crops(site: Path) -> CropStore:
-    return open_store(Layout(load_site(site).state).crops)["train"]
+    return open_store(StateFolder(load_site(site).state).crops)["train"]
 
 
 def told(path: Path) -> dict[str, object]:

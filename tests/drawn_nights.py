@@ -1,4 +1,4 @@
-"""A growing crop store of several nights, drawn in a moment: every track a figure of its own, cameras with a tint."""
+"""A growing crop store of several synthetic nights, in which every track has a colour field of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from resight.training.growing import GrowingStore, NewCrop, NewTrack
+from resight.training.store.growing import GrowingStore, NewCrop, NewTrack
 
 NIGHT_S = 86_400.0
 FIRST_S = 1_772_488_800.0  # 2026-03-02, 22:00 UTC

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from resight.exporters.graph import ServingGraph
-from resight.exporters.to_onnx import to_onnx
-from resight.image import ImageSpec, Pixels
-from resight.model import Encoder, EncoderConfig
-from resight.probes import Run
-from resight.weights import load_weights
+from resight.arrays import Pixels
+from resight.bundle.probes import EmbedBatch
+from resight.encoder.model import Encoder, EncoderConfig
+from resight.encoder.weights import load_weights
+from resight.exporters.onnx_graph import ServingGraph, to_onnx
+from resight.image import ImageSpec
 
 SPEC = ImageSpec(64, 32)
 CONFIGS = {
@@ -67,7 +67,7 @@ def export(name: str) -> bytes:
     return to_onnx(ServingGraph(make_encoder(name)), CONFIGS[name].image)
 
 
-def in_batches(run: Run, crops: Pixels, batch: int) -> NDArray[np.float32]:
+def in_batches(run: EmbedBatch, crops: Pixels, batch: int) -> NDArray[np.float32]:
     """Features of all crops, ``batch`` at a time."""
     return np.concatenate([run(crops[start : start + batch]) for start in range(0, len(crops), batch)])
 

@@ -8,34 +8,33 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from resight.training import growing, journal
-from resight.training import ingest as module
-from resight.training.counts import Outcome
-from resight.training.footage import open_footage
-from resight.training.given_boxes import GivenBoxes
-from resight.training.growing import GrowingStore
-from resight.training.ingest import ingest
-from resight.training.journal import Journal
+from resight.training.ingest import pipeline
+from resight.training.ingest import pipeline as module
+from resight.training.ingest.boxes import BoxFile
+from resight.training.ingest.pipeline import IngestJournal, SourceResult, ingest
+from resight.training.ingest.sources import open_footage
+from resight.training.store import growing
+from resight.training.store.growing import GrowingStore
 
 PLACES: dict[str, tuple[Any, str, bool]] = {
     "file": (GrowingStore, "_write", False),
     "file-written": (GrowingStore, "_write", True),
     "index": (growing, "write_table", False),
     "index-written": (growing, "write_table", True),
-    "journal": (journal.Journal, "advance", False),
-    "journal-written": (journal.Journal, "advance", True),
-    "frame": (module._Reading, "_look", False),
+    "journal": (pipeline.IngestJournal, "advance", False),
+    "journal-written": (pipeline.IngestJournal, "advance", True),
+    "frame": (module._SourceReader, "_look", False),
 }
 COMMIT_S = 6.0  # of footage; the program's own would be longer than the tests' films
 
 
 def read(
     folder: Path, root: Path, *, boxes: str = "door.jsonl", name: str = "door.mp4", camera: str = "door", **more: Any
-) -> Outcome:
+) -> SourceResult:
     store = GrowingStore(root)
-    with Journal(root) as opened:
+    with IngestJournal(root) as opened:
         footage = open_footage(str(folder / name), camera=camera, fps=5)
-        return ingest(footage, GivenBoxes(folder / boxes, 5), store, opened, **more)
+        return ingest(footage, BoxFile(folder / boxes, 5), store, opened, **more)
 
 
 def deadly(place: str, count: int) -> None:

@@ -10,8 +10,9 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 from serving import DIM, SPEC, embed_by_hand, weights
 
-from resight.bundle import Bundle, Graph, space_id, write_bundle
-from resight.probes import Run, make_probes, measure_parity
+from resight.bundle.bundle import Bundle, Graph, write_bundle
+from resight.bundle.manifest import space_id
+from resight.bundle.probes import EmbedBatch, make_probes, measure_parity
 
 HEAD = [
     helper.make_node("Cast", ["images"], ["f"], to=TensorProto.FLOAT),
@@ -69,7 +70,7 @@ def form(precision: str) -> bytes:
     return model.SerializeToString()
 
 
-def run(data: bytes) -> Run:
+def run(data: bytes) -> EmbedBatch:
     session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {"images": images})[0]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from resight.training.crops import CropStore
+from resight.training.store.crops import CropStore
 
 Ints = NDArray[np.int64]
 

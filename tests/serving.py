@@ -17,17 +17,17 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from resight.bundle import Bundle, Graph, Parity, space_id, write_bundle
+from resight.bundle.bundle import Bundle, Graph, write_bundle
+from resight.bundle.manifest import space_id
+from resight.bundle.probes import Parity, make_probes
 from resight.calibration import Calibration
 from resight.client import Client
 from resight.image import ImageSpec, decode, fit
-from resight.probes import make_probes
-from resight.service.auth import Role
-from resight.service.tokens import TokenFile
+from resight.service.access.auth import Role, TokenFile
 
 SPEC = ImageSpec(height=64, width=32)
 DIM = 32
-SERVE = "import typer; from resight.cli_serve import serve; typer.run(serve)"
+SERVE = "import typer; from resight.cli.server import serve; typer.run(serve)"
 
 
 def weights(seed: int) -> NDArray[np.float32]:
@@ -35,7 +35,7 @@ def weights(seed: int) -> NDArray[np.float32]:
 
 
 def embed_by_hand(pixels: NDArray[np.uint8], seed: int = 0) -> NDArray[np.float32]:
-    """What the tiny graph computes, in float64: 8x8 cell means, centred, projected, unit length."""
+    """The features of the tiny graph, in float64: 8x8 cell means, centred, projected, unit length."""
     cells = pixels.reshape(len(pixels), 8, 8, 4, 8, 3).astype(np.float64).mean(axis=(2, 4))  # (N, 8, 4, 3)
     flat = (cells / 255.0 - 0.5).transpose(0, 3, 1, 2).reshape(len(pixels), 96)
     out = flat @ weights(seed).astype(np.float64)
@@ -100,7 +100,7 @@ def jpeg(person: int, shot: int = 0, *, size: tuple[int, int] = (48, 96)) -> byt
 
 
 class ServerProcess:
-    """``resight serve`` as its own process on a free port; ended by its pid."""
+    """``resight serve`` as its own process on a free port; stopped by its pid."""
 
     def __init__(self, bundle: Path, data: Path, *flags: str, listen: str = "127.0.0.1:0", **env: str) -> None:
         self.data = data
@@ -115,18 +115,18 @@ class ServerProcess:
             )
 
     def wait_ready(self, timeout_s: float = 60.0) -> str:
-        """The address, once ``server.json`` tells it."""
+        """The address from ``server.json``, once it is written."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise AssertionError(f"server ended with {self.process.returncode}: {self.log.read_text()}")
+                raise AssertionError(f"server exited with {self.process.returncode}: {self.log.read_text()}")
             try:
-                told = json.loads((self.data / "server.json").read_text())
+                announcement = json.loads((self.data / "server.json").read_text())
             except FileNotFoundError:
                 time.sleep(0.02)
                 continue
-            if told["pid"] == self.process.pid:
-                return str(told["address"])
+            if announcement["pid"] == self.process.pid:
+                return str(announcement["address"])
         raise AssertionError(f"server not ready: {self.log.read_text()}")
 
     def end(self, number: int = signal.SIGTERM, timeout_s: float = 30.0) -> int:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from resight.service import reads, writes
-from resight.service.entries import Collection, Enrolment, Entry, Filter, Space
-from resight.service.store import Store
+from resight.service.records import Collection, Enrolment, EntryRecord, Filter, Space
+from resight.service.storage import reads, writes
+from resight.service.storage.store import Store
 
 DIM = 16
 SPACE = Space("ab" * 16, "tiny", DIM)
@@ -32,8 +32,8 @@ def feature(seed: int) -> np.ndarray:
 
 
 def enrolment(number: int, **more) -> Enrolment:
-    entry_fields = {name: more.pop(name) for name in list(more) if name in Entry.__dataclass_fields__}
-    return Enrolment(Entry(**{"entry_id": f"e{number}", **entry_fields}), feature(number), **more)
+    entry_fields = {name: more.pop(name) for name in list(more) if name in EntryRecord.__dataclass_fields__}
+    return Enrolment(EntryRecord(**{"entry_id": f"e{number}", **entry_fields}), feature(number), **more)
 
 
 async def made(store: Store, name: str = "lobby", **more) -> Collection:

@@ -24,12 +24,12 @@ from ledger import State
 from stores import DIM, SPACE, feature
 
 from resight.errors import ReIDError
-from resight.service import changes, reads, snapshot, writes
-from resight.service.audit import Audit, Event
-from resight.service.entries import Collection, Enrolment, Entry, Filter
-from resight.service.erasure import erase_subject
-from resight.service.searcher import Searcher
-from resight.service.store import Store
+from resight.service.records import Collection, Enrolment, EntryRecord, Filter
+from resight.service.search.searcher import Searcher
+from resight.service.storage import reads, snapshots, writes
+from resight.service.storage.audit import AuditEvent, AuditLog
+from resight.service.storage.erasure import erase_subject
+from resight.service.storage.store import Store
 
 WORKERS = 6
 
@@ -37,7 +37,7 @@ WORKERS = 6
 def put(state: dict[str, Any], *, replace: bool = False) -> Enrolment:
     crops = (b"%d" % state["seed"],) * state["crops"]
     labels = {"n": state["label"]}
-    entry = Entry(state["id"], subject_id=state["subject"], labels=labels)
+    entry = EntryRecord(state["id"], subject_id=state["subject"], labels=labels)
     return Enrolment(entry, feature(state["seed"]), crops, replace)
 
 
@@ -47,7 +47,7 @@ class Worker:
     def __init__(self, store: Store, searcher: Searcher, collection: Collection, name: str, seed: int) -> None:
         self.store, self.searcher, self.collection, self.name = store, searcher, collection, name
         self.random = random.Random(f"{seed} {name}")
-        self.audit = Audit(store)
+        self.audit = AuditLog(store)
         self.own: dict[str, State] = {}
         self.count = 0
         self.seed = seed
@@ -113,10 +113,10 @@ async def update(worker: Worker) -> None:
     state = worker.own.get(entry_id or "")
     if state is not None:
         new = state | {"label": f"changed {worker.random.random()}", "subject": f"{worker.name}-s0"}
-        entry = Entry(state["id"], subject_id=new["subject"], labels={"n": new["label"]})
+        entry = EntryRecord(state["id"], subject_id=new["subject"], labels={"n": new["label"]})
         fields = ["subject_id", "labels"]
         await worker.doing(
-            {state["id"]: new}, lambda: worker.store.erase(changes.update_entry, worker.collection, entry, fields)
+            {state["id"]: new}, lambda: worker.store.erase(writes.update_entry, worker.collection, entry, fields)
         )
 
 
@@ -147,16 +147,16 @@ async def erase(worker: Worker) -> None:
 
 
 async def purge(worker: Worker) -> None:
-    await worker.store.book(writes.forget, worker.searcher.revisions())
-    worker.audit.note(Event("storm", "SearchService.Search"))
+    await worker.store.book(writes.purge_requests, worker.searcher.revisions())
+    worker.audit.note(AuditEvent("storm", "SearchService.Search"))
     await worker.audit.flush()
 
 
 async def copy(worker: Worker) -> None:
     name = f"{worker.name}-{worker.count}"
-    await asyncio.to_thread(snapshot.remove, worker.store.folder, name)
-    await asyncio.to_thread(snapshot.create, worker.store.path, name)
-    await asyncio.to_thread(snapshot.remove, worker.store.folder, name)
+    await asyncio.to_thread(snapshots.remove, worker.store.folder, name)
+    await asyncio.to_thread(snapshots.create, worker.store.path, name)
+    await asyncio.to_thread(snapshots.remove, worker.store.folder, name)
 
 
 # What the storm is made of, and how often.

@@ -17,9 +17,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import ServerProcess, jpeg, make_bundle
 
 from resight.client import Client, NewEntry
-from resight.cycle.site_file import load_site
+from resight.cycle.site import load_site
 from resight.service.app import SERVICES
-from resight.service.metrics import SHED
+from resight.service.monitoring.metrics import SHED_REASONS
 from resight.service.settings import PREFIX, Settings, load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +83,7 @@ def test_every_expression_is_promql_over_series_that_exist(exported: set[str]) -
         for label, values in re.findall(r'(\w+)\s*(?:=~|!=|=)\s*"([^"]*)"', expression):
             for value in values.split("|"):
                 if label == "reason":
-                    assert value in SHED, where
+                    assert value in SHED_REASONS, where
                 elif label == "decision":
                     assert value in DECISIONS, where
                 elif label == "method":

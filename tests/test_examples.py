@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from serving import ServerProcess, make_bundle
 
+from resight.cli.export import SiteDataLoader
 from resight.client import Client, Where
-from resight.export_site import Lender
+from resight.encoder.weights import load_weights
 from resight.exporters.export import export_encoder
-from resight.training.synthetic import SiteSettings, render_site
-from resight.weights import load_weights
+from resight.training.synthetic.site import SiteSettings, render_site
 
 ANALYTICS = Path(__file__).resolve().parents[1] / "examples" / "analytics.py"
 
@@ -46,37 +46,39 @@ def test_analytics_finds_the_people_of_one_camera_in_another(tmp_path: Path) -> 
         name="builtin",
         training={},
         weights_licence=initial.source["licence"],
-        lent=Lender(site.train, initial.encoder.config.image).lend(crops=False),
+        lent=SiteDataLoader(site.train, initial.encoder.config.image).load(crops=False),
     )
     assert bundle.manifest.calibration is not None
     server = ServerProcess(bundle.path, tmp_path / "data")
     try:
         address = server.wait_ready()
-        status, told, log = analytics(address, "--people", "16", "--strangers", "4")
+        status, summary, log = analytics(address, "--people", "16", "--strangers", "4")
         assert status == 0, log
-        assert (told["enrolled"], told["searched"]) == (16, 16)
-        assert told["match"] + told["uncertain"] + told["unknown"] == 16
-        assert told["match"] and told["right_matches"] >= 0.8 * told["match"], told  # the calibration's promise is .95
+        assert (summary["enrolled"], summary["searched"]) == (16, 16)
+        assert summary["match"] + summary["uncertain"] + summary["unknown"] == 16
+        assert summary["match"] and summary["right_matches"] >= 0.8 * summary["match"], (
+            summary
+        )  # the calibration claims .95
         with Client(address) as client:
             yard = list(client.entries("analytics", where=Where(camera_ids=["yard"])))
             assert len(yard) == 16 and all(entry.shot_count >= 1 and entry.track_id for entry in yard)
             named = {entry.subject_id for entry in client.entries("analytics", where=Where(camera_ids=["entrance"]))}
-            assert sum(entry.subject_id in named for entry in yard) == told["match"]
+            assert sum(entry.subject_id in named for entry in yard) == summary["match"]
     finally:
         assert server.end() == 0
 
 
-def test_analytics_leaves_all_to_people_where_scores_mean_nothing(tmp_path: Path) -> None:
+def test_analytics_decides_nothing_without_a_calibration(tmp_path: Path) -> None:
     server = ServerProcess(make_bundle(tmp_path / "tiny").path, tmp_path / "data")
     try:
-        status, told, log = analytics(server.wait_ready(), "--people", "6", "--strangers", "2")
+        status, summary, log = analytics(server.wait_ready(), "--people", "6", "--strangers", "2")
         assert status == 0, log
-        assert told == {"enrolled": 6, "searched": 6, "match": 0, "uncertain": 6, "unknown": 0, "right_matches": 0}
-        assert log.count("somebody should look") == 6
+        assert summary == {"enrolled": 6, "searched": 6, "match": 0, "uncertain": 6, "unknown": 0, "right_matches": 0}
+        assert log.count("an operator should check") == 6
     finally:
         assert server.end() == 0
 
 
-def test_analytics_says_that_nobody_answers() -> None:
-    status, told, log = analytics("127.0.0.1:9", "--people", "1", "--strangers", "0", "--wait", "1")
-    assert status == 1 and not told and "no server became ready" in log
+def test_analytics_reports_an_unreachable_server() -> None:
+    status, summary, log = analytics("127.0.0.1:9", "--people", "1", "--strangers", "0", "--wait", "1")
+    assert status == 1 and not summary and "no server became ready" in log

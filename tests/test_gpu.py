@@ -53,8 +53,8 @@ def test_a_gpu_index_honours_its_filter() -> None:
 def test_a_training_step_on_a_gpu_lowers_its_loss(precision: str) -> None:
     import torch
 
-    from resight.model import Encoder, EncoderConfig
-    from resight.training.features import autocast
+    from resight.encoder.model import Encoder, EncoderConfig
+    from resight.training.features.extract import autocast
 
     if not torch.cuda.is_available():
         pytest.skip(f"this torch ({torch.__version__}) sees no GPU")

@@ -1,4 +1,4 @@
-"""A site that is drawn in a moment and an encoder small enough to adapt to it in another."""
+"""A small synthetic site, an encoder small enough to adapt within seconds, and the command line in a process."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-from resight.checkpoint import Provenance, write_checkpoint
+from resight.encoder.checkpoint import Provenance, write_checkpoint
+from resight.encoder.model import Encoder, EncoderConfig
 from resight.image import ImageSpec
-from resight.model import Encoder, EncoderConfig
-from resight.training.crops import CropStore, write_store
-from resight.training.datasets import Site, open_site
+from resight.training.store.crops import CropStore, write_store
+from resight.training.store.datasets import Site, open_site
 
 CONFIG = EncoderConfig(embedding_dim=32, image=ImageSpec(64, 32))
 PERSONS, STRANGERS = range(1, 9), range(9, 15)
 
 
 def draw_site(root: Path, *, cameras: int = 3, seed: int = 3, test_noise: float = 60) -> Site:
-    """240 crops of 8 people to adapt to, 6 other people to measure with, as a crop store.
+    """240 crops of 8 people to adapt to, 6 other people for evaluation, as a crop store.
 
     Each person is a field of colours and each camera a tint, so that even random weights find the people;
-    30 crops a person suit the recipe's k1. Of the people to measure with, shots differ enough for some mistakes,
+    30 crops a person suit the recipe's k1. For the evaluation, shots differ enough for some mistakes,
     unless ``test_noise`` (grey levels) is small.
     """
     rng = np.random.default_rng(seed)
@@ -60,7 +60,7 @@ def draw_site(root: Path, *, cameras: int = 3, seed: int = 3, test_noise: float 
 
 
 def random_encoder(seed: int = 0) -> Encoder:
-    """Weights by chance."""
+    """An encoder with random weights."""
     torch.manual_seed(seed)
     return Encoder(CONFIG).eval()
 
@@ -93,9 +93,9 @@ def environment() -> dict[str, str]:
 
 
 def resight(*arguments: object, timeout_s: float = 240, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The command line as a process of its own."""
+    """Run a command as a subprocess."""
     return subprocess.run(
-        [sys.executable, "-m", "resight.cli", *map(str, arguments)],
+        [sys.executable, "-m", "resight", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=timeout_s,
@@ -105,8 +105,8 @@ def resight(*arguments: object, timeout_s: float = 240, cwd: Path | None = None)
 
 
 def resight_here(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The same without a process of its own, which would spend seconds on importing torch."""
-    from resight.cli import main
+    """Run a command in this process, which saves the seconds of importing torch."""
+    from resight.cli.main import main
 
     command, status = ["resight", *map(str, arguments)], 0
     with (
@@ -123,10 +123,10 @@ def resight_here(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def the_error(done: subprocess.CompletedProcess[str]) -> str:
-    """The message of a command that failed as it should: status 1, one `error:`, no traceback."""
-    told = done.stdout + done.stderr
-    assert done.returncode == 1, told
-    assert "Traceback" not in told, told
+    """The message of a command that failed as expected: status 1, one `error:`, no traceback."""
+    output = done.stdout + done.stderr
+    assert done.returncode == 1, output
+    assert "Traceback" not in output, output
     found = re.findall(r"^error: (.+)$", done.stderr, re.MULTILINE)
-    assert len(found) == 1, told
+    assert len(found) == 1, output
     return str(found[0])

@@ -11,8 +11,8 @@ from pathlib import Path
 import av
 import numpy as np
 
-from resight.training.people import sample_people
-from resight.training.scene import make_cameras, take_crop
+from resight.training.synthetic.camera import make_cameras, take_crop
+from resight.training.synthetic.people import sample_people
 
 HEIGHT, WIDTH = 192, 320
 ROWS, COLUMNS = 96, 48  # of a person

@@ -2,10 +2,11 @@
 
 from importlib.metadata import version
 
-from resight.bundle import Manifest, open_bundle
+from resight.arrays import cosine_similarity
+from resight.bundle.bundle import open_bundle
+from resight.bundle.manifest import Manifest
 from resight.errors import ReIDError
 from resight.image import ImageSpec
-from resight.similarity import cosine_similarity
 
 __version__ = version("resight")
 __all__ = ["ImageSpec", "Manifest", "ReIDError", "__version__", "cosine_similarity", "open_bundle"]

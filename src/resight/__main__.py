@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from resight.cli import main
+from resight.cli.main import main
 
 if __name__ == "__main__":
     main()

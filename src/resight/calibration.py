@@ -1,7 +1,7 @@
 """What a cosine similarity means at a site: the probability that two crops show one person, and two thresholds.
 
 A calibration is part of a bundle: it holds for one embedding space and one site, and is fitted anew with every
-model. `resight.training.calibrate` fits it without labels; docs/calibration.md says what it means and what not.
+model. `resight.training.calibration.fit` fits it without labels; docs/calibration.md says what it means and what not.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NoReturn
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from resight.arrays import Doubles
 from resight.errors import BundleError, InputError
 
 Decision = Literal["match", "uncertain", "unknown"]
-Doubles = NDArray[np.float64]
 
-EVEN = 0.5
+EVEN_PRIOR = 0.5
 MAX_SLOPE = 1e4  # from "no" to "yes" within a thousandth of a cosine; half precision resolves no more
 MAX_SOURCE = 200  # characters
 
@@ -77,7 +77,7 @@ class Calibration:
         for name in ("positive_source", "negative_source"):
             self._check(name, f"1..{MAX_SOURCE} characters", 1 <= len(getattr(self, name)) <= MAX_SOURCE)
 
-    def probability(self, similarity: ArrayLike, *, prior: float = EVEN) -> Doubles:
+    def probability(self, similarity: ArrayLike, *, prior: float = EVEN_PRIOR) -> Doubles:
         """How probable it is that two crops so similar show one person.
 
         Args:

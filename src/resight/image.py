@@ -5,7 +5,19 @@ rank-1 in this field), so nobody else may decode or resize a crop.
 
 A plain JPEG goes to libjpeg-turbo without Pillow around it, which takes a third of the time; whatever is not plain, or
 not whole, is Pillow's. Both run the same code over the file (slow integer DCT, smooth upsampling), and their pixels are
-equal (tests/core/test_image.py).
+equal (tests/test_image.py).
+
+How much a crop can tell about a person, 0..1: size, sharpness and exposure. No match score.
+
+quality = (size x sharpness x exposure) ^ 1/3, so that one factor of zero makes it zero:
+
+- size: the crop's pixels over the encoder's, at most 1;
+- sharpness: v / (v + 100), v the variance of the 4-neighbour Laplacian of the fitted grey image on
+  levels of 0..255; 100 is the customary border between blurred and sharp for that variance;
+- exposure: the share of pixels that are neither nearly black (< 8) nor nearly white (> 247).
+
+Grey is the mean of the three channels. It is kept as their sum, a whole number, so that all of it is whole-number
+arithmetic: 0.1 ms where the same in float32 took 0.65 ms, more than decoding.
 """
 
 from __future__ import annotations
@@ -18,13 +30,10 @@ from typing import Literal
 
 import numpy as np
 import simplejpeg
-from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from resight.arrays import Pixels
 from resight.errors import ImageError, ImageTooLargeError, ImageTooSmallError, ImageUndecodableError
-
-Pixels = NDArray[np.uint8]
-"""uint8 array (H, W, 3), RGB."""
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_BYTES = 2 * 1024 * 1024  # a person crop is 5-50 KB; 2 MiB is what comparable servers accept
@@ -88,14 +97,14 @@ def decode(
             found_bytes=len(data),
             max_bytes=max_bytes,
         )
-    told = on_header or _nobody
+    told = on_header or _ignore_size
     if (size := _plain_jpeg(data)) is not None:
         _check_size(*size, max_pixels)
         told(size[0] * size[1])
         with contextlib.suppress(ValueError):  # damaged, or nearly so: Pillow says which
             pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
             return pixels
-        told = _nobody  # it has been told
+        told = _ignore_size  # it has been told
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as header:
             _check_header(header, max_pixels)
@@ -117,7 +126,7 @@ def decode(
         ) from error
 
 
-def _nobody(pixels: int) -> None:
+def _ignore_size(pixels: int) -> None:
     """Tells nobody."""
 
 
@@ -176,3 +185,30 @@ def fit(image: Pixels, spec: ImageSpec) -> Pixels:
         return image
     resized = Image.fromarray(image).resize((spec.width, spec.height), _FILTERS[spec.filter])
     return np.array(resized)
+
+
+SHARP_VARIANCE = 100.0
+BLACK, WHITE = 8, 247  # 3 % of the range at each end, where cameras clip
+
+
+def quality(fitted: Pixels, size: tuple[int, int]) -> float:
+    """Judge one crop.
+
+    Args:
+        fitted: uint8 (H, W, 3) RGB at the encoder's size.
+        size: height and width the crop came with.
+
+    Returns:
+        0..1.
+    """
+    total = fitted[:, :, 0].astype(np.int16)  # (H, W): three times the grey level, at most 765
+    total += fitted[:, :, 1]
+    total += fitted[:, :, 2]
+    area = min(1.0, size[0] * size[1] / total.size)
+    laplacian = total[1:-1, 1:-1] * np.int16(-4)  # at most 4 x 765 either way: int16 holds it
+    for neighbour in (total[:-2, 1:-1], total[2:, 1:-1], total[1:-1, :-2], total[1:-1, 2:]):
+        laplacian += neighbour
+    variance = float(laplacian.var(dtype=np.float32)) / 9  # of the grey levels themselves
+    exposed = np.count_nonzero((total >= 3 * BLACK) & (total <= 3 * WHITE))
+    product = area * variance / (variance + SHARP_VARIANCE) * exposed / total.size
+    return float(product ** (1 / 3))

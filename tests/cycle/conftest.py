@@ -12,16 +12,14 @@ import pytest
 from cycles import COLLECTION, ENTRIES, write_site
 from serving import ServerProcess, jpeg, make_bundle
 
-from resight.bundle import Bundle
+from resight.bundle.bundle import Bundle
 from resight.calibration import Calibration
 from resight.client import Client, NewEntry
-from resight.cycle.active import write_active
 from resight.cycle.conductor import STAGES, Conductor
-from resight.cycle.layout import Layout
-from resight.cycle.outcome import Outcome, write_outcome
-from resight.cycle.server import find_active
-from resight.cycle.site_file import load_site
-from resight.cycle.state import Run, Runs, Stage
+from resight.cycle.runs import CycleRun, RunDatabase, StageRun
+from resight.cycle.server import find_active_model
+from resight.cycle.site import load_site
+from resight.cycle.state_folder import StageOutcome, StateFolder, write_active, write_outcome
 
 CURVE = Calibration(0.5, 10.0, 0.95, 0.3, 0.001, 0.05, 100, 100, "tests", "tests", 0.01)
 
@@ -40,8 +38,8 @@ class Place:
         return self.folder / "site.toml"
 
     @property
-    def layout(self) -> Layout:
-        return Layout(self.folder / "state")
+    def layout(self) -> StateFolder:
+        return StateFolder(self.folder / "state")
 
     def write(self, *changes: tuple[str, str]) -> None:
         places = [(f'"{name}', f'"{self.models}{name.removeprefix("models")}') for name in ("models/first", "models")]
@@ -49,21 +47,21 @@ class Place:
 
     def begin(self, *, seed: int, calibration: Calibration | None = None) -> int:
         """A run that has made a candidate: everything before `backfill` is done."""
-        with Runs(self.layout.database) as runs:
+        with RunDatabase(self.layout.database) as runs:
             run = runs.begin().run
         folder = self.layout.run(run)
         bundle = self.models / f"lobby-{run:06d}"
         made: Bundle = make_bundle(bundle, seed=seed, calibration=calibration)
         (folder.path / "checkpoint").mkdir(parents=True)
-        write_active(folder.baseline, find_active(load_site(self.file), self.layout, self.client))
+        write_active(folder.baseline, find_active_model(load_site(self.file), self.layout, self.client))
         for stage in STAGES[: STAGES.index("backfill")]:
             figures = {"until_s": 7.0} if stage == "collect" else {"space_id": made.manifest.space_id}
-            write_outcome(folder.result(stage), Outcome(figures=figures))
+            write_outcome(folder.result(stage), StageOutcome(figures=figures))
         return run
 
-    def once(self, stop: Event | None = None) -> tuple[Run, dict[str, Stage]]:
+    def once(self, stop: Event | None = None) -> tuple[CycleRun, dict[str, StageRun]]:
         ended = Conductor(self.file, stop or Event(), pauses_s=(0.1,)).once()
-        with Runs(self.layout.database) as runs:
+        with RunDatabase(self.layout.database) as runs:
             return ended, runs.stages(ended.run)
 
     def active(self) -> str:

@@ -16,11 +16,9 @@ from cycles import COLLECTION, ENTRIES, crops, cycle, environment, logs, once, s
 from serving import ServerProcess
 from watchdog import progress_expected
 
-from resight.cycle.active import read_active
 from resight.cycle.conductor import STAGES
-from resight.cycle.layout import Layout
-from resight.cycle.lock import holder
-from resight.cycle.state import Runs
+from resight.cycle.runs import RunDatabase, lock_holder
+from resight.cycle.state_folder import StateFolder, read_active
 
 pytestmark = pytest.mark.slow
 
@@ -71,7 +69,7 @@ def test_a_storm_of_kills_switches_once_and_loses_nobody(place: Place) -> None:
     """At any moment of the stages that change the server, not only when they begin."""
     place.begin(seed=1)
     rng, kills = random.Random(5), 0
-    with Runs(place.layout.database) as runs:
+    with RunDatabase(place.layout.database) as runs:
         while runs.unfinished() is not None and kills < KILLS:
             process = subprocess.Popen(
                 cycle("once", place.file), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
@@ -115,14 +113,14 @@ def test_a_server_that_ends_in_the_middle_is_waited_for(own_place: Place) -> Non
 @pytest.mark.timeout(0)  # `progress_expected` watches it
 def test_a_cycle_that_is_killed_at_every_stage_completes_once(tmp_path: Path) -> None:
     with progress_expected(tmp_path), site_served(tmp_path) as (site, client):
-        layout = Layout(tmp_path / "state")
+        layout = StateFolder(tmp_path / "state")
         before = {one.entry_id for one in client.entries(COLLECTION)}
         for stage in STAGES:
             killed_during(stage, site, layout.database)
-        assert "is held by" not in str(holder(layout.lock))
+        assert "is held by" not in str(lock_holder(layout.lock))
         done = once(site)
         assert done.returncode == 0, done.stderr + logs(site)
-        with Runs(layout.database) as runs:
+        with RunDatabase(layout.database) as runs:
             (run,) = runs.runs()
             stages = runs.stages(run.run)
         assert (run.state, list(stages)) == ("promoted", list(STAGES))

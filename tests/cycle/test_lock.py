@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from resight.cycle.lock import Lock, holder
+from resight.cycle.runs import CycleLock, lock_holder
 from resight.errors import CycleBusyError
 
 HOLD = """
 import subprocess, sys, time
 from pathlib import Path
-from resight.cycle.lock import Lock
-with Lock(Path(sys.argv[1]), "site lobby"):
+from resight.cycle.runs import CycleLock
+with CycleLock(Path(sys.argv[1]), "site lobby"):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False)
     print(child.pid, flush=True)
     time.sleep(60)
@@ -27,21 +27,21 @@ with Lock(Path(sys.argv[1]), "site lobby"):
 
 def test_a_second_process_is_told_who_holds_it_and_a_kill_frees_it(tmp_path: Path) -> None:
     path = tmp_path / "state" / "cycle.lock"
-    assert holder(path) is None
+    assert lock_holder(path) is None
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
     child = int(other.stdout.readline())
     try:
         with pytest.raises(CycleBusyError, match=rf"site lobby is held by process {other.pid} since 20\d\d-") as caught:
-            Lock(path, "site lobby")
+            CycleLock(path, "site lobby")
         assert caught.value.facts["holder"] == str(other.pid)
-        assert str(holder(path)).startswith(f"process {other.pid} since ")
+        assert str(lock_holder(path)).startswith(f"process {other.pid} since ")
         os.kill(other.pid, signal.SIGKILL)
         other.wait()
-        with Lock(path, "site lobby"):  # though the child lives on
+        with CycleLock(path, "site lobby"):  # though the child lives on
             os.kill(child, 0)
-            assert str(holder(path)).startswith(f"process {os.getpid()} since ")
-        assert holder(path) is None
+            assert str(lock_holder(path)).startswith(f"process {os.getpid()} since ")
+        assert lock_holder(path) is None
     finally:
         os.kill(child, signal.SIGKILL)
         other.stdout.close()
@@ -54,10 +54,10 @@ def test_one_who_waits_gets_it_when_it_is_free(tmp_path: Path) -> None:
     child = int(other.stdout.readline())
     began = time.monotonic()
     with pytest.raises(CycleBusyError):
-        Lock(path, "the stage", wait_s=0.2)
+        CycleLock(path, "the stage", wait_s=0.2)
     assert time.monotonic() - began >= 0.2
     other.kill()
-    with Lock(path, "the stage", wait_s=30):
+    with CycleLock(path, "the stage", wait_s=30):
         pass
     other.wait()
     other.stdout.close()

@@ -19,18 +19,17 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from resight.bundle import Bundle, open_bundle
-from resight.checkpoint import Provenance, write_checkpoint
+from resight.bundle.bundle import Bundle, open_bundle
+from resight.bundle.manifest import to_json
+from resight.encoder.checkpoint import Provenance, write_checkpoint
+from resight.encoder.model import Encoder, EncoderConfig
+from resight.encoder.weights import load_weights
 from resight.errors import AlreadyExistsError, BundleError, CheckpointError
-from resight.exporters.export import encoder_space_id, export_checkpoint, export_encoder, spell_name
-from resight.exporters.forms import Lent, Wanted, steps
-from resight.exporters.graph import ServingGraph
-from resight.exporters.to_onnx import to_onnx
+from resight.exporters.export import encoder_space_id, export_checkpoint, export_encoder, model_name
+from resight.exporters.forms import ExportOptions, SiteData, export_steps
+from resight.exporters.onnx_graph import ServingGraph, to_onnx
 from resight.exporters.verify import run_onnx, verify_bundle, verify_graph
 from resight.image import ImageSpec, decode, fit
-from resight.manifest import to_json
-from resight.model import Encoder, EncoderConfig
-from resight.weights import load_weights
 
 pytestmark = pytest.mark.long
 
@@ -145,7 +144,7 @@ def test_the_graph_is_what_the_format_says(exported: Exported) -> None:
 
 def test_the_manifest_tells_what_was_measured(exported: Exported) -> None:
     manifest = open_bundle(exported.bundle.path).manifest
-    assert exported.steps == steps(Wanted(), Lent())
+    assert exported.steps == export_steps(ExportOptions(), SiteData())
     assert manifest.training == {"recipe": {}} and manifest.evaluation["left_out"] == {}
     assert manifest.evaluation["forms"]["model.onnx"]["images_per_s"] > 0
     artefact = manifest.artefacts[0]
@@ -231,7 +230,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_the_command_makes_a_bundle_that_opens(checkpoint: Path, tmp_path: Path) -> None:
     out, figures = tmp_path / "My Site (2)", tmp_path / "figures.json"
-    code = "import typer; from resight.cli_export import export; typer.run(export)"
+    code = "import typer; from resight.cli.export import export; typer.run(export)"
     arguments = [str(checkpoint), "--out", str(out), "--json", str(figures)]
     command = [sys.executable, "-W", "error", "-c", code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ | {"COLUMNS": "160"})
@@ -269,9 +268,10 @@ def test_no_checkpoint_is_refused(tmp_path: Path) -> None:
     [("My Site (2)", "my-site-2"), ("..", "model"), ("Über", "ber"), ("a.b_c-1", "a.b_c-1"), ("x" * 99, "x" * 63)],
 )
 def test_names_are_spelled_safely(folder: str, name: str) -> None:
-    assert spell_name(folder) == name
+    assert model_name(folder) == name
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_real_weights_equal_an_independent_export_of_them(tmp_path: Path) -> None:
     """The same network as torchreid exported it, before its last ReLU was left out of ours."""

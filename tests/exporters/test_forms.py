@@ -12,16 +12,16 @@ import pytest
 from exports import draw_crops, make_encoder
 from tiny import CONFIG, draw_site, random_encoder, resight_here, the_error, write_random_checkpoint
 
-from resight.bundle import Bundle, open_bundle
-from resight.checkpoint import Provenance, write_checkpoint
+from resight.bundle.bundle import Bundle, open_bundle
+from resight.bundle.signing import generate_key
+from resight.cli.export import SiteDataLoader, fitted_pixels, sample_crops, sample_tracks
+from resight.encoder.checkpoint import Provenance, write_checkpoint
+from resight.encoder.weights import load_weights
 from resight.errors import BundleError, RecipeError
-from resight.export_site import Lender, fitted, sample, whole_tracks
 from resight.exporters.export import export_encoder
-from resight.exporters.forms import Lent, Wanted, steps
+from resight.exporters.forms import ExportOptions, SiteData, export_steps
 from resight.exporters.verify import run_onnx, verify_bundle
-from resight.signing_key import generate_key
-from resight.training.datasets import Site, open_site
-from resight.weights import load_weights
+from resight.training.store.datasets import Site, open_site
 
 pytestmark = pytest.mark.long
 
@@ -74,7 +74,7 @@ def test_every_form_reproduces_the_model(exported: tuple[Bundle, dict[str, objec
         ("model.int8.tensorrt.onnx", "int8", "tensorrt"),
     ]
     assert figures["left_out"] == {} and verify_bundle(bundle).keys() == {a.file for a in bundle.manifest.artefacts}
-    crops = fitted(site.train.subset(np.arange(0, 240, 5)), bundle.manifest.image)
+    crops = fitted_pixels(site.train.subset(np.arange(0, 240, 5)), bundle.manifest.image)
     whole = run_onnx(bundle.read())(crops)
     for precision, runtime, least in (("fp16", "onnx", 0.9999), ("int8", "onnx", 0.98), ("int8", "tensorrt", 0.98)):
         cosine = (run_onnx(bundle.read(precision, runtime))(crops) * whole).sum(axis=1)
@@ -134,8 +134,8 @@ def test_int8_that_fails_its_gate_is_left_out_and_says_why(tmp_path: Path) -> No
         name="x",
         training={},
         weights_licence="none",
-        wanted=Wanted(("int8",)),
-        lent=Lent(draw_crops(), measure=lambda run: next(measured)),
+        wanted=ExportOptions(("int8",)),
+        lent=SiteData(draw_crops(), measure=lambda run: next(measured)),
     )
     assert [artefact.precision for artefact in bundle.manifest.artefacts] == ["fp32"]
     assert bundle.manifest.evaluation["left_out"] == {
@@ -149,12 +149,12 @@ def test_what_cannot_be_made_is_refused_before_the_work(tmp_path: Path) -> None:
     assert "--site" in the_error(resight_here("export", checkpoint, "--out", out, "--precision", "int8"))
     assert "fp32, fp16, int8" in the_error(resight_here("export", checkpoint, "--out", out, "--precision", "fp8"))
     with pytest.raises(RecipeError, match="unknown precision"):
-        Wanted(("fp32", ""))
+        ExportOptions(("fp32", ""))
     assert not out.exists()
 
 
 def test_too_few_crops_are_refused(site: Site, tmp_path: Path) -> None:
-    lent = Lent(fitted(site.train.subset(np.arange(3)), CONFIG.image))
+    lent = SiteData(fitted_pixels(site.train.subset(np.arange(3)), CONFIG.image))
     with pytest.raises(BundleError, match="found 3"):
         export_encoder(
             random_encoder(),
@@ -162,7 +162,7 @@ def test_too_few_crops_are_refused(site: Site, tmp_path: Path) -> None:
             name="x",
             training={},
             weights_licence="none",
-            wanted=Wanted(("int8",)),
+            wanted=ExportOptions(("int8",)),
             lent=lent,
         )
     assert not (tmp_path / "b").exists()
@@ -170,21 +170,21 @@ def test_too_few_crops_are_refused(site: Site, tmp_path: Path) -> None:
 
 def test_samples_are_even_over_cameras_and_keep_tracks_whole(site: Site) -> None:
     store = site.train
-    some = sample(store, 30)
-    assert np.bincount(some.cameras).tolist() == [10, 10, 10] and sample(store, 30).paths == some.paths
-    assert len(sample(store, 1000)) == len(store)
+    some = sample_crops(store, 30)
+    assert np.bincount(some.cameras).tolist() == [10, 10, 10] and sample_crops(store, 30).paths == some.paths
+    assert len(sample_crops(store, 1000)) == len(store)
     tracked = dataclasses.replace(store, tracks=np.arange(len(store)) // 6)
-    kept = whole_tracks(tracked, 60)
+    kept = sample_tracks(tracked, 60)
     assert len(kept) == 60
     _, counts = np.unique(np.stack([kept.cameras, kept.tracks]), axis=1, return_counts=True)
     assert (counts == 2).sum() >= len(counts) - 1  # six rows of a track number are two of each camera; the last is cut
-    assert len(whole_tracks(store, 60)) == 60 and len(whole_tracks(tracked, 240)) == 240
+    assert len(sample_tracks(store, 60)) == 60 and len(sample_tracks(tracked, 240)) == 240
 
 
 def test_steps_are_told_in_their_order() -> None:
-    wanted = Wanted(("int8", "fp16"), tensorrt=True)
+    wanted = ExportOptions(("int8", "fp16"), tensorrt=True)
     crops = np.zeros((16, 64, 32, 3), np.uint8)
-    assert steps(wanted, Lent(crops, calibrate=lambda run: None)) == (
+    assert export_steps(wanted, SiteData(crops, calibrate=lambda run: None)) == (
         "reference features",
         "graph",
         "parity",
@@ -195,7 +195,7 @@ def test_steps_are_told_in_their_order() -> None:
         "calibration",
         "files",
     )
-    assert steps(Wanted(), Lent()) == ("reference features", "graph", "parity", "fp32", "files")
+    assert export_steps(ExportOptions(), SiteData()) == ("reference features", "graph", "parity", "fp32", "files")
 
 
 @pytest.mark.slow
@@ -219,8 +219,10 @@ def test_int8_of_a_real_model_passes_the_gate_on_real_crops(tmp_path: Path) -> N
         name="real",
         training={},
         weights_licence="research",
-        wanted=Wanted(("int8",)),
-        lent=Lent(fitted(sample(site.train, 256), spec), measure=Lender(None, spec, known).measure),
+        wanted=ExportOptions(("int8",)),
+        lent=SiteData(
+            fitted_pixels(sample_crops(site.train, 256), spec), measure=SiteDataLoader(None, spec, known).measure
+        ),
     )
     forms = bundle.manifest.evaluation["forms"]
     assert forms["model.int8.onnx"]["mean_cosine"] >= 0.98

@@ -7,20 +7,9 @@ from pathlib import Path
 
 import grpc
 import pytest
-from serving import Guarded, ServerProcess, make_bundle
+from serving import Guarded, ServerProcess
 
-from resight.bundle import Bundle, open_bundle
 from resight.client import Client
-
-
-@pytest.fixture(scope="session")
-def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle") / "tiny").path
-
-
-@pytest.fixture(scope="session")
-def bundle(bundle_path: Path) -> Bundle:
-    return open_bundle(bundle_path)
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,7 @@ from serving import ServerProcess, jpeg, make_bundle
 
 from resight.client import Client, NewEntry, Query
 from resight.errors import OverloadedError, ReIDError, SpaceMismatchError, UnavailableError
-from resight.service.auth import Role
-from resight.service.tokens import TokenFile
+from resight.service.access.auth import Role, TokenFile
 
 pytestmark = pytest.mark.long
 
@@ -44,8 +43,9 @@ def test_the_process_never_loads_torch(server):
         mapped = maps.read()
     assert "onnxruntime" in mapped and "torch" not in mapped
     code = (
-        "import resight.service.app, resight.cli_serve, sys\n"
-        "bad = {'torch', 'torchvision', 'onnx', 'sklearn', 'resight.model', 'resight.training', 'resight.exporters'}\n"
+        "import resight.service.app, resight.cli.server, sys\n"
+        "bad = {'torch', 'torchvision', 'onnx', 'sklearn', 'resight.encoder.model'}\n"
+        "bad |= {'resight.training', 'resight.exporters'}\n"
         "print(sorted(bad & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

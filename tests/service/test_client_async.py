@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from serving import jpeg
 
-from resight.client import Client, NewEntry, Query, Where
-from resight.client_async import AsyncClient
+from resight.client import AsyncClient, Client, NewEntry, Query, Where
 from resight.errors import EntryNotFoundError, ImageUndecodableError, InputError, UnavailableError
 
 

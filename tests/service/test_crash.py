@@ -26,11 +26,10 @@ from ledger import Ledger, State, Write
 from stores import SPACE, feature, opened
 from watchdog import progress_expected
 
-from resight.service import reads
-from resight.service.entries import Filter
-from resight.service.nearest import Query
-from resight.service.searcher import Searcher
-from resight.service.store import Store
+from resight.service.records import Filter
+from resight.service.search.searcher import NearestQuery, Searcher
+from resight.service.storage import reads
+from resight.service.storage.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +117,7 @@ async def check_index(store: Store, found: dict[str, dict[str, Any]]) -> None:
     try:
         await searcher.load()
         lobby = await store.read(reads.collection, "lobby")
-        queries = [Query(feature(1), len(found) + 10, Filter())]
+        queries = [NearestQuery(feature(1), len(found) + 10, Filter())]
         (answer,) = await searcher.search(lobby, queries, with_features=True)
         held = {hit.entry.entry_id: np.asarray(hit.feature, np.float32).tobytes() for hit in answer.hits}
         assert held == {entry_id: one["vector"] for entry_id, one in found.items()}

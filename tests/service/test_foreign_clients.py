@@ -16,9 +16,8 @@ import pytest
 from serving import DIM, ServerProcess, features_by_hand, jpeg
 
 from resight.client import Client, EntryId, NewEntry
+from resight.service.access.auth import Role, TokenFile
 from resight.service.app import SERVICES
-from resight.service.auth import Role
-from resight.service.tokens import TokenFile
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "node"

@@ -3,10 +3,11 @@ import asyncio
 import pytest
 from stores import OTHER, SPACE, enrolment, feature, held, holding, made, opened
 
-from resight.service import audit, changes, entries, reads, spaces, writes
-from resight.service.audit import Audit, Event
-from resight.service.entries import Filter, now_us
-from resight.service.retention import Kept, purge
+from resight.service import records
+from resight.service.records import Filter, now_us
+from resight.service.storage import audit, reads, spaces, writes
+from resight.service.storage.audit import AuditEvent, AuditLog
+from resight.service.tenants import RetentionPeriods, purge_expired
 
 DAY_S = 86_400.0
 
@@ -20,23 +21,23 @@ def store(tmp_path):
 def test_each_thing_leaves_when_its_time_has_come(store, tmp_path):
     async def body():
         await made(store)
-        both = await store.write(spaces.begin, "lobby", OTHER)
+        both = await store.write(spaces.begin_space, "lobby", OTHER)
         for number in range(8):
             expire_us = now_us() - 1 if number < 3 else None
             others = ((OTHER.space_id, feature(100 + number)),)
             await store.write(writes.enrol, both, enrolment(number, expire_us=expire_us, others=others))
-        await store.write(spaces.activate, "lobby", OTHER.space_id, expected=SPACE.space_id)
-        book = Audit(store)
-        await book.record(Event("a", "old", at_us=now_us() - int(40 * DAY_S * 1e6)))
-        await book.record(Event("a", "new"))
+        await store.write(spaces.activate_space, "lobby", OTHER.space_id, expected=SPACE.space_id)
+        book = AuditLog(store)
+        await book.record(AuditEvent("a", "old", at_us=now_us() - int(40 * DAY_S * 1e6)))
+        await book.record(AuditEvent("a", "new"))
 
-        await purge(store, Kept(audit_s=90 * DAY_S, space_s=7 * DAY_S))
+        await purge_expired(store, RetentionPeriods(audit_s=90 * DAY_S, space_s=7 * DAY_S))
         assert not holding(tmp_path, feature(2).tobytes()) and not holding(tmp_path, feature(102).tobytes())
         assert holding(tmp_path, feature(5).tobytes())  # the way back is open
         assert [event.method for event in await book.listed()] == ["new", "old"]
 
         reached = (await store.read(reads.collection, "lobby")).revision
-        await purge(store, Kept(audit_s=30 * DAY_S, space_s=0.0), taken_in=[(both.key, reached)])
+        await purge_expired(store, RetentionPeriods(audit_s=30 * DAY_S, space_s=0.0), taken_in=[(both.key, reached)])
         assert not holding(tmp_path, feature(5).tobytes()) and holding(tmp_path, feature(105).tobytes())
         assert [event.method for event in await book.listed()] == ["new"]
         assert await store.read(lambda c: c.execute("SELECT count(*) FROM change").fetchall()) == [(0,)]
@@ -50,7 +51,7 @@ def test_revisions_rise_although_the_change_log_is_forgotten(store):
     async def body():
         lobby = await made(store)
         first = await store.write(writes.enrol, lobby, enrolment(1))
-        await purge(store, Kept(audit_s=DAY_S, space_s=0.0), taken_in=[(lobby.key, first.revision)])
+        await purge_expired(store, RetentionPeriods(audit_s=DAY_S, space_s=0.0), taken_in=[(lobby.key, first.revision)])
         second = await store.write(writes.enrol, lobby, enrolment(2))
         assert second.revision > first.revision
 
@@ -61,11 +62,11 @@ def test_a_clock_that_is_set_back_loses_no_order_and_no_audit(store, monkeypatch
     async def body():
         lobby = await made(store, ttl_us=3_600_000_000)
         first = await store.write(writes.enrol, lobby, enrolment(1))
-        book = Audit(store)
-        await book.record(Event("a", "before"))
-        await purge(store, Kept(audit_s=2 * DAY_S, space_s=0.0))
+        book = AuditLog(store)
+        await book.record(AuditEvent("a", "before"))
+        await purge_expired(store, RetentionPeriods(audit_s=2 * DAY_S, space_s=0.0))
         back = now_us() - int(30 * DAY_S * 1e6)
-        for module in (writes, reads, audit, entries, changes):
+        for module in (writes, reads, audit, records, writes):
             if hasattr(module, "now_us"):
                 monkeypatch.setattr(module, "now_us", lambda: back)
         second = await store.write(writes.enrol, lobby, enrolment(2))
@@ -73,8 +74,8 @@ def test_a_clock_that_is_set_back_loses_no_order_and_no_audit(store, monkeypatch
         found = await store.read(reads.entries, lobby.key, Filter(), after=0, limit=9)
         assert [entry.entry_id for _, entry in found] == ["e1", "e2"]
         assert found[0][1].expire_us == first.entry.expire_us  # as it was told
-        await book.record(Event("a", "after"))
-        await purge(store, Kept(audit_s=2 * DAY_S, space_s=0.0))
+        await book.record(AuditEvent("a", "after"))
+        await purge_expired(store, RetentionPeriods(audit_s=2 * DAY_S, space_s=0.0))
         assert [event.method for event in await book.listed()] == ["after", "before"]
         monkeypatch.undo()
         left = await store.read(reads.entries, lobby.key, Filter(), after=0, limit=9)

@@ -28,7 +28,7 @@ from watchdog import progress_expected
 
 from resight.client import Client, Query
 from resight.errors import ReIDError, StoreError
-from resight.service import snapshot
+from resight.service.storage import snapshots
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def check_files(data: Path, storm: Storm) -> None:
         ).fetchone() == (0,)
         (last,) = raw.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'change'").fetchone()
         assert raw.execute("SELECT max(revision) FROM collection").fetchone()[0] <= (last or 0)
-    soon(lambda: [snapshot.verify(data, name) for name in snapshot.names(data)])
+    soon(lambda: [snapshots.verify(data, name) for name in snapshots.list_names(data)])
     soon(lambda: no_remnants(data / "snapshots"))
     for subject in storm.erased:
         assert holding(data, subject.encode()) == [], subject
@@ -178,8 +178,8 @@ def test_every_answered_call_survives_a_kill_of_the_server_at_any_moment(tmp_pat
             counts.update(storm.answered | Counter({"in flight": len(in_flight)}))
             refused.update(storm.refused)
             check_log(server)
-            for name in snapshot.names(data):  # so that they do not pile up; remnants of the crash stay
-                snapshot.remove(data, name)
+            for name in snapshots.list_names(data):  # so that they do not pile up; remnants of the crash stay
+                snapshots.remove(data, name)
             server = started(root, data)
             while chance.random() < 0.2:  # and killed as it starts, where it goes on with what was interrupted
                 time.sleep(chance.uniform(0.0, 1.0))

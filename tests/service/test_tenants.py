@@ -6,15 +6,15 @@ import pytest
 from stores import DIM, SPACE, enrolment, feature, held, holding, made
 
 from resight.errors import CollectionNotFoundError, InputError, OverloadedError
-from resight.service import reads, tenants, writes
-from resight.service.entries import Enrolment, Entry, now_us
-from resight.service.folder import DataFolder
+from resight.service import tenants
 from resight.service.gallery import Gallery
-from resight.service.nearest import Query
-from resight.service.operations import State
-from resight.service.reads import Filter
+from resight.service.records import Enrolment, EntryRecord, Filter, now_us
+from resight.service.search.searcher import NearestQuery
 from resight.service.settings import Settings
-from resight.service.store import Store
+from resight.service.storage import reads, writes
+from resight.service.storage.data_folder import DataFolder
+from resight.service.storage.operations import OperationState
+from resight.service.storage.store import Store
 from resight.service.tenants import Tenants
 
 
@@ -34,7 +34,7 @@ async def opened(folder, **more):
 
 async def searched(gallery: Gallery, store: Store, number: int) -> list[str]:
     lobby = await store.read(reads.collection, "lobby")
-    (found,) = await gallery.searcher.search(lobby, [Query(feature(number), 9, Filter())], with_features=False)
+    (found,) = await gallery.searcher.search(lobby, [NearestQuery(feature(number), 9, Filter())], with_features=False)
     return [hit.entry.entry_id for hit in found.hits]
 
 
@@ -90,10 +90,10 @@ def test_the_one_longest_idle_gives_way_and_comes_back_whole(tmp_path, monkeypat
             await every.gallery("three")
             again = await every.tenant("one")  # "three" gave way: "busy" works
             assert again is not one and await searched(again.gallery, again.store, 1) == ["e1"]
-            assert (await busy.operations.get(work.operation_id)).state is State.RUNNING
+            assert (await busy.operations.get(work.operation_id)).state is OperationState.RUNNING
         async with opened(tmp_path) as every:
             found = await (await every.tenant("busy")).operations.get(work.operation_id)
-            assert found.state is State.INTERRUPTED
+            assert found.state is OperationState.INTERRUPTED
 
     asyncio.run(body())
 
@@ -105,7 +105,9 @@ def test_what_expired_leaves_the_disk_of_tenants_that_nobody_uses(tmp_path):
                 tenant = await every.tenant(name)
                 lobby = await made(tenant.store)
                 await tenant.store.write(writes.enrol, lobby, enrolment(3))
-                soon = Enrolment(Entry("gone", subject_id="SECRET-GONE", expire_us=now_us() + 300_000), feature(9))
+                soon = Enrolment(
+                    EntryRecord("gone", subject_id="SECRET-GONE", expire_us=now_us() + 300_000), feature(9)
+                )
                 await tenant.store.write(writes.enrol, lobby, soon)
         async with opened(tmp_path, purge_interval_s=0.2) as every:
             used = await every.tenant("used")

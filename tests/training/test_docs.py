@@ -10,16 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from resight.backbone import BACKBONES
-from resight.checkpoint import INDEX_FILE, MODEL_FILE, RESUME_FILE, Provenance
-from resight.model import EncoderConfig
-from resight.training.cluster import EPS_GRID
-from resight.training.crops import COLUMNS, SCHEMA, SPLITS, VERSION_KEY, CropStore, open_store
-from resight.training.recipe import SECTIONS, Recipe, load_recipe, recipe_names
+from resight.encoder.backbone import BACKBONES
+from resight.encoder.checkpoint import INDEX_FILE, MODEL_FILE, RESUME_FILE, Provenance
+from resight.encoder.model import EncoderConfig
+from resight.training.adaptation.recipe import SECTIONS, Recipe, load_recipe, recipe_names
+from resight.training.clustering.cluster import EPS_GRID
+from resight.training.store.crops import COLUMNS, SCHEMA, SPLITS, VERSION_KEY, CropStore, open_store
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES = {name: (DOCS / f"{name}.md").read_text() for name in ("crop-store", "checkpoint", "method", "collecting")}
-CITED = re.compile(r"\| `((?:training|src/resight)/\w+\.py)` \| (.+) \|$", re.MULTILINE)
+CITED = re.compile(r"\| `((?:training|src/resight)/[\w/]+\.py)` \| (.+) \|$", re.MULTILINE)
 CITATIONS = [
     (file, name)
     for page in ("method", "collecting")
@@ -30,8 +30,8 @@ CITATIONS = [
 
 @pytest.mark.parametrize(("file", "name"), CITATIONS)
 def test_every_function_the_method_and_collecting_name_exists(file: str, name: str) -> None:
-    package = "resight.training" if file.startswith("training/") else "resight"
-    assert callable(attrgetter(name)(importlib.import_module(f"{package}.{Path(file).stem}")))
+    module = file.removesuffix(".py").removeprefix("src/resight/").replace("/", ".")
+    assert callable(attrgetter(name)(importlib.import_module(f"resight.{module}")))
 
 
 def test_the_method_names_functions_at_all() -> None:

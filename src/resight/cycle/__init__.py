@@ -1,5 +1,6 @@
-"""The cycle of a site: footage in, a better model out, every night, without anyone labelling anything.
+"""The cycle of a site: every night it adapts the model to new footage and promotes it if it is better, without labels.
 
-The conductor starts every stage as a process of its own and keeps what it came to in a small SQLite file, so that a
-killed cycle goes on where it was. The other rooms are met in files, commands and RPC; docs/cycle.md is the guide.
+The conductor runs every stage in its own process and records the outcomes in a small SQLite file, so that a killed
+cycle can be resumed. The cycle uses the other packages only through files, commands and RPC; docs/cycle.md is the
+guide.
 """

@@ -1,78 +1,118 @@
-"""The way back: the spaces and the model that were active before."""
+"""Rollback of a promotion: the previous spaces and the previous model become active again.
+
+Used by the `promote` and `watch` stages, and by `resight cycle rollback`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+from pathlib import Path
 
 from resight.client import Client
-from resight.cycle.active import Active, write_active
-from resight.cycle.layout import Layout
-from resight.cycle.server import active_model, finished
-from resight.cycle.site_file import SiteFile
+from resight.cycle import history
+from resight.cycle.runs import CycleLock, RunDatabase
+from resight.cycle.server import active_model_info, connect, wait_for_operation
+from resight.cycle.site import SiteFile, load_site
+from resight.cycle.state_folder import (
+    ActiveModel,
+    StateFolder,
+    newest_crop_s,
+    read_active,
+    read_outcome,
+    write_active,
+)
 from resight.errors import CollectionNotFoundError, CycleError, MigrationError, SpaceMismatchError
 
 log = logging.getLogger(__name__)
 
 
-def roll_back(site: SiteFile, layout: Layout, client: Client, active: Active) -> list[str]:
-    """Search every collection in its space before, let the model before embed, and note it; safe to ask again.
+def roll_back(site: SiteFile, layout: StateFolder, client: Client, active: ActiveModel) -> list[str]:
+    """Activate the previous space of every collection and the previous model, and record it; safe to repeat.
 
-    Entries enrolled since are in both spaces, so nobody is lost on the way.
+    Entries enrolled since the promotion are in both spaces, so no entry is lost.
 
     Returns:
-        What was done, in words.
+        One line of text for each change.
 
     Raises:
-        CycleError: there is nothing to go back to.
-        ReIDError: the server's refusal; what was switched until then stays switched, ask again.
+        CycleError: there is no previous model.
+        ReIDError: the server refused a change; earlier changes stay in place, repeat the call.
     """
     previous = active.previous
     if previous is None:
         raise CycleError(
-            f"model {active.model_id} is the first this site knows: there is nothing to go back to; name another with "
+            f"model {active.model_id} is the first of this site, so there is no previous one: activate another with "
             "`resight models activate`"
         )
-    told = switch_back(client, active, dropping=site.migrate.missing_crops == "drop")
+    changes = switch_back(client, active, dropping=site.migrate.missing_crops == "drop")
     write_active(layout.active, previous)
-    return told
+    return changes
 
 
-def switch_back(client: Client, active: Active, *, dropping: bool = False) -> list[str]:
-    """The switching alone; returns what was done, in words."""
-    previous, told = active.previous, []
+def switch_back(client: Client, active: ActiveModel, *, dropping: bool = False) -> list[str]:
+    """Only switch spaces and model on the server; returns one line of text for each change."""
+    previous = active.previous
+    changes: list[str] = []
     assert previous is not None, active.model_id
     if client.model(previous.model_id).state != "ready":
-        finished(client, client.load_model(previous.model_id))
-    for name, (was, now) in active.spaces.items():
+        wait_for_operation(client, client.load_model(previous.model_id))
+    for name, (old, new) in active.spaces.items():
         try:
             found = client.collection(name).space_id
         except CollectionNotFoundError:
-            told.append(f"collection {name} is gone")
+            changes.append(f"collection {name} no longer exists")
             continue
-        if found == was:
+        if found == old:
             continue
-        if found != now:
-            told.append(f"collection {name} is searched in space {found}, which this run did not make: left alone")
+        if found != new:
+            changes.append(f"collection {name} uses space {found}, which this run did not create: not changed")
             continue
-        _activate(client, name, was, now, previous.model_id, dropping=dropping)
-        told.append(f"collection {name} is searched in space {was} again")
-    serving = active_model(client).model_id
+        _activate(client, name, old, new, previous.model_id, dropping=dropping)
+        changes.append(f"collection {name} uses space {old} again")
+    serving = active_model_info(client).model_id
     if serving == active.model_id:
         client.activate_model(previous.model_id, expected=serving)
-        told.append(f"model {previous.model_id} is active again, {serving} was")
+        changes.append(f"model {previous.model_id} is active again instead of {serving}")
     elif serving != previous.model_id:
-        told.append(f"model {serving} is active, which this run did not make: left alone")
-    for line in told:
+        changes.append(f"model {serving} is active, which this run did not create: not changed")
+    for line in changes:
         log.info("%s", line)
-    return told
+    return changes
 
 
-def _activate(client: Client, name: str, was: str, now: str, model_id: str, *, dropping: bool) -> None:
-    """Switch one collection; where the old space lacks entries, they are embedded into it first."""
+def _activate(client: Client, name: str, old: str, new: str, model_id: str, *, dropping: bool) -> None:
+    """Activate a collection's old space; entries that it lacks are embedded into it first."""
     try:
-        client.activate_space(name, was, expected=now, allow_incomplete=dropping)
+        client.activate_space(name, old, expected=new, allow_incomplete=dropping)
     except SpaceMismatchError:
-        with contextlib.suppress(MigrationError):  # its gate compares with the model that is to go
-            finished(client, client.migrate(name, model_id, drop_missing=dropping))
-        client.activate_space(name, was, expected=now, allow_incomplete=dropping)
+        with contextlib.suppress(MigrationError):  # its gate compares with the model that is being replaced
+            wait_for_operation(client, client.migrate(name, model_id, drop_missing=dropping))
+        client.activate_space(name, old, expected=new, allow_incomplete=dropping)
+
+
+def manual_rollback(file: Path) -> list[str]:
+    """Undo the last promotion on request of an operator; returns one line of text for each change.
+
+    If the run is still in its `watch` stage, the run ends.
+
+    Raises:
+        RecipeError: the site's file is not valid.
+        CycleBusyError: a cycle of the site is running.
+        CycleError: nothing was promoted, or there is no previous model.
+    """
+    site = load_site(file)
+    layout = StateFolder(site.state)
+    with CycleLock(layout.lock, f"site {site.name}"), RunDatabase(layout.database) as runs, connect(site) as client:
+        active = read_active(layout.active)
+        if active is None or active.run == 0:
+            raise CycleError(f"no cycle of site {site.name} has promoted a model: there is nothing to roll back")
+        unfinished = runs.unfinished()
+        changes = roll_back(site, layout, client, active)
+        if unfinished is not None and unfinished.run == active.run:
+            until = newest_crop_s(read_outcome(layout.run(active.run).result("collect")))
+            runs.end(active.run, "rolled_back", "by hand", used=True, until_s=until)
+        else:
+            runs.mark(active.run, "rolled_back", "by hand")
+        history.write_pages(site, layout, runs)
+    return changes

@@ -1,7 +1,7 @@
-"""`resight cycle run`: a run when the site's cron expression says so, when somebody asks for one, and after a kill.
+"""`resight cycle run`: starts a run at the times of the site's cron expression, on request, and after a kill.
 
-APScheduler keeps the time: a run that was missed by less than an hour is made up for, several missed ones are one, and
-none begins while another is at work.
+APScheduler runs the jobs: a run missed by less than an hour is made up for, several missed runs become one, and no run
+starts while another is in progress.
 """
 
 from __future__ import annotations
@@ -18,37 +18,36 @@ from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 
-from resight.cycle import asked
-from resight.cycle.conductor import Conductor
-from resight.cycle.layout import Layout
-from resight.cycle.site_file import SiteFile, load_site
-from resight.cycle.state import Runs
-from resight.cycle.timing import left_s
+from resight.cycle import requested_runs
+from resight.cycle.conductor import Conductor, window_left_s
+from resight.cycle.runs import RunDatabase
+from resight.cycle.site import SiteFile, load_site
+from resight.cycle.state_folder import StateFolder
 from resight.errors import ReIDError
 
 log = logging.getLogger(__name__)
 
-LATE_S = 3600  # a machine that slept for less makes up for the night
-LOOK_S = 15  # between two looks at what is asked for on the server
+MISFIRE_GRACE_S = 3600  # a run missed by less than this is made up for
+REQUEST_POLL_S = 15  # interval of polling requests on the server
 
 
 def next_fire(site: SiteFile, now: datetime) -> datetime | None:
-    """When the next run begins by the schedule; None = never again."""
+    """When the next scheduled run begins; None = never."""
     schedule = site.schedule
-    found: datetime | None = CronTrigger.from_crontab(schedule.cron, timezone=schedule.timezone).get_next_fire_time(
+    fire_time: datetime | None = CronTrigger.from_crontab(schedule.cron, timezone=schedule.timezone).get_next_fire_time(
         None, now
     )
-    return found
+    return fire_time
 
 
-class Keeper:
-    """The scheduler of one site, until it is told to stop.
+class CycleScheduler:
+    """The scheduler of one site.
 
     Args:
-        file: of the site; read anew by each run, but for the schedule itself.
+        file: of the site; every run reads it again, except for the schedule itself.
 
     Raises:
-        RecipeError: the file is wrong.
+        RecipeError: the file is not valid.
     """
 
     def __init__(self, file: Path) -> None:
@@ -58,44 +57,47 @@ class Keeper:
         self._jobs = BackgroundScheduler(
             timezone=self._site.schedule.timezone,
             executors={"default": ThreadPoolExecutor(1)},  # one thing at a time
-            job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": LATE_S},
+            job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": MISFIRE_GRACE_S},
         )
 
-    def keep(self) -> None:
-        """Work until SIGTERM or Ctrl-C; the stage under way is ended then, and goes on the next time."""
+    def run(self) -> None:
+        """Run until SIGTERM or Ctrl-C; the current stage is then terminated, and resumed at the next start."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._told_to_stop)
-        logging.getLogger("apscheduler").setLevel(logging.ERROR)  # it tells each look, and each that waits for a run
+            signal.signal(number, self._on_signal)
+        logging.getLogger("apscheduler").setLevel(logging.ERROR)  # it logs every poll, and every poll delayed by a run
         schedule = self._site.schedule
         trigger = CronTrigger.from_crontab(schedule.cron, timezone=schedule.timezone)
-        self._jobs.add_job(self.work, trigger, name=f"cycle of {self._site.name}")
+        self._jobs.add_job(self.run_cycle, trigger, name=f"cycle of {self._site.name}")
         self._jobs.add_job(
-            self.look, IntervalTrigger(seconds=LOOK_S), name="what is asked for", next_run_time=datetime.now(UTC)
+            self.poll_requests,
+            IntervalTrigger(seconds=REQUEST_POLL_S),
+            name="poll requests",
+            next_run_time=datetime.now(UTC),
         )
         self._jobs.start()
         log.info("site %s: the next run begins %s", self._site.name, next_fire(self._site, datetime.now(UTC)))
         self.stop.wait()
         self._jobs.shutdown(wait=True)
 
-    def _told_to_stop(self, number: int, frame: FrameType | None) -> None:
-        log.info("%s: the stage under way is ended", signal.Signals(number).name)
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        log.info("%s: terminating the current stage", signal.Signals(number).name)
         self.stop.set()
 
-    def look(self) -> None:
-        """Work where a run is asked for and the window is open; the first time also where one was left unfinished.
+    def poll_requests(self) -> None:
+        """Start a run if one is requested and the window is open; the first poll also resumes an unfinished run.
 
-        Later an unfinished run waits for the schedule: its budget is used up, or the server was away for long.
+        Later an unfinished run waits for the schedule: its budget is used up, or the server is unreachable.
         """
-        if left_s(self._site.schedule, datetime.now(UTC)) == 0.0:
+        if window_left_s(self._site.schedule, datetime.now(UTC)) == 0.0:
             return
-        with Runs(Layout(self._site.state).database) as runs:
+        with RunDatabase(StateFolder(self._site.state).database) as runs:
             left = self._first and runs.unfinished() is not None
         self._first = False
-        if left or asked.is_asked(self._site):
-            self.work()
+        if left or requested_runs.has_pending_request(self._site):
+            self.run_cycle()
 
-    def work(self) -> None:
-        """One cycle; what goes wrong is told and ends nothing."""
+    def run_cycle(self) -> None:
+        """Run one cycle; errors are logged, and the scheduler continues."""
         try:
             ended = Conductor(self._file, self.stop).once()
         except ReIDError as error:

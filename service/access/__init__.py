@@ -1,0 +1,1 @@
+"""Who may call: interceptors, authentication, tokens, rate limits, TLS."""

@@ -1,0 +1,1 @@
+"""Vector indexes of one collection and space, and what keeps them equal to the store."""

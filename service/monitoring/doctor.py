@@ -1,0 +1,307 @@
+"""What `resight doctor` looks at outside of the data folder: the machine, a bundle, a running server.
+
+Each check tells ok, warn or fail, what was found, and what to do next. Nothing is changed.
+
+What `resight doctor` looks at in a data folder, also while its server runs: nothing is written.
+
+Every tenant's database is read whole: SQLite's own check, the checksum of each feature, the kept graphs and the
+snapshots.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import platform
+import resource
+import sqlite3
+import stat
+import statistics
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from resight.bundle.bundle import open_bundle
+from resight.client import Client
+from resight.errors import ReIDError
+from resight.machine import cores
+from resight.runtime.onnx import OnnxRuntime
+from resight.runtime.providers import open_runtime
+from resight.service.access.auth import TokenFile
+from resight.service.index.graph import is_intact
+from resight.service.storage import snapshots
+from resight.service.storage.data_folder import (
+    DATABASE_FILE,
+    INDEX_FOLDER,
+    LOCK_FILE,
+    SWAP_MARKER,
+    TENANT_NAME,
+    TENANTS_FOLDER,
+    disk_room,
+)
+from resight.service.storage.schema import APPLICATION_ID, SCHEMA_VERSION, connect
+
+Verdict = Literal["ok", "warn", "fail"]
+MIB = 1 << 20
+PACKAGES = ("resight", "numpy", "pillow", "grpcio", "protobuf", "onnxruntime", "faiss-cpu")
+MIN_MEMORY_MIB = 1024  # a server with an empty gallery and a ResNet-50 takes half of it
+MIN_OPEN_FILES = 1024  # connections, threads' pipes and databases of 64 tenants
+PINGS = 5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at.
+
+    Attributes:
+        area: machine, bundle, data or server.
+        next_step: what to do; empty when all is well.
+    """
+
+    area: str
+    name: str
+    verdict: Verdict
+    found: str
+    next_step: str = ""
+
+
+def make_check(area: str, name: str, good: bool, found: str, next_step: str, bad: Verdict = "warn") -> Check:
+    """A check with its next step only where it is needed."""
+    return Check(area, name, "ok", found) if good else Check(area, name, bad, found, next_step)
+
+
+@contextlib.contextmanager
+def catch_failure(area: str, name: str, checks: list[Check], next_step: str) -> Iterator[None]:
+    """An error inside is a failed check; what follows is still looked at."""
+    try:
+        yield
+    except (ReIDError, OSError, sqlite3.Error) as error:
+        checks.append(Check(area, name, "fail", str(error), next_step))
+
+
+def check_machine() -> list[Check]:
+    """Versions, providers, cores, memory, clock and limits of this machine and this process."""
+    import onnxruntime
+
+    checks = [Check("machine", "versions", "ok", f"python {platform.python_version()}, {', '.join(_versions())}")]
+    sqlite = sqlite3.sqlite_version_info >= (3, 38)
+    found = f"SQLite {sqlite3.sqlite_version}"
+    checks.append(make_check("machine", "sqlite", sqlite, found, "install a Python with SQLite 3.38 or newer", "fail"))
+    providers = [name.removesuffix("ExecutionProvider").lower() for name in onnxruntime.get_available_providers()]
+    told = "pip install 'resight[cpu]' anew: onnxruntime has no CPU provider"
+    checks.append(make_check("machine", "providers", "cpu" in providers, ", ".join(providers), told, "fail"))
+    usable = cores()
+    checks.append(
+        make_check("machine", "cores", usable >= 2, str(usable), "one core decodes and infers in turn: give two")
+    )
+    free, total = _memory_mib()
+    found = f"{free} of {total} MiB available"
+    checks.append(
+        make_check("machine", "memory", free >= MIN_MEMORY_MIB, found, f"leave {MIN_MEMORY_MIB} MiB for a server")
+    )
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    checks.append(
+        make_check(
+            "machine", "open files", soft >= MIN_OPEN_FILES, str(soft), f"ulimit -n {MIN_OPEN_FILES}, or LimitNOFILE"
+        )
+    )
+    now = datetime.now(UTC)
+    built = datetime.fromtimestamp(Path(__file__).stat().st_mtime, UTC)
+    told = "set the clock (NTP): expiry and certificates go by it"
+    checks.append(make_check("machine", "clock", now >= built, f"{now:%Y-%m-%d %H:%M:%S} UTC", told, "fail"))
+    return checks
+
+
+def _versions() -> Iterator[str]:
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            yield f"{name} {version(name)}"
+
+
+def _memory_mib() -> tuple[int, int]:
+    """MiB available and in all, no more than the control group allows."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free, total = (int(lines[name].split()[0]) // 1024 for name in ("MemAvailable", "MemTotal"))
+    with contextlib.suppress(OSError, ValueError):  # "max", or another kind of control group
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text()) // MIB
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text()) // MIB
+        free, total = min(free, limit - used), min(total, limit)
+    return free, total
+
+
+def check_disk(folder: Path) -> Check:
+    """Room where a folder stands, against the marks that `resight serve` has by default."""
+    free, total = disk_room(folder)
+    found = f"{free // MIB} of {total // MIB} MiB free"
+    good = free >= 512 * MIB and free >= 0.07 * total
+    return make_check("data", "disk", good, found, "make room: below 256 MiB or 2 % the server refuses writes")
+
+
+def check_bundle(path: Path) -> list[Check]:
+    """Every byte of a bundle, and its probes through this machine's decoder, resize and onnxruntime."""
+    checks: list[Check] = []
+    with catch_failure("bundle", "bytes", checks, "copy the bundle again, or export it anew"):
+        opened = open_bundle(path)
+        manifest = opened.manifest
+        told = f"{manifest.name}, space {manifest.space_id}, {manifest.feature_dim}-d"
+        checks.append(Check("bundle", "bytes", "ok", told))
+        fitted = manifest.calibration is not None
+        step = "searches tell no probability: export it with a calibration (docs/calibration.md)"
+        checks.append(make_check("bundle", "calibration", fitted, "there" if fitted else "none", step))
+        with catch_failure("bundle", "probes", checks, "export the bundle anew on the version that serves it"):
+            runtime = open_runtime(opened, provider="cpu", precision="fp32", max_batch=8)
+            cosine = f"smallest cosine {runtime.min_cosine:.6f}" if isinstance(runtime, OnnxRuntime) else "passed"
+            checks.append(Check("bundle", "probes", "ok", cosine))
+    return checks
+
+
+def check_server(connect: Callable[[], Client]) -> list[Check]:
+    """Health, limits and answering time of a running server."""
+    checks: list[Check] = []
+    with catch_failure(
+        "server", "reachable", checks, "start it with `resight serve`, or see its log and docs/security.md"
+    ):
+        with connect() as client:
+            client.wait_ready(3.0)
+            checks.append(Check("server", "health", "ok", "SERVING"))
+            info = client.info()
+            same = info.version == version("resight")
+            told = f"resight {info.version}, model {info.model}, {info.provider}"
+            checks.append(make_check("server", "version", same, told, f"this is {version('resight')}: use one version"))
+            limits = ", ".join(f"{name} {value}" for name, value in sorted(info.limits.items()))
+            checks.append(Check("server", "limits", "ok", limits))
+            times = []
+            for _ in range(PINGS):
+                started = time.perf_counter()
+                client.info()
+                times.append((time.perf_counter() - started) * 1000)
+            median = statistics.median(times)
+            step = "above 50 ms without work: the way is long or the machine is full; see its metrics"
+            checks.append(make_check("server", "latency", median < 50, f"{median:.1f} ms, median of {PINGS}", step))
+    return checks
+
+
+MAX_WAL_MIB = 256  # the log is emptied far below; more means that a reader holds it, or that checkpoints fail
+
+
+def check_data(folder: Path) -> list[Check]:
+    """A whole data folder."""
+    if not folder.is_dir():
+        return [Check("data", "folder", "fail", f"{folder} is not there", "name the folder that `resight serve` made")]
+    checks = [_check_lock(folder), check_disk(folder), *_check_permissions(folder)]
+    with catch_failure("data", "tokens", checks, "see docs/security.md"):
+        tokens = TokenFile(folder)
+        if tokens.exists():
+            checks.append(Check("data", "tokens", "ok", f"{len(tokens.read())} kept, as hashes"))
+    for name, place in _tenant_folders(folder):
+        checks += _check_tenant(f"{name}: " if name else "", place)
+    return checks
+
+
+def _tenant_folders(folder: Path) -> Iterator[tuple[str, Path]]:
+    yield "", folder
+    for path in sorted((folder / TENANTS_FOLDER).glob("*")):
+        if TENANT_NAME.fullmatch(path.name) and (path / DATABASE_FILE).is_file():
+            yield path.name, path
+
+
+def _check_lock(folder: Path) -> Check:
+    """Whether a server holds the folder; asked for and given back at once."""
+    try:
+        lock = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return Check("data", "lock", "ok", "no server has used it yet")
+    except OSError as error:
+        return Check("data", "lock", "fail", str(error), "run the doctor as the server's user")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(lock, 32).decode(errors="replace").strip()
+        return Check("data", "lock", "ok", f"held by process {holder}")
+    finally:
+        os.close(lock)
+    return Check("data", "lock", "ok", "free")
+
+
+def _check_permissions(folder: Path) -> Iterator[Check]:
+    """The folder and what tells of people are for their owner alone."""
+    open_ = []
+    for path in (folder, *folder.rglob("*")):
+        found = path.lstat()
+        secret = path == folder or path.name in ("tokens.json", "secret.key") or path.name.startswith(DATABASE_FILE)
+        if secret and stat.S_IMODE(found.st_mode) & 0o077:
+            open_.append(path.name)
+    step = f"chmod -R go= {folder}"
+    yield make_check(
+        "data", "permissions", not open_, ", ".join(open_[:5]) + " open to others" if open_ else "ok", step
+    )
+    foreign = folder.stat().st_uid != os.getuid()
+    told = f"owner {folder.stat().st_uid}, this is user {os.getuid()}"
+    yield make_check("data", "owner", not foreign, told, "run the doctor as the server's user")
+
+
+def _check_tenant(whose: str, place: Path) -> list[Check]:
+    """One tenant's database, graphs and snapshots."""
+    checks: list[Check] = []
+    database, restore = place / DATABASE_FILE, "restore a snapshot: resight snapshot restore (docs/operations.md)"
+    if not database.is_file():
+        return [Check("data", f"{whose}database", "warn", "there is none yet", "start the server once")]
+    if (place / SWAP_MARKER).exists():
+        return [
+            Check("data", f"{whose}database", "warn", "a restore was cut short", "start the server: it finishes it")
+        ]
+    wal = place / f"{DATABASE_FILE}-wal"
+    size = wal.stat().st_size // MIB if wal.exists() else 0
+    step = "stop the server orderly once; if it grows again, look for long reads and a full disk in its log"
+    checks.append(make_check("data", f"{whose}write-ahead log", size <= MAX_WAL_MIB, f"{size} MiB", step))
+    with (
+        catch_failure("data", f"{whose}database", checks, restore),
+        closing(connect(database, read_only=True)) as opened,
+    ):
+        checks += _check_database(whose, opened, restore)
+        checks.append(_check_graphs(whose, place))
+    for name in snapshots.list_names(place):
+        step = "remove it and make another one"
+        with catch_failure("data", f"{whose}snapshot {name}", checks, step):
+            found = snapshots.verify(place, name)
+            checks.append(Check("data", f"{whose}snapshot {name}", "ok", f"{found.entries} entries, {found.created}"))
+    return checks
+
+
+def _check_database(whose: str, opened: sqlite3.Connection, restore: str) -> Iterator[Check]:
+    (application,) = opened.execute("PRAGMA application_id").fetchone()
+    (found,) = opened.execute("PRAGMA user_version").fetchone()
+    if application != APPLICATION_ID or found > SCHEMA_VERSION:
+        told = f"application {application:#x}, schema {found}; expected {APPLICATION_ID:#x}, {SCHEMA_VERSION}"
+        yield Check("data", f"{whose}schema", "fail", told, "upgrade resight, or name another folder")
+        return
+    step = "start the server once: it brings it up to date"
+    yield make_check("data", f"{whose}schema", found == SCHEMA_VERSION, f"version {found}", step)
+    problems = [row[0] for row in opened.execute("PRAGMA integrity_check(10)").fetchall()]
+    good = problems == ["ok"]
+    yield make_check("data", f"{whose}integrity", good, "; ".join(problems), restore, "fail")
+    if not good:
+        return
+    count, damaged = 0, []
+    for entry, vector, crc32 in opened.execute("SELECT entry, vector, crc32 FROM feature"):
+        count += 1
+        if zlib.crc32(vector) != crc32:
+            damaged.append(entry)
+    wrong = f"{len(damaged)} of {count} damaged, of entries with keys {damaged[:10]}"
+    seen = wrong if damaged else f"{count} checksums are right"
+    yield make_check("data", f"{whose}features", not damaged, seen, "enrol these anew, or " + restore, "fail")
+
+
+def _check_graphs(whose: str, place: Path) -> Check:
+    """Kept graphs; a start reads them as hostile and builds again what is of no use."""
+    kept = sorted((place / INDEX_FOLDER).glob("*.graph"))
+    bad = [path.name for path in kept if not is_intact(path)]
+    found = f"damaged: {', '.join(bad)}" if bad else f"{len(kept)} kept"
+    return make_check("data", f"{whose}graphs", not bad, found, "nothing: the next start builds them again")

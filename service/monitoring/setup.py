@@ -1,0 +1,133 @@
+"""Everything that watches a server, wired: metrics always, traces and the HTTP endpoint where asked for.
+
+The server's log: one line an event, with the id of the call it belongs to, as text or as JSON.
+
+No line holds a crop, a feature, a token, or the id of a subject or an entry: those belong into the audit, where a
+subject is a keyed hash. `tests/service/monitoring/test_logs.py` looks for them in the log of a server that was put
+through it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import traceback
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Literal
+
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # missing in the stubs
+
+from resight.service.access.auth import TokenLookup
+from resight.service.access.interceptors import CallInterceptor, RequestIdFilter
+from resight.service.inference.embedder import Embedder
+from resight.service.inference.models import ModelHost
+from resight.service.jobs.shadow import ShadowManager
+from resight.service.monitoring.canary import EMBEDDING_SERVICES, SEARCH_SERVICES
+from resight.service.monitoring.endpoint import Endpoint, EndpointSource
+from resight.service.monitoring.metrics import CallMetrics, ServerGauges
+from resight.service.monitoring.tracing import Tracing
+from resight.service.settings import Settings
+from resight.service.tenants import Tenants
+
+
+class Monitoring:
+    """The watchers of one server.
+
+    Args:
+        settings: which are asked for.
+        book: whose tokens open ``/metrics``.
+
+    Raises:
+        StartupError: traces are asked for, and OpenTelemetry is not installed.
+    """
+
+    def __init__(self, settings: Settings, book: TokenLookup) -> None:
+        self._settings, self._book = settings, book
+        self._metrics = CallMetrics()
+        self._tracing = None if settings.otlp_endpoint is None else Tracing(settings.otlp_endpoint)
+        self._figures: ServerGauges | None = None
+        self._health: health.HealthServicer | None = None
+
+    @property
+    def stages(self) -> tuple[CallInterceptor, ...]:
+        """For the guard, outside of what tells errors."""
+        return (self._metrics,) if self._tracing is None else (self._metrics, self._tracing)
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[str]:
+        """The HTTP endpoint for the time of the block, its URL, empty where none is asked for; then flushes traces.
+
+        It answers from the beginning: alive, and not ready until `know` was called.
+
+        Raises:
+            StartupError: its address is taken.
+        """
+        endpoint = None
+        if self._settings.metrics_listen is not None:
+            watched = EndpointSource(self._metrics.registry, self._refresh, self._status, self._book, self._settings)
+            endpoint = Endpoint(self._settings, self._settings.metrics_listen, watched)
+        try:
+            yield "" if endpoint is None else endpoint.url
+        finally:
+            if endpoint is not None:
+                endpoint.stop()
+            if self._tracing is not None:
+                self._tracing.stop()
+
+    def know(
+        self,
+        embedder: Embedder,
+        models: ModelHost,
+        tenants: Tenants,
+        shadows: ShadowManager,
+        status: health.HealthServicer,
+    ) -> None:
+        """Watch these from now on."""
+        self._health = status
+        self._figures = ServerGauges(self._settings, embedder, models, tenants, shadows)
+        self._metrics.registry.register(self._figures)
+
+    async def _refresh(self) -> None:
+        if self._figures is not None:
+            self._figures.forget()
+            await self._figures.gather()
+
+    async def _status(self) -> int:
+        if self._health is None:
+            return int(health_pb2.HealthCheckResponse.NOT_SERVING)
+        for name in (*EMBEDDING_SERVICES, *SEARCH_SERVICES):
+            answer = await self._health.Check(health_pb2.HealthCheckRequest(service=name), None)
+            if answer.status != health_pb2.HealthCheckResponse.SERVING:
+                break
+        return int(answer.status)
+
+
+TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s request=%(request_id)s %(message)s"
+
+
+class JsonFormatter(logging.Formatter):
+    """A line of JSON: time (RFC 3339, UTC), level, logger, request, message, and the stack of an error."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record; a message of several lines stays one line."""
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "request": getattr(record, "request_id", "-"),
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["stack"] = "".join(traceback.format_exception(*record.exc_info))
+        return json.dumps(line, ensure_ascii=False)
+
+
+def configure_logging(form: Literal["text", "json"]) -> None:
+    """Write the log of this process to standard error, in one form, from INFO up."""
+    handler = logging.StreamHandler()
+    handler.addFilter(RequestIdFilter())
+    handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter(TEXT_FORMAT))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

@@ -1,0 +1,1 @@
+"""gRPC servicers and the conversion of their messages."""

@@ -1,0 +1,308 @@
+"""The servicer of searches: translate, call, translate.
+
+Between the wire and a search: what is asked checked field by field, what is answered spelled out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from google.rpc import status_pb2
+
+from resight.arrays import Feature
+from resight.calibration import Decision
+from resight.errors import InputError, LimitError, ReIDError
+from resight.service import call_events
+from resight.service.access.auth import current
+from resight.service.access.interceptors import Context, check_batch, deadline_of
+from resight.service.gallery import Gallery
+from resight.service.inference.embedder import Timings
+from resight.service.inference.features import CropSource, FeatureResult
+from resight.service.jobs.shadow import ShadowManager
+from resight.service.records import Collection, Space
+from resight.service.rpc import convert
+from resight.service.rpc.streams import item_outcome, map_as_completed
+from resight.service.search.ranking import (
+    CANDIDATES,
+    JOINED,
+    K1,
+    K2,
+    WEIGHT,
+    Decider,
+    GroupBy,
+    RankedAnswer,
+    RerankMethod,
+    RerankOptions,
+    ScoredHit,
+    SearchParams,
+    gather,
+)
+from resight.service.search.searcher import NearestQuery
+from resight.service.settings import Settings
+from resight.service.storage.audit import AuditEvent
+from resight.service.tenants import Tenant, Tenants
+from resight.v1 import common_pb2, search_pb2, search_pb2_grpc
+
+DEFAULT_TOP_K = 10
+NO_FEATURE: Feature = np.empty(0, np.float32)
+GROUPS = {
+    search_pb2.GROUP_BY_UNSPECIFIED: None,
+    search_pb2.GROUP_BY_SUBJECT: GroupBy.SUBJECT,
+    search_pb2.GROUP_BY_TRACK: GroupBy.TRACK,
+    search_pb2.GROUP_BY_CAMERA: GroupBy.CAMERA,
+}
+RERANK_METHODS: dict[int, RerankMethod | None] = {
+    search_pb2.RERANKING_METHOD_UNSPECIFIED: None,
+    search_pb2.RERANKING_METHOD_K_RECIPROCAL: "k_reciprocal",
+    search_pb2.RERANKING_METHOD_QUERY_EXPANSION: "query_expansion",
+}
+ACCURACIES = frozenset(search_pb2.Accuracy.values())
+DECISIONS: dict[Decision | None, common_pb2.Decision.ValueType] = {
+    None: common_pb2.DECISION_UNSPECIFIED,
+    "match": common_pb2.DECISION_MATCH,
+    "uncertain": common_pb2.DECISION_UNCERTAIN,
+    "unknown": common_pb2.DECISION_UNKNOWN,
+}
+UNKNOWN_VALUE = "%s has no value %d in this version: see search.proto"
+
+
+def search_params(request: search_pb2.SearchRequest, settings: Settings) -> SearchParams:
+    """A search, checked, whose feature is yet to be made.
+
+    Raises:
+        InputError: a field out of its range.
+        LimitError: ``top_k`` or the candidates beyond what is published.
+    """
+    top_k = request.top_k if request.HasField("top_k") else DEFAULT_TOP_K
+    if not 1 <= top_k <= settings.max_top_k:
+        raise LimitError(
+            f"top_k is 1..{settings.max_top_k}, found {top_k}: leave it out for {DEFAULT_TOP_K}",
+            field="top_k",
+            max_top_k=settings.max_top_k,
+        )
+    least = request.min_cosine if request.HasField("min_cosine") else -1.0
+    if not -1.0 <= least <= 1.0:
+        raise InputError(f"min_cosine is -1..1, found {least}", field="min_cosine")
+    probability = request.min_probability if request.HasField("min_probability") else None
+    if probability is not None and not 0.0 <= probability <= 1.0:
+        raise InputError(f"min_probability is 0..1, found {probability}", field="min_probability")
+    if request.min_revision < 0:
+        raise InputError(f"min_revision is 0 (none) or more, found {request.min_revision}", field="min_revision")
+    if request.group_by not in GROUPS:
+        raise InputError(UNKNOWN_VALUE % ("group_by", request.group_by), field="group_by")
+    if request.accuracy not in ACCURACIES:
+        raise InputError(UNKNOWN_VALUE % ("accuracy", request.accuracy), field="accuracy")
+    return SearchParams(
+        NearestQuery(NO_FEATURE, top_k, convert.to_filter(request.filter), least),
+        min_probability=probability,
+        group_by=GROUPS[request.group_by],
+        rerank=_rerank_options(request.reranking, top_k, settings),
+        exact=request.accuracy == search_pb2.ACCURACY_EXACT,
+        with_features=request.include_embeddings,
+    )
+
+
+def _rerank_options(message: search_pb2.Reranking, top_k: int, settings: Settings) -> RerankOptions | None:
+    """How hits are to be ordered anew; None = not at all."""
+    if message.method not in RERANK_METHODS:
+        raise InputError(UNKNOWN_VALUE % ("method", message.method), field="reranking.method")
+    method = RERANK_METHODS[message.method]
+    if method is None:
+        return None
+    most = settings.max_rerank_candidates
+    candidates = message.candidates or max(min(CANDIDATES, most), top_k)
+    if not top_k <= candidates <= most:
+        raise LimitError(
+            f"{top_k} (top_k) to {most} candidates are ordered anew, found {candidates}: leave it out for {CANDIDATES}",
+            field="reranking.candidates",
+            max_rerank_candidates=most,
+        )
+    k1 = message.k1 or (JOINED if method == "query_expansion" else K1)
+    k2 = message.k2 or K2
+    for name, value in (("k1", k1), ("k2", k2)):
+        if not 1 <= value <= most:
+            raise InputError(f"{name} is 1..{most}, or 0 for its default; found {value}", field=f"reranking.{name}")
+    weight = float(getattr(message, "lambda")) if message.HasField("lambda") else WEIGHT  # a keyword of Python's
+    if not 0.0 <= weight <= 1.0:
+        raise InputError(f"lambda is 0..1, found {weight}", field="reranking.lambda")
+    return RerankOptions(method, candidates, k1, k2, weight, most)
+
+
+def score_message(similarity: float, probability: float | None) -> common_pb2.Score:
+    """A score for the wire."""
+    return common_pb2.Score(cosine=similarity, probability=probability)
+
+
+def _hit_message(found: ScoredHit, space: Space) -> search_pb2.Hit:
+    feature: Feature | None = found.hit.feature
+    return search_pb2.Hit(
+        entry=convert.entry_message(found.hit.entry),
+        score=score_message(found.hit.similarity, found.probability),
+        decision=DECISIONS[found.decision],
+        ranking_score=found.ranking_score,
+        group_size=found.group_size,
+        embedding=None if feature is None else convert.feature_message(feature, space),
+    )
+
+
+def search_message(answer: RankedAnswer, space: Space, made: FeatureResult) -> search_pb2.SearchResponse:
+    """The answer to one search for the wire."""
+    return search_pb2.SearchResponse(
+        hits=[_hit_message(found, space) for found in answer.hits],
+        decision=DECISIONS[answer.decision],
+        space=convert.space_message(space),
+        searched_revision=answer.revision,
+        exact=answer.exact,
+        query_quality=made.quality,
+        timings=convert.timings_message(made.timings, answer.search_ns, answer.rerank_ns),
+        shots_used=made.used,
+        shots_rejected=made.rejected,
+    )
+
+
+def verify_message(
+    similarity: float, decider: Decider, space: Space, left: FeatureResult, right: FeatureResult
+) -> search_pb2.VerifyResponse:
+    """The answer to one comparison for the wire."""
+    (judged,) = decider.judged([similarity])
+    return search_pb2.VerifyResponse(
+        score=score_message(similarity, judged.probability),
+        decision=DECISIONS[judged.decision],
+        space=convert.space_message(space),
+        left_quality=left.quality,
+        right_quality=right.quality,
+        timings=convert.timings_message(left.timings + right.timings),
+    )
+
+
+class _PreparedQuery(NamedTuple):
+    """A query with its feature, what that was made from, and the crops, if it was crops."""
+
+    wanted: SearchParams
+    made: FeatureResult
+    crops: CropSource | None = None
+
+
+class SearchServicer(search_pb2_grpc.SearchServiceServicer):
+    """Crops, tracks, features and entries to the entries nearest to them."""
+
+    def __init__(self, tenants: Tenants, settings: Settings, shadows: ShadowManager) -> None:
+        self._tenants, self._settings, self._shadows = tenants, settings, shadows
+
+    async def _own(self) -> Tenant:
+        """The caller's own."""
+        return await self._tenants.tenant(current().tenant)
+
+    async def Search(self, request: search_pb2.SearchRequest, context: Context) -> search_pb2.SearchResponse:
+        """Search one collection for one query."""
+        deadline = deadline_of(context, self._settings.deadline_s)
+        return await self._one(request, deadline, "Search")
+
+    async def BatchSearch(
+        self, request: search_pb2.BatchSearchRequest, context: Context
+    ) -> search_pb2.BatchSearchResponse:
+        """Search one collection for up to 64 queries, each with its own status."""
+        check_batch(len(request.requests), self._settings, "requests")
+        names = {child.collection_id for child in request.requests}
+        if len(names) > 1:
+            raise InputError(
+                f"a batch searches one collection, found {len(names)}: send a batch for each", field="requests"
+            )
+        deadline = deadline_of(context, self._settings.batch_deadline_s)
+        answers = await self._answers(request.requests, deadline, "BatchSearch")
+        return search_pb2.BatchSearchResponse(
+            results=[
+                search_pb2.SearchResult(error=call_events.record_error(answer, field=f"requests[{number}]"))
+                if isinstance(answer, ReIDError)
+                else search_pb2.SearchResult(response=answer)
+                for number, answer in enumerate(answers)
+            ]
+        )
+
+    async def StreamSearch(
+        self, request_iterator: AsyncIterator[search_pb2.StreamSearchRequest], context: Context
+    ) -> AsyncIterator[search_pb2.StreamSearchResponse]:
+        """Search as queries come; each answer has its own status and its request's id."""
+
+        async def answer(request: search_pb2.StreamSearchRequest) -> search_pb2.StreamSearchResponse:
+            async def work(deadline: float) -> search_pb2.SearchResponse:
+                return await self._one(request.request, deadline, "StreamSearch")
+
+            made = await item_outcome(work, context, method="StreamSearch", limit_s=self._settings.deadline_s)
+            failed = isinstance(made, status_pb2.Status)
+            result = search_pb2.SearchResult(error=made) if failed else search_pb2.SearchResult(response=made)
+            return search_pb2.StreamSearchResponse(request_id=request.request_id, result=result)
+
+        async for one in map_as_completed(request_iterator, answer, self._settings.max_stream_items):
+            yield one
+
+    async def Verify(self, request: search_pb2.VerifyRequest, context: Context) -> search_pb2.VerifyResponse:
+        """Compare two sets of crops, each of one person."""
+        deadline = deadline_of(context, self._settings.deadline_s)
+        tenant = await self._own()
+        gallery = tenant.gallery
+        collection = await gallery.collection(request.collection_id)
+        left, right = await asyncio.gather(
+            gallery.feature(collection, convert.to_crop_source(request.left, "left"), deadline),
+            gallery.feature(collection, convert.to_crop_source(request.right, "right"), deadline),
+        )
+        similarity = float(np.clip((left.feature * right.feature).sum(), -1.0, 1.0))
+        tenant.audit.note(AuditEvent(current().name, "SearchService.Verify", collection.name))
+        return verify_message(similarity, Decider.of(collection), collection.space, left, right)
+
+    async def _one(self, request: search_pb2.SearchRequest, deadline: float, method: str) -> search_pb2.SearchResponse:
+        (answer,) = await self._answers([request], deadline, method)
+        if isinstance(answer, ReIDError):
+            raise answer
+        return answer
+
+    async def _answers(
+        self, requests: Sequence[search_pb2.SearchRequest], deadline: float, method: str
+    ) -> list[search_pb2.SearchResponse | ReIDError]:
+        """Answer queries of one collection, and tell the audit of those that were."""
+        tenant = await self._own()
+        gallery = tenant.gallery
+        collection = await gallery.collection(requests[0].collection_id)
+        prepared = await gather([self._prepared(gallery, collection, one, deadline) for one in requests])
+        good = [one for one in prepared if not isinstance(one, ReIDError)]
+        found = iter(await gallery.search(collection, [one.wanted for one in good], deadline) if good else ())
+        answers: list[search_pb2.SearchResponse | ReIDError] = []
+        shadow = self._shadows.of(tenant, collection)
+        for one in prepared:
+            if isinstance(one, ReIDError):
+                answers.append(one)
+                continue
+            answer = next(found)
+            if shadow is not None and one.crops is not None:
+                shadow.offer(collection, one.wanted, one.crops, answer)
+            event = AuditEvent(current().name, f"SearchService.{method}", collection.name, affected=len(answer.hits))
+            tenant.audit.note(event)
+            answers.append(search_message(answer, collection.space, one.made))
+        return answers
+
+    async def _prepared(
+        self, gallery: Gallery, collection: Collection, request: search_pb2.SearchRequest, deadline: float
+    ) -> _PreparedQuery | ReIDError:
+        """What a request asks, with its feature."""
+        try:
+            kind = request.WhichOneof("query")
+            if kind is None:
+                raise InputError("nothing to search for: set image, shots, embedding or entry_id", field="query")
+            asked = search_params(request, self._settings)
+            Decider.of(collection).least_similarity(asked.min_probability)
+            if request.min_revision > collection.revision:
+                await gallery.collection_at(collection.name, request.min_revision, deadline)
+            if kind == "entry_id":
+                _, _, feature = await gallery.entry(collection.name, request.entry_id, with_feature=True)
+                assert feature is not None
+                return _PreparedQuery(
+                    asked.of(feature, without=request.entry_id), FeatureResult(feature, 0.0, Timings())
+                )
+            source = convert.to_source(request, kind)
+            made = await gallery.feature(collection, source, deadline)
+            return _PreparedQuery(asked.of(made.feature), made, source if isinstance(source, CropSource) else None)
+        except ReIDError as error:
+            return error

@@ -1,0 +1,1 @@
+"""Queries against indexes, ranking of hits, decisions and their statistics."""

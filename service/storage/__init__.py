@@ -1,0 +1,1 @@
+"""The durable gallery: SQLite schema, reads, writes, audit, erasure, snapshots."""

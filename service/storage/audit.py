@@ -1,0 +1,276 @@
+"""Who searched, deleted or erased what, when and why: append-only, and held so by the database's own triggers.
+
+A row carries no crop, feature or name of a person: a subject stands there as its keyed hash
+(`resight.service.storage.data_folder`). Erasures and deletions are written in the transaction they tell of. Searches do
+not wait: their rows are gathered and committed together every `FLUSH_S`, so a crash can lose the rows of the last
+`FLUSH_S` and of the commit that ran then, and nothing else. When the disk takes nothing, searches go on, up to
+`MAX_WAITING` rows wait, and what is beyond them is counted and told by a row of its own.
+
+Writes with the row of the audit that tells of them: functions of the writer's connection, in one transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from resight.errors import ReIDError
+from resight.service.records import Collection, Enrolled, Enrolment, EntryRecord, Filter, now_us
+from resight.service.storage import reads, spaces, writes
+from resight.service.storage.store import Store
+
+log = logging.getLogger(__name__)
+
+FLUSH_S = 0.5
+MAX_WAITING = 65_536
+LOST_EVENT = "audit.lost"
+PURGE_AT_ONCE = 10_000  # rows of one transaction, so that enrolments do not wait
+MIN_RETENTION_S = 86_400  # as the trigger holds it
+
+
+@dataclass(frozen=True)
+class AuditEvent:
+    """One call that touched people.
+
+    Attributes:
+        principal: who called.
+        method: of the API, such as ``SearchService.Search``.
+        collection: its name; empty = all of the tenant.
+        subject_hash: keyed hash of the subject; empty = none was named.
+        affected: entries answered, deleted or erased.
+        reason: the caller's words.
+        at_us: when.
+        audit_id: the row's number, ascending; empty before it is written.
+    """
+
+    principal: str
+    method: str
+    collection: str = ""
+    subject_hash: str = ""
+    affected: int = 0
+    reason: str = ""
+    at_us: int = 0
+    audit_id: str = ""
+
+
+def record_event(connection: sqlite3.Connection, event: AuditEvent) -> str:
+    """Write one row, in the caller's transaction; returns its id."""
+    values = (event.at_us or now_us(), event.principal, event.method, event.collection, event.subject_hash)
+    key = connection.execute(
+        "INSERT INTO audit (at_us, principal, method, collection, subject_hash, affected, reason) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (*values, event.affected, event.reason),
+    ).lastrowid
+    return str(key)
+
+
+def list_events(
+    connection: sqlite3.Connection, *, start_us: int | None, end_us: int | None, before: int | None, limit: int
+) -> list[AuditEvent]:
+    """Rows of a window of time, the newest first, from the one before id ``before``."""
+    rows = connection.execute(
+        "SELECT principal, method, collection, subject_hash, affected, reason, at_us, CAST(key AS TEXT) FROM audit "
+        "WHERE (?1 IS NULL OR at_us >= ?1) AND (?2 IS NULL OR at_us < ?2) AND (?3 IS NULL OR key < ?3) "
+        "ORDER BY key DESC LIMIT ?4",
+        (start_us, end_us, before, limit),
+    )
+    return [AuditEvent(*row) for row in rows.fetchall()]
+
+
+def purge_events(connection: sqlite3.Connection, before_us: int) -> int:
+    """Remove rows older than an instant, which must lie a day back at least; returns how many, `PURGE_AT_ONCE` at most.
+
+    The horizon only rises: a clock that was set back removes nothing.
+    """
+    connection.execute("UPDATE audit_horizon SET before_us = ?1 WHERE before_us < ?1", (before_us,))
+    return connection.execute(
+        "DELETE FROM audit WHERE key IN (SELECT key FROM audit WHERE at_us < "
+        "min(?, (SELECT before_us FROM audit_horizon)) LIMIT ?)",
+        (before_us, PURGE_AT_ONCE),
+    ).rowcount
+
+
+async def purge_older_events(store: Store, retention_s: float) -> int:
+    """Remove rows older than ``retention_s``, at least `MIN_RETENTION_S`; returns how many."""
+    before_us = now_us() - int(max(retention_s, MIN_RETENTION_S + 1) * 1e6)
+    gone = total = await store.book(purge_events, before_us)
+    while gone == PURGE_AT_ONCE:
+        gone = await store.book(purge_events, before_us)
+        total += gone
+    return total
+
+
+class WaitingEvents(NamedTuple):
+    """Rows not on disk: how many, when the oldest was gathered (0 = none), and those given up since the start."""
+
+    rows: int
+    oldest_us: int
+    lost: int
+
+
+class AuditLog:
+    """The audit of one gallery's database. `start` and `stop` it in the event loop."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._waiting: list[AuditEvent] = []
+        self._lost = self._lost_ever = 0
+        self._flushing: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin to write what `note` gathers."""
+        self._flushing = asyncio.create_task(self._flush_forever(), name="audit")
+
+    async def stop(self) -> None:
+        """Write what waits; the store must still be open."""
+        if self._flushing is not None:
+            self._flushing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._flushing
+        await self.flush()
+
+    def note(self, event: AuditEvent) -> None:
+        """Gather a row; it is on disk within `FLUSH_S` and a commit."""
+        if len(self._waiting) >= MAX_WAITING:
+            self._lost += 1
+            self._lost_ever += 1
+        else:
+            self._waiting.append(replace(event, at_us=event.at_us or now_us()))
+
+    @property
+    def waiting(self) -> WaitingEvents:
+        """What is not on disk yet."""
+        oldest_us = self._waiting[0].at_us if self._waiting else 0
+        return WaitingEvents(len(self._waiting), oldest_us, self._lost_ever)
+
+    async def record(self, event: AuditEvent) -> str:
+        """Write one row now; returns its id once it is on disk."""
+        return await self._store.book(record_event, event)
+
+    async def listed(
+        self, *, start_us: int | None = None, end_us: int | None = None, before: int | None = None, limit: int = 100
+    ) -> list[AuditEvent]:
+        """Rows of a window of time, the newest first, from the one before id ``before``; also those that wait."""
+        await self.flush()
+        return await self._store.read(list_events, start_us=start_us, end_us=end_us, before=before, limit=limit)
+
+    async def flush(self) -> None:
+        """Write what waits; if the disk refuses, it goes on waiting."""
+        taken, lost = self._waiting, self._lost
+        if not taken and not lost:
+            return
+        self._waiting, self._lost = [], 0
+        told = [*taken, AuditEvent("", LOST_EVENT, affected=lost)] if lost else taken
+        try:
+            await self._store.book(_record_events, told)
+        except ReIDError as error:
+            log.error("%d rows of the audit wait: %s", len(taken), error)
+            self._waiting = taken + self._waiting
+            self._lost += lost
+
+    async def _flush_forever(self) -> None:
+        while True:
+            await asyncio.sleep(FLUSH_S)
+            await self.flush()
+
+
+def _record_events(connection: sqlite3.Connection, events: Sequence[AuditEvent]) -> None:
+    for event in events:
+        record_event(connection, event)
+
+
+def audited_enrol_each(
+    connection: sqlite3.Connection, into: Collection, new: Sequence[Enrolment], event: AuditEvent
+) -> list[Enrolled | ReIDError]:
+    """`resight.service.storage.writes.enrol_each`, told; what a replay answers is not counted again."""
+    outcomes = writes.enrol_each(connection, into, new)
+    _record_enrolments(connection, into, outcomes, event)
+    return outcomes
+
+
+def audited_enrol_all(
+    connection: sqlite3.Connection, into: Collection, new: Sequence[Enrolment], event: AuditEvent
+) -> list[Enrolled]:
+    """`resight.service.storage.writes.enrol_all`, told likewise."""
+    done = writes.enrol_all(connection, into, new)
+    _record_enrolments(connection, into, done, event)
+    return done
+
+
+def _record_enrolments(
+    connection: sqlite3.Connection, into: Collection, outcomes: Sequence[Enrolled | ReIDError], event: AuditEvent
+) -> None:
+    new = sum(isinstance(one, Enrolled) and not one.replayed for one in outcomes)
+    record_event(connection, replace(event, collection=into.name, affected=new))
+
+
+def audited_update_entry(
+    connection: sqlite3.Connection,
+    found_in: Collection,
+    new: EntryRecord,
+    fields: Iterable[str],
+    event: AuditEvent,
+    *,
+    etag: str = "",
+    may_outlive: bool = True,
+) -> Enrolled:
+    """`resight.service.storage.writes.update_entry`, told."""
+    changed = writes.update_entry(connection, found_in, new, fields, etag=etag, may_outlive=may_outlive)
+    record_event(connection, replace(event, collection=found_in.name, affected=1))
+    return changed
+
+
+def audited_activate_space(
+    connection: sqlite3.Connection,
+    name: str,
+    space_id: str,
+    event: AuditEvent,
+    *,
+    expected: str,
+    allow_incomplete: bool,
+) -> Collection:
+    """`resight.service.storage.spaces.activate_space`, told with the number of entries."""
+    found = spaces.activate_space(connection, name, space_id, expected=expected, allow_incomplete=allow_incomplete)
+    count = reads.count(connection, found.key, Filter())
+    record_event(connection, replace(event, collection=name, affected=count, reason=f"space {space_id}"))
+    return found
+
+
+def audited_delete_collection(
+    connection: sqlite3.Connection, name: str, event: AuditEvent, *, force: bool, etag: str = ""
+) -> Collection:
+    """`resight.service.storage.writes.delete_collection`, told."""
+    held = reads.count(connection, reads.collection(connection, name).key, Filter())
+    gone = writes.delete_collection(connection, name, force=force, etag=etag)
+    record_event(connection, replace(event, collection=name, affected=held))
+    return gone
+
+
+def audited_delete_entry(
+    connection: sqlite3.Connection,
+    found_in: Collection,
+    entry_id: str,
+    event: AuditEvent,
+    *,
+    allow_missing: bool,
+    etag: str = "",
+) -> int:
+    """`resight.service.storage.writes.delete_entry`, told."""
+    before = reads.revision(connection, found_in.key)
+    revision = writes.delete_entry(connection, found_in, entry_id, allow_missing=allow_missing, etag=etag)
+    record_event(connection, replace(event, collection=found_in.name, affected=int(revision != before)))
+    return revision
+
+
+def audited_delete_entries(
+    connection: sqlite3.Connection, found_in: Collection, filters: Filter, event: AuditEvent, *, cap: int | None
+) -> tuple[int, int]:
+    """`resight.service.storage.writes.delete_entries`, told."""
+    count, revision = writes.delete_entries(connection, found_in, filters, cap=cap)
+    record_event(connection, replace(event, collection=found_in.name, affected=count))
+    return count, revision

@@ -1,0 +1,385 @@
+"""Long work one can ask after: kept in the database, so that it is known after a restart.
+
+Work that was running when the process died is INTERRUPTED at the next start; what it needs to be taken up again stands
+in its ``details``. What another process carries out (`EXTERNAL_KINDS`) goes on, or waits, as before. Counts are what
+was read back, never what was asked for.
+
+Adaptations that somebody asks for: rows among the long operations, which the cycle of a site carries out elsewhere.
+
+The server starts nothing. A row stays PENDING until that cycle reports that it runs, also over restarts of the server,
+and is cancelled at once, for nobody here works on it; the cycle's next report is answered with that, and it ends.
+Functions of the writer's connection, in its transaction.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+from uuid import uuid4
+
+from google.rpc import status_pb2
+
+from resight.errors import (
+    InputError,
+    LimitError,
+    NotCancellableError,
+    OperationNotFoundError,
+    ReIDError,
+    TrainingError,
+)
+from resight.service.records import now_us
+from resight.service.storage.store import Store
+from resight.status import from_status, to_status
+
+MAX_KEPT = 1000  # finished operations remembered
+ADAPT = "adapt"
+EXTERNAL_KINDS = (ADAPT,)  # kinds that another process carries out: they outlive this one
+REBUILD, LOAD = "rebuild", "load_model"
+NOT_CANCELLABLE_KINDS = (REBUILD, LOAD)  # kinds that end by themselves, in a thread that nothing stops
+_EXTERNAL_KINDS_SQL = ", ".join(repr(kind) for kind in EXTERNAL_KINDS)
+
+
+class OperationState(StrEnum):
+    """As ``OperationState`` in operation.proto."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    INTERRUPTED = "interrupted"
+
+    @property
+    def ended(self) -> bool:
+        """Nothing will change any more."""
+        return self not in (OperationState.PENDING, OperationState.RUNNING)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One piece of long work. ``key`` orders them, the newest highest; ``end_us`` None while it runs."""
+
+    operation_id: str
+    kind: str
+    state: OperationState
+    total: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    skipped: int = 0
+    error: ReIDError | None = field(default=None, compare=False)  # exceptions equal only themselves
+    result: dict[str, str] = field(default_factory=dict)
+    start_us: int = 0
+    end_us: int | None = None
+    cancel_asked: bool = False
+    request_id: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+    key: int = 0
+
+
+_COLUMNS = (
+    "operation_id, kind, state, total, succeeded, failed, skipped, error, result, start_us, end_us, cancel, "
+    "request_id, details, key"
+)
+
+
+class Operations:
+    """The long work of one gallery's database."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def recover(self) -> int:
+        """At start: what was running when the process died is interrupted; returns how many."""
+        return await self._store.book(_interrupt)
+
+    async def start(
+        self, kind: str, *, total: int = 0, request_id: str = "", continues: str = "", **details: Any
+    ) -> Operation:
+        """Begin one, RUNNING. One of the same kind and ``request_id`` is answered instead, as it stands.
+
+        One that ``continues`` an interrupted one is that one's ``continued_by`` from its first moment, so that no kill
+        leaves whoever waits for the old one without a way to the new one.
+        """
+        return await self._store.book(begin, kind, total, request_id, details, continues=continues)
+
+    async def any_running(self) -> bool:
+        """Whether something is under way in this process."""
+        return await self._store.read(_any_running)
+
+    async def get(self, operation_id: str) -> Operation:
+        """One by id; raises OperationNotFoundError."""
+        return await self._store.read(by_id, operation_id)
+
+    async def listed(
+        self, *, before: int | None = None, limit: int = 100, kind: str = "", state: OperationState | None = None
+    ) -> list[Operation]:
+        """The newest first, from the one before key ``before``; of one kind or in one state, where told."""
+        return await self._store.read(_listed, before, limit, kind or None, state)
+
+    async def progress(
+        self,
+        operation_id: str,
+        *,
+        details: dict[str, Any] | None = None,
+        result: dict[str, str] | None = None,
+        **counts: int,
+    ) -> Operation:
+        """Set counts (``total``, ``succeeded``, ``failed``, ``skipped``); add to ``details`` and ``result``.
+
+        Returns:
+            It as it stands: look at ``cancel_asked``.
+        """
+        return await self._store.book(progress, operation_id, counts, details or {}, result or {})
+
+    async def finish(
+        self,
+        operation_id: str,
+        *,
+        error: ReIDError | None = None,
+        cancelled: bool = False,
+        result: dict[str, str] | None = None,
+    ) -> Operation:
+        """End one: FAILED with an error, CANCELLED, or SUCCEEDED; one that has ended stays as it is."""
+        state = (
+            OperationState.CANCELLED
+            if cancelled
+            else OperationState.SUCCEEDED
+            if error is None
+            else OperationState.FAILED
+        )
+        return await self._store.book(finish, operation_id, state, error, result or {})
+
+    async def cancel(self, operation_id: str) -> Operation:
+        """Ask it to end; the one who works on it does so at the next step, and what is `EXTERNAL_KINDS` has ended now.
+
+        What has ended stays as it is.
+
+        Raises:
+            OperationNotFoundError: none of that id.
+            NotCancellableError: its kind is one of `NOT_CANCELLABLE_KINDS`, and it has not ended.
+        """
+        return await self._store.book(_cancel, operation_id)
+
+
+def _operation(row: Sequence[Any]) -> Operation:
+    operation_id, kind, state, *counts, error, result, start_us, end_us, cancel, request_id, details, key = row
+    problem = None if error is None else from_status(status_pb2.Status.FromString(error))
+    ends = (json.loads(result), start_us, end_us, bool(cancel), request_id, json.loads(details), key)
+    total, succeeded, failed, skipped = counts
+    return Operation(operation_id, kind, OperationState(state), total, succeeded, failed, skipped, problem, *ends)
+
+
+def by_id(connection: sqlite3.Connection, operation_id: str) -> Operation:
+    """One by id; raises OperationNotFoundError."""
+    row = connection.execute(f"SELECT {_COLUMNS} FROM operation WHERE operation_id = ?", (operation_id,)).fetchone()
+    if row is None:
+        raise OperationNotFoundError(
+            f"no operation {operation_id!r} here: see which there are with ListOperations",
+            field="operation_id",
+            operation=operation_id,
+        )
+    return _operation(row)
+
+
+def by_request(connection: sqlite3.Connection, kind: str, request_id: str) -> Operation | None:
+    """The one that a request of this kind began."""
+    sql = f"SELECT {_COLUMNS} FROM operation WHERE request_id = ? AND request_id <> '' AND kind = ?"
+    row = connection.execute(sql, (request_id, kind)).fetchone()
+    return None if row is None else _operation(row)
+
+
+def _listed(
+    connection: sqlite3.Connection, before: int | None, limit: int, kind: str | None, state: OperationState | None
+) -> list[Operation]:
+    rows = connection.execute(
+        f"SELECT {_COLUMNS} FROM operation WHERE (?1 IS NULL OR key < ?1) AND (?3 IS NULL OR kind = ?3) "
+        "AND (?4 IS NULL OR state = ?4) ORDER BY key DESC LIMIT ?2",
+        (before, limit, kind, state),
+    )
+    return [_operation(row) for row in rows.fetchall()]
+
+
+def begin(
+    connection: sqlite3.Connection,
+    kind: str,
+    total: int,
+    request_id: str,
+    details: dict[str, Any],
+    state: OperationState = OperationState.RUNNING,
+    *,
+    continues: str = "",
+) -> Operation:
+    """`Operations.start`, in the writer's transaction."""
+    if request_id and (first := by_request(connection, kind, request_id)):
+        return first
+    operation_id = uuid4().hex
+    connection.execute(
+        "INSERT INTO operation (operation_id, kind, state, total, succeeded, failed, skipped, result, start_us, "
+        "cancel, request_id, details) VALUES (?, ?, ?, ?, 0, 0, 0, '{}', ?, 0, ?, ?)",
+        (operation_id, kind, state, total, now_us(), request_id, json.dumps(details)),
+    )
+    if continues:
+        progress(connection, continues, {}, {}, {"continued_by": operation_id})
+    connection.execute(
+        "DELETE FROM operation WHERE end_us IS NOT NULL AND key <= (SELECT max(key) FROM operation) - ?", (MAX_KEPT,)
+    )
+    return by_id(connection, operation_id)
+
+
+def progress(
+    connection: sqlite3.Connection,
+    operation_id: str,
+    counts: dict[str, int],
+    details: dict[str, Any],
+    result: dict[str, str],
+) -> Operation:
+    """`Operations.progress`, in the writer's transaction."""
+    unknown = set(counts) - {"total", "succeeded", "failed", "skipped"}
+    assert not unknown, unknown  # they go into the statement
+    now = by_id(connection, operation_id)
+    values = {"details": json.dumps(now.details | details), "result": json.dumps(now.result | result)} | counts
+    connection.execute(
+        f"UPDATE operation SET {', '.join(f'{name} = ?' for name in values)} WHERE operation_id = ?",
+        (*values.values(), operation_id),
+    )
+    return by_id(connection, operation_id)
+
+
+def finish(
+    connection: sqlite3.Connection,
+    operation_id: str,
+    state: OperationState,
+    error: ReIDError | None,
+    result: dict[str, str],
+) -> Operation:
+    """`Operations.finish`, in the writer's transaction."""
+    now = by_id(connection, operation_id)
+    if now.state.ended:
+        return now
+    told = None if error is None else to_status(error).SerializeToString()
+    connection.execute(
+        "UPDATE operation SET state = ?, error = ?, result = ?, end_us = ? WHERE operation_id = ?",
+        (state, told, json.dumps(now.result | result), now_us(), operation_id),
+    )
+    return by_id(connection, operation_id)
+
+
+def _cancel(connection: sqlite3.Connection, operation_id: str) -> Operation:
+    found = by_id(connection, operation_id)
+    if not found.state.ended and found.kind in NOT_CANCELLABLE_KINDS:
+        raise NotCancellableError(
+            f"operation {operation_id} is of the kind {found.kind}, which cannot be cancelled: wait until it has ended",
+            field="operation_id",
+            kind=found.kind,
+        )
+    if not found.state.ended:
+        connection.execute("UPDATE operation SET cancel = 1 WHERE operation_id = ?", (operation_id,))
+    if found.kind in EXTERNAL_KINDS:
+        return finish(connection, operation_id, OperationState.CANCELLED, None, {})
+    return by_id(connection, operation_id)
+
+
+def _any_running(connection: sqlite3.Connection) -> bool:
+    sql = f"SELECT 1 FROM operation WHERE end_us IS NULL AND kind NOT IN ({_EXTERNAL_KINDS_SQL}) LIMIT 1"
+    return connection.execute(sql).fetchone() is not None
+
+
+def _interrupt(connection: sqlite3.Connection) -> int:
+    return connection.execute(
+        f"UPDATE operation SET state = ?, end_us = ? WHERE state IN (?, ?) AND kind NOT IN ({_EXTERNAL_KINDS_SQL})",
+        (OperationState.INTERRUPTED, now_us(), OperationState.PENDING, OperationState.RUNNING),
+    ).rowcount
+
+
+SITE_KEY = "site"  # in the operation's result: which site's cycle is asked
+SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+MAX_RESULTS, MAX_RESULT_NAME, MAX_TEXT = 32, 63, 1024
+REPORTABLE_STATES = (OperationState.RUNNING, OperationState.SUCCEEDED, OperationState.FAILED)
+
+
+def request_adaptation(connection: sqlite3.Connection, site: str, *, request_id: str = "") -> Operation:
+    """Note that a site is to be adapted; one that is PENDING for it already, or of the same request, is answered.
+
+    Raises:
+        InputError: no name of a site.
+    """
+    if not SITE_NAME.fullmatch(site):
+        raise InputError(
+            f"a site's name is 1-63 of a-z, A-Z, 0-9, '.', '_' and '-', a letter or digit first; found {site[:80]!r}",
+            field="job_spec_id",
+        )
+    if request_id and (first := by_request(connection, ADAPT, request_id)):
+        return first
+    row = connection.execute(
+        f"SELECT operation_id FROM operation WHERE kind = ? AND state = ? AND json_extract(result, '$.{SITE_KEY}') = ?",
+        (ADAPT, OperationState.PENDING, site),
+    ).fetchone()
+    if row is not None:
+        return by_id(connection, row[0])
+    made = begin(connection, ADAPT, 0, request_id, {}, state=OperationState.PENDING)
+    return progress(connection, made.operation_id, {}, {}, {SITE_KEY: site})
+
+
+def report_adaptation(
+    connection: sqlite3.Connection,
+    operation_id: str,
+    state: OperationState,
+    *,
+    result: Mapping[str, str],
+    error: str = "",
+) -> Operation:
+    """Note how an adaptation goes; one that has ended stays as it is.
+
+    Args:
+        connection: the writer's.
+        operation_id: of one that was asked for.
+        state: of `REPORTABLE_STATES`; RUNNING may be told again and again.
+        result: added to what was told before; the site's name stays.
+        error: why it failed; with FAILED alone, and then not empty.
+
+    Raises:
+        OperationNotFoundError: no such adaptation.
+        InputError: another state, or an error without a failure, or the other way round.
+        LimitError: too much is told.
+    """
+    if state not in REPORTABLE_STATES:
+        known = ", ".join(one.name for one in REPORTABLE_STATES)
+        raise InputError(f"state is one of {known}, found {state.name}: CancelOperation cancels", field="state")
+    if bool(error) != (state is OperationState.FAILED):
+        raise InputError(
+            f"an error is told with FAILED, and only then; found {state.name} with {error[:80]!r}", field="error"
+        )
+    _check_result_size(result, error)
+    found = by_id(connection, operation_id)
+    if found.kind != ADAPT:
+        raise OperationNotFoundError(
+            f"operation {operation_id} is of kind {found.kind}: only adaptations are reported from outside",
+            field="operation_id",
+            operation=operation_id,
+        )
+    if found.state.ended:
+        return found
+    told = dict(result) | {SITE_KEY: found.result[SITE_KEY]}
+    if state is not OperationState.RUNNING:
+        return finish(connection, operation_id, state, TrainingError(error) if error else None, told)
+    connection.execute("UPDATE operation SET state = ? WHERE operation_id = ?", (state, operation_id))
+    return progress(connection, operation_id, {}, {}, told)
+
+
+def _check_result_size(result: Mapping[str, str], error: str) -> None:
+    if len(result) > MAX_RESULTS:
+        raise LimitError(f"at most {MAX_RESULTS} results, found {len(result)}: tell fewer", field="result")
+    for name, value in result.items():
+        if not (1 <= len(name) <= MAX_RESULT_NAME and len(value) <= MAX_TEXT):
+            raise LimitError(
+                f"a result's name has 1-{MAX_RESULT_NAME} characters and its value at most {MAX_TEXT}, found "
+                f"{name[:80]!r}: {len(name)} and {len(value)}",
+                field="result",
+            )
+    if len(error) > MAX_TEXT:
+        raise LimitError(f"an error has at most {MAX_TEXT} characters, found {len(error)}: shorten it", field="error")

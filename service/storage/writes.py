@@ -1,0 +1,492 @@
+"""What is written to the gallery's database: functions of the writer's connection, inside its transaction.
+
+Each raises before it has written anything, or its caller undoes it; none commits.
+
+What every write to the gallery's database is made of: functions of the writer's connection, in its transaction.
+
+What may be changed afterwards: functions of the writer's connection, inside its transaction.
+
+A change takes an old name or picture away, so run them with `Store.erase`, which empties the log of it.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from resight.arrays import Feature
+from resight.errors import (
+    CollectionExistsError,
+    CollectionFullError,
+    CollectionNotEmptyError,
+    CollectionNotFoundError,
+    ConflictError,
+    DeleteCapError,
+    EntryExistsError,
+    EntryNotFoundError,
+    InputError,
+    ReIDError,
+)
+from resight.service.records import Collection, Enrolled, Enrolment, EntryRecord, Filter, Space, now_us
+from resight.service.storage import reads
+
+FIRST_ENTRY_VERSION = 1  # of an entry or a collection, as the tables' default
+NO_ENTRY = 0  # keys begin at 1
+
+
+def add_feature(connection: sqlite3.Connection, key: int, space_id: str, feature: Feature) -> None:
+    """Store an entry's feature in a space, float32 (D,); one that is there is replaced."""
+    vector = feature.astype("<f4").tobytes()
+    connection.execute("REPLACE INTO feature VALUES (?, ?, ?, ?)", (key, space_id, vector, zlib.crc32(vector)))
+
+
+def check_etag(what: str, current: str, expected: str) -> None:
+    """Compare an etag where the caller gave one.
+
+    Raises:
+        ConflictError: it differs.
+    """
+    if expected and expected != current:
+        raise ConflictError(
+            f"{what} was changed meanwhile (etag {current}, expected {expected}): read it again, then decide",
+            field="etag",
+            etag=current,
+        )
+
+
+def delete_keys(connection: sqlite3.Connection, collection: int, keys: Sequence[int]) -> int:
+    """Remove entries of one collection by key; returns its revision."""
+    gone = connection.executemany("DELETE FROM entry WHERE key = ?", [(key,) for key in keys]).rowcount
+    connection.execute("UPDATE collection SET held = held - ? WHERE key = ?", (max(0, gone), collection))
+    return log_change(connection, collection, keys, deleted=True)
+
+
+def log_change(connection: sqlite3.Connection, collection: int, keys: Sequence[int], *, deleted: bool) -> int:
+    """Note a change of the collection and return its revision, which only ever grows.
+
+    Args:
+        connection: the writer's.
+        collection: its key.
+        keys: of the entries that came or went; `NO_ENTRY` for a change that no index holds.
+        deleted: they went.
+    """
+    if not keys:
+        return reads.revision(connection, collection)
+    for key in keys:
+        cursor = connection.execute(
+            "INSERT INTO change (collection, entry, deleted) VALUES (?, ?, ?)", (collection, key, deleted)
+        )
+    revision = cursor.lastrowid
+    assert revision is not None
+    connection.execute(
+        "UPDATE collection SET revision = ?, held = held + ? WHERE key = ?",
+        (revision, 0 if deleted else sum(key != NO_ENTRY for key in keys), collection),
+    )
+    return revision
+
+
+def earlier_request(connection: sqlite3.Connection, request_id: str, digest: bytes) -> tuple[int, str | None] | None:
+    """What the first call with this request_id came to: its revision and its entry's id, None if that is gone.
+
+    Raises:
+        InputError: it was another request.
+    """
+    row = connection.execute(
+        "SELECT r.digest, r.revision, e.entry_id FROM request r LEFT JOIN entry e ON e.key = r.entry "
+        "WHERE request_id IN (?1, keyed(?1))",  # keyed once its entry was erased
+        (request_id,),
+    ).fetchone()
+    if row is None:
+        return None
+    known, revision, entry_id = row
+    if known and known != digest:
+        raise InputError(
+            f"request_id {request_id} was used for another request: take a new one for each", field="request_id"
+        )
+    return revision, entry_id
+
+
+REQUEST_MEMORY_US = 24 * 3600 * 1_000_000  # how long a replay is recognised
+PURGE_AT_ONCE = 1000  # entries of one transaction, so that enrolments do not wait for a large purge
+
+
+def create_collection(connection: sqlite3.Connection, new: Collection) -> Collection:
+    """Make an empty collection of a space.
+
+    Raises:
+        CollectionExistsError: the name is taken.
+    """
+    if connection.execute("SELECT 1 FROM collection WHERE name = ?", (new.name,)).fetchone():
+        raise CollectionExistsError(
+            f"collection {new.name} exists: use it, or choose another name",
+            field="collection.collection_id",
+            collection=new.name,
+        )
+    now = now_us()
+    save_space(connection, new.space)
+    settings = (new.max_entries, new.accept_probability, new.reject_probability, new.min_quality)
+    connection.execute(
+        "INSERT INTO collection (name, space_id, ttl_us, keep_crops, revision, created_us, max_entries, "
+        "accept_probability, reject_probability, min_quality) VALUES (?, ?, ?, ?, 0, ?, ?, ?, ?, ?)",
+        (new.name, new.space.space_id, new.ttl_us, new.keep_crops, now, *settings),
+    )
+    made = reads.collection(connection, new.name)
+    connection.execute("INSERT INTO collection_space VALUES (?, ?, 'active', ?)", (made.key, new.space.space_id, now))
+    return made
+
+
+def save_space(connection: sqlite3.Connection, space: Space) -> None:
+    """Remember a space, and the newest calibration told for it; one that is told without keeps what it has."""
+    calibration = None if space.calibration is None else json.dumps(space.calibration.to_json())
+    connection.execute(
+        "INSERT INTO space (space_id, model_id, dim, created_us, model_version, calibration) VALUES (?, ?, ?, ?, ?, ?) "
+        "ON CONFLICT DO UPDATE SET model_version = excluded.model_version, "
+        "calibration = coalesce(excluded.calibration, calibration)",
+        (space.space_id, space.model_id, space.dim, now_us(), space.model_version, calibration),
+    )
+
+
+def delete_collection(connection: sqlite3.Connection, name: str, *, force: bool, etag: str = "") -> Collection:
+    """Remove a collection with all it holds.
+
+    Raises:
+        CollectionNotFoundError: no such one.
+        ConflictError: it was changed since ``etag`` was read.
+        CollectionNotEmptyError: it has living entries, and ``force`` is not set.
+    """
+    gone = reads.collection(connection, name)
+    check_etag(f"collection {name}", gone.etag, etag)
+    held = reads.count(connection, gone.key, Filter())
+    if held and not force:
+        raise CollectionNotEmptyError(
+            f"collection {name} has {held} entries: delete them first, or force it",
+            field="force",
+            collection=name,
+            entry_count=held,
+        )
+    connection.execute("DELETE FROM collection WHERE key = ?", (gone.key,))
+    return gone
+
+
+def enrol(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> Enrolled:
+    """Store one entry with its feature, labels and, where the collection keeps them, crops.
+
+    What it refuses it refuses before it writes.
+
+    Raises:
+        CollectionNotFoundError: it was deleted meanwhile.
+        EntryExistsError: the id is taken, and ``replace`` is not set.
+        InputError: the request_id was used for another request.
+        EntryNotFoundError: a replay, whose entry was deleted since.
+    """
+    space_id, most, held = _collection_now(connection, into)
+    if new.request_id and (replayed := _earlier_answer(connection, into, new)):
+        return replayed
+    if space_id != into.space.space_id and space_id not in dict(new.others):
+        raise ConflictError(
+            f"collection {into.name} was switched to space {space_id} meanwhile, this entry has a feature in "
+            f"{into.space.space_id} alone: enrol it again",
+            field="collection_id",
+        )
+    now = now_us()
+    expire_us = new.entry.expire_us
+    if expire_us is None and into.ttl_us is not None:
+        expire_us = now + into.ttl_us
+    old, lives = _predecessor(connection, into, new)
+    if most and held - (old is not None) >= most:
+        _check_full(connection, into, most, leaving=int(lives))
+    if old is not None:  # from here on nothing is refused
+        delete_keys(connection, into.key, [old])
+    entry = new.entry
+    row = (into.key, entry.entry_id, entry.subject_id, entry.camera_id, entry.track_id, entry.capture_us, expire_us)
+    cursor = connection.execute(
+        "INSERT INTO entry (collection, entry_id, subject_id, camera_id, track_id, capture_us, expire_us, quality, "
+        "shot_count, created_us) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (*row, entry.quality, entry.shot_count, now),
+    )
+    key = cursor.lastrowid
+    assert key is not None
+    held_in = _spaces(connection, into.key) if new.others else {into.space.space_id}
+    for space, feature in ((into.space.space_id, new.feature), *new.others):
+        if space in held_in:  # else it was dropped meanwhile, and nothing would ever remove this
+            add_feature(connection, key, space, feature)
+    if entry.labels:
+        connection.executemany("INSERT INTO label VALUES (?, ?, ?)", [(key, *label) for label in entry.labels.items()])
+    if into.keep_crops and new.crops:
+        crops = [(key, number, crop) for number, crop in enumerate(new.crops)]
+        connection.executemany("INSERT INTO crop VALUES (?, ?, ?)", crops)
+    revision = log_change(connection, into.key, [key], deleted=False)
+    if new.request_id:
+        connection.execute(
+            "INSERT INTO request VALUES (?, ?, ?, ?, ?, ?)", (new.request_id, new.digest, into.key, key, revision, now)
+        )
+    return Enrolled(
+        replace(entry, created_us=now, expire_us=expire_us, etag=reads.entry_etag(key, FIRST_ENTRY_VERSION)), revision
+    )
+
+
+def enrol_each(
+    connection: sqlite3.Connection, into: Collection, new: Sequence[Enrolment]
+) -> list[Enrolled | ReIDError]:
+    """Store those that can be stored; each has its own outcome, and they are stored in their order.
+
+    As one write this takes half the time of as many writes.
+    """
+    outcomes: list[Enrolled | ReIDError] = []
+    for one in new:
+        try:
+            outcomes.append(enrol(connection, into, one))
+        except ReIDError as error:  # raised before anything of this one was written
+            outcomes.append(error)
+    return outcomes
+
+
+def enrol_all(connection: sqlite3.Connection, into: Collection, new: Sequence[Enrolment]) -> list[Enrolled]:
+    """Store all of them or, as the writer undoes a function that raises, none.
+
+    Raises:
+        ReIDError: as `enrol`, of the first that cannot be stored; its ``item`` fact tells which.
+    """
+    done = []
+    for number, one in enumerate(new):
+        try:
+            done.append(enrol(connection, into, one))
+        except ReIDError as error:
+            error.facts["item"] = str(number)
+            raise
+    return done
+
+
+def _collection_now(connection: sqlite3.Connection, into: Collection) -> tuple[str, int, int]:
+    """The collection's space, limit and rows held, now; the caller read it a moment ago."""
+    row = connection.execute("SELECT space_id, max_entries, held FROM collection WHERE key = ?", (into.key,)).fetchone()
+    if row is None:
+        raise CollectionNotFoundError(
+            f"collection {into.name} was deleted meanwhile: create it again",
+            field="collection_id",
+            collection=into.name,
+        )
+    space_id, most, held = row
+    return space_id, most, held
+
+
+def _spaces(connection: sqlite3.Connection, key: int) -> set[str]:
+    """Ids of the spaces a collection has features in."""
+    rows = connection.execute("SELECT space_id FROM collection_space WHERE collection = ?", (key,)).fetchall()
+    return {row[0] for row in rows}
+
+
+def _check_full(connection: sqlite3.Connection, into: Collection, most: int, *, leaving: int) -> None:
+    """Refuse where as many entries live as may; expired ones that wait to be purged take no place."""
+    living = reads.count(connection, into.key, Filter()) - leaving
+    if living >= most:
+        raise CollectionFullError(
+            f"collection {into.name} holds {living} entries and may hold {most}: delete some, or raise max_entries",
+            field="collection_id",
+            collection=into.name,
+            max_entries=most,
+        )
+
+
+def _earlier_answer(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> Enrolled | None:
+    """The answer of the first call with this request_id, if there was one."""
+    first = earlier_request(connection, new.request_id, new.digest)
+    if first is None:
+        return None
+    revision, entry_id = first
+    if entry_id is None:
+        raise EntryNotFoundError(
+            f"the entry that request {new.request_id} enrolled was deleted since: enrol it with a new request_id",
+            field="request_id",
+            collection=into.name,
+        )
+    return Enrolled(reads.entry(connection, into, entry_id)[1], revision, replayed=True)
+
+
+def _predecessor(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> tuple[int | None, bool]:
+    """The key of an expired or replaced entry of the same id, and whether it lives; refuses where one must stay."""
+    row = connection.execute(
+        "SELECT key, expire_us FROM entry WHERE collection = ? AND entry_id = ?", (into.key, new.entry.entry_id)
+    ).fetchone()
+    if row is None:
+        return None, False
+    key, expire_us = row
+    living = expire_us is None or expire_us > now_us()
+    if living and not new.replace:
+        raise EntryExistsError(
+            f"entry {new.entry.entry_id!r} exists in collection {into.name}: choose another id, or ask to replace it",
+            field="entry.entry_id",
+            entry=new.entry.entry_id,
+            collection=into.name,
+        )
+    return key, living
+
+
+def delete_entry(
+    connection: sqlite3.Connection, found_in: Collection, entry_id: str, *, allow_missing: bool, etag: str = ""
+) -> int:
+    """Remove one entry; returns the collection's revision.
+
+    Raises:
+        EntryNotFoundError: no such one, and ``allow_missing`` is not set.
+        ConflictError: it was changed since ``etag`` was read.
+    """
+    try:
+        key, found = reads.entry(connection, found_in, entry_id)
+        check_etag(f"entry {entry_id!r}", found.etag, etag)
+    except EntryNotFoundError:
+        if allow_missing:
+            return reads.revision(connection, found_in.key)
+        raise
+    return delete_keys(connection, found_in.key, [key])
+
+
+def delete_entries(
+    connection: sqlite3.Connection, found_in: Collection, filters: Filter, *, cap: int | None
+) -> tuple[int, int]:
+    """Remove what passes a filter; returns how many and the collection's revision.
+
+    Raises:
+        DeleteCapError: more than ``cap`` would go; nothing went.
+    """
+    keys = reads.candidates(connection, found_in.key, filters).tolist()
+    if cap is not None and len(keys) > cap:
+        raise DeleteCapError(
+            f"{len(keys)} entries pass the filter, at most {cap} may go: narrow the filter or raise max_deletes",
+            field="max_deletes",
+            matched_count=len(keys),
+        )
+    return len(keys), delete_keys(connection, found_in.key, keys)
+
+
+def purge(connection: sqlite3.Connection) -> int:
+    """Remove expired entries; returns how many, at most `PURGE_AT_ONCE`."""
+    rows = connection.execute(
+        "SELECT collection, key FROM entry WHERE expire_us <= ? ORDER BY expire_us LIMIT ?", (now_us(), PURGE_AT_ONCE)
+    ).fetchall()
+    for collection in {row[0] for row in rows}:
+        delete_keys(connection, collection, [key for owner, key in rows if owner == collection])
+    return len(rows)
+
+
+def purge_requests(connection: sqlite3.Connection, taken_in: Sequence[tuple[int, int]]) -> None:
+    """Remove old requests, and the part of the change log the index has taken in: (collection key, revision) each."""
+    connection.execute("DELETE FROM request WHERE at_us < ?", (now_us() - REQUEST_MEMORY_US,))
+    connection.executemany("DELETE FROM change WHERE collection = ? AND revision <= ?", taken_in)
+
+
+ENTRY_FIELDS = ("subject_id", "labels", "expire_us")
+CLOCK_TOLERANCE_US = 60_000_000  # a caller's clock may be ahead of ours
+COLLECTION_FIELDS = (
+    "ttl_us",
+    "keep_crops",
+    "max_entries",
+    "accept_probability",
+    "reject_probability",
+    "min_quality",
+)
+
+
+def update_entry(
+    connection: sqlite3.Connection,
+    found_in: Collection,
+    new: EntryRecord,
+    fields: Iterable[str],
+    *,
+    etag: str = "",
+    may_outlive: bool = True,
+) -> Enrolled:
+    """Change an entry in place: its key, feature and crops stay.
+
+    Args:
+        connection: the writer's.
+        found_in: its collection.
+        new: carries ``entry_id`` and the named fields; ``expire_us`` None means the collection's time to live,
+            counted from enrolment.
+        fields: of `ENTRY_FIELDS`, at least one.
+        etag: compared where it is not empty.
+        may_outlive: it may expire later than the collection's time to live after its enrolment.
+
+    Raises:
+        EntryNotFoundError: no such one.
+        ConflictError: it was changed since ``etag`` was read.
+        InputError: no field, one that cannot be changed, or a time it may not live to.
+    """
+    wanted = _known_fields(fields, ENTRY_FIELDS)
+    key, found = reads.entry(connection, found_in, new.entry_id)
+    check_etag(f"entry {new.entry_id!r}", found.etag, etag)
+    if "subject_id" in wanted:
+        connection.execute("UPDATE entry SET subject_id = ? WHERE key = ?", (new.subject_id, key))
+    if "expire_us" in wanted:
+        expire_us = new.expire_us
+        if expire_us is None and found_in.ttl_us is not None:
+            expire_us = found.created_us + found_in.ttl_us
+        if not may_outlive and (error := expiry_error(found_in, expire_us, found.created_us)):
+            raise error
+        connection.execute("UPDATE entry SET expire_us = ? WHERE key = ?", (expire_us, key))
+    if "labels" in wanted:
+        connection.execute("DELETE FROM label WHERE entry = ?", (key,))
+        connection.executemany("INSERT INTO label VALUES (?, ?, ?)", [(key, *label) for label in new.labels.items()])
+    connection.execute("UPDATE entry SET version = version + 1 WHERE key = ?", (key,))
+    revision = log_change(connection, found_in.key, [NO_ENTRY], deleted=False)
+    return Enrolled(reads.entry_by_key(connection, key), revision)
+
+
+def expiry_error(of: Collection, expire_us: int | None, since_us: int) -> InputError | None:
+    """What is wrong with a time to expire at that lies beyond the collection's own, counted from ``since_us``."""
+    if of.ttl_us is None or expire_us is None or expire_us <= since_us + of.ttl_us + CLOCK_TOLERANCE_US:
+        return None
+    days = of.ttl_us / 86_400e6
+    return InputError(
+        f"entries of collection {of.name} live {days:g} days, this one would live longer: give an earlier expire_time, "
+        "leave it out, or ask an operator",
+        field="entry.expire_time",
+    )
+
+
+def update_collection(
+    connection: sqlite3.Connection, new: Collection, fields: Iterable[str], *, etag: str = ""
+) -> Collection:
+    """Change a collection's settings; entries keep the time they expire at.
+
+    Crops of a collection that keeps none any more are removed. A limit below what it holds refuses new entries only.
+
+    Args:
+        connection: the writer's.
+        new: carries ``name`` and the named fields.
+        fields: of `COLLECTION_FIELDS`, at least one.
+        etag: compared where it is not empty.
+
+    Raises:
+        CollectionNotFoundError: no such one.
+        ConflictError: it was changed since ``etag`` was read.
+        InputError: no field, or one that cannot be changed.
+    """
+    wanted = _known_fields(fields, COLLECTION_FIELDS)
+    found = reads.collection(connection, new.name)
+    check_etag(f"collection {new.name}", found.etag, etag)
+    values: list[Any] = [getattr(new, name) for name in wanted]
+    connection.execute(
+        f"UPDATE collection SET {', '.join(f'{name} = ?' for name in wanted)}, version = version + 1 WHERE key = ?",
+        (*values, found.key),
+    )
+    if "keep_crops" in wanted and not new.keep_crops:
+        connection.execute("DELETE FROM crop WHERE entry IN (SELECT key FROM entry WHERE collection = ?)", (found.key,))
+    return reads.collection(connection, new.name)
+
+
+def _known_fields(fields: Iterable[str], known: tuple[str, ...]) -> list[str]:
+    """The fields asked for, each once, in our order: they go into a statement, so none but these."""
+    asked = set(fields)
+    unknown = sorted(asked - set(known))
+    if unknown or not asked:
+        raise InputError(
+            f"one or more of {', '.join(known)} can be changed, found {', '.join(unknown) or 'none'}: name them in "
+            "update_mask",
+            field="update_mask",
+        )
+    return [name for name in known if name in asked]

@@ -1,0 +1,61 @@
+"""The Python client of a resight server. Needs no torch, faiss or onnxruntime.
+
+    with Client("127.0.0.1:50051") as client:
+        client.create_collection("lobby", ttl=timedelta(days=30))
+        client.enrol("lobby", NewEntry(jpeg, camera_id="door", subject_id="anna"))
+        for hit in client.search("lobby", other_jpeg).hits:
+            ...
+
+The server's errors arrive as the classes of `resight.errors`. Calls that can be repeated without
+harm are, while the server is overloaded or away; that includes enrolments, which carry a request id.
+`AsyncClient` has the same methods to await.
+"""
+
+from resight.client.async_client import AsyncClient
+from resight.client.client import DEFAULT_ADDRESS as DEFAULT_ADDRESS
+from resight.client.client import Client
+from resight.client.requests import CollectionChange, EntryId, GivenFeature, NewEntry, Query, Rerank, Where
+from resight.client.responses import (
+    AuditRow,
+    CollectionInfo,
+    CollectionStats,
+    Comparison,
+    Entry,
+    Erased,
+    Feedback,
+    KeptCrops,
+    ModelInfo,
+    OperationInfo,
+    SearchAnswer,
+    SearchFigures,
+    SearchHit,
+    ServerInfo,
+    Shadow,
+)
+
+__all__ = [
+    "AsyncClient",
+    "AuditRow",
+    "Client",
+    "CollectionChange",
+    "CollectionInfo",
+    "CollectionStats",
+    "Comparison",
+    "Entry",
+    "EntryId",
+    "Erased",
+    "Feedback",
+    "GivenFeature",
+    "KeptCrops",
+    "ModelInfo",
+    "NewEntry",
+    "OperationInfo",
+    "Query",
+    "Rerank",
+    "SearchAnswer",
+    "SearchFigures",
+    "SearchHit",
+    "ServerInfo",
+    "Shadow",
+    "Where",
+]

@@ -1,0 +1,238 @@
+"""What one tells a server through `resight.client`: plain values, no protobuf.
+
+Times are aware `datetime` values; an empty string, None or empty dict stands for what is not told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from resight.arrays import Feature
+from resight.v1 import common_pb2, gallery_pb2, search_pb2
+
+GroupBy = Literal["subject", "track", "camera"]
+GROUP_BY_VALUES: dict[GroupBy, search_pb2.GroupBy.ValueType] = {
+    "subject": search_pb2.GROUP_BY_SUBJECT,
+    "track": search_pb2.GROUP_BY_TRACK,
+    "camera": search_pb2.GROUP_BY_CAMERA,
+}
+RERANKING_METHODS = {
+    "k_reciprocal": search_pb2.RERANKING_METHOD_K_RECIPROCAL,
+    "query_expansion": search_pb2.RERANKING_METHOD_QUERY_EXPANSION,
+}
+
+
+class GivenFeature(NamedTuple):
+    """A feature computed elsewhere, with the space it is of."""
+
+    vector: Feature
+    space_id: str
+
+
+class EntryId(str):
+    """An enrolled entry, as a query: more like this one."""
+
+
+Source = bytes | Sequence[bytes] | GivenFeature
+"""One crop (an image file's bytes), several of one person, or a feature."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which entries may be found, listed or deleted: AND of what is set, OR within a tuple.
+
+    ``start`` is inclusive, ``end`` exclusive; ``labels`` must all match.
+    """
+
+    camera_ids: Sequence[str] = ()
+    exclude_camera_ids: Sequence[str] = ()
+    start: datetime | None = None
+    end: datetime | None = None
+    track_ids: Sequence[str] = ()
+    exclude_track_ids: Sequence[str] = ()
+    subject_ids: Sequence[str] = ()
+    labels: dict[str, str] = field(default_factory=dict)
+    min_quality: float | None = None
+
+    def message(self) -> gallery_pb2.EntryFilter:
+        """For the wire."""
+        message = gallery_pb2.EntryFilter(
+            camera_ids=self.camera_ids,
+            exclude_camera_ids=self.exclude_camera_ids,
+            track_ids=self.track_ids,
+            exclude_track_ids=self.exclude_track_ids,
+            subject_ids=self.subject_ids,
+            labels=self.labels,
+            min_quality=self.min_quality,
+        )
+        if self.start is not None:
+            message.capture_window.start_time.FromDatetime(self.start)
+        if self.end is not None:
+            message.capture_window.end_time.FromDatetime(self.end)
+        return message
+
+
+@dataclass(frozen=True)
+class NewEntry:
+    """One entry to enrol. Without ``entry_id`` the server chooses one; ``replace`` lets one of that id give way."""
+
+    source: Source
+    entry_id: str = ""
+    subject_id: str = ""
+    camera_id: str = ""
+    track_id: str = ""
+    capture_time: datetime | None = None
+    expire_time: datetime | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+    quality: float = 0.0
+    replace: bool = False
+
+    def message(self, collection: str, request_id: str) -> gallery_pb2.EnrollEntryRequest:
+        """For the wire."""
+        message = gallery_pb2.EnrollEntryRequest(collection_id=collection, request_id=request_id)
+        set_source(message, self.source)
+        entry = message.entry
+        entry.entry_id, entry.subject_id, entry.camera_id = self.entry_id, self.subject_id, self.camera_id
+        entry.track_id, entry.quality = self.track_id, self.quality
+        entry.labels.update(self.labels)
+        if self.capture_time is not None:
+            entry.capture_time.FromDatetime(self.capture_time)
+        if self.expire_time is not None:
+            entry.expire_time.FromDatetime(self.expire_time)
+        if self.replace:
+            message.on_duplicate = gallery_pb2.DUPLICATE_POLICY_REPLACE
+        return message
+
+
+class Rerank(NamedTuple):
+    """How the first candidates are ordered anew; 0 and None stand for the server's defaults.
+
+    ``weight`` is that of the original distance among k-reciprocal ones, 0..1.
+    """
+
+    method: Literal["k_reciprocal", "query_expansion"] = "k_reciprocal"
+    candidates: int = 0
+    k1: int = 0
+    k2: int = 0
+    weight: float | None = None
+
+    def message(self) -> search_pb2.Reranking:
+        """For the wire."""
+        message = search_pb2.Reranking(
+            method=RERANKING_METHODS[self.method], candidates=self.candidates, k1=self.k1, k2=self.k2
+        )
+        if self.weight is not None:
+            setattr(message, "lambda", self.weight)  # a keyword of Python's
+        return message
+
+
+@dataclass(frozen=True)
+class Query:
+    """One search.
+
+    Attributes:
+        source: a crop, several of one person, a feature, or an entry.
+        top_k: hits, or groups; None = the server's default of 10.
+        where: which entries may be found.
+        min_similarity: of every hit, -1..1.
+        with_features: hits carry theirs.
+        group_by: the best entry of each person, track or camera; entries that name none stand for themselves.
+        rerank: order the first candidates by their neighbours; True = k-reciprocal, with the server's numbers.
+        min_probability: of every hit, 0..1, where the space has a calibration.
+        min_revision: wait until this write can be found.
+        exact: miss no entry, whatever the index.
+    """
+
+    source: Source | EntryId
+    top_k: int | None = None
+    where: Where = field(default_factory=Where)
+    min_similarity: float | None = None
+    with_features: bool = False
+    group_by: GroupBy | None = None
+    rerank: bool | Rerank = False
+    min_probability: float | None = None
+    min_revision: int = 0
+    exact: bool = False
+
+    def message(self, collection: str) -> search_pb2.SearchRequest:
+        """For the wire."""
+        message = search_pb2.SearchRequest(
+            collection_id=collection,
+            top_k=self.top_k,
+            filter=self.where.message(),
+            min_cosine=self.min_similarity,
+            include_embeddings=self.with_features,
+            min_probability=self.min_probability,
+            min_revision=self.min_revision,
+        )
+        if self.group_by is not None:
+            message.group_by = GROUP_BY_VALUES[self.group_by]
+        if self.rerank:
+            message.reranking.CopyFrom((self.rerank if isinstance(self.rerank, Rerank) else Rerank()).message())
+        if self.exact:
+            message.accuracy = search_pb2.ACCURACY_EXACT
+        if isinstance(self.source, EntryId):
+            message.entry_id = self.source
+        else:
+            set_source(message, self.source)
+        return message
+
+
+@dataclass(frozen=True)
+class CollectionChange:
+    """What a collection is told at its making or later; None = left as it is.
+
+    Attributes:
+        ttl: how long entries live that say nothing else.
+        max_entries: 0 = no limit.
+        keep_crops: keep the images, to embed them again with another model.
+        accept_probability: a match from here on; 0 = the calibration's own.
+        reject_probability: unknown below; 0 = the calibration's own.
+        min_quality: crops below it are refused at enrolment.
+    """
+
+    ttl: timedelta | None = None
+    max_entries: int | None = None
+    keep_crops: bool | None = None
+    accept_probability: float | None = None
+    reject_probability: float | None = None
+    min_quality: float | None = None
+
+    def message(self, name: str, etag: str = "") -> tuple[gallery_pb2.Collection, list[str]]:
+        """For the wire, with the paths of what is told."""
+        message, paths = gallery_pb2.Collection(collection_id=name, etag=etag), []
+        if self.ttl is not None:
+            message.default_ttl.FromTimedelta(self.ttl)
+            paths.append("default_ttl")
+        if self.keep_crops is not None:
+            kept = gallery_pb2.CROP_RETENTION_STORE if self.keep_crops else gallery_pb2.CROP_RETENTION_NONE
+            message.crop_retention = kept
+            paths.append("crop_retention")
+        for path in ("max_entries", "accept_probability", "reject_probability", "min_quality"):
+            if getattr(self, path) is not None:
+                setattr(message, path, getattr(self, path))
+                paths.append(path)
+        return message, paths
+
+
+def set_source(message: gallery_pb2.EnrollEntryRequest | search_pb2.SearchRequest, source: Source) -> None:
+    """Put a source into the field of its kind."""
+    if isinstance(source, bytes):
+        message.image.data = source
+    elif isinstance(source, GivenFeature):
+        message.embedding.float32_le = np.asarray(source.vector, "<f4").tobytes()
+        message.embedding.space_id = source.space_id
+    else:
+        message.shots.CopyFrom(crop_set(source))
+        message.shots.SetInParent()
+
+
+def crop_set(shots: bytes | Sequence[bytes]) -> common_pb2.ImageCropSet:
+    """One crop or several, for the wire."""
+    images = [shots] if isinstance(shots, bytes) else shots
+    return common_pb2.ImageCropSet(images=[common_pb2.ImageCrop(data=image) for image in images])

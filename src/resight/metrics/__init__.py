@@ -1,0 +1,1 @@
+"""Figures of ranked lists and of open-set searches."""

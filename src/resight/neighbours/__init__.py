@@ -1,0 +1,1 @@
+"""k-reciprocal neighbours: search, Jaccard distance, re-ranking."""

@@ -1,0 +1,1 @@
+"""Runtimes that compute features with a bundle: onnxruntime and TensorRT."""

@@ -1,0 +1,89 @@
+"""Every backbone in fp32 gives torch's features at any batch; in fp16 within its bits, where they matter."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from exports import CONFIGS, SPEC, cosines, draw_crops, export, in_batches, make_encoder
+from onnx import TensorProto
+
+from resight.encoder.model import Encoder, EncoderConfig
+from resight.exporters.fp16 import to_fp16
+from resight.exporters.onnx_graph import ServingGraph, to_onnx
+from resight.exporters.verify import run_onnx, run_torch
+
+pytestmark = pytest.mark.long
+
+# Random weights as deep as these magnify any rounding: half floats and INT8 are tried on the others.
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("osnet_x1_0", "resnet50")]
+BACKBONES = ["osnet_x0_25", "resnet18", *LARGE]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_fp32_is_torch_at_batch_1_7_and_64(name: str) -> None:
+    crops = draw_crops()[:64]
+    wanted = in_batches(run_torch(make_encoder(name)), crops, 16)
+    run = run_onnx(export(name))
+    for batch in (1, 7, 64):
+        assert cosines(in_batches(run, crops, batch), wanted).min() >= 0.9999, batch
+    assert (wanted @ wanted.T).min() < 0.9  # other crops are told apart, or the cosine above would mean nothing
+
+
+@pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
+def test_fp16_is_torch_within_its_bits(name: str) -> None:
+    crops = draw_crops()[:64]
+    wanted = in_batches(run_torch(make_encoder(name)), crops, 16)
+    found = in_batches(run_onnx(to_fp16(export(name))), crops, 7)
+    assert found.dtype == np.float32
+    assert cosines(found, wanted).min() >= 0.999
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-5)  # of fp32: half floats keep 5e-4
+
+
+def types(model: onnx.ModelProto) -> dict[str, int]:
+    """Element type of every tensor."""
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+    values = (*inferred.input, *inferred.value_info, *inferred.output)
+    found = {value.name: value.type.tensor_type.elem_type for value in values}
+    return found | {tensor.name: tensor.data_type for tensor in inferred.initializer}
+
+
+@pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
+def test_the_trunk_is_half_and_the_rest_is_not(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        data = to_fp16(export(name))
+    assert not caplog.records and data == to_fp16(export(name))
+    model = onnx.load_model_from_string(data)
+    onnx.checker.check_model(model, full_check=True)
+    of, operators = types(model), Counter(node.op_type for node in model.graph.node)
+    assert (of["images"], of["features"]) == (TensorProto.UINT8, TensorProto.FLOAT)
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "MaxPool", "AveragePool", "Sigmoid", "Mul"):
+            assert {of[tensor] for tensor in (*node.input, *node.output)} == {TensorProto.FLOAT16}, node.name
+        if node.op_type in ("Sub", "Pow", "Clip", "ReduceL2", "Div", "BatchNormalization", "Gemm"):
+            assert TensorProto.FLOAT16 not in {of[tensor] for tensor in (*node.input, *node.output)}, node.name
+    assert operators["Cast"] == 3  # bytes to fp32, into the trunk, out of it: no detour in between
+    assert len(data) < (0.8 if name.startswith("osnet") else 0.51) * len(export(name))  # small graphs are half names
+
+
+def test_stripes_keep_their_shares() -> None:
+    config = EncoderConfig("resnet18", "gem", 32, SPEC, parts=4, part_dim=16, local_share=0.5)
+    encoder = Encoder(config).eval()
+    crops = draw_crops()[:8]
+    found = run_onnx(to_fp16(to_onnx(ServingGraph(encoder), SPEC)))(crops)
+    assert cosines(found, run_torch(encoder)(crops)).min() >= 0.999
+
+
+def test_powers_that_half_floats_cannot_hold_are_taken_in_full() -> None:
+    encoder = Encoder(CONFIGS["resnet18"]).eval()
+    encoder.load_state_dict(make_encoder("resnet18").state_dict())
+    encoder.heads["global"].pool.p.data.fill_(9.0)  # 4 to the power of 9 is past the end of fp16
+    crops = draw_crops()[:8]
+    found = run_onnx(to_fp16(to_onnx(ServingGraph(encoder), SPEC)))(crops)
+    wanted = run_torch(encoder)(crops)
+    assert encoder.backbone(encoder.normalise(torch.from_numpy(crops))).max() ** 9 > 65504
+    assert cosines(found, wanted).min() >= 0.999

@@ -1,0 +1,149 @@
+"""Tokens on disk: what is kept, who is found, and files that must not be believed."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from datetime import timedelta
+
+import pytest
+
+from resight.errors import FormatError, InputError, NotFoundError
+from resight.service.access import auth as module
+from resight.service.access.auth import Principal, Role, TokenFile, TokenLookup
+
+
+@pytest.fixture
+def file(tmp_path) -> TokenFile:
+    return TokenFile(tmp_path / "data")
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """A book that looks at its file at every call."""
+    monkeypatch.setattr(module, "RELOAD_EVERY_S", 0.0)
+
+
+def test_a_token_is_256_random_bits_and_only_its_hash_is_kept(file):
+    secrets = {file.create("anna", Role.READER)[0] for _ in range(20)}
+    assert len(secrets) == 20
+    kept = file.path.read_text()
+    for secret in secrets:
+        assert secret.startswith("rst_") and len(secret) == 4 + 52  # base32 of 32 bytes
+        assert secret not in kept and secret[4:] not in kept
+        assert hashlib.sha256(secret.encode()).hexdigest() in kept
+    assert file.path.stat().st_mode & 0o777 == 0o600
+    assert file.path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_token_opens_what_it_was_made_for(file):
+    secret, made = file.create("anna", Role.ENROLLER, tenant="north", lives=timedelta(days=1))
+    book = TokenLookup(file)
+    assert book.find(secret) == Principal("anna", "north", Role.ENROLLER)
+    assert file.read() == [made]
+    for wrong in ("", "rst_", secret[:-1], secret.upper(), secret + "a", made.sha256, "rst_é"):
+        assert book.find(wrong) is None
+
+
+def test_an_expired_token_opens_nothing(file):
+    secret, _ = file.create("anna", Role.ADMIN, lives=timedelta(seconds=-1))
+    assert TokenLookup(file).find(secret) is None
+
+
+def test_two_of_a_name_serve_while_one_replaces_the_other(file, eager):
+    old, first = file.create("anna", Role.READER)
+    book = TokenLookup(file)
+    new, _ = file.create("anna", Role.READER)
+    assert book.find(old) and book.find(new)
+    assert file.revoke("anna", token_id=first.token_id) == 1
+    assert book.find(old) is None and book.find(new)
+
+
+def test_revoking_the_last_one_leaves_the_door_shut(file, eager):
+    secret, _ = file.create("anna", Role.ADMIN)
+    book = TokenLookup(file)
+    assert file.revoke("anna") == 1
+    assert book.find(secret) is None and book.asked and TokenLookup(file).asked
+    file.path.unlink()
+    assert book.find(secret) is None and book.asked
+
+
+def test_the_first_token_shuts_a_door_that_stood_open(file, eager):
+    book = TokenLookup(file)
+    assert not book.asked
+    secret, _ = file.create("anna", Role.ADMIN)
+    assert book.find(secret) and book.asked
+
+
+def test_revoking_what_is_not_there_is_told(file):
+    file.create("anna", Role.READER)
+    for wrong in ({"name": "bob"}, {"name": "anna", "token_id": "00000000"}):
+        with pytest.raises(NotFoundError, match="resight token list"):
+            file.revoke(**wrong)
+    assert len(file.read()) == 1
+
+
+@pytest.mark.parametrize("name", ["", "Anna", "../anna", ".anna", "a/b", "a" * 64, "a b", "a\n"])
+def test_names_that_could_be_paths_or_lines_are_refused(file, name):
+    for made in ({"name": name}, {"name": "anna", "tenant": name}):
+        with pytest.raises(InputError, match="a-z"):
+            file.create(role=Role.READER, **made)
+    assert not file.exists()
+
+
+def damaged(raw: dict, **changes: object) -> str:
+    one = raw["tokens"][0] | changes
+    return json.dumps(raw | {"tokens": [one]})
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda raw: "",
+        lambda raw: "[]",
+        lambda raw: json.dumps(raw | {"schema_version": 2}),
+        lambda raw: json.dumps(raw | {"more": 1}),
+        lambda raw: damaged(raw, role="root"),
+        lambda raw: damaged(raw, role=4),
+        lambda raw: damaged(raw, role=["admin"]),
+        lambda raw: damaged(raw, sha256="00"),
+        lambda raw: damaged(raw, name=None),
+        lambda raw: damaged(raw, tenant="../north"),
+        lambda raw: damaged(raw, expires="tomorrow"),
+        lambda raw: damaged(raw, expires="2030-01-01T00:00:00"),
+        lambda raw: damaged(raw, more=1),
+        lambda raw: json.dumps(raw)[:-5],
+    ],
+)
+def test_a_damaged_file_lets_nobody_in(file, eager, spoil):
+    secret, _ = file.create("anna", Role.ADMIN)
+    book = TokenLookup(file)
+    good = file.path.read_text()
+    file.path.write_text(spoil(json.loads(good)))
+    for _ in range(2):
+        with pytest.raises(FormatError, match=r"damaged.*restore it"):
+            book.find(secret)
+    with pytest.raises(FormatError):
+        TokenLookup(file)
+    file.path.write_text(good)
+    assert book.find(secret)
+
+
+def test_a_file_that_others_may_read_or_write_is_refused(file):
+    file.create("anna", Role.ADMIN)
+    file.path.chmod(0o640)
+    with pytest.raises(FormatError, match="chmod 600"):
+        file.read()
+
+
+def test_processes_that_make_tokens_at_once_lose_none(file):
+    code = (
+        "import sys; from pathlib import Path; from resight.service.access.auth import Role\n"
+        "from resight.service.access.auth import TokenFile\n"
+        "for n in range(8): TokenFile(Path(sys.argv[1])).create(sys.argv[2], Role.READER)"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(file.path.parent), f"p{number}"]) for number in range(3)
+    ]
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    assert sorted(one.name for one in file.read()) == ["p0"] * 8 + ["p1"] * 8 + ["p2"] * 8

@@ -1,0 +1,102 @@
+import asyncio
+import io
+import threading
+import time
+
+import numpy as np
+from PIL import Image
+from serving import jpeg
+
+from resight.errors import ImageTooLargeError, ImageUndecodableError, ModelError, UnavailableError
+from resight.image import ImageSpec, decode, fit
+from resight.runtime.base import DummyRuntime
+from resight.service.inference import embedder as module
+from resight.service.inference.embedder import Decoders, PixelBudget
+from resight.service.inference.priority_queue import CropJob, Priority
+from resight.service.settings import Settings
+
+SPEC = ImageSpec(height=64, width=32)
+
+
+def through(tmp_path, crops, *, check=lambda crop: None, start=True, **settings):
+    """The jobs of some crops, decoded or failed, in the order in which they came out."""
+    out: list[CropJob] = []
+    done = threading.Event()
+
+    def told(job: CropJob) -> None:
+        out.append(job)
+        if len(out) == len(crops):
+            done.set()
+
+    async def body():
+        decoders = Decoders(told, told, check, Settings(bundle=tmp_path, data=tmp_path, **settings))
+        answer = asyncio.get_running_loop().create_future()
+        for priority, crop in crops:
+            decoders.put(CropJob(crop, DummyRuntime(SPEC), priority, time.monotonic() + 60, answer))
+        if start:
+            decoders.start()
+            assert await asyncio.to_thread(done.wait, 30)
+        await asyncio.to_thread(decoders.stop)
+
+    asyncio.run(body())
+    return out
+
+
+def test_jobs_come_out_with_the_contracts_pixels_callers_first(tmp_path):
+    crops = [(priority, jpeg(n, size=(50, 90))) for priority in reversed(Priority) for n in range(4)]
+    out = through(tmp_path, crops, decode_threads=1)
+    assert [job.priority for job in out] == sorted(priority for priority, _ in crops)
+    for job in out:
+        assert job.outcome is None and np.array_equal(job.pixels, fit(decode(job.crop), SPEC))
+        assert 0 < job.quality < 1 and job.decode_ns > 0
+
+
+def test_each_failure_is_that_crops_own(tmp_path):
+    def check(crop):
+        if crop == b"poison":
+            raise ModelError("before")
+
+    large = io.BytesIO()
+    Image.new("RGB", (300, 300)).save(large, "PNG")
+    caller = Priority.INTERACTIVE
+    crops = [(caller, b"poison"), (caller, b"none"), (caller, large.getvalue()), (caller, jpeg(1, size=(40, 60)))]
+    out = {job.crop: job.outcome for job in through(tmp_path, crops, check=check, max_image_pixels=80_000)}
+    kinds = [type(out[crop]) for _, crop in crops]
+    assert kinds == [ModelError, ImageUndecodableError, ImageTooLargeError, type(None)]
+
+
+def test_what_waits_when_it_stops_is_told(tmp_path):
+    (job,) = through(tmp_path, [(Priority.ENROL, jpeg(1))], start=False)
+    assert isinstance(job.outcome, UnavailableError)
+
+
+def test_no_more_pixels_than_the_budget_are_decoded_at_once(tmp_path, monkeypatch):
+    held, most, lock = 0, 0, threading.Lock()
+
+    class Watched(PixelBudget):
+        def take(self, pixels):
+            nonlocal held, most
+            super().take(pixels)
+            with lock:
+                held += pixels
+                most = max(most, held)
+
+        def give(self, pixels):
+            nonlocal held
+            with lock:
+                held -= pixels
+            super().give(pixels)
+
+    monkeypatch.setattr(module, "PixelBudget", Watched)
+    buffer = io.BytesIO()
+    Image.effect_noise((500, 500), 50).convert("RGB").save(buffer, "JPEG")
+    crops = [(Priority.INTERACTIVE, buffer.getvalue())] * 16 + [(Priority.INTERACTIVE, b"broken")] * 4
+    out = through(tmp_path, crops, decode_threads=8, decode_pixels=600_000)
+    assert sum(job.outcome is None for job in out) == 16
+    assert held == 0 and most == 500_000
+
+
+def test_an_image_larger_than_the_budget_is_let_in_alone(tmp_path):
+    crops = [(Priority.INTERACTIVE, jpeg(n, size=(200, 200))) for n in range(4)]
+    out = through(tmp_path, crops, decode_threads=4, decode_pixels=256)
+    assert all(job.outcome is None for job in out)

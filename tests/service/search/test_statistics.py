@@ -1,0 +1,214 @@
+"""What searches came to, counted by a real server and by loops; over restarts, spaces and a full reference."""
+
+import asyncio
+import signal
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pytest
+from serving import ServerProcess, features_by_hand, jpeg, make_bundle
+from stores import SPACE, made, opened
+
+from resight.calibration import Calibration
+from resight.client import Client, NewEntry, Query
+from resight.errors import CollectionNotFoundError, InputError
+from resight.service.records import EntryRecord, Hit, now_us
+from resight.service.search import statistics
+from resight.service.search.ranking import RankedAnswer, ScoredHit
+from resight.service.search.statistics import (
+    MIN_HITS,
+    MINUTE_US,
+    RECENT,
+    REFERENCE_HITS,
+    SearchCounts,
+    SearchStatistics,
+    bin_of,
+    stability_index,
+)
+from resight.service.storage import writes
+
+CURVE = Calibration(0.5, 10.0, 0.95, 0.3, 0.001, 0.05, 100, 100, "tests", "tests", 0.01)
+ENROLLED = [jpeg(p, s) for p in range(8) for s in range(2)]
+ASKED = [jpeg(p, 5) for p in (*range(6), *range(100, 112))]
+
+
+@pytest.fixture
+def root(tmp_path):
+    for seed, name in enumerate(("a", "b")):
+        make_bundle(tmp_path / "models" / name, seed=seed, calibration=CURVE)
+    return tmp_path / "models"
+
+
+def start(root, tmp_path) -> ServerProcess:
+    return ServerProcess(root / "a", tmp_path / "data", "--models", str(root))
+
+
+def by_hand(seed: int) -> dict[str, object]:
+    """Figures of the searches for `ASKED`, with loops over that model's features."""
+    gallery, best = features_by_hand(ENROLLED, seed), []
+    for query in features_by_hand(ASKED, seed):
+        best.append(max(float(query @ entry) for entry in gallery))
+    probable = [float(CURVE.probability(cosine)) for cosine in best]
+    counts = [0] * 64
+    for cosine in best:
+        counts[bin_of(cosine)] += 1
+    unknown = sum(p < CURVE.reject for p in probable)
+    return {
+        "searches": len(ASKED),
+        "matches": sum(p >= CURVE.accept for p in probable),
+        "unknown": unknown,
+        "unknown_share": pytest.approx(unknown / len(ASKED)),
+        "mean_cosine": pytest.approx(np.mean(best), abs=1e-5),
+        "mean_probability": pytest.approx(np.mean(probable), abs=1e-4),
+        "cosine_histogram": tuple(counts),
+        "reference_searches": len(ASKED),
+    }
+
+
+def assert_told(told, expected: dict[str, object]) -> None:
+    for name, value in expected.items():
+        assert getattr(told, name) == value, name
+
+
+def test_each_space_is_counted_and_nothing_is_lost_in_a_restart(root, tmp_path):
+    first = start(root, tmp_path)
+    with Client(first.wait_ready()) as client:
+        client.create_collection("lobby", unlimited_retention=True, keep_crops=True)
+        client.enrol_batch("lobby", [NewEntry(crop) for crop in ENROLLED])
+        assert client.search_figures("lobby") == []
+        begun = datetime.now(UTC)
+        for crop in ASKED[:3]:
+            client.search("lobby", crop)
+        client.search_batch("lobby", [Query(crop) for crop in ASKED[3:9]])
+        list(client.stream_search("lobby", [Query(crop) for crop in ASKED[9:]]))
+        old = client.collection("lobby").space_id
+        (before,) = client.search_figures("lobby")
+        assert_told(before, by_hand(0) | {"space_id": old, "model_id": "tiny-0", "active": True, "without_hit": 0})
+        assert before.unknown > 0 and before.matches > 0 and before.drift_index is None  # too few to tell
+        assert begun <= before.first_time <= before.last_time <= datetime.now(UTC)
+        client.wait(client.load_model("b"))
+        client.wait(client.migrate("lobby", "b", auto_activate=True))
+        for crop in ASKED:
+            client.search("lobby", crop)
+        client.search("lobby", ASKED[0], min_similarity=1.0)  # cut off, so without any hit
+        kept = client.search_figures("lobby")
+        was, now = kept
+        new = client.collection("lobby").space_id
+        assert was == before.__class__(**(vars(before) | {"active": False}))
+        expected = by_hand(1)
+        unknown = now.unknown
+        assert (now.searches, now.without_hit, now.space_id) == (len(ASKED) + 1, 1, new)
+        assert unknown == expected["unknown"] + 1 and now.unknown_share == pytest.approx(unknown / now.searches)
+        assert now.mean_cosine == expected["mean_cosine"] and now.cosine_histogram == expected["cosine_histogram"]
+    assert first.end() == 0
+    second = start(root, tmp_path)
+    with Client(second.wait_ready()) as client:
+        assert client.search_figures("lobby") == kept
+        assert client.search_figures("lobby", space_id=old) == [was]
+        later = datetime.now(UTC) + timedelta(minutes=2)
+        assert client.search_figures("lobby", start=later) == [] == client.search_figures("lobby", space_id="ff" * 16)
+        assert client.search_figures("lobby", start=begun, end=later) == kept
+        client.search("lobby", ASKED[0])
+        assert client.search_figures("lobby", space_id=new)[0].searches == now.searches + 1  # which writes it
+        with pytest.raises(CollectionNotFoundError):
+            client.search_figures("nowhere")
+        with pytest.raises(InputError, match="end_time"):
+            client.search_figures("lobby", start=later, end=begun)
+        assert second.end(signal.SIGKILL) == -signal.SIGKILL
+    third = start(root, tmp_path)
+    with Client(third.wait_ready()) as client:
+        assert client.search_figures("lobby", space_id=new)[0].searches == now.searches + 1
+        client.delete_collection("lobby", force=True)
+        client.create_collection("lobby", unlimited_retention=True)
+        assert client.search_figures("lobby") == []  # of the same name, not the same
+    assert third.end() == 0, third.log.read_text()
+
+
+def answered(cosine: float) -> RankedAnswer:
+    hit = ScoredHit(Hit(EntryRecord("e"), cosine), None, None, cosine)
+    return RankedAnswer((hit,), None, 1, True, 0)
+
+
+def counted(cosines, minute: int) -> SearchCounts:
+    whole = SearchCounts()
+    for cosine in cosines:
+        whole.add(answered(float(cosine)), minute * MINUTE_US)
+    return whole
+
+
+def test_the_drift_compares_the_newest_with_the_first_and_outlives_what_holds_it(tmp_path):
+    rng, now = np.random.default_rng(0), now_us() // MINUTE_US
+    parts = [rng.normal(0.7, 0.05, 400) for _ in range(3)]  # the third fills the reference, and counts whole
+    parts += [rng.normal(0.7, 0.05, 50), rng.normal(0.6, 0.05, 600), rng.normal(0.6, 0.05, 600)]
+
+    async def body(store) -> None:
+        lobby = await made(store)
+        place = (lobby.key, SPACE.space_id)
+        figures = SearchStatistics(store)
+        for number, part in enumerate(parts):
+            drifts = await store.book(statistics.write_counts, {(place, now - 10 + number): counted(part, now)})
+            if number < 4:
+                assert drifts == {}  # the reference is not full, or fewer than enough came after it
+        assert (
+            sum(map(len, parts[:3])) >= REFERENCE_HITS
+            and len(parts[3]) < MIN_HITS
+            and sum(map(len, parts[4:])) >= RECENT
+        )
+        reference = counted(np.concatenate(parts[:3]), now)
+        late = counted(np.concatenate(parts[4:]), now)
+        expected = stability_index(reference.bins, late.bins), late.cosine_sum / late.hits - reference.cosine_sum / 1200
+        assert drifts[place] == pytest.approx(expected) and expected[0] > 0.25
+        figures.note(lobby, [answered(0.6)])
+        assert figures.drift(lobby) is None
+        await figures.stop()
+        assert figures.drift(lobby)[0] > 0.25
+        (told,) = await figures.told(lobby)
+        assert (told.counted.searches, told.reference.hits) == (sum(map(len, parts)) + 1, 1200)
+        window = ((now - 7) * MINUTE_US, (now - 6) * MINUTE_US)
+        (told,) = await figures.told(lobby, window=window, reference=((now - 10) * MINUTE_US, (now - 9) * MINUTE_US))
+        assert (told.counted.hits, told.reference.hits) == (50, 400)
+
+    with opened(tmp_path) as store:
+        asyncio.run(body(store))
+
+
+def test_minutes_are_added_up_kept_for_a_month_and_go_with_their_collection(tmp_path):
+    async def body(store) -> None:
+        lobby = await made(store)
+        place, now = (lobby.key, SPACE.space_id), now_us() // MINUTE_US
+        for minute in (now - 31 * 1440, now - 29 * 1440, now, now):
+            await store.book(statistics.write_counts, {(place, minute): counted((0.5, 0.9), minute)})
+        assert await store.book(statistics.purge_counts) == 1
+        figures = SearchStatistics(store)
+        (told,) = await figures.told(lobby)
+        assert (told.counted.searches, told.reference.hits) == (6, 8)
+        assert told.counted.cosine_sum == pytest.approx(4.2) and told.counted.bins.sum() == 6
+        await store.erase(writes.delete_collection, "lobby", force=True)
+        figures.note(lobby, [answered(0.5)])
+        await figures.flush()  # nothing is there to be written to, and nothing fails
+        counts = "SELECT (SELECT count(*) FROM search_minute) + (SELECT count(*) FROM search_reference)"
+        assert await store.read(lambda c: c.execute(counts).fetchone()[0]) == 0
+
+    with opened(tmp_path) as store:
+        asyncio.run(body(store))
+
+
+def test_what_cannot_be_written_waits_and_a_caller_who_leaves_loses_nothing(tmp_path):
+    async def body(store) -> None:
+        lobby, figures = await made(store), SearchStatistics(store)
+        figures.note(lobby, [answered(0.5)])
+        leaving = asyncio.create_task(figures.flush())
+        await asyncio.sleep(0)
+        leaving.cancel()
+        (told,) = await figures.told(lobby)
+        assert told.counted.searches == 1
+        figures.note(lobby, [answered(0.5)])
+        await store.book(lambda c: c.execute("ALTER TABLE search_minute RENAME TO away") and None)
+        await figures.flush()  # refused
+        figures.note(lobby, [answered(0.5)])
+        await store.book(lambda c: c.execute("ALTER TABLE away RENAME TO search_minute") and None)
+        (told,) = await figures.told(lobby)
+        assert told.counted.searches == 3
+
+    with opened(tmp_path) as store:
+        asyncio.run(body(store))

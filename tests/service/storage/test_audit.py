@@ -1,0 +1,92 @@
+import asyncio
+import sqlite3
+
+import pytest
+from stores import opened
+
+from resight.errors import ReIDError, StorageFullError
+from resight.service.records import now_us
+from resight.service.storage import audit
+from resight.service.storage.audit import AuditEvent, AuditLog
+
+DAY_US = 86_400_000_000
+
+
+@pytest.fixture
+def store(tmp_path):
+    with opened(tmp_path) as made:
+        yield made
+
+
+def test_searches_are_written_within_a_moment_and_listed_newest_first(store, tmp_path):
+    async def body():
+        book = AuditLog(store)
+        await book.start()
+        for number in range(30):
+            book.note(AuditEvent("vms", "SearchService.Search", "lobby", affected=number, reason="r"))
+        for _ in range(100):
+            raw = sqlite3.connect(tmp_path / "gallery.sqlite3")
+            (count,) = raw.execute("SELECT count(*) FROM audit").fetchone()
+            raw.close()
+            if count == 30:
+                break
+            await asyncio.sleep(0.05)
+        assert count == 30
+        book.note(AuditEvent("vms", "SearchService.Search"))
+        first = await book.listed(limit=10)
+        assert len(first) == 10 and first[0].affected == 0 and first[1].affected == 29
+        second = await book.listed(before=int(first[-1].audit_id), limit=10)
+        assert [event.affected for event in second] == list(range(20, 10, -1))
+        assert await book.listed(end_us=first[0].at_us - DAY_US) == []
+        assert len(await book.listed(start_us=first[0].at_us - DAY_US)) == 31
+        book.note(AuditEvent("vms", "last"))
+        await book.stop()
+        assert (await book.listed(limit=1))[0].method == "last"
+
+    asyncio.run(body())
+
+
+def test_rows_can_be_neither_changed_nor_removed(store):
+    async def body():
+        book = AuditLog(store)
+        await book.record(AuditEvent("a", "m"))
+        old = await book.record(AuditEvent("a", "old", at_us=now_us() - 3 * DAY_US))
+        for statement in (
+            "UPDATE audit SET principal = 'nobody'",
+            "DELETE FROM audit",
+            "UPDATE audit_horizon SET before_us = 1 << 60",
+            "UPDATE audit_horizon SET before_us = -1",
+        ):
+            with pytest.raises(ReIDError, match="audit log"):
+                await store.write(lambda c, s=statement: c.execute(s))
+        assert len(await book.listed()) == 2
+        assert await audit.purge_older_events(store, 10.0) == 1  # no less than a day is kept, whatever is asked
+        (left,) = await book.listed()
+        assert left.method == "m" and int(left.audit_id) < int(old)
+        with pytest.raises(ReIDError, match="audit log"):
+            await store.write(lambda c: c.execute("DELETE FROM audit"))
+
+    asyncio.run(body())
+
+
+def test_a_disk_that_takes_nothing_delays_rows_and_what_is_lost_is_told(store, monkeypatch):
+    monkeypatch.setattr(audit, "MAX_WAITING", 20)
+
+    async def body():
+        book = AuditLog(store)
+        pages = await store.read(lambda c: c.execute("PRAGMA page_count").fetchone()[0])
+        await store.write(lambda c: c.execute(f"PRAGMA max_page_count={pages}").fetchall())
+        with pytest.raises(StorageFullError):
+            await book.record(AuditEvent("x" * 100_000, "fill"))
+        for number in range(25):
+            book.note(AuditEvent("y" * 5000, "SearchService.Search", affected=number))
+        await book.flush()
+        await store.write(lambda c: c.execute("PRAGMA max_page_count=1000000").fetchall())
+        found = await book.listed()
+        assert [(event.method, event.affected) for event in found[:2]] == [
+            (audit.LOST_EVENT, 5),
+            ("SearchService.Search", 19),
+        ]
+        assert len(found) == 21
+
+    asyncio.run(body())

@@ -1,0 +1,383 @@
+"""Calibration without labels: relayed clusters, the fitted line, thresholds by counting, and what it refuses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from resight.arrays import Doubles, Floats
+from resight.calibration import Calibration
+from resight.encoder.weights import load_weights
+from resight.training.calibration.fit import (
+    FALSE_REJECT_SHARE,
+    FOLDS,
+    MIN_CERTAIN,
+    MIN_CLUSTERS,
+    LogisticFit,
+    SearchPairs,
+    _accept_threshold,
+    _cross_validated,
+    _reject_threshold,
+    calibrate,
+    draw_search_pairs,
+    fit_line,
+    label_by_track,
+)
+from resight.training.calibration.reliability import BINS, Reliability, ReliabilityCurve, measure_reliability
+from resight.training.features.extract import embed_store, encoder_embedding
+from resight.training.report.export import draw_reliability
+from resight.training.store.crops import CropStore
+from resight.training.store.datasets import open_site
+from resight.training.store.track_pairs import draw_track_pairs
+
+pytestmark = pytest.mark.long
+
+CAMERAS, CROPS = 3, 4
+
+
+def made_site(persons: int, *, noise: float, seed: int, cameras: int = CAMERAS) -> tuple[Floats, CropStore]:
+    """Each person passes each camera once, several crops a passage; a camera, a passage and a crop add their own."""
+    rng = np.random.default_rng(seed)
+    who = np.repeat(np.arange(1, persons + 1), cameras * CROPS)
+    camera = np.tile(np.repeat(np.arange(cameras), CROPS), persons)
+    track = np.repeat(np.arange(persons * cameras), CROPS)
+    size = 64
+    rows = rng.normal(size=(persons + 1, size))[who]
+    rows = (
+        rows + 0.5 * rng.normal(size=(cameras, size))[camera] + noise * rng.normal(size=(track.max() + 1, size))[track]
+    )
+    rows = rows + noise * rng.normal(size=rows.shape)
+    features = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    times = rng.uniform(0, 500, track.max() + 1)[track] + np.tile(np.arange(CROPS), persons * cameras)
+    names = tuple(f"{row}.jpg" for row in range(len(who)))
+    return features, CropStore(Path(), names, camera, tuple(f"c{c}" for c in range(cameras)), times, track, who)
+
+
+def truth(features: Floats, store: CropStore) -> tuple[Floats, Floats]:
+    """Similarities of all pairs of two cameras: of one person, and of two."""
+    one, other = np.triu_indices(len(store), 1)
+    across = store.cameras[one] != store.cameras[other]
+    same = store.persons[one] == store.persons[other]
+    found = np.einsum("pd,pd->p", features[one], features[other])
+    return found[across & same], found[across & ~same]
+
+
+def even_error(calibration: Calibration, positive: Floats, negative: Floats) -> float:
+    """Expected calibration error, both kinds weighing a half, by a loop over bins."""
+    told = [calibration.probability(part) for part in (positive, negative)]
+    error = 0.0
+    for b in range(BINS):
+        inside = [(p >= b / BINS) & ((p < (b + 1) / BINS) | (b == BINS - 1)) for p in told]
+        found = inside[0].sum() / len(positive) / 2
+        promised = sum(p[i].sum() / len(p) / 2 for p, i in zip(told, inside, strict=True))
+        error += abs(found - promised)
+    return error
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_crop_stands_for_the_cluster_of_its_tracks_other_crops(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    tracks, labels = rng.integers(-1, 12, 80), rng.integers(-1, 4, 80)
+    found = label_by_track(labels, tracks)
+    for row in range(80):
+        others = [int(labels[o]) for o in range(80) if o != row and tracks[o] == tracks[row] >= 0 and labels[o] >= 0]
+        counts = Counter(others)
+        expected = min(counts, key=lambda label: (-counts[label], label)) if counts else -1
+        assert found[row] == expected, row
+
+
+def test_nothing_is_relayed_without_clusters_or_tracks() -> None:
+    nothing, some = np.full(6, -1), np.arange(6) % 2
+    assert (label_by_track(nothing, some) == -1).all() and (label_by_track(some, nothing) == -1).all()
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_pairs_are_of_two_cameras_and_keep_to_clusters(tracked: bool) -> None:
+    _, store = made_site(9, noise=0.1, seed=0)
+    if not tracked:
+        store = replace(store, tracks=np.full(len(store), -1))
+    labels = np.where(np.random.default_rng(1).random(len(store)) < 0.3, -1, store.persons // 2)
+    drawn = draw_search_pairs(store, labels, seed=3)
+    told = label_by_track(labels, store.tracks) if tracked else labels
+    assert drawn.relayed == tracked and drawn.clusters == len(set(told[told >= 0].tolist()))
+    expected = {
+        (i, j)
+        for i in range(len(store))
+        for j in range(i + 1, len(store))
+        if told[i] == told[j] >= 0 and store.cameras[i] != store.cameras[j]
+    }
+    found = [tuple(sorted(map(int, pair))) for pair in drawn.positives]
+    assert len(found) == len(set(found)) and set(found) == expected  # few enough for all to be drawn
+    strangers = {
+        (i, j)
+        for i in range(len(store))
+        for j in range(i + 1, len(store))
+        if store.cameras[i] != store.cameras[j] and not labels[i] == labels[j] >= 0 and not told[i] == told[j] >= 0
+    }
+    assert {tuple(map(int, pair)) for pair in drawn.negatives} == strangers
+    assert np.array_equal(drawn.positives, draw_search_pairs(store, labels, seed=3).positives)
+
+
+def test_units_keep_crops_of_one_person_together() -> None:
+    _, store = made_site(3, noise=0.1, seed=0)
+    labels = np.where(store.tracks % 3 == 2, -1, store.persons)  # one passage of each person is in no cluster
+    units = draw_search_pairs(replace(store, tracks=np.where(store.cameras == 1, -1, store.tracks)), labels).units
+    clustered = labels >= 0
+    for row in range(len(store)):
+        same = (labels == labels[row]) if clustered[row] else (~clustered & (store.tracks == store.tracks[row]))
+        assert (units == units[row]).tolist() == same.tolist()
+
+
+@pytest.mark.parametrize(
+    ("counts", "flatter"), [((20_000, 20_000), 0.15), ((20_000, 3000), 0.15), ((300, 20_000), 0.4)]
+)
+def test_the_line_of_two_bells_is_found_again(counts: tuple[int, int], flatter: float) -> None:
+    """Its middle lies between the means, however many there are of each kind; few pairs never make it steeper."""
+    rng = np.random.default_rng(0)
+    line = fit_line(rng.normal(0.7, 0.1, counts[0]), rng.normal(0.2, 0.1, counts[1]))
+    assert line is not None
+    assert line.midpoint == pytest.approx(0.45, abs=0.02)
+    truth = 0.5 / 0.1**2
+    assert (1 - flatter) * truth < line.slope < 1.1 * truth
+
+
+def loss(line: LogisticFit, positive: list[float], negative: list[float]) -> float:
+    """Cross entropy with Platt's targets, by a loop."""
+    total = 0.0
+    for part, target in ((positive, (len(positive) + 1) / (len(positive) + 2)), (negative, 1 / (len(negative) + 2))):
+        for similarity in part:
+            p = float(line.probability(np.array(similarity)))
+            total -= (target * np.log(p) + (1 - target) * np.log(1 - p)) / len(part) / 2
+    return total
+
+
+@pytest.mark.parametrize("apart", [0.1, 0.6, 1.6])  # mixed, as usual, and without any overlap
+def test_no_line_nearby_is_better(apart: float) -> None:
+    rng = np.random.default_rng(1)
+    positive, negative = apart / 2 + 0.05 * rng.normal(size=60), -apart / 2 + 0.05 * rng.normal(size=90)
+    line = fit_line(positive, negative)
+    assert line is not None
+    best = loss(line, positive.tolist(), negative.tolist())
+    for shift, factor in ((0.01, 1.0), (-0.01, 1.0), (0.0, 1.05), (0.0, 0.95)):
+        other = LogisticFit(line.midpoint + shift, line.slope * factor)
+        assert loss(other, positive.tolist(), negative.tolist()) > best
+
+
+def test_there_is_no_line_where_similarity_says_nothing() -> None:
+    same = np.full(50, 0.97)
+    assert fit_line(same, same) is None
+    rng = np.random.default_rng(0)
+    assert fit_line(rng.normal(0.2, 0.1, 99), rng.normal(0.7, 0.1, 99)) is None  # the wrong way round
+
+
+@pytest.mark.parametrize("count", [1000, 9999, 10_000, 12_345])
+def test_thresholds_are_placed_by_counting(count: int) -> None:
+    rng = np.random.default_rng(count)
+    similarity = np.round(rng.normal(0.3, 0.1, count), 3).astype(np.float32).astype(np.float64)  # many ties
+    accept, share = _accept_threshold(similarity)
+    assert share == (0.001 if count >= 10_000 else 0.01)
+    assert sum(s >= accept for s in similarity) <= share * count
+    lower = max(s for s in similarity if s < accept)
+    assert sum(s >= lower for s in similarity) > share * count  # any lower and too many pass
+    reject = _reject_threshold(similarity)
+    assert sum(s < reject for s in similarity) <= FALSE_REJECT_SHARE * count
+    higher = min(s for s in similarity if s > reject)
+    assert sum(s < higher for s in similarity) > FALSE_REJECT_SHARE * count
+
+
+def test_a_pair_is_judged_by_a_line_that_never_saw_its_people() -> None:
+    rng = np.random.default_rng(0)
+    units = np.arange(40) // 2
+    positives = np.arange(40).reshape(-1, 2)
+    negatives = np.array([(i, j) for i in range(40) for j in range(i + 1, 40) if units[i] != units[j]])
+    drawn = SearchPairs(positives, negatives, units, 20, True)
+    positive, negative = rng.normal(0.6, 0.2, len(positives)), rng.normal(0.2, 0.2, len(negatives))
+    found = _cross_validated(positive, negative, drawn, seed=4)
+    fold = np.random.default_rng(4).permutation(20) % FOLDS
+    for kind, (rows, similarity) in enumerate(((positives, positive), (negatives, negative))):
+        for number in range(0, len(rows), 7):
+            held = fold[units[rows[number, 0]]]
+            line = fit_line(
+                np.array([s for s, (i, j) in zip(positive, positives, strict=True) if held not in fold[units[[i, j]]]]),
+                np.array([s for s, (i, j) in zip(negative, negatives, strict=True) if held not in fold[units[[i, j]]]]),
+            )
+            assert line is not None
+            assert found[kind][number] == pytest.approx(float(line.probability(similarity[number])), rel=1e-9)
+
+
+def reliability_of(seed: int) -> tuple[tuple[Doubles, Doubles], ReliabilityCurve]:
+    rng = np.random.default_rng(seed)
+    told = rng.beta(4, 1.5, 400), rng.beta(1, 4, 900) * 0.7
+    units = np.repeat(np.arange(40), 10)[:, None].repeat(2, 1).astype(np.int64), rng.integers(0, 40, (900, 2))
+    curve = measure_reliability(told, told, units, seed=1).curve
+    assert curve is not None
+    return told, curve
+
+
+def test_reliability_is_that_of_the_loops() -> None:
+    told, curve = reliability_of(0)
+    error = brier = 0.0
+    for b in range(BINS):
+        one = [p for p in told[0] if int(p * BINS) == b]
+        two = [p for p in told[1] if int(p * BINS) == b]
+        weight = len(one) / 400 + len(two) / 900
+        assert (curve.positives[b], curve.negatives[b]) == (len(one), len(two))
+        if not weight:
+            assert np.isnan(curve.predicted[b]) and np.isnan(curve.observed[b])
+            continue
+        promised, found = (sum(one) / 400 + sum(two) / 900) / weight, len(one) / 400 / weight
+        assert (curve.predicted[b], curve.observed[b]) == pytest.approx((promised, found))
+        assert curve.low[b] <= curve.observed[b] <= curve.high[b]
+        error += abs(promised - found) * weight / 2
+    for p in told[0]:
+        brier += (1 - p) ** 2 / 800
+    for p in told[1]:
+        brier += p**2 / 1800
+    assert (curve.error, curve.brier) == pytest.approx((error, brier))
+    assert curve.positive_shares.sum() == pytest.approx(1) and curve.negative_shares.sum() == pytest.approx(1)
+
+
+def test_intervals_are_wider_with_fewer_people() -> None:
+    rng = np.random.default_rng(0)
+    told = rng.uniform(0.4, 0.6, 600), rng.uniform(0.4, 0.6, 600)
+    widths = []
+    for people in (6, 300):
+        unit = (np.arange(600) % people)[:, None].repeat(2, 1)
+        told[0][:] = 0.4 + 0.2 * ((np.arange(600) % people) % 2)  # a person is wholly in one bin
+        curve = measure_reliability(told, told, (unit, unit), seed=0).curve
+        assert curve is not None
+        widths.append(float(np.nanmax(curve.high - curve.low)))
+    assert widths[0] > 2 * widths[1]
+
+
+@pytest.mark.parametrize("noise", [0.35, 0.6, 0.8])
+@pytest.mark.parametrize("tracked", [True, False])
+def test_other_people_are_as_probable_as_told(noise: float, tracked: bool) -> None:
+    """Fitted to eighty people, measured on eighty others of the same cameras."""
+    features, store = made_site(160, noise=noise, seed=5)
+    half = np.flatnonzero(store.persons <= 80)
+    known = store.subset(half)
+    if not tracked:
+        known = replace(known, tracks=np.full(len(known), -1))
+    calibration, reliability = calibrate(features[half], known)
+    assert calibration is not None and not reliability.problem
+    rest = np.flatnonzero(store.persons > 80)
+    positive, negative = truth(features[rest], store.subset(rest))
+    assert even_error(calibration, positive, negative) < 0.03
+    assert (calibration.probability(negative) >= calibration.accept).mean() < 0.003
+    assert (calibration.probability(positive) < calibration.reject).mean() < 0.1
+    assert calibration.reject <= calibration.accept and calibration.false_accept_share == 0.001
+    assert any(note.startswith("Without tracks") for note in reliability.notes) != tracked
+    passed = [note for note in reliability.notes if "in one camera's picture at one time" in note]
+    pairs = draw_track_pairs(known).negatives
+    assert len(passed) == (len(pairs) >= MIN_CERTAIN)
+    if passed:
+        alike = np.einsum("pd,pd->p", features[half][pairs[:, 0]], features[half][pairs[:, 1]])
+        share = sum(calibration.decide(float(a)) == "match" for a in alike) / len(alike)
+        assert f"Of {len(pairs)} pairs" in passed[0] and f"{share:.1%} are taken for a match" in passed[0]
+
+
+def test_persons_are_never_read_and_the_seed_is_all() -> None:
+    features, store = made_site(40, noise=0.5, seed=2)
+    first = calibrate(features, store, seed=7)[0]
+    hidden = replace(store, persons=np.full(len(store), -1))
+    assert first is not None and calibrate(features, hidden, seed=7)[0] == first
+    assert calibrate(features, hidden, seed=8)[0] != first
+
+
+def test_a_model_that_tells_all_apart_leaves_no_doubt_between_thresholds() -> None:
+    calibration, _ = calibrate(*made_site(60, noise=0.05, seed=3))
+    assert calibration is not None and calibration.reject == calibration.accept
+
+
+def test_similarities_all_alike_are_told() -> None:
+    """What issue 167 of deep_sort_pytorch met: every score about .97."""
+    features, store = made_site(60, noise=0.4, seed=3)
+    crowded = features + np.float32(6) / np.sqrt(np.float32(features.shape[1]))
+    crowded /= np.linalg.norm(crowded, axis=1, keepdims=True)
+    calibration, reliability = calibrate(crowded, store)
+    assert calibration is not None
+    assert "Nine in ten pairs of two persons are 0.9" in reliability.notes[0]
+    assert not any("Nine in ten" in note for note in calibrate(features, store)[1].notes)
+
+
+def test_where_nothing_can_be_told_it_says_why() -> None:
+    features, store = made_site(60, noise=0.3, seed=0)
+    one = np.flatnonzero(store.cameras == 0)
+    few = np.flatnonzero(store.persons <= MIN_CLUSTERS - 3)
+    noise = np.random.default_rng(0).normal(size=features.shape).astype(np.float32)
+    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
+    broken = features.copy()
+    broken[3] = np.nan
+    cases = {
+        "crops of 1 camera: expected two cameras or more": (features[one], store.subset(one)),
+        "clusters: expected 100 pairs in 20 clusters or more": (features[few], store.subset(few)),
+        "in no cluster: expected|no cluster among": (noise, store),
+        "1 of 720 features are not finite": (broken, store),
+        "crops of 0 camera": (features[:0], store.subset([])),
+        "one cluster|no cluster": (np.ones_like(features) / np.sqrt(np.float32(64)), store),
+    }
+    for words, (rows, crops) in cases.items():
+        calibration, reliability = calibrate(rows, crops)
+        assert calibration is None and reliability.curve is None
+        assert any(part in reliability.problem for part in words.split("|")), reliability.problem
+
+
+def test_the_drawing_is_sound_and_says_what_it_shows() -> None:
+    features, store = made_site(60, noise=0.6, seed=1)
+    calibration, reliability = calibrate(features, store)
+    assert calibration is not None and reliability.curve is not None
+    drawn = ElementTree.fromstring(draw_reliability(reliability, calibration))
+    shown = np.isfinite(reliability.curve.observed).sum()
+    assert drawn.tag == "svg" and len(drawn.findall("circle")) == shown
+    words = " ".join(element.text or "" for element in drawn.iter("text"))
+    for probability, name in ((calibration.accept, "match from"), (calibration.reject, "unknown below")):
+        assert f"{name} {float(calibration.similarity(probability)):.3f}" in words
+    assert "one person" in words and "two persons" in words
+    width, height = (float(side) for side in drawn.attrib["viewBox"].split()[2:])
+    for element in drawn.iter():
+        assert "href" not in element.attrib and element.tag != "script"
+        for pair in element.attrib.get("points", "").split():
+            x, y = (float(value) for value in pair.split(","))
+            assert 0 <= x <= width and 0 <= y <= height
+
+
+def test_nothing_is_drawn_without_a_curve() -> None:
+    features, store = made_site(60, noise=0.6, seed=1)
+    calibration, _ = calibrate(features, store)
+    assert calibration is not None
+    with pytest.raises(AssertionError, match="one camera"):
+        draw_reliability(Reliability("one camera"), calibration)
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_probabilities_hold_for_other_people_of_a_real_site(shared_data: Path, shared_weights: Path) -> None:
+    """MSMT17 weights, 70 people to fit to and 40 others to measure with; errors there were 0.01-0.03."""
+    site = open_site(shared_data)
+    assert site.query is not None and site.gallery is not None
+    train = site.train.subset(np.flatnonzero(np.isin(site.train.persons, np.unique(site.train.persons)[:70])))
+    order = np.lexsort((train.times_s, train.cameras, train.persons))  # tracks as a tracker that errs never gives them
+    new = np.diff(train.persons[order]) | np.diff(train.cameras[order]) | (np.diff(train.times_s[order]) > 10)
+    tracks = np.empty(len(train), np.int64)
+    tracks[order] = np.concatenate([[0], np.cumsum(new != 0)])
+    fitted = replace(train, tracks=tracks, persons=np.full(len(train), -1))
+    others = np.unique(site.query.persons)[:40]
+    query, gallery = (s.subset(np.flatnonzero(np.isin(s.persons, others))) for s in (site.query, site.gallery))
+    encoder = load_weights(str(shared_weights / "osnet_x0_25_msmt17.pth")).encoder
+    embed = encoder_embedding(encoder, "cpu")
+    rows, query_rows, gallery_rows = (embed_store(s, encoder.config.image, embed) for s in (fitted, query, gallery))
+    calibration, reliability = calibrate(rows, fitted)
+    assert calibration is not None, reliability.problem
+    similarity = query_rows @ gallery_rows.T
+    across = query.cameras[:, None] != gallery.cameras
+    same = query.persons[:, None] == gallery.persons
+    positive, negative = similarity[across & same], similarity[across & ~same]
+    assert even_error(calibration, positive, negative) < 0.06
+    assert (calibration.probability(negative) >= calibration.accept).mean() < 0.008
+    assert (calibration.probability(positive) < calibration.reject).mean() < 0.15

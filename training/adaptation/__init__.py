@@ -1,0 +1,1 @@
+"""The adaptation loop: recipes, objectives, stages, epochs, checkpoints."""

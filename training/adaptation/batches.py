@@ -1,0 +1,228 @@
+"""Which crops form a batch: four samplers. Letters: B batch, P clusters a batch, K crops a cluster.
+
+Training-time augmentation, on whole batches (SpCL, Cluster Contrast, LP, O2CAP use these values).
+
+Flip, pad and crop act on uint8 pixels; random erasing (Zhong et al., AAAI 2020) acts after
+normalisation and fills with the ImageNet mean, as the released codes do. Chance is drawn for a whole batch
+even where only a part of it is at hand, so that a crop gets the same pixels in whichever process it lands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from resight.arrays import Ints, Pixels
+from resight.encoder.model import IMAGENET_MEAN
+from resight.errors import TrainingError
+
+
+def camera_batches(
+    labels: Ints, cameras: Ints, *, batch: int, instances: int, rng: np.random.Generator
+) -> Iterator[Ints]:
+    """Endless batches of `instances` crops of each cluster, partners from other cameras where there are any.
+
+    The multiple-gallery sampler of SpCL, Cluster Contrast and LP: each pass visits every cluster once in random
+    order and takes a random anchor, then instances - 1 crops of the cluster's other cameras, or of the same
+    camera where it has no other (with replacement only where there are too few). A cluster of one crop gives
+    that crop alone. Passes follow each other without a gap, so that few clusters still fill a batch; crops of
+    one cluster stay together, which grouped batch norm relies on.
+
+    Args:
+        labels: int64 (N,), -1 for outliers, which are never drawn.
+        cameras: int64 (N,), any values.
+        batch: B, crops a batch.
+        instances: K.
+        rng: the only source of chance.
+
+    Yields:
+        int64 (B,), rows of the store.
+
+    Raises:
+        TrainingError: no crop has a label.
+    """
+    return _batches_by_label(labels, batch, rng, lambda rows: _instances(rows, cameras, instances, rng))
+
+
+def balanced_batches(
+    labels: Ints, cameras: Ints, *, batch: int, instances: int, rng: np.random.Generator
+) -> Iterator[Ints]:
+    """Endless batches of `instances` crops of each cluster, as evenly over the cluster's cameras as can be.
+
+    Cameras take turns in random order; a camera that has no crop left begins again only when all have none.
+    Arguments, errors and passes as `camera_batches`.
+    """
+    return _batches_by_label(labels, batch, rng, lambda rows: _spread(rows, cameras, instances, rng))
+
+
+def proxy_batches(labels: Ints, *, batch: int, instances: int, rng: np.random.Generator) -> Iterator[Ints]:
+    """Endless batches of `instances` crops of each proxy (O2CAP's proxy-uniform sampler).
+
+    A proxy with fewer crops gives its list repeated `instances` times, shuffled and cut, as the released code
+    does, so that it may repeat a crop and leave another out. Arguments, errors and passes as `camera_batches`.
+    """
+
+    def draw(rows: Ints) -> list[int]:
+        if len(rows) >= instances:
+            return list(rng.choice(rows, instances, replace=False))
+        return list(rng.permutation(np.tile(rows, instances))[:instances])
+
+    return _batches_by_label(labels, batch, rng, draw)
+
+
+def shuffled_batches(count: int, *, batch: int, rng: np.random.Generator) -> Iterator[Ints]:
+    """Endless batches of all `count` crops in passes of random order, no crop twice in a batch.
+
+    Raises:
+        TrainingError: fewer crops than a batch needs.
+    """
+    if count < batch:
+        raise TrainingError(f"{count} crops do not fill a batch of {batch}: lower `batch` in the recipe")
+    while True:
+        order = rng.permutation(count)
+        for start in range(0, count - batch + 1, batch):  # the released loader drops the rest of a pass
+            yield order[start : start + batch]
+
+
+def _batches_by_label(
+    labels: Ints, batch: int, rng: np.random.Generator, draw: Callable[[Ints], list[int]]
+) -> Iterator[Ints]:
+    """Visit every label in random order, again and again, and cut what is drawn into batches."""
+    members = _members(labels)
+    if not members:
+        raise TrainingError("no crop has a label: expected clusters to draw batches from")
+    return _cut_batches((draw(members[label]) for label in _endless(len(members), rng)), batch)
+
+
+def _endless(count: int, rng: np.random.Generator) -> Iterator[int]:
+    while True:
+        yield from rng.permutation(count)
+
+
+def _cut_batches(drawn: Iterable[list[int]], batch: int) -> Iterator[Ints]:
+    waiting: list[int] = []
+    for rows in drawn:
+        waiting.extend(rows)
+        while len(waiting) >= batch:
+            yield np.asarray(waiting[:batch])
+            waiting = waiting[batch:]
+
+
+def _members(labels: Ints) -> list[Ints]:
+    """Rows of each label, in ascending order of label."""
+    inliers = np.flatnonzero(labels >= 0)
+    order = inliers[np.argsort(labels[inliers], kind="stable")]
+    _, starts = np.unique(labels[order], return_index=True)
+    return np.split(order, starts[1:]) if len(order) else []
+
+
+def _instances(rows: Ints, cameras: Ints, count: int, rng: np.random.Generator) -> list[int]:
+    """An anchor and its partners; one row where there is no partner."""
+    anchor = rng.choice(rows)
+    others = rows[rows != anchor]
+    elsewhere = others[cameras[others] != cameras[anchor]]
+    partners = elsewhere if len(elsewhere) else others
+    if not len(partners) or count == 1:
+        return [int(anchor)]
+    chosen = rng.choice(partners, count - 1, replace=len(partners) < count - 1)
+    return [int(anchor), *chosen.tolist()]
+
+
+def _spread(rows: Ints, cameras: Ints, count: int, rng: np.random.Generator) -> list[int]:
+    """`count` rows in rounds over the cameras; rows repeat only where there are too few."""
+    shuffled = rng.permutation(rows)
+    _, number = np.unique(cameras[shuffled], return_inverse=True)
+    turn = _occurrence(number) + rng.permutation(number.max() + 1)[number] / (number.max() + 1.0)
+    order = shuffled[np.argsort(turn, kind="stable")]
+    return list(np.resize(order, count))
+
+
+def _occurrence(number: Ints) -> Ints:
+    """How many equal numbers stand before each position: [5, 7, 5, 5] -> [0, 0, 1, 2]."""
+    order = np.argsort(number, kind="stable")
+    first = np.searchsorted(number[order], number[order], side="left")
+    turn = np.empty_like(order)
+    turn[order] = np.arange(len(number)) - first
+    return turn
+
+
+@dataclass(frozen=True)
+class AugmentSettings:
+    """Probabilities and sizes; the defaults are those of LP and O2CAP.
+
+    Attributes:
+        flip: probability of a horizontal flip.
+        pad: zero pixels added on each side before a random crop back to size, at 256 x 128; scaled with the height.
+        erase: probability that a rectangle is erased.
+        erase_area: smallest and largest share of the image erased.
+        erase_aspect: smallest height / width of the rectangle; the largest is its inverse.
+    """
+
+    flip: float = 0.5
+    pad: int = 10
+    erase: float = 0.5
+    erase_area: tuple[float, float] = (0.02, 0.40)
+    erase_aspect: float = 0.3
+
+
+def shift_and_flip(
+    images: Pixels, settings: AugmentSettings, rng: np.random.Generator, *, batch: int | None = None, start: int = 0
+) -> Pixels:
+    """Flip and pad-crop a batch, or a part of one.
+
+    Args:
+        images: uint8 (B, H, W, 3).
+        settings: see `AugmentSettings`.
+        rng: the only source of chance.
+        batch: crops of the whole batch; these are all of it by default.
+        start: position of the first of these in the batch.
+
+    Returns:
+        uint8 (B, H, W, 3), a new array.
+    """
+    count, height, width, _ = images.shape
+    batch = count if batch is None else batch
+    pad = round(settings.pad * height / 256)
+    flips = np.less(rng.random(batch), settings.flip)[start:]
+    offsets = rng.integers(0, 2 * pad + 1, (batch, 2))[start:]
+    padded = np.zeros((count, height + 2 * pad, width + 2 * pad, 3), np.uint8)
+    padded[:, pad : pad + height, pad : pad + width] = images
+    out = np.empty_like(images)
+    for row, (top, left) in enumerate(offsets[:count]):
+        crop = padded[row, top : top + height, left : left + width]
+        out[row] = crop[:, ::-1] if flips[row] else crop
+    return out
+
+
+def erase(
+    images: Tensor, settings: AugmentSettings, rng: np.random.Generator, *, batch: int | None = None, start: int = 0
+) -> Tensor:
+    """Erase one rectangle in some images of a normalised batch, or of a part of one, in place.
+
+    Args:
+        images: float32 (B, 3, H, W), normalised.
+        settings: see `AugmentSettings`.
+        rng: the only source of chance.
+        batch: crops of the whole batch; these are all of it by default.
+        start: position of the first of these in the batch.
+
+    Returns:
+        The same tensor.
+    """
+    height, width = images.shape[2:]
+    fill = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
+    for row in np.flatnonzero(rng.random(len(images) if batch is None else batch) < settings.erase) - start:
+        for _ in range(100):  # the released codes' number of attempts to find a rectangle that fits
+            area = rng.uniform(*settings.erase_area) * height * width
+            aspect = rng.uniform(settings.erase_aspect, 1 / settings.erase_aspect)
+            tall, wide = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+            if 0 < tall < height and 0 < wide < width:
+                top, left = rng.integers(0, height - tall + 1), rng.integers(0, width - wide + 1)
+                if 0 <= row < len(images):
+                    images[row, :, top : top + tall, left : left + wide] = fill
+                break
+    return images

@@ -1,0 +1,1 @@
+"""Similarity to probability, fitted without labels."""

@@ -1,0 +1,1 @@
+"""Pseudo-labels: sparse Jaccard DBSCAN, constraints, cluster health."""

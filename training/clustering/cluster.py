@@ -1,0 +1,341 @@
+"""Taking away what all crops of one camera share: walls, light and colour casts.
+
+Letters: N crops, D feature size, C cameras.
+
+Pseudo labels: DBSCAN on the sparse Jaccard graph, its eps chosen without labels, its health in figures.
+
+Letters: N crops, K clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+from resight.arrays import Floats, Ints
+from resight.errors import TrainingError
+from resight.neighbours.jaccard import (
+    ReciprocalEncoding,
+    encode_camera_aware,
+    encode_reciprocal,
+    jaccard_graph,
+)
+from resight.training.clustering.dbscan import OUTLIER, LinkConstraints, dbscan
+from resight.training.store.crops import CropStore
+from resight.training.store.links import Links
+
+
+def centre_cameras(features: Floats, cameras: Ints) -> Floats:
+    """Take each camera's mean feature away, so that people are compared and not walls and colour casts.
+
+    Cameras see much the same people over time; what all crops of one camera share is therefore the camera's.
+    The mean of a few crops is rather that of a few people: it is drawn towards the mean of all crops as far as
+    chance explains its distance (see `_shrinkage`). Rows that are nothing but their camera's mean stay as they are.
+
+    Args:
+        features: float32 (N, D), unit rows.
+        cameras: int64 (N,), any numbers.
+
+    Returns:
+        float32 (N, D), unit rows.
+    """
+    _, number, counts = np.unique(cameras, return_inverse=True, return_counts=True)
+    members = sparse.csr_matrix((np.ones(len(number), np.float32), (number, np.arange(len(number)))))  # (C, N)
+    offsets = (members @ features) / counts[:, None] - features.mean(0)  # (C, D)
+    offsets *= _shrinkage(features, offsets, counts)[:, None]
+    centred = features - (features.mean(0) + offsets)[number]
+    length = np.linalg.norm(centred, axis=1, keepdims=True)
+    return np.where(length > 1e-6, centred / np.maximum(length, 1e-6), features).astype(np.float32)
+
+
+def _shrinkage(features: Floats, offsets: NDArray[np.float64], counts: Ints) -> NDArray[np.float64]:
+    """Share of each camera's offset that is the camera's, in [0, 1]: (C,).
+
+    The empirical-Bayes estimate n / (n + s / t) for n crops (Efron and Morris 1973): s, the variance of crops
+    within cameras, and t, that of cameras beyond it, follow from the analysis of variance of unbalanced groups.
+    """
+    total, groups = len(features), len(counts)
+    between = float((counts * (offsets**2).sum(1)).sum())
+    within = float(((features - features.mean(0)) ** 2).sum()) - between
+    noise = within / max(total - groups, 1)
+    spread = (between - (groups - 1) * noise) / max(total - float((counts**2).sum()) / total, 1.0)
+    if total == groups or spread <= 0:  # nothing tells a camera from chance
+        return np.zeros(groups)
+    return np.asarray(counts * spread / (counts * spread + noise))
+
+
+EPS_GRID = tuple(round(0.30 + 0.05 * step, 2) for step in range(9))  # 0.30-0.70: the range published eps lie in
+LARGEST_SHARE_LIMIT = 0.5  # one cluster holding half of a site is a collapse, not a person
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    """How features become labels; see the recipes for the sources of the values.
+
+    Attributes:
+        k1: neighbours of the k-reciprocal sets.
+        k2: neighbours of the local query expansion.
+        eps: DBSCAN radius in (0, 1), or "auto": see `choose_eps`, asked once in the first epoch of a run.
+        min_samples: DBSCAN core size.
+        local_weight: LP's lambda_1, the share of each local view in the fused distance; 0 uses the global view alone.
+        centre_cameras: whether each camera's mean feature is taken away before distances are computed.
+        camera_aware: whether neighbours are ranked within and across cameras (CA-Jaccard, Chen et al., CVPR 2024)
+            instead of by k1 and k2; its released commands pair it with eps 0.4 (Market-1501) and 0.6 (MSMT17, VeRi).
+        k1_intra: neighbours of the same camera in the reciprocal sets; 5 in its released code, as the next three.
+        k1_inter: neighbours of other cameras in them; 20.
+        k2_intra: neighbours of the same camera in the query expansion, the crop itself counted; 2.
+        k2_inter: neighbours of other cameras in it; 4.
+    """
+
+    k1: int = 30
+    k2: int = 6
+    eps: float | Literal["auto"] = "auto"
+    min_samples: int = 4
+    local_weight: float = 0.15
+    centre_cameras: bool = False
+    camera_aware: bool = False
+    k1_intra: int = 5
+    k1_inter: int = 20
+    k2_intra: int = 2
+    k2_inter: int = 4
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Labels and where they come from.
+
+    Attributes:
+        labels: int64 (N,), 0..K-1, -1 for outliers.
+        eps: radius used; None where the labels are true persons.
+        silhouette: mean over all crops in [-1, 1], outliers counting 0; 0 where the labels are true persons.
+        links: how many links the labels were held to; they obey them all.
+        links_violated: how many of them the same clustering without links would not have obeyed.
+    """
+
+    labels: Ints
+    eps: float | None = None
+    silhouette: float = 0.0
+    links: int = 0
+    links_violated: int = 0
+
+    @property
+    def count(self) -> int:
+        """K, the number of clusters."""
+        return int(self.labels.max(initial=OUTLIER)) + 1
+
+    @property
+    def collapsed(self) -> bool:
+        """No cluster, one, or one that holds more than half of all crops: nothing to learn people from."""
+        sizes = np.bincount(self.labels[self.labels != OUTLIER], minlength=1)
+        return self.count < 2 or bool(sizes.max() > LARGEST_SHARE_LIMIT * len(self.labels))
+
+    def health(self, persons: Ints | None = None) -> dict[str, float]:
+        """Figures that tell a good clustering from a collapsed one.
+
+        Args:
+            persons: true persons (N,), only where known, for NMI and ARI among the clustered crops;
+                they are measured, never trained on.
+        """
+        inliers = self.labels != OUTLIER
+        sizes = np.bincount(self.labels[inliers], minlength=1)
+        figures = {
+            "clusters": float(self.count),
+            "outlier_share": float(1 - inliers.mean()),
+            "largest_share": float(sizes.max() / len(self.labels)),
+        }
+        if self.eps is not None:
+            figures |= {"eps": self.eps, "silhouette": self.silhouette}
+        if self.links:
+            figures |= {"links": float(self.links), "links_violated": float(self.links_violated)}
+        if persons is not None and inliers.any():
+            figures["nmi"] = float(normalized_mutual_info_score(persons[inliers], self.labels[inliers]))
+            figures["ari"] = float(adjusted_rand_score(persons[inliers], self.labels[inliers]))
+        return figures
+
+
+def cluster(
+    views: Sequence[Floats],
+    settings: ClusterSettings,
+    *,
+    cameras: Ints | None = None,
+    links: Links | None = None,
+    device: str = "cpu",
+) -> Clustering:
+    """Cluster crops by the fused Jaccard distance of their views (LP, section 3.3 of its released code).
+
+    Args:
+        views: float32 (N, D) unit rows of the global view, then of the local ones.
+        settings: see `ClusterSettings`.
+        cameras: int64 (N,), any numbers, needed to centre them and for camera-aware neighbours.
+        links: who is known to be one person, or two: see `LinkConstraints`.
+        device: where neighbours are searched.
+
+    Raises:
+        TrainingError: no cluster, or one that holds more than half of all crops; no cameras where settings need them.
+    """
+    weights = _view_weights(len(views), settings.local_weight)
+    used = [(view, weight) for view, weight in zip(views, weights, strict=True) if weight > 0]
+    encoded = [_encode(view, settings, cameras, device) for view, _ in used]
+    longest = max(EPS_GRID) if settings.eps == "auto" else settings.eps
+    plain = jaccard_graph(encoded, [weight for _, weight in used], max_distance=longest)
+    held = LinkConstraints(links, len(views[0])) if links is not None and len(links) else None
+    graph = plain if held is None else held.bend(plain)
+    if settings.eps == "auto":
+        found = choose_eps(graph, settings.min_samples, held)
+    else:
+        found = _label(graph, settings.eps, settings.min_samples, held)
+    if held is not None and found.eps is not None:
+        violated = held.violated(dbscan(plain, found.eps, settings.min_samples))
+        found = replace(found, links=len(held), links_violated=violated)
+    return _refuse_collapse(found)
+
+
+def _encode(view: Floats, settings: ClusterSettings, cameras: Ints | None, device: str) -> ReciprocalEncoding:
+    """The reciprocal neighbours of one view, as the settings ask for them."""
+    if settings.camera_aware and cameras is None:
+        raise TrainingError(
+            "camera-aware neighbours need the camera of every crop, found none: give cameras, or set "
+            "cluster.camera_aware = false in the recipe"
+        )
+    if settings.centre_cameras and cameras is not None:
+        view = centre_cameras(view, cameras)
+    if not settings.camera_aware or cameras is None:
+        return encode_reciprocal(view, k1=settings.k1, k2=settings.k2, device=device)
+    return encode_camera_aware(
+        view,
+        cameras,
+        k1_intra=settings.k1_intra,
+        k1_inter=settings.k1_inter,
+        k2_intra=settings.k2_intra,
+        k2_inter=settings.k2_inter,
+        device=device,
+    )
+
+
+def _view_weights(count: int, local_weight: float) -> list[float]:
+    """(1 - 2 l, l, l) for three views: they sum to 1, so the fused distance stays in [0, 1]."""
+    return [1 - (count - 1) * local_weight, *[local_weight] * (count - 1)]
+
+
+def _label(graph: sparse.csr_matrix, eps: float, min_samples: int, held: LinkConstraints | None) -> Clustering:
+    """Labels at one radius, held to the links where there are any."""
+    labels = dbscan(graph, eps, min_samples)
+    if held is not None:
+        labels = held.force(labels, graph)
+    return Clustering(labels, eps, silhouette(graph, labels))
+
+
+def choose_eps(graph: sparse.csr_matrix, min_samples: int, held: LinkConstraints | None = None) -> Clustering:
+    """The eps of `EPS_GRID` whose clusters have the highest mean silhouette, outliers counting 0.
+
+    Too small an eps leaves outliers, which add nothing; too large a one merges people, whose silhouettes
+    fall. A collapse is chosen only where there is nothing else: one cluster of all crops has no neighbour to be
+    near to. No label is read. docs/method.md shows the figure beside the true agreement.
+    """
+    tried = [_label(graph, eps, min_samples, held) for eps in EPS_GRID]
+    return max(tried, key=lambda found: (not found.collapsed, found.silhouette))
+
+
+def silhouette(graph: sparse.csr_matrix, labels: Ints) -> float:
+    """Mean silhouette (Rousseeuw 1987) on a sparse distance graph; pairs not stored are 1 apart.
+
+    For crop i, a is the mean distance to the rest of its cluster and b the smallest mean distance to
+    another cluster; s = (b - a) / max(a, b). Outliers form clusters of one and score 0.
+
+    Args:
+        graph: CSR (N, N) of distances below 1, diagonal included.
+        labels: int64 (N,), -1 for outliers.
+    """
+    n = len(labels)
+    labels = labels.copy()
+    alone = labels == OUTLIER
+    labels[alone] = np.arange(alone.sum()) + labels.max(initial=OUTLIER) + 1
+    sizes = np.bincount(labels)
+    closeness = graph.copy()
+    closeness.data = 1 - closeness.data
+    members = sparse.csr_matrix((np.ones(n, np.float32), (np.arange(n), labels)), (n, len(sizes)))
+    sums = (closeness @ members).tocsr()  # (N, K): summed closeness of each crop to each cluster
+    row = np.repeat(np.arange(n), np.diff(sums.indptr))
+    own = sums.indices == labels[row]
+    inside, outside = np.zeros(n), np.zeros(n)
+    inside[row[own]] = (sums.data[own] - 1) / np.maximum(sizes[labels[row[own]]] - 1, 1)  # without itself
+    np.maximum.at(outside, row[~own], sums.data[~own] / sizes[sums.indices[~own]])
+    a, b = 1 - inside, 1 - outside
+    scores = np.where(sizes[labels] > 1, (b - a) / np.maximum(np.maximum(a, b), 1e-12), 0.0)
+    return float(scores.mean())
+
+
+def _refuse_collapse(found: Clustering) -> Clustering:
+    """Stop before training on labels that mean nothing."""
+    figures = found.health()
+    if found.count == 0:
+        raise TrainingError(
+            f"no cluster among {len(found.labels)} crops at eps {found.eps}: expected at least two persons with "
+            "several crops each; give more crops, or initial weights that suit the site better",
+            clusters=0,
+        )
+    if found.collapsed:
+        raise TrainingError(
+            f"{figures['largest_share']:.0%} of {len(found.labels)} crops fell into one cluster of {found.count} at "
+            f"eps {found.eps}: expected many persons; lower eps in the recipe, or check that the crops show different "
+            "people",
+            clusters=found.count,
+        )
+    return found
+
+
+def centroids(features: Floats, labels: Ints) -> NDArray[np.float32]:
+    """Mean feature of each cluster, made unit length.
+
+    Args:
+        features: float32 (N, D).
+        labels: int64 (N,), 0..K-1 all present, -1 for outliers.
+
+    Returns:
+        float32 (K, D) unit rows.
+    """
+    inliers = np.flatnonzero(labels != OUTLIER)
+    order = inliers[np.argsort(labels[inliers], kind="stable")]
+    starts = np.searchsorted(labels[order], np.arange(labels.max(initial=OUTLIER) + 1))
+    sums = np.add.reduceat(features[order], starts, axis=0)
+    return np.asarray(sums / np.linalg.norm(sums, axis=1, keepdims=True), np.float32)
+
+
+LENGTH_TOLERANCE = 1e-2  # half precision ends about 1e-3 from unit length
+
+
+def try_cluster(
+    features: Floats, store: CropStore, settings: ClusterSettings, *, device: str = "cpu"
+) -> Clustering | TrainingError:
+    """Clusters of a store's crops, or the error that tells why there are none: a judgement needs either.
+
+    Args:
+        features: float32 (N, D).
+        store: the N crops.
+        settings: the same for every model that is compared.
+        device: where neighbours are searched.
+    """
+    problem = feature_problem(features)
+    if problem:
+        return TrainingError(problem)
+    try:
+        return cluster([features], settings, cameras=store.cameras, device=device)
+    except TrainingError as error:
+        return error
+
+
+def feature_problem(features: Floats) -> str:
+    """Why these features cannot be compared by cosine."""
+    broken = int((~np.isfinite(features).all(1)).sum())
+    if broken:
+        return f"{broken} of {len(features)} features are not finite: the model's weights have run away"
+    wrong = int((np.abs(np.linalg.norm(features, axis=1) - 1) > LENGTH_TOLERANCE).sum())
+    if wrong:
+        return f"{wrong} of {len(features)} features are not of length 1: the model answers them with nothing"
+    return ""

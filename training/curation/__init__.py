@@ -1,0 +1,1 @@
+"""Which crops are fit to learn from and to judge on."""

@@ -1,0 +1,1 @@
+"""Figures where persons are known, and their plots."""

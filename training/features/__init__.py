@@ -1,0 +1,1 @@
+"""Features of a store, on one device or several processes."""

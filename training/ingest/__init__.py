@@ -1,0 +1,1 @@
+"""Footage to crops: sources, detectors, tracks, sampling."""

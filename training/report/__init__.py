@@ -1,0 +1,1 @@
+"""HTML pages: adaptation, verdict, export, tracks."""

@@ -1,0 +1,117 @@
+"""Crops as a page shows them: checked, small, each with its camera's name. One that is damaged is left out and told."""
+
+from __future__ import annotations
+
+import io
+from base64 import b64encode
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+from resight.errors import ImageError, StoreError
+from resight.image import ImageSpec, decode, fit
+from resight.training.report.charts import format_number
+from resight.training.store.crops import CropStore
+
+
+@dataclass(frozen=True)
+class CropImage:
+    """An image of one person: encoded bytes (JPEG, PNG or WebP) and the name of its camera."""
+
+    image: bytes = field(repr=False)
+    camera: str
+
+
+def templates(*folders: Path) -> Environment:
+    """The templates beside this file and in other folders; every string from outside is escaped."""
+    return Environment(
+        loader=FileSystemLoader([*folders, Path(__file__).parent]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def flatten(tree: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
+    """Return (dotted name, value as text) for every leaf of a nested mapping."""
+    rows: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            rows += flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, float):
+            rows.append((f"{prefix}{key}", format_number(value)))
+        elif isinstance(value, list | tuple):
+            rows.append((f"{prefix}{key}", ", ".join(map(str, value))))
+        else:
+            rows.append((f"{prefix}{key}", str(value)))
+    return rows
+
+
+def data_uri(image: bytes) -> str:
+    """Return encoded image bytes as a ``data:`` URI; the type is read from the first bytes."""
+    kind = "png" if image.startswith(b"\x89PNG") else "webp" if image[8:12] == b"WEBP" else "jpeg"
+    return f"data:image/{kind};base64,{b64encode(image).decode()}"
+
+
+def format_duration(seconds: float) -> str:
+    """Write seconds as people say them: 0.4 s, 12 s, 3 min 05 s, 1 h 02 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+THUMBNAIL_HEIGHT = 272  # pixels: twice what the page gives a crop, for screens of twice the density
+SHRINK_ABOVE_BYTES = 16 * 1024  # bytes: a 128 x 64 crop of Market-1501 has 2-3 KiB; what is larger is made smaller
+THUMBNAIL_QUALITY = 80  # of JPEG
+
+
+class Thumbnails:
+    """Reads crops and remembers the paths of those it could not."""
+
+    def __init__(self) -> None:
+        self.missing: dict[str, None] = {}
+
+    def crop(self, store: CropStore, row: int) -> CropImage | None:
+        """One crop, or None where its file is gone or damaged."""
+        try:
+            return CropImage(_shrink(store.read(row)), store.camera_names[store.cameras[row]])
+        except (ImageError, StoreError):
+            self.missing[store.paths[row]] = None
+            return None
+
+    def crops(self, store: CropStore, rows: Iterable[int]) -> list[CropImage]:
+        """Those of the rows that can be read, in their order."""
+        return [crop for row in rows if (crop := self.crop(store, int(row))) is not None]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the reader of a page has to know."""
+        if not self.missing:
+            return []
+        first = ", ".join(list(self.missing)[:3])
+        return [f"{len(self.missing)} chosen crops cannot be read and are left out, among them {first}."]
+
+
+def _shrink(data: bytes) -> bytes:
+    """The file as it is where it is small, else a JPEG of at most `THUMBNAIL_HEIGHT` rows, its aspect ratio kept.
+
+    Raises:
+        ImageError: no image.
+    """
+    pixels = decode(data)
+    if len(data) <= SHRINK_ABOVE_BYTES:
+        return data
+    scale = min(1.0, THUMBNAIL_HEIGHT / pixels.shape[0])
+    height, width = (max(16, round(scale * side)) for side in pixels.shape[:2])
+    buffer = io.BytesIO()
+    Image.fromarray(fit(pixels, ImageSpec(height, width))).save(buffer, "JPEG", quality=THUMBNAIL_QUALITY)
+    return buffer.getvalue()

@@ -1,0 +1,163 @@
+"""Example queries with their hits before and after, for the report of a site whose persons are known.
+
+What a site's query and gallery say of an adaptation, for its report. Nothing here is seen by training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+from resight.arrays import Floats
+from resight.encoder.model import Encoder
+from resight.errors import InputError, SiteError
+from resight.metrics.ranking import RankingScore, evaluate_ranking
+from resight.training.evaluation.evaluate import evaluation_splits, percentages
+from resight.training.features.extract import extract_features
+from resight.training.report.page import CropImage, Thumbnails
+from resight.training.store.crops import UNKNOWN, CropStore
+from resight.training.store.datasets import Site
+
+HitLabel = Literal["right", "wrong", "junk"]
+
+
+@dataclass(frozen=True)
+class RankedHit:
+    """One search answer. ``junk`` is the same person seen by the query's own camera: neither right nor wrong."""
+
+    image: bytes = field(repr=False)
+    camera: str
+    similarity: float
+    verdict: HitLabel
+
+
+@dataclass(frozen=True)
+class RankedList:
+    """One query and its best hits, best first, by the initial and by the adapted model."""
+
+    query: CropImage
+    before: Sequence[RankedHit] = ()
+    after: Sequence[RankedHit] = ()
+
+
+EXAMPLES = 9  # queries shown: the most helped, some in the middle, the most harmed
+HITS = 10
+
+
+class SearchResults(Protocol):
+    """What a model answers to every query; `resight.demo.harness.ServedResult` is one."""
+
+    @property
+    def score(self) -> RankingScore:
+        """Figures of the answers."""
+
+    @property
+    def rankings(self) -> Sequence[Sequence[int]]:
+        """Gallery rows per query, best first."""
+
+    @property
+    def similarities(self) -> Sequence[Sequence[float]]:
+        """Cosines of those rows, in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class GalleryRanking:
+    """Answers computed from features, as deep as the report shows them; see `SearchResults`."""
+
+    score: RankingScore
+    rankings: Sequence[Sequence[int]]
+    similarities: Sequence[Sequence[float]]
+
+
+def rank_gallery(
+    query: CropStore, gallery: CropStore, query_features: Floats, gallery_features: Floats
+) -> GalleryRanking:
+    """Answer every query by cosine similarity.
+
+    Args:
+        query: Q crops of known persons.
+        gallery: G crops of known persons.
+        query_features: float32 (Q, D), unit rows.
+        gallery_features: float32 (G, D), unit rows.
+
+    Raises:
+        InputError: no query has a match in another camera.
+    """
+    score = evaluate_ranking(
+        query_features, gallery_features, query.persons, gallery.persons, query.cameras, gallery.cameras
+    )
+    rows, cosines = [], []
+    for feature in query_features:  # one at a time: Q x G may not fit
+        similarity = gallery_features @ feature
+        best = np.argsort(-similarity, kind="stable")[:HITS]
+        rows.append(best.tolist())
+        cosines.append(similarity[best].tolist())
+    return GalleryRanking(score, rows, cosines)
+
+
+def ranked_lists(
+    query: CropStore, gallery: CropStore, before: SearchResults, after: SearchResults, album: Thumbnails
+) -> list[RankedList]:
+    """Queries whose answers changed most for the better, that changed in between, and most for the worse."""
+    gains = after.score.average_precision - before.score.average_precision
+    valid = np.flatnonzero(np.isfinite(gains))
+    order = valid[np.argsort(-gains[valid], kind="stable")]
+    third = EXAMPLES // 3
+    middle = len(order) // 2
+    lists = []
+    for row in dict.fromkeys(map(int, [*order[:third], *order[middle : middle + third], *order[-third:]])):
+        crop = album.crop(query, row)
+        if crop is not None:
+            hits = [_shown_hits(query, gallery, answers, row, album) for answers in (before, after)]
+            lists.append(RankedList(crop, *hits))
+    return lists
+
+
+def _shown_hits(
+    query: CropStore, gallery: CropStore, answers: SearchResults, row: int, album: Thumbnails
+) -> list[RankedHit]:
+    """The first hits of one answer, judged as `resight.metrics.ranking` does."""
+    hits = []
+    for found, similarity in zip(answers.rankings[row][:HITS], answers.similarities[row][:HITS], strict=True):
+        crop = album.crop(gallery, found)
+        same = gallery.persons[found] == query.persons[row]
+        junk = gallery.persons[found] == UNKNOWN or (same and gallery.cameras[found] == query.cameras[row])
+        if crop is not None:
+            hits.append(
+                RankedHit(crop.image, crop.camera, similarity, "junk" if junk else "right" if same else "wrong")
+            )
+    return hits
+
+
+@dataclass(frozen=True)
+class BeforeAfter:
+    """Figures in percent, under the keys of `percentages`, and example queries."""
+
+    before: dict[str, float]
+    after: dict[str, float]
+    ranked: Sequence[RankedList]
+
+
+def measure_before_after(site: Site, initial: Encoder, adapted: Encoder, *, device: str) -> BeforeAfter | None:
+    """Score a model before and after on people it was not adapted to.
+
+    Returns:
+        None where the site cannot be measured: nobody is known on its crops, or one camera saw everybody.
+    """
+    try:
+        query, gallery = evaluation_splits(site)
+        before, after = (_rank_with(query, gallery, encoder, device) for encoder in (initial, adapted))
+    except (SiteError, InputError):
+        return None
+    return BeforeAfter(
+        percentages(before.score), percentages(after.score), ranked_lists(query, gallery, before, after, Thumbnails())
+    )
+
+
+def _rank_with(query: CropStore, gallery: CropStore, encoder: Encoder, device: str) -> GalleryRanking:
+    encoder = encoder.to(device)
+    features = [extract_features(encoder, store, device=device, local=False)[0] for store in (query, gallery)]
+    return rank_gallery(query, gallery, *features)

@@ -1,0 +1,1 @@
+"""Crops on disk: the store, data sets, links, retention."""

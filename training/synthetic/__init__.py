@@ -1,0 +1,1 @@
+"""Drawn people, cameras, streets and nights."""
