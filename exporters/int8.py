@@ -1,23 +1,21 @@
-"""The same function in the operators that onnxruntime's CPU has fast INT8 kernels for.
+"""Static INT8 forms of a serving graph: calibration, quantisation, and the choice of blocks that stay in float.
 
-All rewrites are exact up to rounding and leave the fp32 graph as it was; they made INT8 OSNet x1.0 a quarter faster
-and OSNet x0.25 a third (`benchmarks/bench_runtime.py`). TensorRT has its own fusions and takes the graph as it is.
-
-Calibration, and graphs with quantisation and dequantisation nodes (QDQ) around what may be computed in bytes.
+For CPUs the graph is first rewritten in operators that onnxruntime has fast INT8 kernels for. The rewrites are exact up
+to rounding and made INT8 OSNet x1.0 a quarter faster and OSNet x0.25 a third (`benchmarks/bench_runtime.py`). TensorRT
+has its own fusions and takes the graph as it is.
 
 Activations are uint8 with a zero point of their own, weights int8 per output channel in -64..64. CPUs without VNNI add
 two products of uint8 and int8 in 16 bits with saturation (``vpmaddubsw``): 255 * 64 * 2 = 32,640 always fits, so every
-CPU computes the same sums, whichever weights a kernel pairs. The bit costs accuracy, of which correcting the biases
-(`_correct_biases`) returns two thirds. The ``symmetric`` form has int8 activations around zero, weights in -127..127
-and the bias left in float, as TensorRT demands, whose sums have 32 bits.
+CPU computes the same sums, whichever weights a kernel pairs. The lost bit costs accuracy, of which correcting the
+biases (`_correct_biases`) returns two thirds. The ``symmetric`` form has int8 activations around zero, weights in
+-127..127 and the bias left in float, as TensorRT demands, whose sums have 32 bits.
 
 Ranges are the smallest and largest value seen (MinMax) on the site's own crops. On OSNet x0.25 adapted to the real
 subset it reaches a mean cosine of 0.993 and a worst of 0.979; the 99.99th percentile 0.994 and 0.970, for three times
 the time and every activation held in memory.
 
-Static INT8 forms of a serving graph: which blocks stay in float, and whether the form may enter a bundle.
-
-Both are decided by measuring on crops that took no part in the calibration. See `resight.exporters.int8` for how.
+Which blocks stay in float, and whether the form may enter a bundle, is decided by measuring on crops that took no part
+in the calibration.
 """
 
 from __future__ import annotations

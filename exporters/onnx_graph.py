@@ -1,6 +1,6 @@
-"""The graph a bundle carries: bytes of RGB in, unit vectors out, nothing left for the caller to get wrong.
+"""The serving graph of a bundle: RGB bytes in, unit vectors out, as one ONNX file.
 
-The serving graph as one ONNX file: dynamic batch, standard operators, no external data.
+Normalisation and L2 are inside. Dynamic batch, standard operators, no external data.
 """
 
 from __future__ import annotations

@@ -1,14 +1,10 @@
-"""The server: everything wired, warmed up, announced, and at the end drained.
+"""The server: it wires the components, listens, becomes ready, and drains at the end.
 
-Order matters. The data folder is locked and the port taken before the model is loaded, so that a
-mistake shows at once; nothing is answered before the model has proved itself and the indexes stand.
+The data folder is locked and the port taken before the model is loaded, so that a mistake shows at once; no call is
+answered before the model has been verified and the indexes are loaded.
 
-The server's socket: who may reach it, under which limits, with TLS or without.
-
-The services that every gRPC tool knows: health, and reflection under both its names.
-
-grpcurl and its kin ask for ``grpc.reflection.v1`` first; grpcio-reflection has ``v1alpha`` only. The messages
-are the same but for the package, so one servicer answers both.
+Health and reflection are served under both names of reflection: grpcurl asks for ``grpc.reflection.v1`` first and
+grpcio-reflection has ``v1alpha`` only; the messages differ in the package name alone, so one servicer answers both.
 """
 
 from __future__ import annotations

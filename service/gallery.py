@@ -1,9 +1,7 @@
-"""Enrol, list, change and delete over the store: what callers ask of a gallery, checked and carried out.
+"""Enrol, list, update and delete entries of a collection.
 
-Searching stands in `resight.service.search.searcher`, which follows the store's changes by itself. Writes of entries
-leave their row in the audit in their own transaction.
-
-Requests to enrol become features and go to the writer, each with its own outcome, or all or none.
+Enrolment turns requests into features and writes them, each with its own outcome, or all or none. Writes of entries
+add their audit row in the same transaction. Searching is in `resight.service.search.searcher`, which follows the store.
 """
 
 from __future__ import annotations

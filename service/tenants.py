@@ -1,13 +1,12 @@
-"""The galleries of a data folder, one for each tenant: a database of its own, opened when it is first asked for.
+"""The galleries of a data folder, one database for each tenant, opened on first use, and their retention.
 
-So an erasure, a copy or a full disk of one tenant is no other's, and nothing that is read can belong to another one.
-The tenant comes from the credential (`resight.service.access.auth`), never from a request. The default tenant's
-database stands in the data folder itself, the others' in ``tenants/NAME/``; the folder's one lock covers all.
+An erasure, a snapshot or a full disk of one tenant does not affect another. The tenant comes from the credential
+(`resight.service.access.auth`), never from a request. The default tenant's database is in the data folder itself, the
+others' in ``tenants/NAME/``; the folder's one lock covers all.
 
-What leaves the disk by itself: expired entries, old requests, audit and figures, spaces given up, the erased.
-
-It looks at the database alone, so it runs for every tenant, whether anybody uses the gallery or not, and whatever else
-is switched off. Answers leave expired entries out from the instant they expire; this is about the disk.
+Retention removes expired entries, old requests, audit rows and statistics, retired spaces and erased subjects from the
+disk. It works on the database alone, so it runs for every tenant whether its gallery is in use or not. Answers leave
+expired entries out from the instant they expire.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""Who calls and what they may: roles, principals, and the least role of every method.
+"""Roles, principals, API tokens, and the least role of every method.
 
-`resight.service.access.interceptors` sets the principal of a call; servicers ask `current` for it,
-before they hand work to another task or thread that serves several callers.
+`resight.service.access.interceptors` sets the principal of a call; servicers ask `current` for it, before they hand
+work to another task or thread that serves several callers.
 
-API tokens: high entropy, kept as SHA-256 in ``DATA/tokens.json``, read again when the file changes.
-
-A token is told once, when it is made. A fast hash is enough for 256 random bits: there is nothing to guess.
-The file is written by `resight token` while a server runs, and the server follows it within half a second.
+Tokens have 256 random bits, are shown once, when they are made, and are kept as SHA-256 in ``DATA/tokens.json``; a fast
+hash is enough, since they cannot be guessed. `resight token` writes the file while a server runs, and the server reads
+it again within half a second.
 """
 
 from __future__ import annotations

@@ -1,15 +1,11 @@
-"""What every call passes through, in stages around the servicer's method.
+"""The stages every call passes: request id, errors, authentication with role, rate limit, deadline.
 
-A stage is an asynchronous context manager around a call: what it raises before the method runs refuses
-the call. `resight.service.app` names them in their order, outermost first: request id, errors told,
-authentication with role, rate, deadline. Errors are told outside the checks, so that a refusal is
-a rich status too.
+A stage is an asynchronous context manager around the servicer's method: an exception before the method runs refuses
+the call. `resight.service.app` names the stages in their order, outermost first. Errors are converted outside the
+checks, so that a refusal is a rich status too.
 
-One id for each call: from the client's ``x-request-id`` or made here, in every log line and in the trailers.
-
-The stage that lets a call in: a credential becomes a principal, and its role must do for the method.
-
-A limit on the rate of each principal's calls: a token bucket, so that one camera's loop cannot starve the rest.
+The request id comes from the client's ``x-request-id`` or is made here; it is in every log line and in the trailers.
+The rate limit is a token bucket for each principal, so that one camera's loop cannot starve the rest.
 """
 
 from __future__ import annotations

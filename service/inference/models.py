@@ -1,12 +1,9 @@
-"""One model of a server: what it is, and a lease for as long as a request uses it.
-
-The models of a server: loaded beside the one that serves, switched at once, freed when the last request ends.
+"""The models of a server: loaded beside the active one, switched at once, freed when the last request ends.
 
 A model is a bundle in a folder of the model root; a request names it, never a path. Loading verifies every byte and
-signature, reads the graph as hostile, runs the probes and warms up, all in a thread, and changes nothing until it has
-succeeded. A request leases the model it begins with and ends on it.
-
-Where models lie: a folder of bundles named by requests, and the file that remembers which were loaded.
+signature, treats the graph as hostile, runs the probes and warms up, all in a thread, and changes nothing until it has
+succeeded. A request leases the model it begins with and ends on it. A file in the data folder remembers which models
+were loaded.
 """
 
 from __future__ import annotations

@@ -1,14 +1,11 @@
-"""Move a collection to another model's space while it is searched in the old one.
+"""Moves a collection to another model's space while it is searched in the old one.
 
-From the moment it begins, new entries are written to both spaces. The old ones are embedded anew from their stored
-crops, in order of enrolment and only while the model has nothing better to do; every batch is committed, so after a
-crash it goes on where it was. Then the index of the new space is built, the gate is asked, and one write switches;
-the way back is the same write. What passes the gate: every entry has a feature in the new space (or was let go), and
-the tracks of the collection find themselves there as before, within `resight.service.jobs.migration.MARGIN`.
-
-What a migration reads and writes in the database, and the gate it has to pass. Functions of a connection.
-
-Progress is never counted, only read back: what is missing is what has no feature in the new space.
+From its start, new entries are written to both spaces. Old entries are embedded again from their stored crops, in order
+of enrolment and only while the model is otherwise idle; every batch is committed, so it continues after a crash.
+Progress is never counted, only read back: an entry is missing while it has no feature in the new space. Then the index
+of the new space is built, the gate is checked, and one write switches; the way back is the same write. The gate passes
+if every entry has a feature in the new space (or was dropped by policy) and the collection's tracks find themselves
+there as before, within `MARGIN`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""A candidate model answers a sample of live searches beside the active one: for figures, never for callers.
+"""Shadows: a candidate model answers a sample of live searches beside the active one, for statistics only.
 
-It begins when the caller has the answer, waits behind everybody else, embeds with the priority of a migration, one
-search at a time and no more than `TIME_SHARE` of the time, and what there is no time for is dropped and counted. A few
-crops wait in memory for some seconds; nothing of a query is kept but what `resight.service.jobs.shadow_comparison`
-counts. A shadow ends with the process; as a long operation it is known afterwards.
-
-The shadows of a server: one a collection, begun, told and stopped.
+A shadow search starts when the caller has its answer, waits behind all callers, embeds with the priority of a
+migration, one search at a time and for no more than `TIME_SHARE` of the time; what does not fit is dropped and counted.
+A few crops wait in memory for some seconds; of a query nothing is kept but the counts of
+`resight.service.jobs.shadow_comparison`. A shadow ends with the process; as an operation it is listed afterwards. There
+is at most one for each collection.
 """
 
 from __future__ import annotations

@@ -1,11 +1,7 @@
-"""What `resight doctor` looks at outside of the data folder: the machine, a bundle, a running server.
+"""The checks of `resight doctor`: the machine, a bundle, a running server, and a data folder, also while it is in use.
 
-Each check tells ok, warn or fail, what was found, and what to do next. Nothing is changed.
-
-What `resight doctor` looks at in a data folder, also while its server runs: nothing is written.
-
-Every tenant's database is read whole: SQLite's own check, the checksum of each feature, the kept graphs and the
-snapshots.
+Each check says ok, warn or fail, what was found, and what to do next. Nothing is changed. Every tenant's database is
+read whole: SQLite's own check, the checksum of each feature, the stored graphs and the snapshots.
 """
 
 from __future__ import annotations

@@ -1,14 +1,8 @@
-"""Prometheus metrics of a server: what calls tell, counted; what stands, asked for at each scrape.
+"""Prometheus metrics: counters of calls, and gauges of queues, models, indexes, disk and shadows read at each scrape.
 
-No label holds a person, a token or anything else that a request may make up: methods are those that are served, codes
-and reasons those of the tables, and collections are told by name up to a number and summed beyond it
-(`resight.service.monitoring.metrics`).
-
-What stands in a server at the moment of a scrape: queues, models, indexes, disk, purge, audit.
-
-Gathered in the event loop, whose objects these are; the thread that answers the scrape only writes them out.
-
-Metrics of the shadows that run, as they stand at a scrape; what has ended is told by `GetShadow` alone.
+No label holds a person, a token or anything else that a request may make up: methods are those served, codes and
+reasons those of the tables, and collections are named up to a number and summed beyond it. Gauges are gathered in the
+event loop, whose objects they describe; the thread that answers the scrape only writes them out.
 """
 
 from __future__ import annotations

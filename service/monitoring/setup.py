@@ -1,10 +1,8 @@
-"""Everything that watches a server, wired: metrics always, traces and the HTTP endpoint where asked for.
+"""Starts the monitoring of a server: logs and metrics always, traces and the HTTP endpoint where configured.
 
-The server's log: one line an event, with the id of the call it belongs to, as text or as JSON.
-
-No line holds a crop, a feature, a token, or the id of a subject or an entry: those belong into the audit, where a
-subject is a keyed hash. `tests/service/monitoring/test_logs.py` looks for them in the log of a server that was put
-through it.
+A log line, as text or JSON, holds one event with the id of its call and never a crop, a feature, a token, or the id of
+a subject or an entry: those belong in the audit. `tests/service/monitoring/test_logs.py` searches a server's log for
+them.
 """
 
 from __future__ import annotations

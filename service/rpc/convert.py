@@ -1,8 +1,7 @@
-"""Between the wire and our values: every request checked field by field, every answer spelled out.
+"""Conversion between messages and the service's values, and pagination; every field of a request is validated.
 
-A field absent on the wire is an empty string, or None for a number or time.
-
-Pages of a listing: how many a page holds, and the opaque cursor after which the next one begins.
+A field absent on the wire is an empty string, or None for a number or time. A page token is opaque: the cursor after
+which the next page begins.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The servicer of collections and entries: translate, call, translate.
-
-The servicer of what a site's next model learns from: what people said of entries, and the kept crops.
-"""
+"""The servicers of collections and entries, of feedback on entries, and of stored crops."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The servicer of models and of collections' spaces: translate, call, translate.
-
-Figures of searches and of shadows for the wire.
-"""
+"""The servicer of models and embedding spaces, and the conversion of search and shadow statistics."""
 
 from __future__ import annotations
 

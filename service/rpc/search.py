@@ -1,7 +1,4 @@
-"""The servicer of searches: translate, call, translate.
-
-Between the wire and a search: what is asked checked field by field, what is answered spelled out.
-"""
+"""The servicer of searches, and the conversion of search requests and replies; every field is validated."""
 
 from __future__ import annotations
 

@@ -1,21 +1,14 @@
-"""From the nearest entries to an answer one can act on: groups, a new order, probabilities and decisions.
+"""From the nearest entries to an answer: groups, re-ranking, probabilities and decisions.
 
-Hits by person, track or camera: the k nearest groups, not k crops of one.
+Groups: the k nearest persons, tracks or cameras instead of the k nearest crops. Entries without a value are groups of
+their own. Each round of searching leaves out the groups already found, so a person with a thousand crops costs one
+round, not a thousand hits.
 
-Entries that name none are groups of their own. Rounds of searches find the groups: each leaves out the groups that
-are known, so a person with a thousand crops costs one round, not a thousand hits.
+Decisions: the calibration of the collection's space turns a similarity into a probability, and thresholds on it into
+match, uncertain or unknown; the collection may set its own thresholds.
 
-What a similarity is taken for in a collection: a probability, and match, uncertain or unknown.
-
-The curve comes with the collection's space, from the bundle that made its features; the collection may set its own
-thresholds on the probability.
-
-Ordering the first candidates of a search anew, by how they lie among one another. Ordering only.
-
-Both methods look at the query and its candidates alone, so a score depends on who else was a candidate: it
-orders hits and is never compared with a threshold.
-
-Several awaited at once, where there are several.
+Re-ranking orders the first candidates by how they lie among one another. Its scores depend on the other candidates, so
+they order hits and are never compared with a threshold.
 """
 
 from __future__ import annotations

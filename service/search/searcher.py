@@ -1,17 +1,11 @@
-"""Nearest entries: the indexes follow the store, and every hit is checked against it before it leaves.
+"""Nearest entries of a collection: indexes that follow the store, and hits checked against it before they are returned.
 
-One thread owns all indexes, so nothing is locked. A search first takes in what was committed before
-it, so a caller always finds what it has enrolled and never what it has deleted.
+One thread owns all indexes, so nothing is locked. A search first takes in what was committed before it, so a caller
+always finds what it has enrolled and never what it has deleted. A search whose filter leaves few entries is exact; the
+others look at more candidates than requested, and search exactly when too few of them pass the filter.
 
-The nearest entries of some queries, by whatever index a collection has, each hit checked against the store.
-
-Searches whose filter leaves few entries are exact. The others look at more candidates than asked for, since a
-filter that only leaves some out passes most of what is near, and search exactly when too few pass.
-
-Searches that wait while one runs are run together: a bound, deadlines, and no fixed delay.
-
-The search thread is asked once in a turn of the event loop to take what waits: what came out of one batch of crops is
-searched together, an idle thread starts at once, and a busy one finds company gathered.
+Searches that wait while one runs are run together, with a bound and deadlines but no fixed delay: those of one turn of
+the event loop are one batch, an idle thread starts at once, and a busy one finds the next batch gathered.
 """
 
 from __future__ import annotations

@@ -1,18 +1,12 @@
-"""Counts of searches by the minute, and what they are compared with: values, and functions of a connection.
+"""Statistics of searches: decisions and best hits of each collection and space by the minute, and their drift.
 
-`write_counts` belongs into the writer's transaction, as `purge_counts`; `window_stats` reads.
+Gathered in memory and written every `FLUSH_S` and when the server ends, so that a restart loses nothing and a kill at
+most the last minute. Nothing of a query, an entry or a person is kept. `write_counts` and `purge_counts` run in the
+writer's transaction; `window_stats` reads.
 
-Whether scores still mean what they meant: the cosines of best hits in one time against those of another.
-
-Both are histograms of `BINS` equal parts of -1..1. What is told is the population stability index over the reference's
-own deciles, as near as the bins allow, ``sum((p - q) ln(p / q))``. By the index's common rule, below 0.1 is no drift,
-above 0.25 is one to look into: another camera, other light, or a gallery that has grown.
-
-What searches came to: decisions and best hits of each collection and space, counted by the minute.
-
-Gathered in memory and written every `FLUSH_S` and at the end of the server, so that a restart loses nothing and a kill
-at most the last minute. Nothing of a query, an entry or a person is kept. A space's first best hits stay beside it, as
-what later ones are compared with (`resight.service.search.statistics`), for as long as the collection.
+Drift compares the best hits' cosines of one time with the space's first ones, both as histograms of `BINS` equal parts
+of -1..1: the population stability index over the reference's deciles, ``sum((p - q) ln(p / q))``. By the index's common
+rule, below 0.1 is no drift and above 0.25 deserves a look: another camera, other light, or a gallery that has grown.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
-"""Who searched, deleted or erased what, when and why: append-only, and held so by the database's own triggers.
+"""The audit: who searched, deleted or erased what, when and why; append-only by the database's own triggers.
 
-A row carries no crop, feature or name of a person: a subject stands there as its keyed hash
-(`resight.service.storage.data_folder`). Erasures and deletions are written in the transaction they tell of. Searches do
-not wait: their rows are gathered and committed together every `FLUSH_S`, so a crash can lose the rows of the last
-`FLUSH_S` and of the commit that ran then, and nothing else. When the disk takes nothing, searches go on, up to
-`MAX_WAITING` rows wait, and what is beyond them is counted and told by a row of its own.
-
-Writes with the row of the audit that tells of them: functions of the writer's connection, in one transaction.
+A row carries no crop, feature or name of a person: a subject is a keyed hash (`resight.service.storage.data_folder`).
+Rows of writes are in the transaction of the write. Searches do not wait: their rows are gathered and committed together
+every `FLUSH_S`, so a crash can lose the rows of the last `FLUSH_S` and of the commit that ran then, and nothing else.
+When the disk is full, searches go on, up to `MAX_WAITING` rows wait, and those beyond are counted in a row of their
+own.
 """
 
 from __future__ import annotations

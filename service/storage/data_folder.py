@@ -1,23 +1,15 @@
-"""The data folder: held by one server at a time, which tells its address there.
+"""The data folder: its lock, its address file, disk space, its key, and the swap of a restored database.
 
-``lock`` is held with flock, so the kernel frees it however the holder dies; ``server.json`` exists
-while the server is ready.
+``lock`` is held with flock, so the kernel frees it however the holder dies; ``server.json`` exists while the server is
+ready. Writes are refused before the disk is full, since a deletion is written to the log first and needs room itself.
 
-Room on the disk: writes are refused before it is full, so that deletions, audits and reads always have some.
+Names that must outlive an erasure are kept as hashes keyed with the folder's own key, so that nobody without it can
+test whether a name is in the audit or the erase list. The key is beside the database and not in it; back it up apart
+from the snapshots: without it an erase list cannot be replayed, so a restore refuses.
 
-A database that has no room left cannot even delete, because a deletion is written to the log first.
-
-The data folder's own key: names that must outlive an erasure are kept as keyed hashes of it.
-
-Without the key nobody can try out whether a name is in the audit or the erase list. It stands beside the database and
-not in it, so that a snapshot alone does not tell; back it up apart from the snapshots. Without it an erase list cannot
-be replayed, so a restore refuses.
-
-The last step of a restore, which every start finishes: a prepared database takes the place of the one in use.
-
-Before the marker is written the old database counts, after it the new one. The old one's log must go before the new
-file comes, or SQLite would read the new one through it; between the two a crash leaves a database without its log,
-which is why a start must not open it before `finish_swap` ran.
+A swap is finished by every start: before the marker is written the old database counts, after it the new one. The old
+one's log must be removed before the new file is in place, or SQLite would read the new one through it; between the two
+a crash leaves a database without its log, which is why a start must not open it before `finish_swap` ran.
 """
 
 from __future__ import annotations

@@ -1,13 +1,8 @@
-"""Long work one can ask after: kept in the database, so that it is known after a restart.
+"""Long-running operations, kept in the database so that they are known after a restart.
 
-Work that was running when the process died is INTERRUPTED at the next start; what it needs to be taken up again stands
-in its ``details``. What another process carries out (`EXTERNAL_KINDS`) goes on, or waits, as before. Counts are what
-was read back, never what was asked for.
-
-Adaptations that somebody asks for: rows among the long operations, which the cycle of a site carries out elsewhere.
-
-The server starts nothing. A row stays PENDING until that cycle reports that it runs, also over restarts of the server,
-and is cancelled at once, for nobody here works on it; the cycle's next report is answered with that, and it ends.
+Work that was running when the process died is INTERRUPTED at the next start; its ``details`` hold what it needs to be
+resumed. Operations of other processes (`EXTERNAL_KINDS`), such as requested adaptations, stay PENDING until the site's
+cycle reports that it runs them; they are cancelled at once, and the cycle learns of it with its next report.
 Functions of the writer's connection, in its transaction.
 """
 

@@ -1,11 +1,8 @@
-"""What is read from the gallery's database: functions of a connection, each one short read.
+"""Reads of the gallery's database: functions of a connection, each one short read.
 
-Expired entries are left out everywhere, from the instant they expire.
-
-The crops that a collection keeps, one entry after the other: what a site's next model learns from.
-
-Each is read at the moment it is asked for, so that nothing that was deleted or has expired meanwhile is answered,
-however slowly the answers are taken.
+Expired entries are left out everywhere, from the instant they expire. Stored crops are streamed one entry after the
+other, each read at the moment it is requested, so that nothing deleted or expired meanwhile is returned to a slow
+reader.
 """
 
 from __future__ import annotations

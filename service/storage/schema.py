@@ -1,13 +1,10 @@
-"""How a gallery's database file is opened, made or brought up to date, and which files are refused.
+"""The schema of a gallery's database: its tables, how a file is opened or created, and upgrades of older versions.
 
-SQLite is the truth: WAL, a flush to disk per commit, and secure_delete, so that what was deleted
-cannot be read from the file.
+SQLite with WAL, a flush to disk per commit, and secure_delete, so that deleted data cannot be read from the file.
 
-The tables of a gallery's database, and the way here from older versions of them.
-
-`CORE_TABLES` holds what is searched, `BOOKKEEPING_TABLES` what is kept about it, `STATISTICS_TABLES` what searches came
-to, `FEEDBACK_TABLES` what the next adaptation learns from. A new file gets all of them; `UPGRADES` brings an older file
-to the same tables, one version at a time.
+`CORE_TABLES` holds what is searched, `BOOKKEEPING_TABLES` its administration, `STATISTICS_TABLES` counts of searches,
+`FEEDBACK_TABLES` what the next adaptation learns from. A new file gets all of them; `UPGRADES` brings an older file to
+the same tables, one version at a time.
 """
 
 from __future__ import annotations

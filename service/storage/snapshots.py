@@ -1,19 +1,13 @@
-"""Copies of a gallery's database, made while it is in use: ``snapshots/NAME/`` with the database and a manifest.
+"""Snapshots of a gallery's database in ``snapshots/NAME/``: creation while in use, verification, restore, and erasure.
 
-A snapshot is what one transaction saw. Index files are left out, they are built anew; so is the folder's key, which
-must be kept apart (`resight.service.storage.data_folder`). Putting one back stands in
-`resight.service.storage.snapshots`.
+A snapshot holds what one transaction saw, with a manifest. Index files are left out, since they are rebuilt; so is the
+folder's key, which must be kept apart (`resight.service.storage.data_folder`).
 
-Putting a snapshot back, on a stopped server: all or nothing, and without those who were erased since.
+A restore needs a stopped server and is all or nothing: the database is prepared beside the one in use, erased people
+are removed from it, the audit since then is carried over, and numbers of entries and revisions continue above all that
+were ever issued. Then the two are swapped, so a crash leaves the old database or the new one.
 
-The restored database is made ready beside the one in use: erased people are taken out of it, the audit since then is
-carried over, and numbers of entries and revisions go on above all that were ever told. Only then do the two change
-places (`resight.service.storage.data_folder`), so a crash leaves the old database or the new one.
-
-Erased people leave the snapshots beside the database too, at the next purge.
-
-A snapshot that was made before an erasure is written anew without them, and takes the old one's place in one step. A
-restore would leave them out in any case (`resight.service.storage.snapshots`); this takes their bytes off the disk.
+At the next purge after an erasure, each older snapshot is written anew without the erased people.
 """
 
 from __future__ import annotations

@@ -1,12 +1,7 @@
-"""What is written to the gallery's database: functions of the writer's connection, inside its transaction.
+"""Writes to the gallery's database: functions of the writer's connection, inside its transaction.
 
-Each raises before it has written anything, or its caller undoes it; none commits.
-
-What every write to the gallery's database is made of: functions of the writer's connection, in its transaction.
-
-What may be changed afterwards: functions of the writer's connection, inside its transaction.
-
-A change takes an old name or picture away, so run them with `Store.erase`, which empties the log of it.
+Each raises before it has written anything, or its caller rolls back; none commits. Changes that remove an old name or
+image must run with `Store.erase`, which empties the write-ahead log of it.
 """
 
 from __future__ import annotations

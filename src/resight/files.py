@@ -1,6 +1,7 @@
-"""All or nothing on disk: a reader finds the old file or folder or the new one, never half of one.
+"""Atomic writes of files and folders, and reading of untrusted files.
 
-Reading files that are hostile until verified: regular, of limited size, of the SHA-256 that was stated.
+A reader finds the old file or folder or the new one, never half of one. An untrusted file is read only if it is
+regular, of limited size, and of the SHA-256 that was stated.
 """
 
 from __future__ import annotations

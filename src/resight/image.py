@@ -1,14 +1,12 @@
-"""Bytes to pixels: the one decoder and THE one resize of training, export and serving.
+"""Decoding, resizing and quality of crops: the only decoder and the only resize in training, export and serving.
 
-Two programs that resize differently see different people (a resize alone has cost 20 points of
-rank-1 in this field), so nobody else may decode or resize a crop.
+Two programs that resize differently compute different features (a different resize alone has cost 20 points of rank-1
+in this field), so nothing else may decode or resize a crop.
 
-A plain JPEG goes to libjpeg-turbo without Pillow around it, which takes a third of the time; whatever is not plain, or
-not whole, is Pillow's. Both run the same code over the file (slow integer DCT, smooth upsampling), and their pixels are
-equal (tests/test_image.py).
+A plain JPEG goes straight to libjpeg-turbo, in a third of Pillow's time; other and damaged files go to Pillow. Both run
+the same code (slow integer DCT, smooth upsampling), and their pixels are equal (tests/test_image.py).
 
-How much a crop can tell about a person, 0..1: size, sharpness and exposure. No match score.
-
+Quality is how much a crop can show of a person, 0..1; it is no match score:
 quality = (size x sharpness x exposure) ^ 1/3, so that one factor of zero makes it zero:
 
 - size: the crop's pixels over the encoder's, at most 1;
@@ -16,8 +14,8 @@ quality = (size x sharpness x exposure) ^ 1/3, so that one factor of zero makes 
   levels of 0..255; 100 is the customary border between blurred and sharp for that variance;
 - exposure: the share of pixels that are neither nearly black (< 8) nor nearly white (> 247).
 
-Grey is the mean of the three channels. It is kept as their sum, a whole number, so that all of it is whole-number
-arithmetic: 0.1 ms where the same in float32 took 0.65 ms, more than decoding.
+Grey is the sum of the three channels, a whole number, so that all of it is integer arithmetic: 0.1 ms, where float32
+took 0.65 ms, more than decoding.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""What a run tells while it goes on: progress bars, a JSONL file and TensorBoard.
-
-What stays the same through a run, and what every step of it must hold to.
-
-The optimizer, its rate by epoch, and its state as named tensors for checkpoints.
-"""
+"""The state of a run: settings, progress bars, logs (JSONL, TensorBoard), and the optimizer with its schedule."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
-"""Taking away what all crops of one camera share: walls, light and colour casts.
+"""Pseudo-labels: camera centring, then DBSCAN on the sparse Jaccard graph, its eps chosen without labels.
 
-Letters: N crops, D feature size, C cameras.
+Camera centring subtracts what all crops of one camera share: walls, light and colour casts.
 
-Pseudo labels: DBSCAN on the sparse Jaccard graph, its eps chosen without labels, its health in figures.
-
-Letters: N crops, K clusters.
+Letters: N crops, K clusters, D feature size, C cameras.
 """
 
 from __future__ import annotations

@@ -1,13 +1,10 @@
-"""What is wrong with a set of unlabelled crops before any model looks at it: dead cameras, noise, one person for all.
+"""What makes unlabelled crops unfit before any model sees them: dead cameras, noise, one person on all crops.
 
 A model adapted to such crops learns the fault, and a model judged on them is judged by it. Only pixels, cameras and
-tracks are read; each limit has its measured source in docs/judging.md.
+tracks are read; each limit has its measured source in docs/judging.md. Nights of a store are examined one by one, so
+that a bad one is not diluted by the others.
 
-Letters: N crops, H x W thumbnail size, P pixels of a thumbnail, S crops of a sample.
-
-Which crops of several nights are fit to use: each night is looked at alone, so that a bad one is not diluted.
-
-Letters: N crops, C cameras.
+Letters: N crops, C cameras, H x W thumbnail size, P pixels of a thumbnail, S crops of a sample.
 """
 
 from __future__ import annotations

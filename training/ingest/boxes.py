@@ -1,14 +1,10 @@
-"""Boxes around people in one frame: what a detector answers, and how far boxes hide one another.
+"""Boxes around people in a frame: the result of a detector, their overlap, and boxes read from files.
 
 Pixels count from the frame's upper left corner: x to the right, y down; a box is left, top, right, bottom (``xyxy``).
-Letters: N boxes, H and W of the frame.
+docs/ingest.md has the formats of files (MOT, JSON lines). A row belongs to a frame by its number in the footage (from 1
+in MOT files, from 0 in JSON lines), or by its time on the site's clock.
 
-Boxes that somebody else found, as a detector: MOT files and JSON lines.
-
-docs/ingest.md is the format of both. A row belongs to a frame by its number in the footage (from 1 in MOT's files, from
-0 in JSON lines, as whoever writes each counts), or by the moment on the site's clock.
-
-Letters: R rows, N boxes of a frame.
+Letters: R rows, N boxes of a frame, H and W of the frame.
 """
 
 from __future__ import annotations

@@ -1,17 +1,11 @@
-"""What was met in footage and what became of it.
+"""Footage into a growing store: frames, boxes, tracks and chosen crops, with a journal to continue after a kill.
 
-What has been ingested into a growing store, and how far: a small SQLite file beside its index.
-
-The index is the truth of which crops are there. The journal knows which sources were read to their end and with which
-settings; and of one that was interrupted, from which frame on it has to be read again, with the boxes already found
-from there on, since finding them is what takes the time.
-
-Footage in: frames, boxes, tracks and chosen crops, into a growing store; interrupted anywhere, it goes on there.
-
-The crops of a track are added when the track has ended, and at most a minute of footage passes between two commits:
-files first, then the index in one step, then the journal. A run that goes on reads again from the last frame at which
-nobody was in the picture, with the boxes that were found already, and so makes the same tracks and crops as if it had
-never been interrupted; those that are in the store are passed over.
+The crops of a track are added when it has ended, and at most a minute of footage passes between two commits: files
+first, then the index in one step, then the journal. The index defines which crops exist. The journal, a small SQLite
+file beside it, records which sources were read to their end with which settings, and for an interrupted one the frame
+to continue from, with the boxes already found after it, since detection takes most of the time. A run continues from
+the last frame without anybody in the picture, and so makes the same tracks and crops as an uninterrupted one; crops
+that are in the store already are skipped.
 """
 
 from __future__ import annotations

@@ -1,10 +1,6 @@
-"""Both models on one store, side by side: features, clusters and judgements, for the gate and for its page.
+"""Judges a candidate against the active model, as `resight judge` does: the crops, both models' results, the verdict.
 
 Letters: N crops, D feature size.
-
-One candidate's case: the crops it is judged on, both models' trials, and the verdict. What `resight judge` does.
-
-Letters: N crops.
 """
 
 from __future__ import annotations

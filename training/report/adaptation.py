@@ -1,10 +1,7 @@
-"""The report: one self-contained HTML page about one adaptation.
+"""The report of an adaptation, of `resight adapt` and of `resight demo`: one self-contained HTML page.
 
-Last step of the road. It takes plain figures and JPEG bytes (never a model or a store), so that
-whoever ran the adaptation, in this process or through the service, can fill it in. The page
-loads nothing: images are data URIs, curves are inline SVG, and a content security policy forbids the rest.
-
-From a finished adaptation to what its report shows. `resight adapt` and `resight demo` tell the same story.
+It takes plain figures and JPEG bytes, never a model. The page loads nothing: images are data URIs, curves are inline
+SVG, and a content security policy forbids the rest.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Example queries with their hits before and after, for the report of a site whose persons are known.
-
-What a site's query and gallery say of an adaptation, for its report. Nothing here is seen by training.
-"""
+"""Example queries with their hits before and after, where a site's persons are known. Training never sees them."""
 
 from __future__ import annotations
 

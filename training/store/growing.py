@@ -1,15 +1,11 @@
-"""Turns on a folder that several processes write to, and a full disk told as what it is.
+"""A crop store that grows: crops are added and removed while others read it, and leave it when their retention ends.
 
-A crop store that grows: crops are added to it, and taken out, while others read it.
+Every change replaces the index once, under a lock, based on the index at that moment, so that several processes (one
+for each live camera, say) add to one store. Files are written before rows name them and removed after no row does; a
+program killed in between leaves files that no row names, which `sweep` removes.
 
-Every change is one replacement of the index under a lock, made on what the index is at that moment, so that several
-processes (one a live camera, say) add to one store. Files are written before rows name them and removed after none
-does; a program killed in between leaves files that no row names, which `sweep` removes.
-
-Retention: crops leave a store, rows and files, when they may not be kept any more.
-
-What is to go is written down first; whatever kills the program in between, the next purge finishes it. Links of such
-crops go as well.
+A purge first writes down what it will remove, so that the next one finishes it after a kill. Links of such crops go
+too.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""Golden images a bundle carries to prove itself: JPEG bytes, the pixels they become, their features.
+"""Golden images by which a bundle proves itself: JPEG bytes, the pixels they become, and their features.
 
-They are drawn by code. A bundle travels between machines and people, and crops of people are
-personal data, so no real crop may be a probe.
-
-How near a runtime must come to what was exported: one table for every runtime, exporter and precision.
+They are drawn by code: a bundle travels between machines and people, and crops of people are personal data.
+`MIN_COSINE_BY_PRECISION` and `min_cosine_for` say how near a runtime must come to the exported features.
 """
 
 from __future__ import annotations

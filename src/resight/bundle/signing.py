@@ -1,13 +1,10 @@
-"""Ed25519 signatures in minisign's file format, so that `minisign -V` can check what we signed and we what it signed.
+"""Ed25519 signatures in minisign's file format, and the private keys that make them.
 
-The format: https://jedisct1.github.io/minisign/. One thing is stricter here: the untrusted comment, which
-minisign lets anyone change, is one fixed text, so that no byte of a signature file can change unnoticed.
-Needs the package ``cryptography``, imported only when something is signed or verified: a machine without signed
-bundles does without it.
+The format: https://jedisct1.github.io/minisign/; `minisign -V` verifies our signatures and we verify its. One thing is
+stricter here: the untrusted comment, which minisign lets anyone change, is one fixed text, so that no byte of a
+signature file can change unnoticed. Private keys are PKCS#8 PEM in files that only their owner can read.
 
-Private keys that sign bundles: Ed25519 in PKCS#8 PEM, in files that only their owner can read.
-
-What is signed and how, see `resight.bundle.signing`. Needs the package ``cryptography``, imported only when called.
+Needs the package ``cryptography``, imported only when something is signed or verified.
 """
 
 from __future__ import annotations

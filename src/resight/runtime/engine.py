@@ -1,16 +1,12 @@
-"""Where TensorRT's engines lie on the machine that built them: a private folder that trusts only its own hand.
+"""TensorRT engines: building one from a bundle's ONNX graph, and the cache of those built on this machine.
 
 An engine is executable code, and TensorRT runs what it is given ("never deserialize an engine file from an untrusted
-source", its migration guide). So each file carries an HMAC by a secret that never leaves the folder: a plan that was
-copied from elsewhere, altered, cut short or renamed is not loaded but built anew.
-
-TensorRT engines: what decides one, and where it is found again on the machine that built it.
-
-Build a TensorRT engine from a bundle's ONNX graph, on the GPU that will run it.
+source", its migration guide). So each file in the cache carries an HMAC by a secret that never leaves the folder: a
+plan that was copied from elsewhere, altered, cut short or renamed is not loaded but built anew.
 
 Written for TensorRT 10.x and 11.x, whose Python API is the same in every call made here (compared with the names and
 docstrings in the 11.4 bindings; what 11 removed stands in its migration guide, "Removed Python APIs and
-Replacements"). The precision is the graph's own: 11 knows strongly typed networks only, and 10 is asked for them.
+Replacements"). The precision is the graph's own: 11 knows strongly typed networks only, and 10 is set to them.
 """
 
 from __future__ import annotations

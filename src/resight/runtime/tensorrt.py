@@ -1,7 +1,4 @@
-"""Run a TensorRT engine: pixels in, features out, with nothing but TensorRT and CUDA's runtime API.
-
-The bundle's model in TensorRT's own API: an engine built on this machine, proven on the probes.
-"""
+"""The bundle's model in TensorRT: an engine built on this machine, verified by the probes, run through CUDA."""
 
 from __future__ import annotations
 
