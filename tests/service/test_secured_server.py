@@ -158,7 +158,7 @@ def test_the_command_line_makes_shows_uses_and_revokes_tokens(command, secure, a
     made = command("token", "create", "tool", "--role", "operator", "--expires", "90d", "--data", data)
     secret = made.stdout.strip()
     assert secret.startswith("rst_") and len(made.stdout.split()) == 1
-    assert secret not in made.stderr and "shown this once" in made.stderr
+    assert secret not in made.stderr and "shown only once" in made.stderr
     shown = command("token", "list", "--data", data).stdout
     assert "tool" in shown and "operator" in shown and "rst_" not in shown
     (tmp_path / "token").write_text(made.stdout)

@@ -282,8 +282,8 @@ def test_the_command_line_confirms_rejects_lists_and_takes_back(client, collecti
     told_now = told(client, collection)
     assert told_now == [("e0", "e1", True), ("e0", "e2", False)]
     for words, why in (
-        (("e0",), "two entries"),
-        (("e0", "e1", "--image", crop), "two entries"),
+        (("e0",), "either the id of the other entry, or --image"),
+        (("e0", "e1", "--image", crop), "either the id of the other entry, or --image"),
         (("e0", "--image", tmp_path / "none.jpg"), "keeps no crops"),
         (("e0", "--image", crop), "keeps no crops"),
         (("e1", "e2"), None),
