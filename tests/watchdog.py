@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from resight.files import files_below
+
 STALL_S = 600.0  # an epoch of the largest test takes under 20 s on two idle cores
 LOOK_S = 2.0
 
@@ -20,12 +22,13 @@ class StalledError(AssertionError):
 
 
 @contextmanager
-def progress_expected(folder: Path, stall_s: float = STALL_S) -> Iterator[None]:
+def progress_expected(folder: Path, stall_s: float = STALL_S, interval_s: float = LOOK_S) -> Iterator[None]:
     """Raise `StalledError` in the main thread when no file below a folder was made or changed for so many seconds.
 
     Args:
         folder: what the test and its processes write to.
         stall_s: seconds of the monotonic clock.
+        interval_s: seconds between two looks at the folder, at most a quarter of ``stall_s``.
     """
     ended = threading.Event()
 
@@ -34,7 +37,7 @@ def progress_expected(folder: Path, stall_s: float = STALL_S) -> Iterator[None]:
 
     def watch() -> None:
         seen, changed = _state(folder), time.monotonic()
-        while not ended.wait(min(LOOK_S, stall_s / 4)):
+        while not ended.wait(min(interval_s, stall_s / 4)):
             now = _state(folder)
             if now != seen:
                 seen, changed = now, time.monotonic()
@@ -55,9 +58,9 @@ def progress_expected(folder: Path, stall_s: float = STALL_S) -> Iterator[None]:
 
 
 def _state(folder: Path) -> tuple[int, int, int]:
-    """How many files there are, their bytes, and the newest change."""
+    """Number of files, their total bytes and the newest change."""
     count = size = newest = 0
-    for path in folder.rglob("*"):
+    for path in files_below(folder):
         try:
             status = path.stat()
         except OSError:

@@ -27,6 +27,7 @@ from typing import Literal
 from resight.bundle.bundle import open_bundle
 from resight.client import Client
 from resight.errors import ReIDError
+from resight.files import files_below
 from resight.machine import cores
 from resight.runtime.onnx import OnnxRuntime
 from resight.runtime.providers import open_runtime
@@ -229,8 +230,11 @@ def _check_lock(folder: Path) -> Check:
 def _check_permissions(folder: Path) -> Iterator[Check]:
     """The folder and what tells of people are for their owner alone."""
     open_ = []
-    for path in (folder, *folder.rglob("*")):
-        found = path.lstat()
+    for path in (folder, *files_below(folder)):
+        try:
+            found = path.lstat()
+        except FileNotFoundError:
+            continue  # the server that is running has removed it
         secret = path == folder or path.name in ("tokens.json", "secret.key") or path.name.startswith(DATABASE_FILE)
         if secret and stat.S_IMODE(found.st_mode) & 0o077:
             open_.append(path.name)

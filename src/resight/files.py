@@ -93,6 +93,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file at any depth below a folder, in no order; what is removed while the folder is read is left out.
+
+    `Path.rglob` raises FileNotFoundError when another process removes a sub-folder meanwhile.
+    """
+    for parent, _, names in os.walk(folder):
+        yield from (Path(parent, name) for name in names)
+
+
 def _umask() -> int:
     """The process's file mode mask; the only way to read it is to set it."""
     mask = os.umask(0o077)

@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from resight.errors import StorageFullError, StoreError
-from resight.files import sync, write_atomic
+from resight.files import files_below, sync, write_atomic
 from resight.training.store.copying import open_all_splits
 from resight.training.store.crops import (
     INDEX_FILE,
@@ -226,8 +226,8 @@ class GrowingStore:
         """Remove the files below a folder that no row names, and the folder and the one above where nothing is left."""
         with self._locked():
             known, count = {row["path"] for row in self.rows(folder)}, 0
-            for file in (self.root / folder).rglob("*"):
-                if not file.is_dir() and file.relative_to(self.root).as_posix() not in known:
+            for file in files_below(self.root / folder):
+                if file.relative_to(self.root).as_posix() not in known:
                     file.unlink()
                     count += 1
             for emptied in (self.root / folder, (self.root / folder).parent):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from resight.errors import CycleError
-from resight.files import write_atomic
+from resight.files import files_below, write_atomic
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class RunFolder:
     @property
     def pages(self) -> list[Path]:
         """Every page and image of the run; they may show crops."""
-        return sorted(path for path in self.path.rglob("*") if path.suffix in (".html", ".png", ".jpg"))
+        return sorted(path for path in files_below(self.path) if path.suffix in (".html", ".png", ".jpg"))
 
     def figures_file(self, command: str) -> Path:
         """The file into which a command writes its figures."""
