@@ -25,13 +25,13 @@ Stage = Literal["decode", "queue", "infer", "search", "rerank"]
 class CallListener(Protocol):
     """Is told in the thread of the event loop."""
 
-    def spent(self, stage: Stage, started_ns: int, ended_ns: int) -> None:
+    def stage_ended(self, stage: Stage, started_ns: int, ended_ns: int) -> None:
         """A part of the call is done; `time.perf_counter_ns` at its ends."""
 
-    def refused(self, error: ReIDError) -> None:
+    def failed(self, error: ReIDError) -> None:
         """The call, or one item of it, was answered with an error."""
 
-    def searched(self, decisions: Sequence[Decision | None]) -> None:
+    def decided(self, decisions: Sequence[Decision | None]) -> None:
         """Queries were searched; what each one's best hit is taken for, None = nothing was fitted."""
 
 
@@ -51,7 +51,7 @@ def listen_to_call(listener: CallListener) -> Iterator[None]:
 def record_stage(stage: Stage, started_ns: int, ended_ns: int) -> None:
     """Tell that a part of the call is done; `time.perf_counter_ns` at its ends."""
     for listener in _listeners.get():
-        listener.spent(stage, started_ns, ended_ns)
+        listener.stage_ended(stage, started_ns, ended_ns)
 
 
 @contextlib.contextmanager
@@ -65,11 +65,11 @@ def timed_stage(stage: Stage) -> Iterator[None]:
 def record_decisions(decisions: Sequence[Decision | None]) -> None:
     """Tell what the best hits of some queries are taken for."""
     for listener in _listeners.get():
-        listener.searched(decisions)
+        listener.decided(decisions)
 
 
 def record_error(error: ReIDError, *, field: str = "") -> status_pb2.Status:
     """An error as the other side is told it, as `resight.status.to_status`, and those who watch."""
     for listener in _listeners.get():
-        listener.refused(error)
+        listener.failed(error)
     return to_status(error, field=field)

@@ -131,8 +131,8 @@ async def _embed_enrolment(
     maker: FeatureExtractor, into: Collection, request: EnrolmentRequest, source: CropSource, deadline: float
 ) -> Enrolment | ReIDError:
     try:
-        made = await maker.made(into, source, deadline, every=True, priority=Priority.ENROL)
-        others = await maker.others(into, source, deadline)
+        made = await maker.extract(into, source, deadline, every=True, priority=Priority.ENROL)
+        others = await maker.extract_other_spaces(into, source, deadline)
     except ReIDError as error:
         return error
     if made.quality < into.min_quality:
@@ -168,7 +168,7 @@ class Gallery:
 
     def __init__(self, store: Store, models: ModelHost, settings: Settings) -> None:
         self.searcher = Searcher(store, index_policy(settings, store.folder), max_queue=settings.max_search_queue)
-        self.figures = SearchStatistics(store)
+        self.statistics = SearchStatistics(store)
         self._store, self._models = store, models
         self._maker = FeatureExtractor(models, settings)
         self._collections: dict[str, Collection] = {}  # as they stood after commit `_read_at`
@@ -178,12 +178,12 @@ class Gallery:
         """Remember what the served model's similarities mean, and build the indexes from the store."""
         await self._store.book(writes.save_space, self.space)
         await self.searcher.load(self.space.dim)
-        await self.figures.start()
+        await self.statistics.start()
 
     async def stop(self) -> None:
         """End searching, and write what was counted of it; the store stays open."""
         self.searcher.close()
-        await self.figures.stop()
+        await self.statistics.stop()
 
     @property
     def space(self) -> Space:
@@ -268,7 +268,7 @@ class Gallery:
         """Collections by name, from the one after ``after``."""
         return await self._store.read(reads.collections, after=after, limit=limit)
 
-    async def counted(self, found: Sequence[Collection]) -> list[tuple[Collection, int]]:
+    async def with_entry_counts(self, found: Sequence[Collection]) -> list[tuple[Collection, int]]:
         """Collections with the number of their living entries."""
         return await self._store.read(reads.count_entries, found)
 
@@ -293,7 +293,7 @@ class Gallery:
         self.searcher.follow(into)
         return outcomes
 
-    async def enrol_together(self, name: str, requests: Sequence[EnrolmentRequest], deadline: float) -> list[Enrolled]:
+    async def enrol_atomic(self, name: str, requests: Sequence[EnrolmentRequest], deadline: float) -> list[Enrolled]:
         """Enrol all entries or none. Raises CollectionNotFoundError, and what the first refused one was refused for."""
         into = await self.collection(name)
         event = _event("BatchEnrollEntries")
@@ -311,12 +311,12 @@ class Gallery:
         priority: Priority = Priority.INTERACTIVE,
     ) -> FeatureResult:
         """The feature of a source, in a collection's space or another one; what cannot be decoded is left out."""
-        return await self._maker.made(of, source, deadline, every=False, space=space, priority=priority)
+        return await self._maker.extract(of, source, deadline, every=False, space=space, priority=priority)
 
     async def search(self, of: Collection, wanted: Sequence[SearchParams], deadline: float) -> list[RankedAnswer]:
         """Answer searches of one collection, and count them; see `resight.service.search.ranking`."""
         answers = await run_search(self.searcher, of, wanted, deadline)
-        self.figures.note(of, answers)
+        self.statistics.record(of, answers)
         return answers
 
     async def entry(

@@ -53,7 +53,7 @@ class Tenant:
     gallery: Gallery
     audit: AuditLog
     operations: Operations
-    asked_s: float = field(default_factory=time.monotonic)
+    last_used_s: float = field(default_factory=time.monotonic)
     users: int = 0  # calls that may take longer than `IDLE_S`
 
 
@@ -114,11 +114,11 @@ class Tenants:
         if found is None:
             async with self._turn:  # opening takes a while; asked for twice, it is opened once
                 found = self._open.get(name) or await self._opened(name)
-        found.asked_s = time.monotonic()
+        found.last_used_s = time.monotonic()
         return found
 
     @contextlib.asynccontextmanager
-    async def held(self, name: str) -> AsyncIterator[Tenant]:
+    async def lease(self, name: str) -> AsyncIterator[Tenant]:
         """A tenant that stays open for the time of the block, for calls without an end of their own; see `tenant`."""
         found = await self.tenant(name)
         found.users += 1
@@ -126,9 +126,9 @@ class Tenants:
             yield found
         finally:
             found.users -= 1
-            found.asked_s = time.monotonic()
+            found.last_used_s = time.monotonic()
 
-    def opened(self) -> list[Tenant]:
+    def open_tenants(self) -> list[Tenant]:
         """Those whose gallery is in memory, by name."""
         return [self._open[name] for name in sorted(self._open)]
 
@@ -223,8 +223,8 @@ class Tenants:
 
     async def _close_idle(self) -> None:
         """Close the one that was not asked for longest, if nobody can still use it."""
-        for tenant in sorted(self._open.values(), key=lambda one: one.asked_s):
-            idle = time.monotonic() - tenant.asked_s >= IDLE_S and not tenant.users
+        for tenant in sorted(self._open.values(), key=lambda one: one.last_used_s):
+            idle = time.monotonic() - tenant.last_used_s >= IDLE_S and not tenant.users
             if tenant.name != DEFAULT_TENANT and idle and not await tenant.operations.any_running():
                 await self._close(tenant)
                 return
