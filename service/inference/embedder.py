@@ -31,7 +31,7 @@ from resight.errors import (
 )
 from resight.image import decode, fit, quality
 from resight.runtime.base import Runtime
-from resight.service.call_events import _listeners, record_stage
+from resight.service.call_events import has_listeners, record_stage
 from resight.service.inference.batcher import Batcher, deadline_error
 from resight.service.inference.priority_queue import CropJob, Priority
 from resight.service.settings import Settings
@@ -161,7 +161,7 @@ def _record_crop_stages(jobs: Sequence[CropJob]) -> None:
     The stages of different crops overlap; of one crop they follow one another.
     """
     done = [job for job in jobs if job.queue_ns or job.infer_ns]
-    if not done or not _listeners.get():
+    if not done or not has_listeners():
         return
     ready = [job.queued_ns for job in done]
     begun = [job.queued_ns + job.queue_ns for job in done]
