@@ -26,8 +26,8 @@ from resight.v1 import admin_pb2, admin_pb2_grpc
 
 def window_stats_message(told: WindowStats, *, active: bool) -> admin_pb2.SearchFigures:
     """What searches in one space came to; ``active``: the collection is searched in it now."""
-    counted, decided = told.counted, told.counted.matches + told.counted.uncertain + told.counted.unknown
-    drift = told.reference.against(counted)
+    counted, decided = told.counts, told.counts.matches + told.counts.uncertain + told.counts.unknown
+    drift = told.reference.drift_of(counted)
     return admin_pb2.SearchFigures(
         space_id=told.space_id,
         model_id=told.model_id,

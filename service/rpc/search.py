@@ -23,8 +23,8 @@ from resight.service.records import Collection, Space
 from resight.service.rpc import convert
 from resight.service.rpc.streams import item_outcome, map_as_completed
 from resight.service.search.ranking import (
-    CANDIDATES,
-    JOINED,
+    DEFAULT_CANDIDATES,
+    EXPANSION_NEIGHBOURS,
     K1,
     K2,
     WEIGHT,
@@ -110,14 +110,15 @@ def _rerank_options(message: search_pb2.Reranking, top_k: int, settings: Setting
     if method is None:
         return None
     most = settings.max_rerank_candidates
-    candidates = message.candidates or max(min(CANDIDATES, most), top_k)
+    candidates = message.candidates or max(min(DEFAULT_CANDIDATES, most), top_k)
     if not top_k <= candidates <= most:
         raise LimitError(
-            f"{top_k} (top_k) to {most} candidates are ordered anew, found {candidates}: leave it out for {CANDIDATES}",
+            f"reranking takes {top_k} (top_k) to {most} candidates, found {candidates}: leave it out for "
+            f"{DEFAULT_CANDIDATES}",
             field="reranking.candidates",
             max_rerank_candidates=most,
         )
-    k1 = message.k1 or (JOINED if method == "query_expansion" else K1)
+    k1 = message.k1 or (EXPANSION_NEIGHBOURS if method == "query_expansion" else K1)
     k2 = message.k2 or K2
     for name, value in (("k1", k1), ("k2", k2)):
         if not 1 <= value <= most:
@@ -296,7 +297,8 @@ class SearchServicer(search_pb2_grpc.SearchServiceServicer):
                 _, _, feature = await gallery.entry(collection.name, request.entry_id, with_feature=True)
                 assert feature is not None
                 return _PreparedQuery(
-                    asked.with_feature(feature, without=request.entry_id), FeatureResult(feature, 0.0, Timings())
+                    asked.with_feature(feature, exclude_entry_id=request.entry_id),
+                    FeatureResult(feature, 0.0, Timings()),
                 )
             source = convert.to_source(request, kind)
             made = await gallery.feature(collection, source, deadline)

@@ -78,7 +78,7 @@ async def item_outcome(
             return await work(time.monotonic() + allowed_s)
     except TimeoutError:
         return call_events.record_error(
-            DeadlineError("the deadline passed before the answer was ready: allow more time or send less")
+            DeadlineError("the deadline passed before the response was ready: allow more time or send less")
         )
     except ReIDError as error:
         return call_events.record_error(error)
