@@ -262,7 +262,7 @@ class TokenLookup:
         self._seen = self._stamp()
         self._tokens: Sequence[tuple[bytes, Token]] = _hashed(file.read())
         self._look_again = time.monotonic() + RELOAD_EVERY_S
-        self.asked = self._seen is not None  # stays true when the file goes: revoking all must not open the door
+        self.required = self._seen is not None  # stays true when the file goes: revoking all must not open the door
 
     def find(self, secret: str) -> Principal | None:
         """Whose token this is; None for one that is unknown, expired or revoked.
@@ -293,7 +293,7 @@ class TokenLookup:
         if stamp != self._seen:
             self._tokens = _hashed(self._file.read())
             self._seen = stamp
-            self.asked = True
+            self.required = True
         self._look_again = time.monotonic() + RELOAD_EVERY_S
 
     def _stamp(self) -> tuple[int, int, int, int] | None:

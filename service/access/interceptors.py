@@ -261,12 +261,12 @@ class Authentication:
     """Asks for a token where authentication is on.
 
     Args:
-        book: the tokens.
+        tokens: the tokens.
         always: on although no token was ever made: nobody gets in until one is.
     """
 
-    def __init__(self, book: TokenLookup, *, always: bool) -> None:
-        self._book, self._always = book, always
+    def __init__(self, tokens: TokenLookup, *, always: bool) -> None:
+        self._tokens, self._always = tokens, always
         self._refused, self._log_at = 0, 0.0
 
     @contextlib.asynccontextmanager
@@ -287,10 +287,10 @@ class Authentication:
         if least is None:
             return ANONYMOUS_READER
         try:
-            self._book.follow()
-            if not (self._always or self._book.asked):
+            self._tokens.follow()
+            if not (self._always or self._tokens.required):
                 return ANONYMOUS_ADMIN
-            principal = self._book.find(_bearer(call))
+            principal = self._tokens.find(_bearer(call))
         except FormatError as error:
             log.error("nobody gets in: %s", error)
             raise UnavailableError("the server cannot read its tokens: its log says why") from error

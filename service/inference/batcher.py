@@ -194,7 +194,7 @@ class Batcher:
             )
         self._admitted[priority] += count
         if priority is not Priority.REEMBED:
-            self._lanes.hold_back()  # a number is set; no lock is worth it
+            self._lanes.defer_background()  # a number is set; no lock is worth it
         try:
             yield
         finally:
@@ -213,7 +213,7 @@ class Batcher:
         self._quarantine.check(crop)
 
     def expect(self, jobs: Sequence[CropJob]) -> None:
-        """Note jobs that begin to be decoded: each will be `put`, or `missed`."""
+        """Note jobs that begin to be decoded: each will be `put`, or `discard`."""
         with self._changed:
             self._coming += _count_urgent(jobs)
 
@@ -225,7 +225,7 @@ class Batcher:
             self._lanes.put(job)
             self._wake()
 
-    def missed(self, job: CropJob) -> None:
+    def discard(self, job: CropJob) -> None:
         """Note that an expected job has no pixels. Any thread may."""
         with self._changed:
             self._coming -= _count_urgent((job,))
@@ -247,7 +247,7 @@ class Batcher:
                 self._run(good)
             with self._changed:
                 self._running.remove(len(batch))
-                self._lanes.ended(batch)
+                self._lanes.finish_batch(batch)
             self._finished(live)
 
     def _next(self) -> list[CropJob] | None:
@@ -258,7 +258,7 @@ class Batcher:
                     self._changed.wait(wait_s)
                     continue
                 wait_s = max(self._delay_s, self._batch_s if self._gains and self._coming > 0 else 0.0)
-                if wait_s and self._lanes.pressing() and not self._gathering:
+                if wait_s and self._lanes.urgent_count() and not self._gathering:
                     self._gathering = True
                     self._changed.wait_for(self._gathered, wait_s)
                     self._gathering = False
@@ -271,12 +271,12 @@ class Batcher:
 
     def _share(self) -> int:
         """Crops that are one worker's, of all those under way."""
-        under_way: int = self._lanes.pressing() + self._coming + sum(self._running)
+        under_way: int = self._lanes.urgent_count() + self._coming + sum(self._running)
         return min(self._most, max(1, -(-under_way // len(self._threads))))
 
     def _gathered(self) -> bool:
         """Whether it makes no sense to wait for more crops of callers; not when another worker took them meanwhile."""
-        waiting = self._lanes.pressing()
+        waiting = self._lanes.urgent_count()
         full = waiting >= (self._most if self._delay_s else self._share())
         return self._stopping or not waiting or full or (not self._delay_s and self._coming <= 0)
 
@@ -292,7 +292,7 @@ class Batcher:
             self._batch_s += SMOOTHING * (taken_ns / 1e9 - self._batch_s)
             # What runs beside it takes the same time once, not twice.
             self._each_s += SMOOTHING * (taken_ns / 1e9 / len(jobs) / len(self._running) - self._each_s)
-            self._lanes.ran(min(job.priority for job in jobs), taken_ns / 1e9, len(jobs))
+            self._lanes.record_batch_time(min(job.priority for job in jobs), taken_ns / 1e9, len(jobs))
 
     def _infer(self, jobs: Sequence[CropJob]) -> list[Feature | ReIDError]:
         """Run a batch; one that fails is run again crop by crop, so that only the culprit fails."""

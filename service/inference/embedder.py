@@ -31,7 +31,7 @@ from resight.errors import (
 )
 from resight.image import decode, fit, quality
 from resight.runtime.base import Runtime
-from resight.service.call_events import _listeners, record_stage
+from resight.service.call_events import has_listeners, record_stage
 from resight.service.inference.batcher import Batcher, deadline_error
 from resight.service.inference.priority_queue import CropJob, Priority
 from resight.service.settings import Settings
@@ -53,13 +53,13 @@ class PixelBudget:
     def __init__(self, most: int) -> None:
         self._most, self._taken, self._changed = most, 0, threading.Condition()
 
-    def take(self, pixels: int) -> None:
+    def acquire(self, pixels: int) -> None:
         """Wait until there is room."""
         with self._changed:
             self._changed.wait_for(lambda: not self._taken or self._taken + pixels <= self._most)
             self._taken += pixels
 
-    def give(self, pixels: int) -> None:
+    def release(self, pixels: int) -> None:
         """Make room again."""
         with self._changed:
             self._taken -= pixels
@@ -133,7 +133,7 @@ class Decoders:
 
         def room(pixels: int) -> None:
             nonlocal taken
-            self._budget.take(pixels)
+            self._budget.acquire(pixels)
             taken = pixels
 
         try:
@@ -151,7 +151,7 @@ class Decoders:
             )
         finally:
             if taken:
-                self._budget.give(taken)
+                self._budget.release(taken)
         job.decode_ns = time.perf_counter_ns() - started_ns
 
 
@@ -161,7 +161,7 @@ def _record_crop_stages(jobs: Sequence[CropJob]) -> None:
     The stages of different crops overlap; of one crop they follow one another.
     """
     done = [job for job in jobs if job.queue_ns or job.infer_ns]
-    if not done or not _listeners.get():
+    if not done or not has_listeners():
         return
     ready = [job.queued_ns for job in done]
     begun = [job.queued_ns + job.queue_ns for job in done]
@@ -208,7 +208,7 @@ class Embedder:
             workers=settings.batches_at_once,
             gains=settings.provider != "cpu",
         )
-        self._decoders = Decoders(self._batcher.put, self._missed, self._batcher.check, settings)
+        self._decoders = Decoders(self._batcher.put, self._discard, self._batcher.check, settings)
         self._left: dict[asyncio.Future[None], int] = {}
 
     def start(self) -> None:
@@ -266,8 +266,8 @@ class Embedder:
         _record_crop_stages(jobs)
         return [_outcome(job) for job in jobs]
 
-    def _missed(self, job: CropJob) -> None:
-        self._batcher.missed(job)
+    def _discard(self, job: CropJob) -> None:
+        self._batcher.discard(job)
         self._finished((job,))
 
     def _finished(self, jobs: Sequence[CropJob]) -> None:

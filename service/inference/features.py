@@ -108,7 +108,7 @@ class FeatureExtractor:
     def __init__(self, models: ModelHost, settings: Settings) -> None:
         self._models, self._settings = models, settings
 
-    async def made(
+    async def extract(
         self,
         of: Collection,
         source: CropSource | FeatureSource,
@@ -145,7 +145,7 @@ class FeatureExtractor:
             outcomes = await model.embed(source.images, deadline, priority=priority)
         return combine_shots(outcomes, source.fields, (space or of.space).calibration, every=every)
 
-    async def others(
+    async def extract_other_spaces(
         self, into: Collection, source: CropSource | FeatureSource, deadline: float
     ) -> tuple[tuple[str, Feature], ...]:
         """Features in the collection's other spaces, by space id, as far as their models are loaded.
@@ -156,8 +156,8 @@ class FeatureExtractor:
             return ()
         made = []
         for space_id in into.other_space_ids:
-            if model := self._models.in_space(space_id):
-                one = await self.made(into, source, deadline, every=True, space=model.space, priority=Priority.ENROL)
+            if model := self._models.model_of_space(space_id):
+                one = await self.extract(into, source, deadline, every=True, space=model.space, priority=Priority.ENROL)
                 made.append((space_id, one.feature))
         return tuple(made)
 

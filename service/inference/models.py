@@ -101,13 +101,13 @@ class ModelRoot:
         data = read_plain(path / MANIFEST_FILE, MAX_MANIFEST_BYTES)
         return from_json(data), hashlib.sha256(data).hexdigest()
 
-    def told(self, error: ReIDError) -> str:
+    def public_message(self, error: ReIDError) -> str:
         """An error's text without the server's paths."""
         return str(error).replace(f"{self.path}{os.sep}", "").replace(str(self.path), "the folder of models")
 
     def without_path(self, error: ReIDError) -> ReIDError:
         """The same error for the other side."""
-        told = type(error)(self.told(error), field=error.field)
+        told = type(error)(self.public_message(error), field=error.field)
         told.facts = error.facts
         return told
 
@@ -329,7 +329,7 @@ class ModelHost:
         with self._find(model_id or self._active).lease(pin=pin) as found:
             yield found
 
-    def in_space(self, space_id: str) -> LoadedModel | None:
+    def model_of_space(self, space_id: str) -> LoadedModel | None:
         """A loaded model whose features are of a space, the active one before others."""
         loaded = sorted(self._loaded.values(), key=lambda model: model.model_id != self._active)
         return next((model for model in loaded if model.space.space_id == space_id), None)
@@ -341,7 +341,7 @@ class ModelHost:
         Raises:
             SpaceMismatchError: none is loaded.
         """
-        found = self.in_space(space.space_id)
+        found = self.model_of_space(space.space_id)
         if found is None:
             now = self.active.space
             raise SpaceMismatchError(
@@ -355,27 +355,27 @@ class ModelHost:
         with found.lease():
             yield found
 
-    def info(self, model_id: str) -> ModelStatus:
+    def status(self, model_id: str) -> ModelStatus:
         """One model as it stands.
 
         Raises:
             ModelNotFoundError: neither loaded nor in the root.
         """
         if (loaded := self._loaded.get(model_id)) is not None:
-            return self.info_of(loaded)
+            return self.status_of(loaded)
         if self._loading == model_id:
             return ModelStatus(model_id, ModelState.LOADING)
         path = self.root.find(model_id)
         try:
             manifest, sha256 = self.root.manifest(path)
         except BundleError as error:
-            return ModelStatus(model_id, ModelState.FAILED, problem=self.root.told(error))
+            return ModelStatus(model_id, ModelState.FAILED, problem=self.root.public_message(error))
         problem = self._failed.get(model_id, "")
         return ModelStatus(
             model_id, ModelState.FAILED if problem else ModelState.AVAILABLE, manifest, sha256, problem=problem
         )
 
-    def info_of(self, model: LoadedModel) -> ModelStatus:
+    def status_of(self, model: LoadedModel) -> ModelStatus:
         """A loaded model as it stands."""
         name = model.model_id
         state = ModelState.LOADING if self._loading == name else ModelState.READY
@@ -410,7 +410,7 @@ class ModelHost:
             if old is not None and old.space.space_id != new.space.space_id:
                 self._check_idle(old, "load the new one under another name")
         except ReIDError as error:
-            self._failed[model_id] = self.root.told(error)
+            self._failed[model_id] = self.root.public_message(error)
             log.error("model %s cannot be loaded: %s", model_id, error)
             raise self.root.without_path(error) from error
         finally:

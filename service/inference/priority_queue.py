@@ -107,13 +107,13 @@ class CropQueue:
         lane.of.setdefault(id(job.runtime), deque()).append(job)
         self._count[job.priority] += 1
 
-    def hold_back(self, seconds: float = QUIET_S) -> None:
+    def defer_background(self, seconds: float = QUIET_S) -> None:
         """Note that a caller is here: crops of a migration wait a moment longer."""
         self._busy_until = self._clock() + seconds
 
     def wait_s(self) -> float | None:
         """Seconds until `take` has something; 0 = now, None = nothing waits."""
-        if self.pressing():
+        if self.urgent_count():
             return 0.0
         lane = self._lanes[Priority.REEMBED]
         if not lane.of:
@@ -141,19 +141,19 @@ class CropQueue:
             self._count[job.priority] -= 1
         return batch
 
-    def pressing(self) -> int:
+    def urgent_count(self) -> int:
         """Jobs that wait, but for a migration's."""
         return self._count[Priority.INTERACTIVE] + self._count[Priority.ENROL]
 
-    def ran(self, priority: Priority, seconds: float, crops: int = 1) -> None:
+    def record_batch_time(self, priority: Priority, seconds: float, crops: int = 1) -> None:
         """Note how long a batch of a priority took, which decides when its next turn is and how large it may be."""
         lane = self._lanes[priority]
         lane.took_s, lane.each_s = seconds, max(1e-6, seconds / crops)
         lane.next_at = self._clock() + seconds * (1 / PRIORITY_SHARES[priority] - 1)
         if priority is not Priority.REEMBED:
-            self.hold_back()
+            self.defer_background()
 
-    def ended(self, batch: Sequence[CropJob]) -> None:
+    def finish_batch(self, batch: Sequence[CropJob]) -> None:
         """Note that a batch is done with, whether or not it ran."""
         self._reembedding -= batch[0].priority is Priority.REEMBED
 

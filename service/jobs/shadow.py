@@ -279,7 +279,7 @@ class ShadowRun:
         made = await gallery.feature(
             collection, sample.source, deadline, space=collection.space, priority=Priority.REEMBED
         )
-        (answer,) = await run_search(gallery.searcher, collection, [sample.wanted.of(made.feature)], deadline)
+        (answer,) = await run_search(gallery.searcher, collection, [sample.wanted.with_feature(made.feature)], deadline)
         self._worked_s += (made.timings.decode_ns + made.timings.infer_ns + answer.search_ns + answer.rerank_ns) / 1e9
         return answer, made.timings.infer_ns // len(sample.source.images)
 
@@ -352,7 +352,7 @@ class ShadowManager:
     async def _begin(
         self, tenant: Tenant, of: Collection, model_id: str, space: Space, bounds: ShadowLimits
     ) -> ShadowStatus:
-        active = self._models.in_space(of.space.space_id)
+        active = self._models.model_of_space(of.space.space_id)
         names = (model_id, space.space_id, active.model_id if active else of.space.model_id, of.space.space_id)
         begun = ShadowStatus(of.name, *names, ShadowState.RUNNING, bounds, now_us())
         shadow = ShadowRun(tenant, begun, space, self._under_way)

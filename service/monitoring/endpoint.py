@@ -86,7 +86,7 @@ class EndpointSource:
         scheme, _, secret = header.partition(" ")
         try:
             self._book.follow()
-            if not (self._always or self._book.asked):
+            if not (self._always or self._book.required):
                 return True
             found = self._book.find(secret.strip()) if scheme.lower() == "bearer" else None
         except FormatError as error:

@@ -160,7 +160,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         reference = convert.to_window(request.reference, "reference") if request.HasField("reference") else None
         gallery = (await self._own()).gallery
         of = await gallery.collection(request.collection_id)
-        told = await gallery.figures.told(of, window=window, space_id=request.space_id, reference=reference)
+        told = await gallery.statistics.window_stats(of, window=window, space_id=request.space_id, reference=reference)
         figures = [window_stats_message(one, active=one.space_id == of.space.space_id) for one in told]
         return admin_pb2.GetSearchFiguresResponse(figures=figures)
 

@@ -92,7 +92,7 @@ class FeedbackServicer(gallery_pb2_grpc.GalleryServiceServicer):
         since_us = None
         if request.HasField("enrolled_since"):
             since_us = convert.to_micros(request.enrolled_since, "enrolled_since")
-        async with self._tenants.held(current().tenant) as tenant:
+        async with self._tenants.lease(current().tenant) as tenant:
             collection = await tenant.gallery.collection(request.collection_id)
             if not collection.keep_crops:
                 raise CropsMissingError(
@@ -224,7 +224,7 @@ class GalleryServicer(FeedbackServicer):
         if request.atomic:
             try:
                 done: Iterator[Enrolled | ReIDError] = iter(
-                    await gallery.enrol_together(request.collection_id, wanted, deadline)
+                    await gallery.enrol_atomic(request.collection_id, wanted, deadline)
                 )
             except ReIDError as error:
                 raise _at(error, int(error.facts.pop("item", -1))) from None
@@ -318,7 +318,7 @@ class GalleryServicer(FeedbackServicer):
 async def _messages(gallery: Gallery, *found: Collection) -> list[gallery_pb2.Collection]:
     return [
         convert.collection_message(collection, count, gallery.searcher.revision(collection))
-        for collection, count in await gallery.counted(found)
+        for collection, count in await gallery.with_entry_counts(found)
     ]
 
 

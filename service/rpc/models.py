@@ -132,7 +132,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         return model_pb2.GetModelResponse(model=await self._info(request.model_id))
 
     async def _info(self, model_id: str) -> model_pb2.Model:
-        return model_message(await asyncio.to_thread(self._models.info, model_id))
+        return model_message(await asyncio.to_thread(self._models.status, model_id))
 
     async def LoadModel(self, request: model_pb2.LoadModelRequest, context: Context) -> model_pb2.LoadModelResponse:
         """Begin to load a model; the operation tells when it can be activated, or why not."""
@@ -168,7 +168,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         return model_pb2.ActivateModelResponse(active=self._told(active), previous=self._told(previous))
 
     def _told(self, model: LoadedModel) -> model_pb2.Model:
-        return model_message(self._models.info_of(model))
+        return model_message(self._models.status_of(model))
 
     async def MigrateCollection(
         self, request: model_pb2.MigrateCollectionRequest, context: Context
@@ -194,7 +194,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         """Search a collection in another of its spaces from the next search on."""
         tenant = await self._own()
         previous = await tenant.store.read(reads.collection, request.collection_id)
-        if self._models.in_space(request.space_id) is None:
+        if self._models.model_of_space(request.space_id) is None:
             raise ModelNotFoundError(
                 f"no loaded model embeds into space {request.space_id[:80]!r}, so no crop could be searched there: "
                 "load its model first",

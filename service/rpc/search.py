@@ -164,7 +164,7 @@ def verify_message(
     similarity: float, decider: Decider, space: Space, left: FeatureResult, right: FeatureResult
 ) -> search_pb2.VerifyResponse:
     """The answer to one comparison for the wire."""
-    (judged,) = decider.judged([similarity])
+    (judged,) = decider.decide([similarity])
     return search_pb2.VerifyResponse(
         score=score_message(similarity, judged.probability),
         decision=DECISIONS[judged.decision],
@@ -248,7 +248,7 @@ class SearchServicer(search_pb2_grpc.SearchServiceServicer):
         )
         similarity = float(np.clip((left.feature * right.feature).sum(), -1.0, 1.0))
         tenant.audit.note(AuditEvent(current().name, "SearchService.Verify", collection.name))
-        return verify_message(similarity, Decider.of(collection), collection.space, left, right)
+        return verify_message(similarity, Decider.for_collection(collection), collection.space, left, right)
 
     async def _one(self, request: search_pb2.SearchRequest, deadline: float, method: str) -> search_pb2.SearchResponse:
         (answer,) = await self._answers([request], deadline, method)
@@ -289,17 +289,19 @@ class SearchServicer(search_pb2_grpc.SearchServiceServicer):
             if kind is None:
                 raise InputError("nothing to search for: set image, shots, embedding or entry_id", field="query")
             asked = search_params(request, self._settings)
-            Decider.of(collection).least_similarity(asked.min_probability)
+            Decider.for_collection(collection).least_similarity(asked.min_probability)
             if request.min_revision > collection.revision:
                 await gallery.collection_at(collection.name, request.min_revision, deadline)
             if kind == "entry_id":
                 _, _, feature = await gallery.entry(collection.name, request.entry_id, with_feature=True)
                 assert feature is not None
                 return _PreparedQuery(
-                    asked.of(feature, without=request.entry_id), FeatureResult(feature, 0.0, Timings())
+                    asked.with_feature(feature, without=request.entry_id), FeatureResult(feature, 0.0, Timings())
                 )
             source = convert.to_source(request, kind)
             made = await gallery.feature(collection, source, deadline)
-            return _PreparedQuery(asked.of(made.feature), made, source if isinstance(source, CropSource) else None)
+            return _PreparedQuery(
+                asked.with_feature(made.feature), made, source if isinstance(source, CropSource) else None
+            )
         except ReIDError as error:
             return error

@@ -40,7 +40,7 @@ class GroupBy(StrEnum):
     TRACK = "track_id"
     CAMERA = "camera_id"
 
-    def of(self, entry: EntryRecord) -> tuple[str, str]:
+    def key_of(self, entry: EntryRecord) -> tuple[str, str]:
         """What tells an entry's group from others."""
         name = str(getattr(entry, self.value))
         return (self.value, name) if name else ("entry_id", entry.entry_id)
@@ -56,12 +56,12 @@ class Groups:
     def add(self, hits: Iterable[Hit]) -> None:
         """Take in hits, best first."""
         for hit in hits:
-            self.members.setdefault(self.by.of(hit.entry), []).append(hit)
+            self.members.setdefault(self.by.key_of(hit.entry), []).append(hit)
 
     def __len__(self) -> int:
         return len(self.members)
 
-    def beyond(self, filters: Filter) -> Filter:
+    def excluding_known(self, filters: Filter) -> Filter:
         """A filter that in addition leaves out every group known."""
         known: dict[str, list[str]] = {}
         for kind, name in self.members:
@@ -87,7 +87,7 @@ class MatchDecision(NamedTuple):
     probability: float | None
     decision: Decision | None
 
-    def reaches(self, least: float | None) -> bool:
+    def is_at_least(self, least: float | None) -> bool:
         """Whether it is as probable as asked for, in the float32 of the wire."""
         if least is None:
             return True
@@ -114,7 +114,7 @@ class Decider:
     reject: float = 0.0
 
     @classmethod
-    def of(cls, collection: Collection) -> Decider:
+    def for_collection(cls, collection: Collection) -> Decider:
         """With the collection's own thresholds where it has them."""
         calibration = collection.space.calibration
         if calibration is None:
@@ -123,7 +123,7 @@ class Decider:
         reject = collection.reject_probability or calibration.reject
         return cls(collection.name, calibration, accept, min(reject, accept))
 
-    def judged(self, similarities: Sequence[float]) -> list[MatchDecision]:
+    def decide(self, similarities: Sequence[float]) -> list[MatchDecision]:
         """Each of some similarities, all at once: numpy's calls cost more here than the numbers do."""
         if self.calibration is None:
             return [NO_DECISION] * len(similarities)
@@ -133,7 +133,7 @@ class Decider:
         ]
 
     @property
-    def nothing(self) -> Decision | None:
+    def no_hit_decision(self) -> Decision | None:
         """What a query without a hit is taken for."""
         return None if self.calibration is None else "unknown"
 
@@ -143,7 +143,7 @@ class Decider:
         return "uncertain" if probability >= self.reject else "unknown"
 
     def least_similarity(self, probability: float | None) -> float:
-        """A similarity below which none is as probable, -1..1; `MatchDecision.reaches` is exact where this is near.
+        """A similarity below which none is as probable, -1..1; `MatchDecision.is_at_least` is exact where this is near.
 
         Raises:
             UncalibratedError: a probability is asked of a space that has none.
@@ -247,7 +247,7 @@ class SearchParams:
     exact: bool = False
     with_features: bool = False
 
-    def of(self, feature: Feature, *, without: str = "") -> SearchParams:
+    def with_feature(self, feature: Feature, *, without: str = "") -> SearchParams:
         """With its feature, float32 (D,) of unit length, and without the entry it came from."""
         filters = self.query.filters
         if without:
@@ -255,7 +255,7 @@ class SearchParams:
         return replace(self, query=replace(self.query, feature=feature, filters=filters))
 
     @property
-    def first(self) -> int:
+    def first_fetch(self) -> int:
         """Entries to fetch at first."""
         wanted = self.query.top_k * (PER_GROUP if self.group_by else 1)
         return wanted if self.rerank is None else max(self.query.top_k, self.rerank.candidates)
@@ -304,7 +304,7 @@ async def run_search(
         UncalibratedError: a probability is asked of a space that knows none.
         ReIDError: as `Searcher.search`.
     """
-    decider = Decider.of(collection)
+    decider = Decider.for_collection(collection)
     rounds = [_SearchRun(searcher, collection, one, decider, deadline) for one in wanted]
     alike: dict[tuple[bool, bool], list[_SearchRun]] = {}
     for one in rounds:
@@ -336,7 +336,7 @@ class _SearchRun:
         self.with_features = wanted.with_features or wanted.rerank is not None
         # Candidates to be ordered anew are cut afterwards: they tell of each other whatever their own similarity.
         least = -1.0 if wanted.rerank else max(wanted.query.min_similarity, self._least)
-        self.query = replace(wanted.query, top_k=wanted.first, min_similarity=least)
+        self.query = replace(wanted.query, top_k=wanted.first_fetch, min_similarity=least)
         self.found: list[SearchOutcome] = []
 
     @property
@@ -354,10 +354,10 @@ class _SearchRun:
             with call_events.timed_stage("rerank"):
                 by = await asyncio.to_thread(_ranking_scores, self.wanted, hits)
         rerank_ns = time.perf_counter_ns() - started_ns if self.wanted.rerank else 0
-        best = self._judged(hits, by)
+        best = self._select(hits, by)
         return RankedAnswer(
             hits=tuple(best),
-            decision=best[0].decision if best else self._decider.nothing,
+            decision=best[0].decision if best else self._decider.no_hit_decision,
             revision=self.found[0].revision,
             exact=all(found.exact for found in self.found),
             search_ns=sum(found.search_ns for found in self.found),
@@ -377,7 +377,7 @@ class _SearchRun:
                 room = min(room, max(self.wanted.query.top_k, self.wanted.rerank.most) - held)
             if len(hits) < query.top_k or len(groups) >= self.wanted.query.top_k or room <= 0:
                 return
-            query = replace(self.query, top_k=room, filters=groups.beyond(self.query.filters))
+            query = replace(self.query, top_k=room, filters=groups.excluding_known(self.query.filters))
             self.found += await self._searcher.search(
                 self._collection,
                 [query],
@@ -386,19 +386,19 @@ class _SearchRun:
                 deadline=self._deadline,
             )
 
-    def _judged(self, hits: Sequence[Hit], by: Sequence[float]) -> list[ScoredHit]:
+    def _select(self, hits: Sequence[Hit], by: Sequence[float]) -> list[ScoredHit]:
         """The best that are similar and probable enough; of a group its best with the group's size."""
         order = np.argsort(-np.asarray(by, np.float64), kind="stable") if self.wanted.rerank else range(len(hits))
         only_looked_at = self.with_features and not self.wanted.with_features
-        judgements = self._decider.judged([hit.similarity for hit in hits])
+        judgements = self._decider.decide([hit.similarity for hit in hits])
         sizes: dict[object, int] = {}
         chosen: dict[object, int] = {}
         for number in order:
-            if hits[number].similarity < self.wanted.query.min_similarity or not judgements[number].reaches(
+            if hits[number].similarity < self.wanted.query.min_similarity or not judgements[number].is_at_least(
                 self.wanted.min_probability
             ):
                 continue
-            group = number if self.wanted.group_by is None else self.wanted.group_by.of(hits[number].entry)
+            group = number if self.wanted.group_by is None else self.wanted.group_by.key_of(hits[number].entry)
             sizes[group] = sizes.get(group, 0) + 1
             chosen.setdefault(group, number)
         return [

@@ -80,7 +80,7 @@ class NearestSearch:
         self._connection, self._held, self._ladder = connection, held, ladder
         self._exact = exact or not held.index.approximate
 
-    def answers(self, queries: Sequence[NearestQuery], *, with_features: bool) -> list[NearestAnswer]:
+    def search(self, queries: Sequence[NearestQuery], *, with_features: bool) -> list[NearestAnswer]:
         """Hits of each query; those that look at the same entries are searched together."""
         out: list[NearestAnswer | None] = [None] * len(queries)
         open_ones: dict[int, list[int]] = {}  # queries of any filter share one scan, if they want about as many
@@ -549,9 +549,7 @@ class Searcher:
             held = self._indexes.current(collection)
             tune_faiss(collection.space.dim).apply(collection.space.dim)
             nearest = NearestSearch(self._store.reader(), held, self._ladder, exact=kind.exact)
-            answers: list[NearestAnswer] = nearest.answers(
-                [job.query for job in jobs], with_features=kind.with_features
-            )
+            answers: list[NearestAnswer] = nearest.search([job.query for job in jobs], with_features=kind.with_features)
         except sqlite3.Error as error:
             raise translate_error(error) from error
         search_ns = (time.perf_counter_ns() - started_ns) // len(jobs)

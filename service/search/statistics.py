@@ -280,7 +280,7 @@ class SearchStatistics:
         self._flushing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begin to write what `note` gathers."""
+        """Begin to write what `record` gathers."""
         self._flushing = asyncio.create_task(self._flush_forever(), name="search-figures")
 
     async def stop(self) -> None:
@@ -291,7 +291,7 @@ class SearchStatistics:
                 await self._flushing
         await self.flush()
 
-    def note(self, collection: Collection, answers: Sequence[RankedAnswer]) -> None:
+    def record(self, collection: Collection, answers: Sequence[RankedAnswer]) -> None:
         """Count searches of a collection that were answered a moment ago."""
         at_us = now_us()
         place = (collection.key, collection.space.space_id), at_us // MINUTE_US
@@ -322,7 +322,7 @@ class SearchStatistics:
                 taken[place] = taken[place] + later if place in taken else later
             self._waiting = dict(list(taken.items())[-MAX_WAITING:])
 
-    async def told(
+    async def window_stats(
         self,
         collection: Collection,
         *,

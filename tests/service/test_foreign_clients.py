@@ -188,7 +188,7 @@ def test_node_is_told_what_is_wrong(node: Node, tmp_path: Path) -> None:
     query = tmp_path / "query.jpg"
     query.write_bytes(b"no image")
     status, _, err = node("--collection", "NOT A NAME", "--query", str(query))
-    assert status == 1 and err.startswith("INVALID_ARGUMENT: a collection's name is")
+    assert status == 1 and err.startswith("INVALID_ARGUMENT: a collection name has")
 
 
 @pytest.mark.slow

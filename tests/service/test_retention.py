@@ -37,7 +37,7 @@ def test_each_thing_leaves_when_its_time_has_come(store, tmp_path):
         assert [event.method for event in await book.listed()] == ["new", "old"]
 
         reached = (await store.read(reads.collection, "lobby")).revision
-        await purge_expired(store, RetentionPeriods(audit_s=30 * DAY_S, space_s=0.0), taken_in=[(both.key, reached)])
+        await purge_expired(store, RetentionPeriods(audit_s=30 * DAY_S, space_s=0.0), indexed=[(both.key, reached)])
         assert not holding(tmp_path, feature(5).tobytes()) and holding(tmp_path, feature(105).tobytes())
         assert [event.method for event in await book.listed()] == ["new"]
         assert await store.read(lambda c: c.execute("SELECT count(*) FROM change").fetchall()) == [(0,)]
@@ -51,7 +51,7 @@ def test_revisions_rise_although_the_change_log_is_forgotten(store):
     async def body():
         lobby = await made(store)
         first = await store.write(writes.enrol, lobby, enrolment(1))
-        await purge_expired(store, RetentionPeriods(audit_s=DAY_S, space_s=0.0), taken_in=[(lobby.key, first.revision)])
+        await purge_expired(store, RetentionPeriods(audit_s=DAY_S, space_s=0.0), indexed=[(lobby.key, first.revision)])
         second = await store.write(writes.enrol, lobby, enrolment(2))
         assert second.revision > first.revision
 

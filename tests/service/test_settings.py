@@ -40,7 +40,7 @@ def test_settings_do_not_change():
         ({"provider": "tpu"}, "provider.*found 'tpu'"),
         ({"max_bach": 3}, "did you mean max_batch"),
         ({"max_queue": 10}, "max_queue must hold a batch"),
-        ({"tls_cert": Path("c")}, "tls_cert and tls_key come together"),
+        ({"tls_cert": Path("c")}, "tls_cert and tls_key belong together"),
         ({"tls_client_ca": Path("c")}, "tls_client_ca needs tls_cert"),
         ({"auth": "off"}, "auth.*found 'off'"),
         ({"insecure_listen": True}, "there is no setting insecure_listen"),

@@ -136,6 +136,6 @@ def test_those_with_interrupted_work_are_known_without_being_opened(tmp_path):
             assert await every.unfinished("rebuild") == []
         async with opened(tmp_path) as every:  # nobody ended acme's
             assert await every.unfinished("migrate") == ["acme"]
-            assert [tenant.name for tenant in every.opened()] == ["default"]
+            assert [tenant.name for tenant in every.open_tenants()] == ["default"]
 
     asyncio.run(body())

@@ -63,16 +63,16 @@ def test_revoking_the_last_one_leaves_the_door_shut(file, eager):
     secret, _ = file.create("anna", Role.ADMIN)
     book = TokenLookup(file)
     assert file.revoke("anna") == 1
-    assert book.find(secret) is None and book.asked and TokenLookup(file).asked
+    assert book.find(secret) is None and book.required and TokenLookup(file).required
     file.path.unlink()
-    assert book.find(secret) is None and book.asked
+    assert book.find(secret) is None and book.required
 
 
 def test_the_first_token_shuts_a_door_that_stood_open(file, eager):
     book = TokenLookup(file)
-    assert not book.asked
+    assert not book.required
     secret, _ = file.create("anna", Role.ADMIN)
-    assert book.find(secret) and book.asked
+    assert book.find(secret) and book.required
 
 
 def test_revoking_what_is_not_there_is_told(file):

@@ -269,7 +269,7 @@ def test_callers_go_before_enrolments_which_fill_their_batch_and_both_before_a_m
             for number in range(3)
         ]
         await asyncio.sleep(0.02)
-        batcher._lanes.ran(Priority.REEMBED, 1.0)  # it had its turn just now
+        batcher._lanes.record_batch_time(Priority.REEMBED, 1.0)  # it had its turn just now
         runtime.gate.set()
         await asyncio.gather(first, *tasks)
         assert runtime.batches[:3] == [1, 4, 2] and sum(runtime.batches[3:]) == 3 and runtime.firsts[1:4] == [0, 11, 20]
@@ -290,7 +290,7 @@ def test_an_idle_model_waits_for_what_is_being_decoded_but_not_for_ever():
             batcher.put(job)
         await asyncio.sleep(0.05)
         assert runtime.batches == [1]
-        batcher.missed(jobs[2])
+        batcher.discard(jobs[2])
         batcher.put(jobs[3])
         await asyncio.gather(*(job.answer for job in jobs if job is not jobs[2]))
         assert runtime.batches == [1, 3]

@@ -74,18 +74,18 @@ def test_no_more_pixels_than_the_budget_are_decoded_at_once(tmp_path, monkeypatc
     held, most, lock = 0, 0, threading.Lock()
 
     class Watched(PixelBudget):
-        def take(self, pixels):
+        def acquire(self, pixels):
             nonlocal held, most
-            super().take(pixels)
+            super().acquire(pixels)
             with lock:
                 held += pixels
                 most = max(most, held)
 
-        def give(self, pixels):
+        def release(self, pixels):
             nonlocal held
             with lock:
                 held -= pixels
-            super().give(pixels)
+            super().release(pixels)
 
     monkeypatch.setattr(module, "PixelBudget", Watched)
     buffer = io.BytesIO()
