@@ -176,7 +176,7 @@ class Gallery:
 
     async def start(self) -> None:
         """Remember what the served model's similarities mean, and build the indexes from the store."""
-        await self._store.book(writes.save_space, self.space)
+        await self._store.write_unchecked(writes.save_space, self.space)
         await self.searcher.load(self.space.dim)
         await self.figures.start()
 

@@ -205,7 +205,7 @@ class Tenants:
         try:
             gallery = self._make(store)
             operations = Operations(store)
-            await operations.recover()
+            await operations.interrupt_unfinished()
             await gallery.start()
         except BaseException:
             await asyncio.to_thread(store.close)
@@ -274,6 +274,6 @@ async def purge_expired(store: Store, kept: RetentionPeriods, *, taken_in: Seque
         dropped = await store.erase(spaces.drop_retired_space, name, space_id, retired_us)
         log.info("space dropped collection=%s space=%s features=%d", name, space_id, dropped)
     await audit.purge_older_events(store, kept.audit_s)
-    await store.book(statistics.purge_counts)
-    await store.book(writes.purge_requests, taken_in)
+    await store.write_unchecked(statistics.purge_counts)
+    await store.write_unchecked(writes.purge_requests, taken_in)
     await erase_from_snapshots(store)

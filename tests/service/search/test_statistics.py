@@ -146,7 +146,7 @@ def test_the_drift_compares_the_newest_with_the_first_and_outlives_what_holds_it
         place = (lobby.key, SPACE.space_id)
         figures = SearchStatistics(store)
         for number, part in enumerate(parts):
-            drifts = await store.book(statistics.write_counts, {(place, now - 10 + number): counted(part, now)})
+            drifts = await store.write_unchecked(statistics.write_counts, {(place, now - 10 + number): counted(part, now)})
             if number < 4:
                 assert drifts == {}  # the reference is not full, or fewer than enough came after it
         assert (
@@ -177,8 +177,8 @@ def test_minutes_are_added_up_kept_for_a_month_and_go_with_their_collection(tmp_
         lobby = await made(store)
         place, now = (lobby.key, SPACE.space_id), now_us() // MINUTE_US
         for minute in (now - 31 * 1440, now - 29 * 1440, now, now):
-            await store.book(statistics.write_counts, {(place, minute): counted((0.5, 0.9), minute)})
-        assert await store.book(statistics.purge_counts) == 1
+            await store.write_unchecked(statistics.write_counts, {(place, minute): counted((0.5, 0.9), minute)})
+        assert await store.write_unchecked(statistics.purge_counts) == 1
         figures = SearchStatistics(store)
         (told,) = await figures.told(lobby)
         assert (told.counted.searches, told.reference.hits) == (6, 8)
@@ -203,10 +203,10 @@ def test_what_cannot_be_written_waits_and_a_caller_who_leaves_loses_nothing(tmp_
         (told,) = await figures.told(lobby)
         assert told.counted.searches == 1
         figures.note(lobby, [answered(0.5)])
-        await store.book(lambda c: c.execute("ALTER TABLE search_minute RENAME TO away") and None)
+        await store.write_unchecked(lambda c: c.execute("ALTER TABLE search_minute RENAME TO away") and None)
         await figures.flush()  # refused
         figures.note(lobby, [answered(0.5)])
-        await store.book(lambda c: c.execute("ALTER TABLE away RENAME TO search_minute") and None)
+        await store.write_unchecked(lambda c: c.execute("ALTER TABLE away RENAME TO search_minute") and None)
         (told,) = await figures.told(lobby)
         assert told.counted.searches == 3
 
