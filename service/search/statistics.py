@@ -315,7 +315,7 @@ class SearchStatistics:
 
     async def _write(self, taken: dict[tuple[SpaceKey, int], SearchCounts]) -> None:
         try:
-            self._drifts |= await self._store.book(write_counts, taken)
+            self._drifts |= await self._store.write_unchecked(write_counts, taken)
         except ReIDError as error:
             log.error("the figures of %d minutes of searches wait: %s", len(taken), error)
             for place, later in self._waiting.items():
