@@ -183,7 +183,7 @@ class Gallery:
 
     async def start(self) -> None:
         """Store the active model's space and calibration, and build the indexes from the store."""
-        await self._store.book(writes.save_space, self.space)
+        await self._store.write_unchecked(writes.save_space, self.space)
         await self.searcher.load(self.space.dim)
         await self.statistics.start()
 

@@ -207,7 +207,7 @@ class Tenants:
         try:
             gallery = self._make(store)
             operations = Operations(store)
-            await operations.recover()
+            await operations.interrupt_unfinished()
             await gallery.start()
         except BaseException:
             await asyncio.to_thread(store.close)
@@ -276,6 +276,6 @@ async def purge_expired(store: Store, retention: RetentionPeriods, *, indexed: S
         dropped = await store.erase(spaces.drop_retired_space, name, space_id, retired_us)
         log.info("space dropped collection=%s space=%s features=%d", name, space_id, dropped)
     await audit.purge_older_events(store, retention.audit_s)
-    await store.book(statistics.purge_counts)
-    await store.book(writes.purge_requests, indexed)
+    await store.write_unchecked(statistics.purge_counts)
+    await store.write_unchecked(writes.purge_requests, indexed)
     await erase_from_snapshots(store)

@@ -225,7 +225,7 @@ class ShadowRun:
             pass
         if self.bounds.expire_us is not None and now_us() >= self.bounds.expire_us:
             self.end(ShadowState.EXPIRED)
-        if (await self._note()).cancel_asked:
+        if (await self._note()).cancel_requested:
             self.end(ShadowState.STOPPED)
         try:
             self.fits(await self._tenant.store.read(reads.collection, self._begun.collection))
@@ -374,7 +374,7 @@ class ShadowManager:
         shadow.operation_id = operation.operation_id  # before its work begins
         self._shadows[place] = shadow
         row = AuditEvent(current().name, "ModelService.StartShadow", of.name, reason=f"model {model_id}")
-        tenant.audit.note(row)  # of a beginning; who asks again to look at it begins nothing
+        tenant.audit.add(row)  # of a beginning; who asks again to look at it begins nothing
         tenant.gallery.searcher.follow(replace(of, space=space))  # its index, should the server have started since
         return shadow.told()
 
@@ -393,7 +393,7 @@ class ShadowManager:
         if (held := self._shadows.get((tenant.name, of.key))) is not None:
             held.fits(of)
             return held.told()
-        for old in await tenant.operations.listed(limit=MAX_LISTED, kind=SHADOW_KIND):
+        for old in await tenant.operations.list_operations(limit=MAX_LISTED, kind=SHADOW_KIND):
             if old.details["key"] == of.key:
                 told = replace(ShadowStatus.of(old.details["shadow"]), operation_id=old.operation_id)
                 if told.state is ShadowState.RUNNING:  # as it was noted when it began

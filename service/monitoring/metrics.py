@@ -253,7 +253,7 @@ class ServerGauges(Collector):
         free, total = disk_room(self._settings.data)
         yield _gauge("resight_disk_free_bytes", "Free on the data folder's disk.", free)
         yield _gauge("resight_disk_total_bytes", "Size of the data folder's disk.", total)
-        low = any(tenant.store.low for tenant in tenants)
+        low = any(tenant.store.is_low for tenant in tenants)
         yield _gauge("resight_disk_low", "1 while writes are refused for want of room.", low)
         paths = [tenant.store.path for tenant in tenants]
         logs = [path.with_name(f"{path.name}-wal") for path in paths]

@@ -130,7 +130,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.CreateSnapshotRequest, context: Context
     ) -> admin_pb2.CreateSnapshotResponse:
         """Copy the tenant's database beside it while it is in use."""
-        name = snapshots.check_name(request.snapshot_id or snapshots.name_of_now())
+        name = snapshots.check_name(request.snapshot_id or snapshots.timestamp_name())
         tenant = await self._own()
         started = await self._work.begin(
             tenant.operations, "snapshot", _SnapshotJob(tenant, name).run, snapshot_id=name
@@ -145,7 +145,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         start_us, end_us = convert.to_window(request.window, "window")
         before = key_of_token(request.page_token) or None
         audit = (await self._own()).audit
-        found = await audit.listed(start_us=start_us, end_us=end_us, before=before, limit=limit + 1)
+        found = await audit.list_events(start_us=start_us, end_us=end_us, before=before, limit=limit + 1)
         more = len(found) > limit
         return admin_pb2.ListAuditEventsResponse(
             events=[_audit_event_message(event) for event in found[:limit]],
@@ -180,7 +180,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         state = state_of(request.state)
         if state is None:
             raise InputError("state is RUNNING, SUCCEEDED or FAILED: tell which", field="state")
-        told = await (await self._own()).store.book(
+        told = await (await self._own()).store.write_unchecked(
             operations.report_adaptation, request.operation_id, state, result=dict(request.result), error=request.error
         )
         return admin_pb2.ReportAdaptationResponse(operation=operation_message(told))
@@ -210,7 +210,7 @@ class _SnapshotJob:
 
     async def _tell(self, operation_id: str) -> None:
         now = await self._tenant.operations.progress(operation_id, total=self._total, succeeded=self._done)
-        self._cancelled |= now.cancel_asked
+        self._cancelled |= now.cancel_requested
 
     def _progress(self, done: int, total: int) -> None:
         if self._cancelled:

@@ -68,7 +68,7 @@ class FeedbackServicer(gallery_pb2_grpc.GalleryServiceServicer):
         limit, after = page_size(request.page_size), key_of_token(request.page_token)
         tenant = await self._tenants.tenant(current().tenant)
         collection = await tenant.gallery.collection(request.collection_id)
-        found = await tenant.store.read(feedback.listed, collection.key, after=after, limit=limit + 1)
+        found = await tenant.store.read(feedback.list_records, collection.key, after=after, limit=limit + 1)
         return gallery_pb2.ListFeedbackResponse(
             feedback=[feedback_message(one) for one in found[:limit]],
             next_page_token=page_token(found[limit - 1].key) if len(found) > limit else "",
@@ -109,10 +109,10 @@ class FeedbackServicer(gallery_pb2_grpc.GalleryServiceServicer):
                         entry=convert.entry_message(one.entry), images=one.images, cursor=page_token(one.key)
                     )
                     if count == AUDIT_EVERY_CROPS:
-                        tenant.audit.note(replace(event, affected=count))
+                        tenant.audit.add(replace(event, affected=count))
                         count = 0
             finally:
-                tenant.audit.note(replace(event, affected=count))
+                tenant.audit.add(replace(event, affected=count))
 
 
 def feedback_message(told: FeedbackRecord) -> gallery_pb2.Feedback:

@@ -146,7 +146,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             return {"model_id": model.model_id, "space_id": model.space.space_id}
 
         operation = await self._work.begin(tenant.operations, LOAD, load, total=1, model_id=request.model_id)
-        tenant.audit.note(_audit_event("LoadModel", reason=f"model {request.model_id}"))
+        tenant.audit.add(_audit_event("LoadModel", reason=f"model {request.model_id}"))
         return model_pb2.LoadModelResponse(operation=operation_message(operation))
 
     async def UnloadModel(
@@ -155,7 +155,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         """Let a model go when the last request that began with it has ended."""
         tenant = await self._own()
         await self._models.unload(request.model_id)
-        tenant.audit.note(_audit_event("UnloadModel", reason=f"model {request.model_id}"))
+        tenant.audit.add(_audit_event("UnloadModel", reason=f"model {request.model_id}"))
         return model_pb2.UnloadModelResponse()
 
     async def ActivateModel(
@@ -164,7 +164,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         """Let a loaded model embed what names none."""
         tenant = await self._own()
         active, previous = await self._models.activate(request.model_id, expected=request.expected_current_model_id)
-        tenant.audit.note(_audit_event("ActivateModel", reason=f"model {active.model_id}"))
+        tenant.audit.add(_audit_event("ActivateModel", reason=f"model {active.model_id}"))
         return model_pb2.ActivateModelResponse(active=self._told(active), previous=self._told(previous))
 
     def _told(self, model: LoadedModel) -> model_pb2.Model:
@@ -185,7 +185,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         told = _audit_event(
             "MigrateCollection", request.collection_id, operation.total, f"model {request.target_model_id}"
         )
-        tenant.audit.note(told)
+        tenant.audit.add(told)
         return model_pb2.MigrateCollectionResponse(operation=operation_message(operation))
 
     async def ActivateSpace(
@@ -231,7 +231,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         """End a collection's shadow."""
         tenant = await self._own()
         told = await self._shadows.stop(tenant, request.collection_id)
-        tenant.audit.note(_audit_event("StopShadow", told.collection, told.figures.answered, f"model {told.model_id}"))
+        tenant.audit.add(_audit_event("StopShadow", told.collection, told.figures.answered, f"model {told.model_id}"))
         return model_pb2.StopShadowResponse(shadow=shadow_message(told))
 
 

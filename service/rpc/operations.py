@@ -71,7 +71,7 @@ class OperationServicer(operation_pb2_grpc.OperationServiceServicer):
         if request.state and state is None:
             raise InputError(f"there is no state {request.state}: see OperationState", field="state")
         tenant = await self._tenants.tenant(current().tenant)
-        found = await tenant.operations.listed(before=before, limit=limit + 1, kind=request.kind, state=state)
+        found = await tenant.operations.list_operations(before=before, limit=limit + 1, kind=request.kind, state=state)
         return operation_pb2.ListOperationsResponse(
             operations=[operation_message(one) for one in found[:limit]],
             next_page_token=page_token(found[limit - 1].key) if len(found) > limit else "",

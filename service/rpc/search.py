@@ -248,7 +248,7 @@ class SearchServicer(search_pb2_grpc.SearchServiceServicer):
             gallery.feature(collection, convert.to_crop_source(request.right, "right"), deadline),
         )
         similarity = float(np.clip((left.feature * right.feature).sum(), -1.0, 1.0))
-        tenant.audit.note(AuditEvent(current().name, "SearchService.Verify", collection.name))
+        tenant.audit.add(AuditEvent(current().name, "SearchService.Verify", collection.name))
         return verify_message(similarity, Decider.for_collection(collection), collection.space, left, right)
 
     async def _one(self, request: search_pb2.SearchRequest, deadline: float, method: str) -> search_pb2.SearchResponse:
@@ -277,7 +277,7 @@ class SearchServicer(search_pb2_grpc.SearchServiceServicer):
             if shadow is not None and one.crops is not None:
                 shadow.offer(collection, one.wanted, one.crops, answer)
             event = AuditEvent(current().name, f"SearchService.{method}", collection.name, affected=len(answer.hits))
-            tenant.audit.note(event)
+            tenant.audit.add(event)
             answers.append(search_message(answer, collection.space, one.made))
         return answers
 

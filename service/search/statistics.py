@@ -316,7 +316,7 @@ class SearchStatistics:
 
     async def _write(self, minutes: dict[tuple[SpaceKey, int], SearchCounts]) -> None:
         try:
-            self._drifts |= await self._store.book(write_counts, minutes)
+            self._drifts |= await self._store.write_unchecked(write_counts, minutes)
         except ReIDError as error:
             log.error("search statistics of %d minutes not written, will retry: %s", len(minutes), error)
             for key, later in self._waiting.items():

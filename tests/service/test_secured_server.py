@@ -88,7 +88,7 @@ def test_an_enroller_lets_nobody_stay_longer_than_the_collection_says(connect, t
     later, soon = datetime.now(UTC) + timedelta(days=2), datetime.now(UTC) + timedelta(hours=20)
     with connect(tokens[Role.OPERATOR]) as operator, connect(tokens[Role.ENROLLER]) as enroller:
         operator.create_collection("brief", ttl=timedelta(days=1))
-        with pytest.raises(InputError, match="live 1 days, this one would live longer") as refused:
+        with pytest.raises(InputError, match="expire after 1 days, this one would expire later") as refused:
             enroller.enrol("brief", NewEntry(jpeg(1), "one", expire_time=later))
         assert refused.value.field == "entry.expire_time"
         items = [NewEntry(jpeg(1), "one", expire_time=soon), NewEntry(jpeg(2), "two", expire_time=later)]

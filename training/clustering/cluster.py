@@ -18,12 +18,14 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from resight.arrays import Floats, Ints
 from resight.errors import TrainingError
-from resight.neighbours.jaccard import (
+from resight.neighbours.jaccard import jaccard_graph
+from resight.neighbours.reciprocal import (
     ReciprocalEncoding,
+    camera_list_lengths,
     encode_camera_aware,
     encode_reciprocal,
-    jaccard_graph,
 )
+from resight.neighbours.search import search_neighbours, search_neighbours_by_camera
 from resight.training.clustering.dbscan import OUTLIER, LinkConstraints, dbscan
 from resight.training.store.crops import CropStore
 from resight.training.store.links import Links
@@ -204,16 +206,16 @@ def _encode(view: Floats, settings: ClusterSettings, cameras: Ints | None, devic
     if settings.centre_cameras and cameras is not None:
         view = centre_cameras(view, cameras)
     if not settings.camera_aware or cameras is None:
-        return encode_reciprocal(view, k1=settings.k1, k2=settings.k2, device=device)
-    return encode_camera_aware(
-        view,
-        cameras,
-        k1_intra=settings.k1_intra,
-        k1_inter=settings.k1_inter,
-        k2_intra=settings.k2_intra,
-        k2_inter=settings.k2_inter,
-        device=device,
-    )
+        near = search_neighbours(view, settings.k1, device=device)
+        return encode_reciprocal(view, near, k1=settings.k1, k2=settings.k2)
+    lists = {
+        "k1_intra": settings.k1_intra,
+        "k1_inter": settings.k1_inter,
+        "k2_intra": settings.k2_intra,
+        "k2_inter": settings.k2_inter,
+    }
+    intra, inter = search_neighbours_by_camera(view, cameras, *camera_list_lengths(**lists), device=device)
+    return encode_camera_aware(intra, inter, **lists)
 
 
 def _view_weights(count: int, local_weight: float) -> list[float]:

@@ -239,7 +239,7 @@ def create_snapshot(
 
     place = _tenant_folder(data, tenant)
     with DataFolder(data):
-        _print_snapshot(copies.create(place / DATABASE_FILE, name or copies.name_of_now()))
+        _print_snapshot(copies.create(place / DATABASE_FILE, name or copies.timestamp_name()))
 
 
 @snapshot.command("list")

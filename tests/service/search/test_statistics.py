@@ -146,7 +146,9 @@ def test_the_drift_compares_the_newest_with_the_first_and_outlives_what_holds_it
         place = (lobby.key, SPACE.space_id)
         statistics = SearchStatistics(store)
         for number, part in enumerate(parts):
-            drifts = await store.book(statistics_module.write_counts, {(place, now - 10 + number): counted(part, now)})
+            drifts = await store.write_unchecked(
+                statistics_module.write_counts, {(place, now - 10 + number): counted(part, now)}
+            )
             if number < 4:
                 assert drifts == {}  # the reference is not full, or fewer than enough came after it
         assert (
@@ -179,8 +181,8 @@ def test_minutes_are_added_up_kept_for_a_month_and_go_with_their_collection(tmp_
         lobby = await made(store)
         place, now = (lobby.key, SPACE.space_id), now_us() // MINUTE_US
         for minute in (now - 31 * 1440, now - 29 * 1440, now, now):
-            await store.book(statistics_module.write_counts, {(place, minute): counted((0.5, 0.9), minute)})
-        assert await store.book(statistics_module.purge_counts) == 1
+            await store.write_unchecked(statistics_module.write_counts, {(place, minute): counted((0.5, 0.9), minute)})
+        assert await store.write_unchecked(statistics_module.purge_counts) == 1
         statistics = SearchStatistics(store)
         (told,) = await statistics.window_stats(lobby)
         assert (told.counts.searches, told.reference.hits) == (6, 8)
@@ -205,10 +207,10 @@ def test_what_cannot_be_written_waits_and_a_caller_who_leaves_loses_nothing(tmp_
         (told,) = await statistics.window_stats(lobby)
         assert told.counts.searches == 1
         statistics.record(lobby, [answered(0.5)])
-        await store.book(lambda c: c.execute("ALTER TABLE search_minute RENAME TO away") and None)
+        await store.write_unchecked(lambda c: c.execute("ALTER TABLE search_minute RENAME TO away") and None)
         await statistics.flush()  # refused
         statistics.record(lobby, [answered(0.5)])
-        await store.book(lambda c: c.execute("ALTER TABLE away RENAME TO search_minute") and None)
+        await store.write_unchecked(lambda c: c.execute("ALTER TABLE away RENAME TO search_minute") and None)
         (told,) = await statistics.window_stats(lobby)
         assert told.counts.searches == 3
 
