@@ -242,7 +242,7 @@ class ServerGauges(Collector):
             "resight_model", "The loaded models, the spaces of their features, and which is active."
         )
         for model_id in self._models.names():
-            model = self._models.info(model_id).loaded
+            model = self._models.status(model_id).loaded
             if model is not None:
                 active = str(model is self._models.active).lower()
                 body = {"model": model_id, "space": model.space.space_id, "version": model.space.model_version}
