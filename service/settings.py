@@ -5,7 +5,6 @@ The environment prefix is ``RESIGHT_`` (``RESIGHT_MAX_BATCH=16``); the file is T
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,6 +16,7 @@ from resight.image import MAX_BYTES, MAX_PIXELS
 from resight.machine import cores
 from resight.runtime.base import Provider
 from resight.runtime.engine import default_folder
+from resight.validation import first_problem, suggestion
 
 MIB = 1024 * 1024
 DAY_S = 86_400
@@ -222,16 +222,14 @@ def load_settings(*, config: Path | None = None, **flags: Any) -> Settings:
     try:
         return WithFile(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "missing":
+        problem = first_problem(error)
+        name = problem.key
+        if problem.kind == "missing":
             message = f"setting {name} is missing: set --{name}, {PREFIX}{name.upper()} or a line in the --config file"
-        elif first["type"] == "extra_forbidden":
-            similar = difflib.get_close_matches(name, Settings.model_fields, 1)
-            hint = f", did you mean {similar[0]}?" if similar else ""
-            message = f"there is no setting {name}{hint}: see docs/operations.md"
+        elif problem.kind == "unknown":
+            message = f"there is no setting {name}{suggestion(name, Settings.model_fields)}: see docs/operations.md"
         else:
-            message = f"setting {name}: {first['msg']}, found {first['input']!r}: see docs/operations.md"
+            message = f"{f'setting {name}' if name else 'settings'}: {problem.reason}: see docs/operations.md"
         raise RecipeError(message, field=name) from error
     except (OSError, ValueError) as error:
         raise RecipeError(f"settings file {config} cannot be read as TOML: {error}") from error

@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import enum
-import fcntl
 import hashlib
 import hmac
 import json
@@ -29,8 +28,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from filelock import FileLock
+
 from resight.errors import FormatError, InputError, NotFoundError
 from resight.files import write_atomic
+from resight.locks import OWNER_ONLY
 from resight.service.records import DEFAULT_TENANT
 
 
@@ -242,15 +244,11 @@ class TokenFile:
     def _update(self) -> Iterator[list[Token]]:
         """The list of tokens, written back on exit; locked against concurrent changes."""
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(self.path.with_suffix(".lock"), mode=OWNER_ONLY):
             tokens = self.read()
             yield tokens
             content = {"schema_version": TOKENS_SCHEMA_VERSION, "tokens": [_token_fields(one) for one in tokens]}
             write_atomic(self.path, (json.dumps(content, indent=1) + "\n").encode(), mode=0o600)
-        finally:
-            os.close(lock)
 
 
 class TokenLookup:

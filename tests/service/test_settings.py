@@ -38,7 +38,7 @@ def test_settings_do_not_change():
         ({"max_batch": 0}, "max_batch.*found 0"),
         ({"listen": "50051"}, "listen.*found '50051'"),
         ({"provider": "tpu"}, "provider.*found 'tpu'"),
-        ({"max_bach": 3}, "did you mean max_batch"),
+        ({"max_bach": 3}, "did you mean 'max_batch'"),
         ({"max_queue": 10}, "max_queue must hold a batch"),
         ({"tls_cert": Path("c")}, "tls_cert and tls_key belong together"),
         ({"tls_client_ca": Path("c")}, "tls_client_ca requires tls_cert"),

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
+from pydantic.dataclasses import dataclass as validated
 from scipy import sparse
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
@@ -29,6 +31,7 @@ from resight.neighbours.search import search_neighbours, search_neighbours_by_ca
 from resight.training.clustering.dbscan import OUTLIER, LinkConstraints, dbscan
 from resight.training.store.crops import CropStore
 from resight.training.store.links import Links
+from resight.validation import STRICT
 
 
 def centre_cameras(features: Floats, cameras: Ints) -> Floats:
@@ -74,7 +77,7 @@ EPS_GRID = tuple(round(0.30 + 0.05 * step, 2) for step in range(9))  # 0.30-0.70
 LARGEST_SHARE_LIMIT = 0.5  # one cluster holding half of a site is a collapse, not a person
 
 
-@dataclass(frozen=True)
+@validated(frozen=True, config=STRICT)
 class ClusterSettings:
     """How features become labels; see the recipes for the sources of the values.
 
@@ -93,17 +96,17 @@ class ClusterSettings:
         k2_inter: neighbours of other cameras in it; 4.
     """
 
-    k1: int = 30
-    k2: int = 6
-    eps: float | Literal["auto"] = "auto"
-    min_samples: int = 4
-    local_weight: float = 0.15
+    k1: Annotated[int, Field(ge=2)] = 30
+    k2: Annotated[int, Field(ge=1)] = 6
+    eps: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = "auto"
+    min_samples: Annotated[int, Field(ge=1)] = 4
+    local_weight: Annotated[float, Field(ge=0, lt=0.5)] = 0.15
     centre_cameras: bool = False
     camera_aware: bool = False
-    k1_intra: int = 5
-    k1_inter: int = 20
-    k2_intra: int = 2
-    k2_inter: int = 4
+    k1_intra: Annotated[int, Field(ge=1)] = 5
+    k1_inter: Annotated[int, Field(ge=1)] = 20
+    k2_intra: Annotated[int, Field(ge=1)] = 2
+    k2_inter: Annotated[int, Field(ge=0)] = 4
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def _panel(
             if text:
                 place = np.median(shown.places[rows_of[number]], axis=0)
                 halo = [patheffects.withStroke(linewidth=2.5, foreground=colour("card"))]
-                axes.text(*place, text, ha="center", va="center", weight="bold", path_effects=halo)
+                axes.text(place[0], place[1], text, ha="center", va="center", weight="bold", path_effects=halo)
 
     span = np.ptp(shown.places, axis=0)
     height = SIDE * (EDGE + float(span[1])) / (EDGE + float(span[0]))

@@ -11,6 +11,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
@@ -35,7 +36,7 @@ def colour(name: str) -> str:
     return f"#fe01{COLOUR_NAMES.index(name):02x}"
 
 
-STYLE = {
+STYLE: dict[Any, Any] = {  # typed loosely: rc_context wants names as literals
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,  # names may hold a dollar sign
     "font.size": 9,
