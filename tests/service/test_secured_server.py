@@ -94,7 +94,7 @@ def test_an_enroller_lets_nobody_stay_longer_than_the_collection_says(connect, t
         items = [NewEntry(jpeg(1), "one", expire_time=soon), NewEntry(jpeg(2), "two", expire_time=later)]
         one, two = enroller.enrol_batch("brief", items)
         assert one.expire_time == soon and isinstance(two, InputError)
-        with pytest.raises(InputError, match="ask an operator"):
+        with pytest.raises(InputError, match="have an operator set it"):
             enroller.update_entry("brief", "one", expire_time=later)
         enroller.update_entry("brief", "one", expire_time=soon - timedelta(hours=1))
         assert operator.update_entry("brief", "one", expire_time=later).expire_time == later
