@@ -220,7 +220,7 @@ class GrowingStore:
         """Alone with one source of crops; see `claims.claimed`."""
         return exclusive_lock(self.root / f".{key}.lock", f"adds the same to {self.root}")
 
-    def _locked(self) -> AbstractContextManager[None]:
+    def _locked(self) -> AbstractContextManager[object]:
         return FileLock(self.root / LOCK_FILE)
 
     def _read(self) -> pa.Table:
