@@ -85,7 +85,7 @@ class EndpointSource:
         """Whether an ``Authorization`` header opens ``/metrics``: any operator's token does."""
         scheme, _, secret = header.partition(" ")
         try:
-            self._book.follow()
+            self._book.reload()
             if not (self._always or self._book.required):
                 return True
             found = self._book.find(secret.strip()) if scheme.lower() == "bearer" else None

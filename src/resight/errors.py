@@ -265,7 +265,7 @@ class UnavailableError(ReIDError):
 
 
 class DrainingError(UnavailableError):
-    """The server is going down."""
+    """The server is shutting down."""
 
 
 class ModelNotReadyError(UnavailableError):

@@ -70,12 +70,12 @@ def test_each_role_does_its_part_and_no_more(connect, tokens):
         operator.create_collection("lobby", unlimited_retention=True)
     with connect(tokens[Role.ENROLLER]) as enroller:
         enroller.enrol("lobby", NewEntry(jpeg(1), "one"))
-        with pytest.raises(PermissionDeniedError, match="needs the role operator"):
+        with pytest.raises(PermissionDeniedError, match="requires the role operator"):
             enroller.delete_collection("lobby", force=True)
     with connect(tokens[Role.READER]) as reader:
         assert reader.search("lobby", jpeg(1)).hits[0].entry.entry_id == "one"
         assert reader.info().space_id
-        with pytest.raises(PermissionDeniedError, match="needs the role enroller"):
+        with pytest.raises(PermissionDeniedError, match="requires the role enroller"):
             reader.enrol("lobby", NewEntry(jpeg(2), "two"))
     for wrong in (None, "rst_nonsense"):
         with connect(wrong) as stranger:
@@ -168,7 +168,7 @@ def test_the_command_line_makes_shows_uses_and_revokes_tokens(command, secure, a
     wait_until(lambda: command("gallery", "list", **env, RESIGHT_TOKEN=secret), UnauthenticatedError)
     command("gallery", "list", **env, RESIGHT_TOKEN_FILE=tmp_path / "token")
     command("--token-file", tmp_path / "token", "gallery", "list", **env)
-    with pytest.raises(UnauthenticatedError, match="a token is needed"):
+    with pytest.raises(UnauthenticatedError, match="a token is required"):
         command("gallery", "list", **env)
     with pytest.raises(InputError, match="cannot be read"):
         command("gallery", "list", **env, RESIGHT_TOKEN_FILE=tmp_path / "none")
@@ -207,6 +207,6 @@ def test_a_log_line_of_a_call_names_its_request(bundle_path, tmp_path):
             info(admin_pb2.GetServerInfoRequest(), metadata=(("x-request-id", "my-id-1"),), timeout=10)
         assert dict(refused.value.trailing_metadata())["x-request-id"] == "my-id-1"
     assert server.end() == 0
-    assert "request=my-id-1 refused /resight.v1.AdminService/GetServerInfo" in server.log.read_text()
+    assert "request=my-id-1 rejected /resight.v1.AdminService/GetServerInfo" in server.log.read_text()
     with pytest.raises(InputError, match="in clear"):
         Client("gallery.example:50051", token="rst_x")

@@ -157,7 +157,7 @@ def test_a_token_says_who_calls_and_what_they_may(tmp_path, caplog):
             told = (await server.info(INFO, metadata=bearer(reader))).server_version
             assert "name='anna', tenant='north', role=<Role.READER: 1>" in told
             error, _ = await error_of(server.rebuild(admin_pb2.RebuildIndexRequest(), metadata=bearer(reader)))
-            assert type(error) is PermissionDeniedError and "needs the role admin, and anna is reader" in str(error)
+            assert type(error) is PermissionDeniedError and "requires the role admin, and anna has reader" in str(error)
             assert error.facts == {"role": "reader", "needed": "admin"}
             await server.rebuild(admin_pb2.RebuildIndexRequest(), metadata=bearer(admin))
             server.file.revoke("root")
@@ -168,7 +168,7 @@ def test_a_token_says_who_calls_and_what_they_may(tmp_path, caplog):
 
     with caplog.at_level(logging.DEBUG):
         asyncio.run(body())
-    assert "refused /resight.v1.AdminService/RebuildIndex from ipv4:127.0.0.1" in caplog.text
+    assert "rejected /resight.v1.AdminService/RebuildIndex from ipv4:127.0.0.1" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_damaged_tokens_let_nobody_in_and_tell_callers_nothing_of_the_file(tmp_p
             good = server.file.path.read_text()
             server.file.path.write_text("{")
             error, _ = await error_of(server.info(INFO, metadata=bearer(secret)))
-            assert type(error) is UnavailableError and "its log says why" in str(error) and "json" not in str(error)
+            assert type(error) is UnavailableError and "see its log" in str(error) and "json" not in str(error)
             server.file.path.write_text(good)
             await server.info(INFO, metadata=bearer(secret))
 

@@ -24,7 +24,7 @@ def test_a_burst_then_the_rate_and_each_for_themselves():
     limit = RateLimit(2.0, 3, clock=clock)
     for _ in range(3):
         limit.take(ANNA)
-    with pytest.raises(RateLimitedError, match="2 calls a second, and 3 at once") as refused:
+    with pytest.raises(RateLimitedError, match="2 calls per second, with bursts of 3") as refused:
         limit.take(ANNA)
     assert refused.value.retry_after_s == pytest.approx(0.5) and refused.value.facts["principal"] == "anna"
     limit.take(BOB)

@@ -118,8 +118,8 @@ def test_files_that_do_not_fit_leave_the_old_certificate_in_place(authority, cap
 
     with caplog.at_level(logging.INFO):
         asyncio.run(body())
-    assert "is not the key of" in caplog.text and "no certificate in PEM" in caplog.text
-    assert "the old certificate stays" in caplog.text and "TLS files changed" in caplog.text
+    assert "does not match" in caplog.text and "no PEM certificate" in caplog.text
+    assert "the old certificate remains in use" in caplog.text and "TLS files changed" in caplog.text
 
 
 def test_mtls_lets_in_only_clients_of_the_authority(tmp_path, authority):
@@ -181,7 +181,7 @@ def test_a_key_that_others_may_read_is_refused(authority):
     certificate, key = authority.issue("server")
     for mode in (0o604, 0o640, 0o660, 0o644):
         key.chmod(mode)
-        with pytest.raises(StartupError, match=rf"open to others \(mode {mode:04o}\): chmod 600"):
+        with pytest.raises(StartupError, match=rf"accessible to other users \(mode {mode:04o}\): chmod 600"):
             Certificates(TlsFiles(certificate, key, None))
     key.chmod(0o400)
     Certificates(TlsFiles(certificate, key, None))
@@ -194,15 +194,17 @@ def test_a_secret_that_another_user_owns_may_be_read_by_our_group(authority):
     key.chmod(0o640)
     Certificates(TlsFiles(certificate, key, None))
     key.chmod(0o644)
-    with pytest.raises(StartupError, match="open to others"):
+    with pytest.raises(StartupError, match="accessible to other users"):
         Certificates(TlsFiles(certificate, key, None))
 
 
-@pytest.mark.parametrize("which, told", [(0, "no certificate in PEM"), (1, "no private key"), (2, "no certificate in")])
-def test_files_that_are_no_pem_are_refused_by_name(authority, which, told):
+@pytest.mark.parametrize(
+    "which, message", [(0, "no PEM certificate"), (1, "not an unencrypted private key"), (2, "no PEM certificate")]
+)
+def test_files_that_are_no_pem_are_refused_by_name(authority, which, message):
     files = [*authority.issue("server"), authority.ca]
     files[which].write_bytes(b"-----BEGIN NOTHING-----")
-    with pytest.raises(StartupError, match=told) as refused:
+    with pytest.raises(StartupError, match=message) as refused:
         Certificates(TlsFiles(*files))
     assert files[which].name in str(refused.value)
     files[which].unlink()
@@ -233,10 +235,10 @@ def test_damage_anywhere_in_a_file_is_an_error_of_ours_or_does_no_harm(authority
 def test_a_key_of_another_certificate_and_an_ended_certificate_are_refused(authority):
     certificate, _ = authority.issue("server")
     _, other = authority.issue("other")
-    with pytest.raises(StartupError, match="is not the key of"):
+    with pytest.raises(StartupError, match="does not match"):
         Certificates(TlsFiles(certificate, other, None))
     ended, ended_key = authority.issue("ended", days=-1)
-    with pytest.raises(StartupError, match=r"ended on .* renew it"):
+    with pytest.raises(StartupError, match=r"expired on .* renew it"):
         Certificates(TlsFiles(ended, ended_key, None))
 
 
@@ -244,12 +246,12 @@ def test_a_certificate_that_ends_soon_is_told_once_a_day(authority, caplog, monk
     Certificates(TlsFiles(*authority.issue("far", days=15), None))
     assert caplog.text == ""
     certificates = Certificates(TlsFiles(*authority.issue("near", days=13), None))
-    assert certificates._fetch() is None
-    assert caplog.text.count("ends on") == 1 and "near.pem" in caplog.text
+    assert certificates._reload() is None
+    assert caplog.text.count("expires on") == 1 and "near.pem" in caplog.text
     later = time.monotonic() + module.WARN_EVERY_S + 1
     monkeypatch.setattr(module.time, "monotonic", lambda: later)
-    assert certificates._fetch() is None
-    assert caplog.text.count("ends on") == 2
+    assert certificates._reload() is None
+    assert caplog.text.count("expires on") == 2
 
 
 def test_a_clients_files_are_checked_before_it_connects(tmp_path, authority):

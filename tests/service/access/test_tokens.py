@@ -37,7 +37,7 @@ def test_a_token_is_256_random_bits_and_only_its_hash_is_kept(file):
 
 
 def test_a_token_opens_what_it_was_made_for(file):
-    secret, made = file.create("anna", Role.ENROLLER, tenant="north", lives=timedelta(days=1))
+    secret, made = file.create("anna", Role.ENROLLER, tenant="north", lifetime=timedelta(days=1))
     book = TokenLookup(file)
     assert book.find(secret) == Principal("anna", "north", Role.ENROLLER)
     assert file.read() == [made]
@@ -46,7 +46,7 @@ def test_a_token_opens_what_it_was_made_for(file):
 
 
 def test_an_expired_token_opens_nothing(file):
-    secret, _ = file.create("anna", Role.ADMIN, lives=timedelta(seconds=-1))
+    secret, _ = file.create("anna", Role.ADMIN, lifetime=timedelta(seconds=-1))
     assert TokenLookup(file).find(secret) is None
 
 

@@ -340,7 +340,7 @@ def test_who_waits_when_it_stops_is_told():
         await asyncio.sleep(0.02)
         runtime.gate.set()
         await asyncio.gather(first, stopping)
-        with pytest.raises(UnavailableError, match="going down"):
+        with pytest.raises(UnavailableError, match="shutting down"):
             await waiting
 
     run(test)

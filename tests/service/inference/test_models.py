@@ -219,7 +219,7 @@ def test_a_request_ends_on_the_model_it_began_with_and_only_then_is_it_freed(roo
             assert gone is old and not old.freed
             with pytest.raises(ModelNotFoundError), host.lease("a"):
                 pass
-            with pytest.raises(SpaceMismatchError, match="load it beside"), host.lease_space(old.space, collection="c"):
+            with pytest.raises(SpaceMismatchError, match="load it too"), host.lease_space(old.space, collection="c"):
                 pass
             (made,) = await old.embed([jpeg(1)], time.monotonic() + 60)
             assert np.allclose(made.feature, features_by_hand([jpeg(1)])[0], atol=1e-5)

@@ -137,7 +137,7 @@ def test_a_feature_of_another_length_or_space_is_refused(client, collection, bun
         client.search(collection, GivenFeature(feature[:-1], space))
     with pytest.raises(InputError, match="finite"):
         client.enrol(collection, NewEntry(GivenFeature(feature * np.nan, space)))
-    with pytest.raises(InputError, match="above 0"):
+    with pytest.raises(InputError, match="finite and not zero"):
         client.enrol(collection, NewEntry(GivenFeature(feature * 0, space)))
     for wrong in ("", "f" * 32):
         with pytest.raises(SpaceMismatchError) as refused:

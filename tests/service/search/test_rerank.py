@@ -33,7 +33,7 @@ def test_copies_of_one_crop_score_like_in_the_loops():
 @pytest.mark.parametrize("joined", [1, 5, 100])
 def test_query_expansion_equals_the_loops(joined):
     features = people(40, 5, noise=0.8)
-    found = query_expansion_scores(features[0], features[1:], joined=joined)
+    found = query_expansion_scores(features[0], features[1:], neighbours=joined)
     np.testing.assert_allclose(found, slow_expanded(features[0], features[1:], joined=joined, alpha=3.0), atol=1e-6)
 
 

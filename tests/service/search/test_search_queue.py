@@ -32,18 +32,18 @@ def thread():
 
 def test_what_one_turn_of_the_loop_brings_is_one_run(thread):
     run = Doubled()
-    queue = SearchQueue(thread, run, most=1000)
+    queue = SearchQueue(thread, run, max_queries=1000)
 
     async def body():
         return await asyncio.gather(*(queue.submit("k", [number, -number], deadline=FOREVER) for number in range(20)))
 
     assert asyncio.run(body()) == [[2 * number, -2 * number] for number in range(20)]
-    assert [len(jobs) for _, jobs in run.runs] == [40] and queue.taken == 0
+    assert [len(jobs) for _, jobs in run.runs] == [40] and queue.pending == 0
 
 
 def test_more_than_fit_into_one_run_are_all_answered_and_kinds_stay_apart(thread):
     run = Doubled()
-    queue = SearchQueue(thread, run, most=1000)
+    queue = SearchQueue(thread, run, max_queries=1000)
     kinds = ["even" if number % 2 else "odd" for number in range(300)]
 
     async def body():
@@ -57,7 +57,7 @@ def test_more_than_fit_into_one_run_are_all_answered_and_kinds_stay_apart(thread
 
 
 def test_a_run_that_fails_fails_its_own_kind_only(thread):
-    queue = SearchQueue(thread, Doubled(), most=1000)
+    queue = SearchQueue(thread, Doubled(), max_queries=1000)
 
     async def body():
         kinds = ("broken", "sound", "broken")
@@ -68,7 +68,7 @@ def test_a_run_that_fails_fails_its_own_kind_only(thread):
 
 
 def test_one_queue_serves_one_loop_after_another(thread):
-    queue = SearchQueue(thread, Doubled(), most=1000)
+    queue = SearchQueue(thread, Doubled(), max_queries=1000)
 
     async def left() -> None:
         asyncio.get_running_loop().create_task(queue.submit("k", [1], deadline=FOREVER))
@@ -78,7 +78,7 @@ def test_one_queue_serves_one_loop_after_another(thread):
         with pytest.raises(asyncio.CancelledError):
             asyncio.run(_cancelled(left()))
         assert asyncio.run(queue.submit("k", [21], deadline=FOREVER)) == [42]
-    assert queue.taken == 0
+    assert queue.pending == 0
 
 
 async def _cancelled(work) -> None:
@@ -88,7 +88,7 @@ async def _cancelled(work) -> None:
 
 def test_who_comes_when_the_thread_has_ended_is_refused():
     thread = ThreadPoolExecutor(1)
-    queue = SearchQueue(thread, Doubled(), most=1000)
+    queue = SearchQueue(thread, Doubled(), max_queries=1000)
     thread.shutdown()
     with pytest.raises(DrainingError):
         asyncio.run(queue.submit("k", [1], deadline=FOREVER))

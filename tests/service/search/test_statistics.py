@@ -18,7 +18,7 @@ from resight.service.search.ranking import RankedAnswer, ScoredHit
 from resight.service.search.statistics import (
     MIN_HITS,
     MINUTE_US,
-    RECENT,
+    RECENT_HITS,
     REFERENCE_HITS,
     SearchCounts,
     SearchStatistics,
@@ -154,7 +154,7 @@ def test_the_drift_compares_the_newest_with_the_first_and_outlives_what_holds_it
         assert (
             sum(map(len, parts[:3])) >= REFERENCE_HITS
             and len(parts[3]) < MIN_HITS
-            and sum(map(len, parts[4:])) >= RECENT
+            and sum(map(len, parts[4:])) >= RECENT_HITS
         )
         reference = counted(np.concatenate(parts[:3]), now)
         late = counted(np.concatenate(parts[4:]), now)
@@ -165,12 +165,12 @@ def test_the_drift_compares_the_newest_with_the_first_and_outlives_what_holds_it
         await statistics.stop()
         assert statistics.drift(lobby)[0] > 0.25
         (told,) = await statistics.window_stats(lobby)
-        assert (told.counted.searches, told.reference.hits) == (sum(map(len, parts)) + 1, 1200)
+        assert (told.counts.searches, told.reference.hits) == (sum(map(len, parts)) + 1, 1200)
         window = ((now - 7) * MINUTE_US, (now - 6) * MINUTE_US)
         (told,) = await statistics.window_stats(
             lobby, window=window, reference=((now - 10) * MINUTE_US, (now - 9) * MINUTE_US)
         )
-        assert (told.counted.hits, told.reference.hits) == (50, 400)
+        assert (told.counts.hits, told.reference.hits) == (50, 400)
 
     with opened(tmp_path) as store:
         asyncio.run(body(store))
@@ -185,8 +185,8 @@ def test_minutes_are_added_up_kept_for_a_month_and_go_with_their_collection(tmp_
         assert await store.write_unchecked(statistics_module.purge_counts) == 1
         statistics = SearchStatistics(store)
         (told,) = await statistics.window_stats(lobby)
-        assert (told.counted.searches, told.reference.hits) == (6, 8)
-        assert told.counted.cosine_sum == pytest.approx(4.2) and told.counted.bins.sum() == 6
+        assert (told.counts.searches, told.reference.hits) == (6, 8)
+        assert told.counts.cosine_sum == pytest.approx(4.2) and told.counts.bins.sum() == 6
         await store.erase(writes.delete_collection, "lobby", force=True)
         statistics.record(lobby, [answered(0.5)])
         await statistics.flush()  # nothing is there to be written to, and nothing fails
@@ -205,14 +205,14 @@ def test_what_cannot_be_written_waits_and_a_caller_who_leaves_loses_nothing(tmp_
         await asyncio.sleep(0)
         leaving.cancel()
         (told,) = await statistics.window_stats(lobby)
-        assert told.counted.searches == 1
+        assert told.counts.searches == 1
         statistics.record(lobby, [answered(0.5)])
         await store.write_unchecked(lambda c: c.execute("ALTER TABLE search_minute RENAME TO away") and None)
         await statistics.flush()  # refused
         statistics.record(lobby, [answered(0.5)])
         await store.write_unchecked(lambda c: c.execute("ALTER TABLE away RENAME TO search_minute") and None)
         (told,) = await statistics.window_stats(lobby)
-        assert told.counted.searches == 3
+        assert told.counts.searches == 3
 
     with opened(tmp_path) as store:
         asyncio.run(body(store))
