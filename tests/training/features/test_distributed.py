@@ -69,9 +69,9 @@ def test_batches_of_whole_groups_may_be_divided(
 @pytest.mark.parametrize(
     "processes, accumulate, batch, samples, advice",
     [
-        (2, 1, 64, 64, r"multiple of 128 \(128 is next\), or samples_per_bn to a divisor of 32"),
-        (3, 1, 100, 8, r"multiple of 24 \(120 is next\)"),
-        (1, 3, 64, 0, r"samples_per_bn to a number whose 3-fold divides the batch of 64"),
+        (2, 1, 64, 64, r"multiple of 128 \(next: 128\), or samples_per_bn to a divisor of 32"),
+        (3, 1, 100, 8, r"multiple of 24 \(next: 120\)"),
+        (1, 3, 64, 0, r"samples_per_bn to a value for which 3 \* samples_per_bn divides the batch of 64"),
         (2, 1, 64, 0, r"samples_per_bn = 0 normalises over the whole batch"),
     ],
 )

@@ -38,7 +38,7 @@ def test_crops_are_read_once_as_far_as_memory_goes(store: CropStore) -> None:
     rows = [np.array([3, 1]), np.array([1, 2])]
     cache = PixelCache(limit_bytes=2 * 64 * 32 * 3)
     first, again = (
-        list(read_batches(store, rows, SPEC, cache=cache, then=lambda pixels: pixels[:, ::-1])) for _ in range(2)
+        list(read_batches(store, rows, SPEC, cache=cache, transform=lambda pixels: pixels[:, ::-1])) for _ in range(2)
     )
     for (_, one), (_, other) in zip(first, again, strict=True):
         assert np.array_equal(one, other)
@@ -58,7 +58,7 @@ def test_what_is_done_in_the_background_is_done_in_order(store: CropStore) -> No
     added = [
         int(pixels[0, 0, 0, 0])
         for _, pixels in read_batches(
-            store, rows, SPEC, then=lambda pixels: np.full_like(pixels, chance.integers(0, 256))
+            store, rows, SPEC, transform=lambda pixels: np.full_like(pixels, chance.integers(0, 256))
         )
     ]
     again = np.random.default_rng(4)
