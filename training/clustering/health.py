@@ -142,7 +142,10 @@ def track_agreement(labels: Ints, pairs: TrackPairs) -> TrackAgreement:
     largest_last = np.lexsort((-cell, count))  # the lowest label among equal counts
     most, main_cluster = np.zeros(pairs.track_count, np.int64), np.full(pairs.track_count, OUTLIER)
     track = cell[largest_last] // max(clusters, 1)
-    most[track], main_cluster[track] = count[largest_last], cell[largest_last] % max(clusters, 1)  # the last assignment wins
+    most[track], main_cluster[track] = (
+        count[largest_last],
+        cell[largest_last] % max(clusters, 1),
+    )  # the last assignment wins
     several = size > 1
     compared_clusters = main_cluster[pairs.track_pairs]  # (G, 2)
     compared = (compared_clusters != OUTLIER).all(1)

@@ -103,7 +103,7 @@ def read_batches(
     def load(batch: Ints) -> Pixels:
         return transform(np.stack([pixel_cache.fetch(spec, int(row), read) for row in batch[part(len(batch))]]))
 
-    # One thread: Pillow keeps up with the encoder on any CPU, and `transform` runs in order, so random numbers are reproducible.
+    # One thread: Pillow keeps up with the encoder on any CPU, and transforms in order make random numbers reproducible.
     with ThreadPoolExecutor(1, thread_name_prefix="crops") as pool:
         pending: deque[tuple[Ints, Future[Pixels]]] = deque()
         for batch in rows:
