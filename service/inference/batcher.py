@@ -26,14 +26,12 @@ import numpy as np
 
 from resight.arrays import Feature
 from resight.errors import (
-    DeadlineError,
     DrainingError,
-    ExpiredInQueueError,
     ModelError,
-    OverloadedError,
     ReIDError,
     UnavailableError,
 )
+from resight.service.inference.admission import Admission, deadline_error
 from resight.service.inference.priority_queue import CropJob, CropQueue, Priority
 
 MAX_QUARANTINED = 1024  # digests of 16 bytes
@@ -88,8 +86,6 @@ def lower_thread_priority() -> None:
 
 log = logging.getLogger(__name__)
 
-MIN_RETRY_S = 0.05  # an earlier retry would find the queue unchanged
-SMOOTHING = 0.2  # weight of the newest batch in the moving average of seconds per crop
 # Messages of onnxruntime, CUDA, TensorRT and Python, which have no common exception class.
 OUT_OF_MEMORY_MESSAGES = (
     "out of memory",
@@ -98,13 +94,6 @@ OUT_OF_MEMORY_MESSAGES = (
     "bad allocation",
     "cudaerrormemoryallocation",
 )
-
-
-def deadline_error(deadline: float) -> DeadlineError | None:
-    """The error of a deadline in `time.monotonic` seconds if it has passed, else None."""
-    if time.monotonic() < deadline:
-        return None
-    return ExpiredInQueueError("the deadline passed before the crop was embedded: allow more time or send less at once")
 
 
 class Batcher:
@@ -130,10 +119,9 @@ class Batcher:
         gains: bool = True,
     ) -> None:
         self._most, self._gains = most, gains
-        self._finished, self._max_queue, self._delay_s = finished, max_queue, delay_s
-        self._lanes, self._changed = CropQueue(), threading.Condition()
-        self._admitted = dict.fromkeys(Priority, 0)
-        self._each_s = self._batch_s = 0.0
+        self._finished, self._delay_s = finished, delay_s
+        self._queue, self._changed = CropQueue(), threading.Condition()
+        self._admission = Admission("crops", "max_queue", max_queue)
         self._coming = 0
         self._gathering = self._stopping = False
         self._quarantine = Quarantine()
@@ -157,7 +145,7 @@ class Batcher:
             if thread.is_alive():
                 thread.join()
         closing = DrainingError("the server is shutting down: retry when it is back")
-        left = self._lanes.drain()
+        left = self._queue.drain()
         for job in left:
             job.outcome = closing
         self._finished(left)
@@ -170,37 +158,14 @@ class Batcher:
             DeadlineError: it has already passed.
             OverloadedError: the capacity is exhausted, or the expected wait is longer than the deadline.
         """
-        if error := deadline_error(deadline):
-            raise error
-        ahead = sum(taken for other, taken in self._admitted.items() if other <= priority)
-        # A crop is finished only when its whole batch is. Without this term, at ten times peak load five sixths of the
-        # embedded crops were past their deadline (ResNet-50, deadline 2 s).
-        wait_s = ahead * self._each_s + (self._batch_s if ahead else 0.0)
-        retry_s = max(MIN_RETRY_S, wait_s)
-        if self._admitted[priority] + count > self._max_queue:
-            raise OverloadedError(
-                f"{self._admitted[priority]} crops are waiting or being embedded, {count} more requested, limit "
-                f"{self._max_queue}: try again in {retry_s:.2f} s",
-                retry_after_s=retry_s,
-                max_queue=self._max_queue,
-            )
-        if ahead and wait_s > deadline - time.monotonic():
-            raise OverloadedError(
-                f"the expected wait of {wait_s:.2f} s is longer than the deadline: try again in {retry_s:.2f} s or "
-                "allow more time",
-                retry_after_s=retry_s,
-            )
-        self._admitted[priority] += count
-        if priority is not Priority.REEMBED:
-            self._lanes.defer_background()  # sets a single number, so no lock is needed
-        try:
+        with self._admission.admit(count, deadline, priority):
+            if priority is not Priority.REEMBED:
+                self._queue.defer_background()  # sets a single number, so no lock is needed
             yield
-        finally:
-            self._admitted[priority] -= count
 
     def waiting(self) -> dict[Priority, int]:
         """Crops admitted and not yet finished, by priority."""
-        return dict(self._admitted)
+        return {priority: self._admission.waiting(priority) for priority in Priority}
 
     def sizes(self) -> dict[int, int]:
         """Number of batches run, by batch size."""
@@ -220,7 +185,7 @@ class Batcher:
         job.queued_ns = time.perf_counter_ns()
         with self._changed:
             self._coming -= _count_urgent((job,))
-            self._lanes.put(job)
+            self._queue.put(job)
             self._wake()
 
     def discard(self, job: CropJob) -> None:
@@ -245,36 +210,36 @@ class Batcher:
                 self._run(good)
             with self._changed:
                 self._running.remove(len(batch))
-                self._lanes.finish_batch(batch)
+                self._queue.finish_batch(batch)
             self._finished(live)
 
     def _next(self) -> list[CropJob] | None:
         """Wait for the next batch; None = stop."""
         with self._changed:
             while not self._stopping:
-                if (wait_s := self._lanes.wait_s()) != 0.0:
+                if (wait_s := self._queue.wait_s()) != 0.0:
                     self._changed.wait(wait_s)
                     continue
-                wait_s = max(self._delay_s, self._batch_s if self._gains and self._coming > 0 else 0.0)
-                if wait_s and self._lanes.urgent_count() and not self._gathering:
+                wait_s = max(self._delay_s, self._admission.batch_s if self._gains and self._coming > 0 else 0.0)
+                if wait_s and self._queue.urgent_count() and not self._gathering:
                     self._gathering = True
                     self._changed.wait_for(self._gathered, wait_s)
                     self._gathering = False
-                if not self._stopping and (batch := self._lanes.take(self._share())):
+                if not self._stopping and (batch := self._queue.take(self._share())):
                     self._running.append(len(batch))
-                    if self._lanes.wait_s() == 0.0:
+                    if self._queue.wait_s() == 0.0:
                         self._changed.notify()  # for the rest
                     return batch
         return None
 
     def _share(self) -> int:
         """One worker's share of all crops in progress."""
-        under_way: int = self._lanes.urgent_count() + self._coming + sum(self._running)
+        under_way: int = self._queue.urgent_count() + self._coming + sum(self._running)
         return min(self._most, max(1, -(-under_way // len(self._threads))))
 
     def _gathered(self) -> bool:
         """Whether to stop waiting for more crops: the batch is full, no more are expected, or the queue is empty."""
-        waiting = self._lanes.urgent_count()
+        waiting = self._queue.urgent_count()
         full = waiting >= (self._most if self._delay_s else self._share())
         return self._stopping or not waiting or full or (not self._delay_s and self._coming <= 0)
 
@@ -287,10 +252,8 @@ class Batcher:
             job.queue_ns, job.infer_ns = started_ns - job.queued_ns, taken_ns // len(jobs)
         with self._changed:
             self._sizes[len(jobs)] = self._sizes.get(len(jobs), 0) + 1
-            self._batch_s += SMOOTHING * (taken_ns / 1e9 - self._batch_s)
-            # Batches that run in parallel share this time.
-            self._each_s += SMOOTHING * (taken_ns / 1e9 / len(jobs) / len(self._running) - self._each_s)
-            self._lanes.record_batch_time(min(job.priority for job in jobs), taken_ns / 1e9, len(jobs))
+            self._admission.record_batch(taken_ns / 1e9, len(jobs), parallel=len(self._running))
+            self._queue.record_batch_time(min(job.priority for job in jobs), taken_ns / 1e9, len(jobs))
 
     def _infer(self, jobs: Sequence[CropJob]) -> list[Feature | ReIDError]:
         """Run a batch; if it fails, rerun it crop by crop, so that only the faulty crops fail."""
@@ -342,5 +305,5 @@ def _count_urgent(jobs: Sequence[CropJob]) -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    told = str(error).lower()
-    return isinstance(error, MemoryError) or any(words in told for words in OUT_OF_MEMORY_MESSAGES)
+    message = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in message for words in OUT_OF_MEMORY_MESSAGES)

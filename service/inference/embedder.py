@@ -30,7 +30,8 @@ from resight.errors import (
 from resight.image import decode, fit, quality
 from resight.runtime.base import Runtime
 from resight.service.call_events import has_listeners, record_stage
-from resight.service.inference.batcher import Batcher, deadline_error
+from resight.service.inference.admission import deadline_error
+from resight.service.inference.batcher import Batcher
 from resight.service.inference.priority_queue import CropJob, Priority
 from resight.service.settings import Settings
 

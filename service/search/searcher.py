@@ -25,17 +25,12 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 
 from resight.arrays import Feature
-from resight.errors import (
-    CollectionNotFoundError,
-    DeadlineError,
-    DrainingError,
-    ExpiredInQueueError,
-    OverloadedError,
-)
+from resight.errors import CollectionNotFoundError, DrainingError
 from resight.service import call_events
 from resight.service.index.base import Candidates, IndexPolicy
 from resight.service.index.flat import tune_faiss
 from resight.service.index.manager import IndexManager, IndexState
+from resight.service.inference.admission import Admission, deadline_error
 from resight.service.records import Collection, EntryRecord, Filter, Hit, Space
 from resight.service.storage import reads
 from resight.service.storage.schema import translate_error
@@ -188,8 +183,6 @@ JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
 
 MAX_BATCH = 64  # queries of one run; larger matrix products gain little (batch of 256: 1.07, of 64: 1.3 ms)
-MIN_RETRY_S = 0.05  # an earlier retry would find the queue unchanged
-SMOOTHING = 0.2  # weight of the newest run in the moving average of seconds per query
 
 
 @dataclass
@@ -209,18 +202,14 @@ class SearchQueue(Generic[KindT, JobT, ResultT]):
         thread: an executor with one thread.
         run: runs jobs of one kind and returns their results in order; an exception is raised for each of them.
         max_queries: waiting or running.
-
-    Attributes:
-        pending: number of queries waiting or running.
     """
 
     def __init__(
         self, thread: Executor, run: Callable[[KindT, Sequence[JobT]], list[ResultT]], *, max_queries: int
     ) -> None:
-        self._thread, self._run, self._max_queries = thread, run, max_queries
+        self._thread, self._run = thread, run
+        self._admission = Admission("queries", "max_search_queue", max_queries)
         self._items: deque[_Item[KindT, JobT, ResultT]] = deque()
-        self.pending = 0
-        self._each_s = 0.0
         self._scheduled_in: asyncio.AbstractEventLoop | None = None  # the loop in which `_start_drain` is scheduled
 
     async def submit(self, kind: KindT, jobs: Sequence[JobT], *, deadline: float) -> list[ResultT]:
@@ -235,38 +224,25 @@ class SearchQueue(Generic[KindT, JobT, ResultT]):
             DeadlineError: it passed before the run started.
             OverloadedError: the queue is full, or the expected wait is longer than the deadline.
         """
-        self._admit(len(jobs), deadline)
-        loop = asyncio.get_running_loop()
-        item: _Item[KindT, JobT, ResultT] = _Item(kind, jobs, deadline, loop.create_future(), loop)
-        self.pending += len(jobs)
-        try:
+        with self._admission.admit(len(jobs), deadline):
+            loop = asyncio.get_running_loop()
+            item: _Item[KindT, JobT, ResultT] = _Item(kind, jobs, deadline, loop.create_future(), loop)
             self._items.append(item)
             if self._scheduled_in is not loop:
                 self._scheduled_in = loop
                 loop.call_soon(self._start_drain)
             return await item.result
-        finally:
-            self.pending -= len(jobs)
+
+    @property
+    def waiting(self) -> int:
+        """Number of queries waiting or running."""
+        return self._admission.waiting()
 
     def close(self) -> None:
         """Fail the jobs that still wait; call it after the thread has ended."""
         while self._items:
             closing = DrainingError("the gallery is closing: try again when the server is back")
             _deliver([(self._items.popleft(), closing)])
-
-    def _admit(self, count: int, deadline: float) -> None:
-        left_s = deadline - time.monotonic()
-        if left_s <= 0:
-            raise _deadline_error()
-        wait_s = self.pending * self._each_s
-        retry_s = max(MIN_RETRY_S, wait_s)
-        if self.pending + count > self._max_queries or (self.pending and wait_s > left_s):
-            raise OverloadedError(
-                f"{self.pending} queries are waiting or running, {count} more requested, limit {self._max_queries}; "
-                f"the deadline is in {left_s:.2f} s: try again in {retry_s:.2f} s",
-                retry_after_s=retry_s,
-                max_search_queue=self._max_queries,
-            )
 
     def _start_drain(self) -> None:
         """Let the thread run the waiting jobs."""
@@ -284,8 +260,8 @@ class SearchQueue(Generic[KindT, JobT, ResultT]):
             item = self._items.popleft()
             if item.result.done():  # its caller was cancelled
                 continue
-            if time.monotonic() >= item.deadline:
-                _deliver([(item, _deadline_error())])
+            if error := deadline_error(item.deadline):
+                _deliver([(item, error)])
                 continue
             batches.setdefault(item.kind, []).append(item)
             count += len(item.jobs)
@@ -302,11 +278,7 @@ class SearchQueue(Generic[KindT, JobT, ResultT]):
             ends = itertools.accumulate(len(item.jobs) for item in items)
             _deliver([(item, answers[end - len(item.jobs) : end]) for item, end in zip(items, ends, strict=True)])
         if count:
-            self._each_s += SMOOTHING * ((time.monotonic() - started) / count - self._each_s)
-
-
-def _deadline_error() -> DeadlineError:
-    return ExpiredInQueueError("the deadline passed before the search started: allow more time or send less at once")
+            self._admission.record_batch(time.monotonic() - started, count)
 
 
 def _deliver(outcomes: Sequence[tuple[_Item[KindT, JobT, ResultT], list[ResultT] | Exception]]) -> None:
@@ -433,7 +405,7 @@ class Searcher:
     @property
     def waiting(self) -> int:
         """Number of queries waiting or running."""
-        return self._queue.pending
+        return self._queue.waiting
 
     @property
     def erases(self) -> bool:

@@ -1,4 +1,4 @@
-"""Recipes: every setting of an adaptation in one TOML file, resolved once into frozen dataclasses."""
+"""Recipes: all settings of an adaptation in one TOML file, parsed into frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class ProxySettings:
 
     Attributes:
         offline: weight of the loss by cluster labels.
-        online: weight of the loss by current similarities; 0 leaves it out.
-        positives: proxies pulled to by the online loss, one a camera at most.
-        negatives: most similar other proxies pushed from, in each loss.
-        balance: w, how much the sample itself says in choosing its online positives; its proxy says the rest.
+        online: weight of the loss by current similarities; 0 disables it.
+        positives: number of proxies attracted to by the online loss, at most one per camera.
+        negatives: number of most similar other proxies repelled from, in each loss.
+        balance: w, weight of the sample's own similarity in selecting online positives; its proxy's has 1 - w.
     """
 
     offline: Annotated[float, Field(ge=0)] = 1.0
@@ -43,14 +43,14 @@ class SelectiveSettings:
     """Selective contrast; the defaults are those of the released code and its logs.
 
     Attributes:
-        neighbours: P, positives beside oneself.
-        negatives: N_n, the nearest others behind them.
-        self_share: lambda_t, weight of one's own entry.
+        neighbours: P, positives besides the own entry.
+        negatives: N_n, the nearest crops after them.
+        self_share: lambda_t, weight of the own entry.
         neighbour_gain: alpha, raises the weight of the neighbours.
         local_loss: lambda_p, share of the loss on the stripes.
         camera_penalty: lambda_c, distance added between crops of one camera when neighbours are chosen.
-        warmup_epochs: epochs of instance discrimination before neighbours are trusted.
-        mixture: what the mixture bank begins with: "zeros" or the crops' global "features".
+        warmup_epochs: epochs of instance discrimination before neighbours are used.
+        mixture: initial values of the mixture bank: "zeros" or the crops' global "features".
     """
 
     neighbours: Annotated[int, Field(ge=0)] = 7
@@ -65,41 +65,41 @@ class SelectiveSettings:
 
 @dataclass(frozen=True, config=STRICT)
 class Recipe:
-    """One method with every value; the TOML files say where each comes from.
+    """One method with all its settings; the TOML files give the source of each value.
 
     Attributes:
         name: the recipe's name.
         labels: "clusters" (none needed), "persons" (supervised) or "none": every crop is its own entry.
-        contrast: what a crop is contrasted with: "clusters", "proxies" (clusters parted by camera) or "instances".
+        contrast: what a crop is contrasted with: "clusters", "proxies" (clusters split by camera) or "instances".
         sampler: how batches are drawn: "cameras" (K crops of a cluster, partners from other cameras), "balanced" (K
-            crops of a cluster, as even over its cameras as can be), "proxies" (K crops of a proxy) or "all" (shuffled).
+            crops of a cluster, spread evenly over its cameras), "proxies" (K crops of a proxy) or "all" (shuffled).
         aggregate: "mean" over the batch, or the sum of each camera's mean ("cameras").
-        student: whether a second model is trained under the guidance of the first.
-        parts: horizontal stripes with heads of their own; 2 are LP's upper and lower half.
-        local_share: share of the stripes in the model's feature; 0: the global view alone.
-        epochs: rounds of labelling and training, in each stage.
-        iters: batches an epoch.
-        batch: crops a batch.
+        student: whether a second model is trained by distillation from the first.
+        parts: horizontal stripes, each with its own head; 2 are LP's upper and lower half.
+        local_share: share of the stripes in the model's feature; 0 for the global view only.
+        epochs: rounds of labelling and training in each stage.
+        iters: batches per epoch.
+        batch: crops per batch.
         instances: crops of one cluster (or proxy) in a batch.
-        samples_per_bn: crops a batch norm takes its statistics of; 0 for the whole batch.
-        accumulate: parts a batch is computed in, to save memory.
+        samples_per_bn: crops per batch norm group; 0 for the whole batch.
+        accumulate: number of parts a batch is computed in, to save memory.
         optimizer: "adam" or "sgd" (Nesterov, momentum 0.9).
         lr: learning rate.
         weight_decay: L2 penalty.
-        warmup: epochs in which the rate grows linearly from a hundredth.
+        warmup: epochs of linear warm-up from a hundredth of the rate.
         lr_steps: fractions of the epochs after which the rate is multiplied by lr_decay.
         lr_decay: factor of each step.
         temperature: tau of the contrast.
         momentum: m of the memories.
-        local_loss_weight: LP's lambda_2; 0 trains the global view alone.
+        local_loss_weight: LP's lambda_2; 0 trains the global view only.
         guidance: LP's mu, the weight of feature distillation in the student.
         relation: weight of relation distillation in the student.
         teacher_batch_norm: "batch" (statistics of the current batch, as released) or "running".
-        precision: "auto" (bfloat16 where the device computes it natively), "bf16", "fp16" (GPUs alone) or "fp32".
-        cluster: how labels are found.
-        proxies: values of contrast "proxies".
-        selective: values of contrast "instances".
-        augment: how crops are varied.
+        precision: "auto" (bfloat16 where the device computes it natively), "bf16", "fp16" (GPUs only) or "fp32".
+        cluster: settings of the clustering.
+        proxies: settings of contrast "proxies".
+        selective: settings of contrast "instances".
+        augment: settings of the augmentation.
     """
 
     name: str
@@ -151,7 +151,7 @@ class Recipe:
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, every default resolved."""
+        """All settings as plain values."""
         return asdict(self)
 
     def with_schedule(self, *, epochs: int | None = None, iters: int | None = None) -> Recipe:
@@ -175,11 +175,11 @@ SECTIONS: Mapping[str, type[Any]] = {
     "selective": SelectiveSettings,
     "augment": AugmentSettings,
 }
-PUBLISHED = "published"  # the table of a recipe that holds the paper's own schedule
+PUBLISHED = "published"  # the table of a recipe with the paper's own schedule
 
 
 def recipe_names() -> list[str]:
-    """The recipes that ship with resight."""
+    """Names of the recipes that ship with resight."""
     folder = resources.files("resight.training") / "recipes"
     return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
 
@@ -189,7 +189,7 @@ def load_recipe(name: str, *, published: bool = False) -> Recipe:
 
     Args:
         name: one of `recipe_names`.
-        published: whether the values of its paper replace those chosen for small encoders and machines.
+        published: whether to use the values of its paper instead of those chosen for small encoders and machines.
 
     Raises:
         RecipeError: no such recipe, an unknown key or a value out of range.
@@ -202,18 +202,18 @@ def load_recipe(name: str, *, published: bool = False) -> Recipe:
     values = tomllib.loads(text)
     paper = values.pop(PUBLISHED, None)
     if published and paper is None:
-        raise RecipeError(f"recipe {name!r} is ours: it has no published values; leave --published out")
+        raise RecipeError(f"recipe {name!r} is not from a paper and has no published values: omit --published")
     return parse_recipe(name, _merged(values, paper) if published else values)
 
 
 def _merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Values with those of another table put over them, section by section."""
+    """Values overridden by those of another table, section by section."""
     nested = {key: {**values.get(key, {}), **value} for key, value in over.items() if isinstance(value, Mapping)}
     return {**values, **over, **nested}
 
 
 def parse_recipe(name: str, values: Mapping[str, Any]) -> Recipe:
-    """Turn the content of a TOML file into a recipe.
+    """Parse the content of a TOML file into a recipe.
 
     Raises:
         RecipeError: an unknown key, with the nearest known one, a value of another kind or one out of range.
@@ -238,10 +238,10 @@ def _describe(problem: Problem) -> str:
 
 
 def change_recipe(recipe: Recipe, changes: Sequence[str]) -> Recipe:
-    """The recipe with some values replaced, each "key=value" or "section.key=value", the value as TOML writes it.
+    """The recipe with some values replaced, each "key=value" or "section.key=value", the value in TOML syntax.
 
     Raises:
-        RecipeError: no "=", a value TOML cannot read, an unknown key or a value out of range.
+        RecipeError: no "=", a value that is not TOML, an unknown key or a value out of range.
     """
     values = recipe.to_json()
     for change in changes:
@@ -251,7 +251,7 @@ def change_recipe(recipe: Recipe, changes: Sequence[str]) -> Recipe:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError as error:
             raise RecipeError(
-                f"--set {change!r} cannot be read ({error}): expected KEY=VALUE with a value as in a TOML file, for "
+                f"--set {change!r} cannot be parsed ({error}): expected KEY=VALUE with a value in TOML syntax, for "
                 "instance iters=40, cluster.eps=0.5 or sampler='\"proxies\"'",
                 field=key,
             ) from error
@@ -267,5 +267,5 @@ def change_recipe(recipe: Recipe, changes: Sequence[str]) -> Recipe:
 
 
 def views_used(recipe: Recipe) -> int | None:
-    """How many views are trained, None for all: a slice's end."""
+    """Number of trained views, None for all: the end of a slice."""
     return None if recipe.local_loss_weight > 0 or recipe.contrast == "instances" else 1

@@ -159,7 +159,7 @@ def test_who_would_be_answered_too_late_is_refused_counting_its_own_batch():
         for seed in range(12):  # so it learns how long a batch takes
             await submit(batcher, crop(seed))
         first = await blocked(batcher, runtime)
-        took_s = batcher._batch_s
+        took_s = batcher._admission.batch_s
         with pytest.raises(OverloadedError, match="longer than the deadline") as refused:
             await submit(batcher, crop(50), time.monotonic() + 1.5 * took_s)  # one ahead, and then its own
         assert refused.value.retry_after_s >= 1.9 * took_s
@@ -269,7 +269,7 @@ def test_callers_go_before_enrolments_which_fill_their_batch_and_both_before_a_m
             for number in range(3)
         ]
         await asyncio.sleep(0.02)
-        batcher._lanes.record_batch_time(Priority.REEMBED, 1.0)  # it had its turn just now
+        batcher._queue.record_batch_time(Priority.REEMBED, 1.0)  # it had its turn just now
         runtime.gate.set()
         await asyncio.gather(first, *tasks)
         assert runtime.batches[:3] == [1, 4, 2] and sum(runtime.batches[3:]) == 3 and runtime.firsts[1:4] == [0, 11, 20]
@@ -280,7 +280,7 @@ def test_callers_go_before_enrolments_which_fill_their_batch_and_both_before_a_m
 def test_an_idle_model_waits_for_what_is_being_decoded_but_not_for_ever():
     async def test(batcher, runtime):
         await batcher.submit(crop(0))
-        batcher._batch_s = SOON / 3
+        batcher._admission.batch_s = SOON / 3
         far = time.monotonic() + FAR
         jobs = [
             CropJob(b"", runtime, Priority.INTERACTIVE, far, batcher.loop.create_future(), crop(n)) for n in range(4)
@@ -294,7 +294,7 @@ def test_an_idle_model_waits_for_what_is_being_decoded_but_not_for_ever():
         batcher.put(jobs[3])
         await asyncio.gather(*(job.answer for job in jobs if job is not jobs[2]))
         assert runtime.batches == [1, 3]
-        batcher._batch_s = 0.05
+        batcher._admission.batch_s = 0.05
         batcher.expect(jobs[:1])  # and never comes
         await batcher.submit(crop(5))
         assert runtime.batches == [1, 3, 1]

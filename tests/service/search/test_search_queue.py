@@ -38,7 +38,7 @@ def test_what_one_turn_of_the_loop_brings_is_one_run(thread):
         return await asyncio.gather(*(queue.submit("k", [number, -number], deadline=FOREVER) for number in range(20)))
 
     assert asyncio.run(body()) == [[2 * number, -2 * number] for number in range(20)]
-    assert [len(jobs) for _, jobs in run.runs] == [40] and queue.pending == 0
+    assert [len(jobs) for _, jobs in run.runs] == [40] and queue.waiting == 0
 
 
 def test_more_than_fit_into_one_run_are_all_answered_and_kinds_stay_apart(thread):
@@ -78,7 +78,7 @@ def test_one_queue_serves_one_loop_after_another(thread):
         with pytest.raises(asyncio.CancelledError):
             asyncio.run(_cancelled(left()))
         assert asyncio.run(queue.submit("k", [21], deadline=FOREVER)) == [42]
-    assert queue.pending == 0
+    assert queue.waiting == 0
 
 
 async def _cancelled(work) -> None:

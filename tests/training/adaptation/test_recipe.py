@@ -23,13 +23,13 @@ def test_purify_holds_the_papers_weights() -> None:
 def test_every_value_of_a_recipe_has_a_comment() -> None:
     for name in recipe_names():
         text = (resources.files("resight.training") / "recipes" / f"{name}.toml").read_text()
-        told = False  # a comment holds for the lines below it that have none, where it says so
+        commented = False  # "as all of the following": the comment also covers the lines below without one
         for line in text.splitlines():
             if "=" not in line.partition("#")[0]:
-                told = "as all of the following" in line
+                commented = "as all of the following" in line
                 continue
-            told = ("as all of the following" in line) or (told and "#" not in line)
-            assert told or "#" in line, f"{name}: {line}"
+            commented = ("as all of the following" in line) or (commented and "#" not in line)
+            assert commented or "#" in line, f"{name}: {line}"
 
 
 def test_published_values_replace_those_for_small_machines() -> None:
@@ -46,11 +46,11 @@ def test_published_values_replace_those_for_small_machines() -> None:
     assert (sc.batch, sc.optimizer, sc.lr, sc.epochs, sc.selective.warmup_epochs) == (8, "sgd", 1e-3, 50, 3)
     assert sc.selective.mixture == "zeros"
     assert (sc.parts, sc.local_share, sc.selective.local_loss, sc.selective.negatives) == (8, 0.5, 0.3, 500)
-    with pytest.raises(RecipeError, match="leave --published out"):
+    with pytest.raises(RecipeError, match="omit --published"):
         load_recipe("purify-camera", published=True)
 
 
-def test_a_student_of_another_kind_is_guided_by_relations_too() -> None:
+def test_a_student_of_another_architecture_also_uses_relations() -> None:
     recipe = load_recipe("o2cap").with_student()
     assert recipe.student and recipe.guidance == 1.0 and recipe.relation == 1.0
 
@@ -117,7 +117,7 @@ def test_values_out_of_range_are_refused(values: dict, expected: str) -> None:
         ({"cluster": 3}, "cluster: expected an object, found 3"),
     ],
 )
-def test_values_of_another_kind_are_refused(values: dict, expected: str) -> None:
+def test_values_of_another_type_are_refused(values: dict, expected: str) -> None:
     with pytest.raises(RecipeError, match=expected):
         parse_recipe("mine", values)
 
@@ -135,7 +135,7 @@ def test_a_schedule_changes_nothing_else() -> None:
     assert short.with_schedule(epochs=recipe.epochs, iters=recipe.iters) == recipe
 
 
-def test_values_are_changed_one_by_one_as_toml_writes_them() -> None:
+def test_single_values_are_changed_in_toml_syntax() -> None:
     recipe = load_recipe("o2cap")
     changed = change_recipe(
         recipe, ["iters=40", "cluster.eps = 0.5", 'sampler="proxies"', "student=true", "lr_steps=[0.5, 0.9]"]
@@ -149,7 +149,7 @@ def test_values_are_changed_one_by_one_as_toml_writes_them() -> None:
     "change, word",
     [
         ("iters", "KEY=VALUE"),
-        ("iters=many", "cannot be read"),
+        ("iters=many", "cannot be parsed"),
         ("epoch=3", "did you mean 'epochs'"),
         ("cluster.epsilon=0.5", "no setting 'cluster.epsilon'"),
         ("clusters.eps=0.5", "no section 'clusters'"),
@@ -158,6 +158,6 @@ def test_values_are_changed_one_by_one_as_toml_writes_them() -> None:
         ("lr=2.0", "lr: expected less than 1"),
     ],
 )
-def test_changes_that_make_no_recipe_are_refused(change: str, word: str) -> None:
+def test_invalid_changes_are_refused(change: str, word: str) -> None:
     with pytest.raises(RecipeError, match=word):
         change_recipe(load_recipe("o2cap"), [change])
