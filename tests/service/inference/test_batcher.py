@@ -79,7 +79,7 @@ async def submit(batcher: Submitting, image: np.ndarray, deadline: float | None 
 def run(test, *, max_batch: int = 8, max_queue: int = 64):
     async def body():
         runtime = GatedRuntime(max_batch)
-        batcher = Submitting(runtime, max_queue=max_queue, most=max_batch)
+        batcher = Submitting(runtime, max_queue=max_queue, max_batch=max_batch)
         batcher.start()
         try:
             await asyncio.wait_for(test(batcher, runtime), SOON)
