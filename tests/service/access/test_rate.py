@@ -19,7 +19,7 @@ class Clock:
         return self.now
 
 
-def test_a_burst_then_the_rate_and_each_for_themselves():
+def test_burst_then_rate_per_principal():
     clock = Clock()
     limit = RateLimit(2.0, 3, clock=clock)
     for _ in range(3):
@@ -34,7 +34,7 @@ def test_a_burst_then_the_rate_and_each_for_themselves():
         limit.take(ANNA)
 
 
-def test_two_of_a_name_in_two_tenants_are_two():
+def test_the_same_name_in_two_tenants_is_limited_separately():
     limit = RateLimit(0.1, 1, clock=Clock())
     limit.take(ANNA)
     limit.take(Principal("anna", "north", Role.READER))

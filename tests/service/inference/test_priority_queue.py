@@ -43,7 +43,7 @@ def taken(lanes: CropQueue) -> list[CropJob]:
 
 
 @pytest.mark.parametrize("low", [ENROL, REEMBED])
-def test_a_flood_of_callers_leaves_each_lower_priority_its_share(answer, low):
+def test_each_lower_priority_gets_its_share_under_load(answer, low):
     clock, runtime, took = Clock(), DummyRuntime(max_batch=8), {CALLER: 0.0, low: 0.0}
     lanes = CropQueue(clock)
     for _ in range(3000):
@@ -59,7 +59,7 @@ def test_a_flood_of_callers_leaves_each_lower_priority_its_share(answer, low):
     assert 0.8 * PRIORITY_SHARES[low] < share < 1.3 * PRIORITY_SHARES[low] + 0.05
 
 
-def test_a_migration_waits_while_callers_come_and_takes_no_longer_at_once_than_they_may_wait(answer):
+def test_a_migration_waits_during_calls_and_its_batches_stay_short(answer):
     clock, runtime = Clock(), DummyRuntime(max_batch=32)
     lanes = CropQueue(clock)
     assert lanes.wait_s() is None and lanes.take(MOST) == []
@@ -81,7 +81,7 @@ def test_a_migration_waits_while_callers_come_and_takes_no_longer_at_once_than_t
     assert len(lanes.drain()) == 58 and lanes.wait_s() is None
 
 
-def test_a_migration_leaves_a_worker_to_callers_until_they_are_long_gone(answer):
+def test_a_migration_leaves_a_worker_free_until_there_are_no_calls(answer):
     clock, runtime = Clock(), DummyRuntime(max_batch=32)
     lanes = CropQueue(clock)
     lanes.defer_background()

@@ -72,7 +72,7 @@ def test_no_crop_feature_token_or_name_of_anybody_is_in_the_log(bundle_path, tmp
         raise
     assert server.end() == 0
     text = server.log.read_text(errors="replace")
-    assert "refused" in text and "unknown token" in text  # the log was alive
+    assert "rejected" in text and "unknown token" in text  # the log was alive
     assert [secret for secret in secrets if secret in text or secret in metrics] == []
     if form == "json":
         lines = [json.loads(line) for line in text.splitlines()]

@@ -30,7 +30,7 @@ def thread():
         yield made
 
 
-def test_what_one_turn_of_the_loop_brings_is_one_run(thread):
+def test_jobs_of_one_loop_iteration_are_one_run(thread):
     run = Doubled()
     queue = SearchQueue(thread, run, max_queries=1000)
 
@@ -41,7 +41,7 @@ def test_what_one_turn_of_the_loop_brings_is_one_run(thread):
     assert [len(jobs) for _, jobs in run.runs] == [40] and queue.waiting == 0
 
 
-def test_more_than_fit_into_one_run_are_all_answered_and_kinds_stay_apart(thread):
+def test_large_batches_are_split_and_kinds_are_not_mixed(thread):
     run = Doubled()
     queue = SearchQueue(thread, run, max_queries=1000)
     kinds = ["even" if number % 2 else "odd" for number in range(300)]
@@ -56,7 +56,7 @@ def test_more_than_fit_into_one_run_are_all_answered_and_kinds_stay_apart(thread
     assert len(run.runs) == 2 * -(-300 // MAX_BATCH)
 
 
-def test_a_run_that_fails_fails_its_own_kind_only(thread):
+def test_a_failing_run_fails_only_its_kind(thread):
     queue = SearchQueue(thread, Doubled(), max_queries=1000)
 
     async def body():
@@ -67,7 +67,7 @@ def test_a_run_that_fails_fails_its_own_kind_only(thread):
     assert isinstance(first, ValueError) and second == [2] and isinstance(third, ValueError)
 
 
-def test_one_queue_serves_one_loop_after_another(thread):
+def test_one_queue_serves_successive_event_loops(thread):
     queue = SearchQueue(thread, Doubled(), max_queries=1000)
 
     async def left() -> None:
@@ -86,7 +86,7 @@ async def _cancelled(work) -> None:
     raise asyncio.CancelledError
 
 
-def test_who_comes_when_the_thread_has_ended_is_refused():
+def test_jobs_after_shutdown_are_refused():
     thread = ThreadPoolExecutor(1)
     queue = SearchQueue(thread, Doubled(), max_queries=1000)
     thread.shutdown()

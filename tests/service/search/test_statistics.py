@@ -136,7 +136,7 @@ def counted(cosines, minute: int) -> SearchCounts:
     return whole
 
 
-def test_the_drift_compares_the_newest_with_the_first_and_outlives_what_holds_it(tmp_path):
+def test_drift_compares_the_newest_hits_with_the_first_and_survives_restarts(tmp_path):
     rng, now = np.random.default_rng(0), now_us() // MINUTE_US
     parts = [rng.normal(0.7, 0.05, 400) for _ in range(3)]  # the third fills the reference, and counts whole
     parts += [rng.normal(0.7, 0.05, 50), rng.normal(0.6, 0.05, 600), rng.normal(0.6, 0.05, 600)]
@@ -176,7 +176,7 @@ def test_the_drift_compares_the_newest_with_the_first_and_outlives_what_holds_it
         asyncio.run(body(store))
 
 
-def test_minutes_are_added_up_kept_for_a_month_and_go_with_their_collection(tmp_path):
+def test_minutes_are_summed_kept_for_a_month_and_deleted_with_their_collection(tmp_path):
     async def body(store) -> None:
         lobby = await made(store)
         place, now = (lobby.key, SPACE.space_id), now_us() // MINUTE_US
@@ -197,7 +197,7 @@ def test_minutes_are_added_up_kept_for_a_month_and_go_with_their_collection(tmp_
         asyncio.run(body(store))
 
 
-def test_what_cannot_be_written_waits_and_a_caller_who_leaves_loses_nothing(tmp_path):
+def test_failed_writes_are_retried_and_cancelled_flushes_lose_nothing(tmp_path):
     async def body(store) -> None:
         lobby, statistics = await made(store), SearchStatistics(store)
         statistics.record(lobby, [answered(0.5)])
