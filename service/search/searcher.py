@@ -91,8 +91,8 @@ class NearestSearch:
             else:
                 open_ones.setdefault(query.top_k.bit_length(), []).append(number)
         for filters, numbers in chosen.items():
-            few = self._ladder.few(len(self._held.index))
-            among = self._held.feed.passing(filters, few)
+            few = self._ladder.exact_limit(len(self._held.index))
+            among = self._held.reader.matching_keys(filters, few)
             if among is None:
                 open_ones.setdefault(max(queries[number].top_k for number in numbers).bit_length(), []).extend(numbers)
                 continue
@@ -147,13 +147,13 @@ class NearestSearch:
                     hits = self._hits(near[place], living, queries[number], with_features)
                     out[number] = NearestAnswer(hits, self._exact)
             if short:
-                among = reads.candidates(self._connection, self._held.feed.collection.key, filters)
+                among = reads.candidates(self._connection, self._held.reader.collection.key, filters)
                 out.update(self._among(queries, short, filters, among, with_features))
         return out
 
     def _confirmed(self, near: Sequence[Candidates], filters: Filter) -> dict[int, EntryRecord]:
         keys = np.unique(np.concatenate([keys for keys, _ in near]))
-        return reads.confirm_candidates(self._connection, self._held.feed.collection.key, keys, filters)
+        return reads.confirm_candidates(self._connection, self._held.reader.collection.key, keys, filters)
 
     def _hits(
         self, near: Candidates, living: dict[int, EntryRecord], query: NearestQuery, with_features: bool
@@ -415,7 +415,7 @@ class Searcher:
         for collection in held:
             started = time.monotonic()
             await self._run(tune_faiss, collection.space.dim)  # before someone waits for it
-            index = (await self._run(self._indexes.current, collection)).index
+            index = (await self._run(self._indexes.up_to_date, collection)).index
             log.info(
                 "index loaded collection=%s kind=%s entries=%d seconds=%.2f",
                 collection.name,
@@ -423,7 +423,7 @@ class Searcher:
                 len(index),
                 time.monotonic() - started,
             )
-        await self._run(self._indexes.sweep)
+        await self._run(self._indexes.drop_unused)
 
     @property
     def waiting(self) -> int:
@@ -452,7 +452,7 @@ class Searcher:
     def _follow(self, collection: Collection) -> None:
         self._following.discard(collection.key)
         try:
-            self._indexes.follow(collection)
+            self._indexes.apply_changes(collection)
         except CollectionNotFoundError:
             pass  # deleted meanwhile, and its index with it
         except Exception:
@@ -473,14 +473,14 @@ class Searcher:
 
     def revision(self, collection: Collection) -> int:
         """What a collection's index has taken in; 0 before its first write."""
-        held = self._indexes.held(collection)
+        held = self._indexes.state(collection)
         return 0 if held is None else max(0, held.index.revision)
 
     def stats(self, collection: Collection) -> IndexStats:
         """How a collection's index stands; of an empty one before its first search."""
-        held = self._indexes.held(collection)
+        held = self._indexes.state(collection)
         if held is None:
-            return IndexStats(self._ladder.wanted(0), 0, 0, None, 0)
+            return IndexStats(self._ladder.kind_for(0), 0, 0, None, 0)
         index = held.index
         revision = max(0, index.revision)
         built = (held.recall.value, revision, held.note, held.pinned is not None, len(index))
@@ -501,7 +501,7 @@ class Searcher:
             InputError: no such type.
             CollectionNotFoundError: it was deleted meanwhile.
         """
-        done = await self._run(self._indexes.begin, collection, index_type)
+        done = await self._run(self._indexes.start_rebuild, collection, index_type)
         await asyncio.wrap_future(done)
         return self.stats(collection)
 
@@ -546,7 +546,7 @@ class Searcher:
         started_ns = time.perf_counter_ns()
         collection = jobs[0].collection
         try:
-            held = self._indexes.current(collection)
+            held = self._indexes.up_to_date(collection)
             tune_faiss(collection.space.dim).apply(collection.space.dim)
             nearest = NearestSearch(self._store.reader(), held, self._ladder, exact=kind.exact)
             answers: list[NearestAnswer] = nearest.answers(
