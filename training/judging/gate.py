@@ -204,7 +204,7 @@ def hygiene_problems(hygiene: Mapping[str, Hygiene]) -> Iterator[str]:
         hygiene: by the words for which crops they are.
     """
     for which, found in hygiene.items():
-        for words in found.told():
+        for words in found.messages():
             yield f"{which}: {words}"
 
 
