@@ -147,4 +147,4 @@ class Calibration:
 
 
 def _refuse(what: str, expected: str, found: object) -> NoReturn:
-    raise BundleError(f"calibration: {what}: expected {expected}, found {str(found)[:200]!r}: export the bundle anew")
+    raise BundleError(f"calibration: {what}: expected {expected}, found {str(found)[:200]!r}: export the bundle again")

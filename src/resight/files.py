@@ -165,7 +165,7 @@ def _open_plain(path: Path, limit: int) -> BinaryIO:
         os.close(descriptor)
         raise BundleError(
             f"{path.name} in {path.parent}: expected a regular file of at most {limit} bytes, found "
-            f"{stat.filemode(status.st_mode)} of {status.st_size} bytes: export the bundle anew"
+            f"{stat.filemode(status.st_mode)} of {status.st_size} bytes: export the bundle again"
         )
     return os.fdopen(descriptor, "rb")
 
@@ -173,5 +173,5 @@ def _open_plain(path: Path, limit: int) -> BinaryIO:
 def _refuse_altered(path: Path) -> NoReturn:
     raise BundleError(
         f"{path.name} in {path.parent} is not the file that was exported (its SHA-256 differs from the manifest's): "
-        "copy the bundle again or export it anew"
+        "copy the bundle again or export it again"
     )

@@ -39,7 +39,7 @@ CONFIGS = {
 def refused(data: bytes, message: str, *, feature_dim: int | None = DIM) -> None:
     with pytest.raises(BundleError, match=message) as caught:
         check_graph(data, SPEC, feature_dim, what="model.onnx")
-    assert str(caught.value).startswith("model.onnx was refused before anything ran it: expected ")
+    assert str(caught.value).startswith("model.onnx was rejected before it was run: expected ")
     assert str(caught.value).endswith("take bundles only from those you trust")
 
 
@@ -412,9 +412,9 @@ def field(number: int, content: bytes) -> bytes:
         (field(7, field(1, bytes(MAX_STRUCTURE_BYTES))), "bytes beside the weights"),
         (field(7, field(5, field(9, bytes(2000)) * 2)), "one field 9"),
         (field(7, b"\x28\x01"), "one field 5"),
-        (bytes([7 << 3 | 2]) + b"\xff" * 10, "no protobuf"),
-        (b"\x0b" * 9, "no protobuf"),
-        (b"\x0a\xff\xff\xff\xff\x07", "cut short"),
+        (bytes([7 << 3 | 2]) + b"\xff" * 10, "truncated or invalid"),
+        (b"\x0b" * 9, "invalid protobuf"),
+        (b"\x0a\xff\xff\xff\xff\x07", "truncated"),
         (bytes(MAX_GRAPH_BYTES + 1), f"1 to {MAX_GRAPH_BYTES} bytes"),
     ],
     ids=[
@@ -443,7 +443,7 @@ def test_any_bit_altered_beside_the_weights_is_refused_or_harmless() -> None:
         try:
             check_graph(bytes(damaged), SPEC, DIM)
         except BundleError as error:
-            assert "refused before anything ran it" in str(error)
+            assert "rejected before it was run" in str(error)
             continue
         found = onnx.load_from_string(bytes(damaged))
         assert {entry.op_type for entry in found.graph.node} <= OPERATORS

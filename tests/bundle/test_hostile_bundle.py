@@ -370,7 +370,7 @@ def test_a_hostile_graph_in_a_bundle_that_is_in_order_does_not_reach_onnxruntime
     bundle = make_bundle(tmp_path / "bundle")
     model = onnx.load_from_string(bundle.read())
     harm(model)
-    with pytest.raises(BundleError, match=rf"model\.onnx was refused before anything ran it: .*{message}"):
+    with pytest.raises(BundleError, match=rf"model\.onnx was rejected before it was run: .*{message}"):
         open_runtime(with_graph(bundle, model.SerializeToString()))
 
 
@@ -391,6 +391,6 @@ def test_a_graph_that_loads_but_does_not_run_is_refused(tmp_path: Path) -> None:
     model.graph.node[place].output[0] = "before"
     model.graph.node.insert(place + 1, helper.make_node("Conv", ["before", "odd"], ["t"]))
     with pytest.raises(
-        BundleError, match=r"(model\.onnx.*does not run|cannot load model\.onnx).*export the bundle anew"
+        BundleError, match=r"(model\.onnx.*does not run|cannot load model\.onnx).*export the bundle again"
     ):
         open_runtime(with_graph(bundle, model.SerializeToString()))

@@ -102,7 +102,7 @@ def test_probes_catch_another_resize() -> None:
     probes = make_probes(SPEC, embed, count=5)
     other = np.stack([fit(decode(jpeg), ImageSpec(32, 16, "bilinear")) for jpeg in probes.jpegs])
     swapped = Probes(probes.jpegs, other, embed(other))
-    with pytest.raises(BundleError, match="becomes other pixels here"):
+    with pytest.raises(BundleError, match="is decoded to other pixels here"):
         check_probes(swapped, SPEC, embed, what="model.onnx")
 
 

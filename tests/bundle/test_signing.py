@@ -92,7 +92,7 @@ def test_every_changed_byte_of_a_signature_is_refused(key: PrivateKey, whose: st
             harms.append(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
         harms += [whole[:place] + whole[place + 1 :], whole[:place] + b"=" + whole[place:], whole[:place]]
     for harm in harms:
-        with pytest.raises(BundleError, match=r"^manifest\.json\.minisig is refused: .*: copy the bundle again"):
+        with pytest.raises(BundleError, match=r"^manifest\.json\.minisig is rejected: .*: copy the bundle again"):
             verify(DATA, harm, public)
 
 

@@ -134,8 +134,8 @@ def test_int8_that_fails_its_gate_is_left_out_and_says_why(tmp_path: Path) -> No
         name="x",
         training={},
         weights_licence="none",
-        wanted=ExportOptions(("int8",)),
-        lent=SiteData(draw_crops(), measure=lambda run: next(measured)),
+        options=ExportOptions(("int8",)),
+        site=SiteData(draw_crops(), measure=lambda run: next(measured)),
     )
     assert [artefact.precision for artefact in bundle.manifest.artefacts] == ["fp32"]
     assert bundle.manifest.evaluation["left_out"] == {
@@ -154,7 +154,7 @@ def test_what_cannot_be_made_is_refused_before_the_work(tmp_path: Path) -> None:
 
 
 def test_too_few_crops_are_refused(site: Site, tmp_path: Path) -> None:
-    lent = SiteData(fitted_pixels(site.train.subset(np.arange(3)), CONFIG.image))
+    site_data = SiteData(fitted_pixels(site.train.subset(np.arange(3)), CONFIG.image))
     with pytest.raises(BundleError, match="found 3"):
         export_encoder(
             random_encoder(),
@@ -162,8 +162,8 @@ def test_too_few_crops_are_refused(site: Site, tmp_path: Path) -> None:
             name="x",
             training={},
             weights_licence="none",
-            wanted=ExportOptions(("int8",)),
-            lent=lent,
+            options=ExportOptions(("int8",)),
+            site=site_data,
         )
     assert not (tmp_path / "b").exists()
 
@@ -182,9 +182,9 @@ def test_samples_are_even_over_cameras_and_keep_tracks_whole(site: Site) -> None
 
 
 def test_steps_are_told_in_their_order() -> None:
-    wanted = ExportOptions(("int8", "fp16"), tensorrt=True)
+    options = ExportOptions(("int8", "fp16"), tensorrt=True)
     crops = np.zeros((16, 64, 32, 3), np.uint8)
-    assert export_steps(wanted, SiteData(crops, calibrate=lambda run: None)) == (
+    assert export_steps(options, SiteData(crops, calibrate=lambda run: None)) == (
         "reference features",
         "graph",
         "parity",
@@ -219,8 +219,8 @@ def test_int8_of_a_real_model_passes_the_gate_on_real_crops(tmp_path: Path) -> N
         name="real",
         training={},
         weights_licence="research",
-        wanted=ExportOptions(("int8",)),
-        lent=SiteData(
+        options=ExportOptions(("int8",)),
+        site=SiteData(
             fitted_pixels(sample_crops(site.train, 256), spec), measure=SiteDataLoader(None, spec, known).measure
         ),
     )

@@ -24,7 +24,7 @@ from resight.arrays import Pixels
 from resight.encoder.model import Encoder
 from resight.errors import BundleError
 from resight.exporters import int8
-from resight.exporters.int8 import Int8Criteria, check_int8, keep_sensitive, rewrite_for_cpu
+from resight.exporters.int8 import Int8Criteria, check_int8, keep_sensitive_blocks, rewrite_for_cpu
 from resight.exporters.onnx_graph import ServingGraph, to_onnx
 from resight.exporters.verify import run_onnx
 from resight.image import ImageSpec
@@ -48,7 +48,7 @@ def form(name: str, symmetric: bool) -> onnx.ModelProto:
 @pytest.mark.parametrize("symmetric", [False, True], ids=["cpu", "tensorrt"])
 @pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
 def test_int8_is_near_fp32_on_crops_it_has_not_seen(name: str, symmetric: bool) -> None:
-    made = keep_sensitive(calibrated(name), symmetric=symmetric, gate=Int8Criteria(min_mean_cosine=0.95))
+    made = keep_sensitive_blocks(calibrated(name), symmetric=symmetric, criteria=Int8Criteria(min_mean_cosine=0.95))
     assert made.kept == () and made.crops == 32
     assert made.mean_cosine >= (0.98 if name == "osnet_x0_25" else 0.95)  # random weights lose more than trained ones
     crops = draw_crops(32, seed=77)
@@ -227,11 +227,11 @@ def test_the_block_that_int8_breaks_stays_in_float() -> None:
     model = to_onnx(ServingGraph(brittle_encoder()), SPEC)
     found = int8.calibrate(model, draw_crops())
     assert found.blocks == BLOCKS
-    whole = keep_sensitive(found, gate=Int8Criteria(min_mean_cosine=-1.0))
+    whole = keep_sensitive_blocks(found, criteria=Int8Criteria(min_mean_cosine=-1.0))
     steps: list[str] = []
-    wanted = keep_sensitive(calibrated("resnet18")).mean_cosine - 0.01
+    wanted = keep_sensitive_blocks(calibrated("resnet18")).mean_cosine - 0.01
     assert whole.mean_cosine < wanted  # broken, or this would show nothing
-    made = keep_sensitive(found, gate=Int8Criteria(min_mean_cosine=wanted), progress=steps.append)
+    made = keep_sensitive_blocks(found, criteria=Int8Criteria(min_mean_cosine=wanted), progress=steps.append)
     assert made.kept == ("layer2.0",) and made.mean_cosine >= wanted
     assert steps == [*(f"trying {block}" for block in BLOCKS), "keeping 1 blocks in float"]
     assert made.model == int8.quantize_graph(found, keep=["layer2.0"])
@@ -242,9 +242,9 @@ def test_the_block_that_int8_breaks_stays_in_float() -> None:
 
 def test_a_gate_out_of_reach_ends_with_half_of_the_blocks_at_most() -> None:
     steps: list[str] = []
-    made = keep_sensitive(
+    made = keep_sensitive_blocks(
         int8.calibrate(export("resnet18"), draw_crops(48)),
-        gate=Int8Criteria(min_mean_cosine=1.1),
+        criteria=Int8Criteria(min_mean_cosine=1.1),
         progress=steps.append,
     )
     assert steps[0] == f"trying {BLOCKS[0]}" and len(steps) <= len(BLOCKS) + 3

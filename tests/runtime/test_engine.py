@@ -67,7 +67,7 @@ def test_only_fp32_goes_without_tf32(machine):
 
 
 def test_a_graph_that_tensorrt_does_not_take_is_told(machine):
-    with pytest.raises(BundleError, match=r"does not take the fp32 graph.*UINT8 inputs must be cast"):
+    with pytest.raises(BundleError, match=r"does not accept the fp32 graph.*UINT8 inputs must be cast"):
         build_engine(bytes_transposed(), key())
     machine.refuse_build = True
     with pytest.raises(BundleError, match=r"no engine of the fp32 graph on NVIDIA Stand-in.*--provider cuda"):
@@ -82,7 +82,7 @@ def test_an_engine_is_built_once_and_found_again(machine, cache, caplog):
     caplog.clear()
     assert load_or_build_engine(graph(0), key(graph(0)), cache) == plan
     assert machine.calls == [] and caplog.text == ""
-    assert load_or_build_engine(graph(0), key(graph(0)), cache, anew=True) == plan
+    assert load_or_build_engine(graph(0), key(graph(0)), cache, rebuild=True) == plan
     assert "build_serialized_network" in machine.calls
 
 

@@ -83,7 +83,7 @@ def test_what_was_not_sealed_here_is_not_loaded_and_the_log_says_so(cache, harm,
     harm(cache, cache.folder / "a.plan")
     caplog.clear()
     assert cache.load("a.plan", KEY) is None
-    assert "built anew" in caplog.text
+    assert "rebuilt" in caplog.text
 
 
 def test_a_folder_that_others_may_enter_is_refused(tmp_path):

@@ -80,5 +80,5 @@ def test_nobody_there_is_told(address):
 
 
 def test_a_token_does_not_travel_in_clear():
-    with pytest.raises(InputError, match="in clear"):
+    with pytest.raises(InputError, match="in plaintext"):
         AsyncClient("192.0.2.1:50051", token="secret")
