@@ -264,7 +264,7 @@ CASES: dict[str, Callable[[dict[str, Any], Path], list[object]]] = {
         ("evaluate flipped", ["flipped.bundle", "model.onnx", "SHA-256"]),
         ("evaluate flipped-model", ["model.safetensors is damaged"]),
         ("evaluate stranger", ["resnet18", "missing", "unexpected"]),
-        ("export missing", ["missing is no checkpoint", "resight adapt"]),
+        ("export missing", ["missing is not a checkpoint", "resight adapt"]),
         ("export stranger", ["resnet18", "missing", "unexpected"]),
         ("export taken", ["taken", "--replace"]),
         ("serve flipped", ["flipped.bundle", "model.onnx", "SHA-256"]),

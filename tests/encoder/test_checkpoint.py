@@ -48,7 +48,7 @@ def test_writing_again_replaces_the_whole_folder(folder: Path) -> None:
 def test_a_folder_that_is_no_checkpoint_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         write_checkpoint(tmp_path / "photos", Encoder(CONFIG), Provenance())
     assert (tmp_path / "photos" / "a.jpg").read_bytes() == b"x"
 

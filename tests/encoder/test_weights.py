@@ -122,7 +122,7 @@ def test_an_onnx_without_osnet_inside_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="holds no OSNet"):
         load_weights(str(tmp_path / "relu.onnx"))
     (tmp_path / "text.onnx").write_text("not a model")
-    with pytest.raises(WeightsError, match="no ONNX file"):
+    with pytest.raises(WeightsError, match="is not an ONNX file"):
         load_weights(str(tmp_path / "text.onnx"))
 
 

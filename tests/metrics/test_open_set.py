@@ -108,7 +108,7 @@ def test_the_operating_point_is_the_best_threshold_there_is(target: float, tied:
 def test_a_rate_that_the_searches_cannot_resolve_is_not_given(searches: int, target: float, needed: int) -> None:
     point = score_of([0.1] * searches, [0.9]).at_fpir(target, (1, 10))
     assert (point.threshold, point.fpir, point.false_positives, point.tpir) == (None, None, None, (None, None))
-    assert point.reservation == f"{searches} non-mated searches cannot resolve it: it takes {needed} or more"
+    assert point.reservation == f"{searches} non-mated searches cannot resolve it: at least {needed} are needed"
     enough = score_of([0.1] * (needed - 1) + [0.2], [0.9]).at_fpir(target, (1, 10))
     assert enough.false_positives == 1 and enough.tpir == (1.0, 1.0)
 
@@ -173,7 +173,7 @@ def test_a_threshold_survives_its_way_to_a_service() -> None:
 def test_what_cannot_be_measured_is_refused_with_the_reason() -> None:
     eye, cameras = np.eye(3, dtype=np.float32), (np.array([1, 1, 1]), np.array([2, 2, 2]))
     alone = GroundTruth(np.array([4, 4, 0]), np.array([4, 4, 0]), *cameras)
-    with pytest.raises(InputError, match=r"two persons or more in the gallery, found 1: add"):
+    with pytest.raises(InputError, match=r"at least two persons in the gallery, found 1: add"):
         evaluate_open_set(cosine_rows(eye, eye, alone), alone)
     unmatched = GroundTruth(np.array([4, 5, 0]), np.array([6, 7, 0]), *cameras)
     with pytest.raises(InputError, match=r"none of 3 queries has a match .* two cameras"):

@@ -95,7 +95,7 @@ def test_a_site_of_one_person_has_no_open_set_and_says_why(tiny_site: Site) -> N
     few = (store.subset(np.flatnonzero(store.persons == person)) for store in (query, gallery))
     score = measure_site(Site(tiny_site.root, tiny_site.train, *few), embed_by_chance)
     assert score.ranking.mAP == 1.0
-    assert score.open_set is None and "two persons or more" in score.reservation
+    assert score.open_set is None and "at least two persons" in score.reservation
 
 
 def test_features_are_those_of_the_training_loop(tiny_site: Site) -> None:
