@@ -61,4 +61,4 @@ def test_few_tracks_say_why_there_is_no_figure() -> None:
     store = people_store(persons=4, cameras=1, crops=4)
     found = search_tracks(people_features(store, spread=1), draw_track_pairs(store))
     assert not found.figures and set(found.missing) == {"tpir_at_fpir_0.1", "tpir_at_fpir_0.01"}
-    assert "4 tracks of several crops overlap" in found.missing["tpir_at_fpir_0.1"]
+    assert "4 tracks with several crops overlap" in found.missing["tpir_at_fpir_0.1"]
