@@ -260,7 +260,7 @@ CASES: dict[str, Callable[[dict[str, Any], Path], list[object]]] = {
         ("adapt taken", ["taken exists", "--out"]),
         ("evaluate missing", ["no site at", "expected a crop store"]),
         ("evaluate alone", ["camera"]),
-        ("evaluate plot", ["tells no picture format", ".png"]),
+        ("evaluate plot", ["has no image suffix", ".png"]),
         ("evaluate flipped", ["flipped.bundle", "model.onnx", "SHA-256"]),
         ("evaluate flipped-model", ["model.safetensors is damaged"]),
         ("evaluate stranger", ["resnet18", "missing", "unexpected"]),

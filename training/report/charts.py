@@ -25,7 +25,7 @@ WIDTH, HEIGHT = 340, 190  # viewBox units; the style sheet scales the drawing to
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 18, 24
 SERIES_COLOURS = 8  # classes s0..s7 in page.css.j2
 
-Point = tuple[float, float, str]  # x, y and the words told for it
+Point = tuple[float, float, str]  # x, y and its description
 Series = Mapping[str, Sequence[float | None]]
 
 
@@ -278,7 +278,7 @@ def epoch_charts(epochs: Sequence[EpochRow]) -> list[Chart]:
 
 
 def constant_figures(epochs: Sequence[EpochRow]) -> dict[str, str]:
-    """Figures of two or more epochs that are the same in all: label -> value, told in words instead of a chart."""
+    """Figures of two or more epochs that are the same in all: label -> value, shown as text instead of a chart."""
     told: dict[str, str] = {}
     for group, names in figures_by_group(epochs).items():
         values = {name: {row.figures[name] for row in epochs if name in row.figures} for name in names}

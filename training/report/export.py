@@ -1,9 +1,8 @@
-"""A calibration drawn as inline SVG: what it promises against what pairs held out show, and where the thresholds lie.
+"""The page of an export: the table of forms, the calibration and its reliability, as one self-contained HTML file.
 
-Above, the reliability curve with its intervals over the even line; below, how alike pairs of one person and of two
-are. Colours are classes of the page's style sheet, as in `curves`; the classes are s0 for one person, s1 for two.
-
-One self-contained HTML page of an export: every form with its figures, and what a similarity means at this site.
+The drawing of a calibration has two panels: above, the reliability curve of held-out pairs with its intervals; below,
+the similarities of pairs of one person and of two, with the thresholds. Its colours are classes of the page's style
+sheet: s0 is one person, s1 two persons.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ ONE_PERSON, TWO_PERSONS = "s0", "s1"
 
 
 def draw_reliability(reliability: Reliability, calibration: Calibration) -> str:
-    """Draw both panels as one ``<svg>`` element that names no outside resource.
+    """Draw both panels as one ``<svg>`` element without external resources.
 
     Args:
         reliability: with a curve.
-        calibration: what it belongs to.
+        calibration: the calibration that was measured.
     """
     curve = reliability.curve
-    assert curve is not None, f"there is nothing to draw: {reliability.problem}"
+    assert curve is not None, f"no curve to draw: {reliability.problem}"
     height = TOP + PANEL + GAP + PANEL + FOOT
     words = (
         f"Reliability of the calibration: error {format_number(curve.error)}; match from a similarity of "
@@ -53,13 +52,13 @@ def _x(value: float, low: float, high: float) -> float:
 
 
 def _y(share: float, top: float) -> float:
-    """Height of a value in 0..1 in the panel that begins at ``top``."""
+    """Vertical position of a value in 0..1 in the panel that begins at ``top``."""
     return top + PANEL * (1 - share)
 
 
 def _promise(curve: ReliabilityCurve, top: float) -> list[Markup]:
     """Observed over predicted shares."""
-    parts = _axes([0.0, 0.25, 0.5, 0.75, 1.0], 0.0, 1.0, top, "probability told; upwards, share found")
+    parts = _axes([0.0, 0.25, 0.5, 0.75, 1.0], 0.0, 1.0, top, "predicted probability; vertically, observed share")
     even = Markup('<line class="stage" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>')
     parts.append(even.format(_x(0, 0, 1), _y(0, top), _x(1, 0, 1), _y(1, top)))
     shown = np.flatnonzero(np.isfinite(curve.observed) & np.isfinite(curve.low))
@@ -110,13 +109,13 @@ def _histograms(curve: ReliabilityCurve, calibration: Calibration, top: float) -
         parts.append(rule.format(at, top - 14 + 12 * line, top + PANEL))
         right = at < (LEFT + WIDTH - RIGHT) / 2  # there is room on that side
         text = Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
-        told = f"{words} {similarity:.3f}"
-        parts.append(text.format(at + (4 if right else -4), top - 16 + 12 * line, "start" if right else "end", told))
+        label = f"{words} {similarity:.3f}"
+        parts.append(text.format(at + (4 if right else -4), top - 16 + 12 * line, "start" if right else "end", label))
     return parts
 
 
 def _axes(marks: list[float], low: float, high: float, top: float, words: str) -> list[Markup]:
-    """Base line, marks in 0..1 on both axes, and what they mean."""
+    """Base line, marks in 0..1 on both axes, and their label."""
     parts = []
     for mark in marks or [0.0]:
         rule = Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>')
@@ -137,17 +136,17 @@ def write_export_report(
     rows: Sequence[Sequence[str]],
     reliability: Reliability | None,
 ) -> None:
-    """Write the page, replacing it in one step.
+    """Write the page atomically.
 
     Args:
         path: of the page.
-        bundle: that was exported.
-        columns: names of the forms' figures.
-        rows: one for each form, as words.
-        reliability: of the calibration, or why there is none; None where no site was given.
+        bundle: the exported bundle.
+        columns: headings of the table of forms.
+        rows: cells of each form.
+        reliability: of the calibration, or why there is none; None if no site was given.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be created or written.
     """
     manifest = bundle.manifest
     drawn = ""
@@ -158,7 +157,7 @@ def write_export_report(
         .get_template("export.html.j2")
         .render(
             title=f"Export of {manifest.name}",
-            summary=f"Space {manifest.space_id}, {manifest.feature_dim} numbers a person, {manifest.created}.",
+            summary=f"Space {manifest.space_id}, {manifest.feature_dim} values per feature, {manifest.created}.",
             measured_on=manifest.evaluation.get("measured_on", "an unknown machine"),
             columns=columns,
             rows=rows,
@@ -173,29 +172,29 @@ def write_export_report(
 
 
 def _meaning(calibration: Calibration | None, reliability: Reliability | None) -> list[str]:
-    """The calibration in sentences, and what its reader must mind."""
+    """The calibration in sentences, with its limits."""
     if calibration is None:
         why = reliability.problem if reliability is not None else "no crops of the site were given"
-        return [f"Not calibrated: {why}. Searches answer cosine similarities only."]
-    minded = [] if reliability is None else list(reliability.notes)
+        return [f"Not calibrated: {why}. Searches return only cosine similarities."]
+    notes = [] if reliability is None else list(reliability.notes)
     accept, reject = (float(calibration.similarity(p)) for p in (calibration.accept, calibration.reject))
     return [
-        f"A pair is called a match from probability {calibration.accept:.3f} on (similarity {accept:.3f}) and unknown "
-        f"below {calibration.reject:.3f} (similarity {reject:.3f}); between them a human should look.",
+        f"A pair is a match from probability {calibration.accept:.3f} (similarity {accept:.3f}) and unknown "
+        f"below {calibration.reject:.3f} (similarity {reject:.3f}); pairs in between need review.",
         f"Fitted without labels to {calibration.positives:,} pairs of one person ({calibration.positive_source}) and "
         f"{calibration.negatives:,} pairs of two ({calibration.negative_source}); expected calibration error "
-        f"{calibration.error:.3f} on pairs held out. Probabilities are at even odds, "
-        "as of two crops of which nothing else is known.",
-        *minded,
+        f"{calibration.error:.3f} on held-out pairs. Probabilities are at even prior odds, "
+        "as for two crops of which nothing else is known.",
+        *notes,
     ]
 
 
 def _facts(bundle: Bundle) -> Mapping[str, str]:
-    """What else the manifest says."""
+    """Other entries of the manifest."""
     manifest = bundle.manifest
     facts: dict[str, object] = {
         "licence of the initial weights": manifest.weights_licence,
-        "signed by": manifest.signer or "nobody",
+        "signed by": manifest.signer or "not signed",
         **{key: value for key, value in manifest.training.items() if key != "recipe"},
         "versions": manifest.versions,
     }

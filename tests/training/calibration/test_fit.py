@@ -1,4 +1,4 @@
-"""Calibration without labels: relayed clusters, the fitted line, thresholds by counting, and what it refuses."""
+"""Calibration without labels: clusters assigned by tracks, the fitted line, thresholds, and rejected inputs."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_crop_stands_for_the_cluster_of_its_tracks_other_crops(seed: int) -> N
         assert found[row] == expected, row
 
 
-def test_nothing_is_relayed_without_clusters_or_tracks() -> None:
+def test_no_crop_gets_a_cluster_without_clusters_or_tracks() -> None:
     nothing, some = np.full(6, -1), np.arange(6) % 2
     assert (label_by_track(nothing, some) == -1).all() and (label_by_track(some, nothing) == -1).all()
 
@@ -104,7 +104,7 @@ def test_pairs_are_of_two_cameras_and_keep_to_clusters(tracked: bool) -> None:
     labels = np.where(np.random.default_rng(1).random(len(store)) < 0.3, -1, store.persons // 2)
     drawn = draw_search_pairs(store, labels, seed=3)
     told = label_by_track(labels, store.tracks) if tracked else labels
-    assert drawn.relayed == tracked and drawn.clusters == len(set(told[told >= 0].tolist()))
+    assert drawn.by_track == tracked and drawn.clusters == len(set(told[told >= 0].tolist()))
     expected = {
         (i, j)
         for i in range(len(store))
@@ -273,13 +273,13 @@ def test_other_people_are_as_probable_as_told(noise: float, tracked: bool) -> No
     assert (calibration.probability(positive) < calibration.reject).mean() < 0.1
     assert calibration.reject <= calibration.accept and calibration.false_accept_share == 0.001
     assert any(note.startswith("Without tracks") for note in reliability.notes) != tracked
-    passed = [note for note in reliability.notes if "in one camera's picture at one time" in note]
+    passed = [note for note in reliability.notes if "in one camera's image at the same time" in note]
     pairs = draw_track_pairs(known).negatives
     assert len(passed) == (len(pairs) >= MIN_CERTAIN)
     if passed:
         alike = np.einsum("pd,pd->p", features[half][pairs[:, 0]], features[half][pairs[:, 1]])
         share = sum(calibration.decide(float(a)) == "match" for a in alike) / len(alike)
-        assert f"Of {len(pairs)} pairs" in passed[0] and f"{share:.1%} are taken for a match" in passed[0]
+        assert f"Of {len(pairs)} pairs" in passed[0] and f"{share:.1%} are decided as a match" in passed[0]
 
 
 def test_persons_are_never_read_and_the_seed_is_all() -> None:
@@ -302,8 +302,8 @@ def test_similarities_all_alike_are_told() -> None:
     crowded /= np.linalg.norm(crowded, axis=1, keepdims=True)
     calibration, reliability = calibrate(crowded, store)
     assert calibration is not None
-    assert "Nine in ten pairs of two persons are 0.9" in reliability.notes[0]
-    assert not any("Nine in ten" in note for note in calibrate(features, store)[1].notes)
+    assert "90 % of pairs of two persons have similarities of 0.9" in reliability.notes[0]
+    assert not any("90 % of pairs" in note for note in calibrate(features, store)[1].notes)
 
 
 def test_where_nothing_can_be_told_it_says_why() -> None:

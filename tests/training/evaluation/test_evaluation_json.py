@@ -97,5 +97,5 @@ def test_what_cannot_be_drawn_is_said_in_the_plot(score: SiteScore, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["figures", "figures.jpg", ".png"])
 def test_a_name_that_tells_no_format_is_refused(name: str) -> None:
-    with pytest.raises(InputError, match=r"tells no picture format: name a file that ends with \.png, \.svg, \.pdf"):
+    with pytest.raises(InputError, match=r"has no image suffix: use a name that ends with \.png, \.svg, \.pdf"):
         check_plot_path(Path(name))

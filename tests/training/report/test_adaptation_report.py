@@ -173,8 +173,8 @@ def test_hits_nobody_knows_are_junk_and_damaged_ones_are_left_out(outcome: DemoR
     gallery = replace(gallery, root=tmp_path / "site", persons=persons)
     (gallery.root / gallery.paths[first[0]]).unlink()
     score = replace(outcome.after.score, average_precision=np.eye(1, len(query))[0])
-    album = Thumbnails()
-    [shown, *_] = ranked_lists(query, gallery, outcome.before, replace(outcome.after, score=score), album)
+    thumbnails = Thumbnails()
+    [shown, *_] = ranked_lists(query, gallery, outcome.before, replace(outcome.after, score=score), thumbnails)
     assert shown.query.image == query.read(0)
     assert len(shown.after) == HITS - 1 and shown.after[0].verdict == "junk"
-    assert "cannot be read" in album.notes[0]
+    assert "cannot be read" in thumbnails.notes[0]

@@ -82,8 +82,8 @@ def test_best_worst_and_most_seen_are_what_they_say(tiny_site: Site) -> None:
     store = tiny_site.train
     labels, features = store.persons - 1, site_features(store, 0.1)
     labels = np.where((labels == 5) & (store.cameras == 2), -1, labels)  # all but this one are seen by 3 cameras
-    album = Thumbnails()
-    best, worst, diverse = cluster_groups(store, labels, features, album)
+    thumbnails = Thumbnails()
+    best, worst, diverse = cluster_groups(store, labels, features, thumbnails)
     assert [group.title for group in (best, worst, diverse)] == [TIGHTEST.title, LOOSEST.title, MOST_CAMERAS.title]
     scores = tightness(features, labels).clusters
     assert [cluster.label for cluster in best.clusters] == np.argsort(-scores)[:CLUSTERS_SHOWN].tolist()
@@ -95,7 +95,7 @@ def test_best_worst_and_most_seen_are_what_they_say(tiny_site: Site) -> None:
         assert {crop.image for crop in cluster.crops} <= {store.read(int(row)) for row in rows}
     shown = [crop.camera for crop in diverse.clusters[0].crops]
     assert shown == sorted(shown) and set(shown) == set(store.camera_names)
-    assert album.notes == []
+    assert thumbnails.notes == []
 
 
 def test_few_clusters_are_all_shown_and_none_is_no_error(tiny_site: Site) -> None:
@@ -128,11 +128,11 @@ def test_damaged_crops_are_left_out_and_told(tiny_site: Site, tmp_path: Path) ->
     )
     (store.root / store.paths[0]).unlink()
     (store.root / store.paths[1]).write_bytes(b"no image")
-    album = Thumbnails()
-    found = album.crops(store, [0, 1, 2, 0])
+    thumbnails = Thumbnails()
+    found = thumbnails.crops(store, [0, 1, 2, 0])
     assert [crop.image for crop in found] == [store.read(2)]
-    [note] = album.notes
-    assert note.startswith("2 chosen crops") and store.paths[0] in note
+    [note] = thumbnails.notes
+    assert note.startswith("2 selected crops") and store.paths[0] in note
 
 
 def test_large_crops_are_made_small_and_keep_their_shape(tmp_path: Path) -> None:

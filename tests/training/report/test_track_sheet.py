@@ -67,7 +67,7 @@ def test_of_many_tracks_some_are_shown_evenly(tmp_path: Path) -> None:
 def test_a_crop_that_is_gone_is_told_on_the_page(store: CropStore, tmp_path: Path) -> None:
     (store.root / "t0" / "1.jpg").unlink()
     write_sheet(tmp_path / "t.html", store, title="")
-    assert "1 chosen crops cannot be read" in (tmp_path / "t.html").read_text()
+    assert "1 selected crops cannot be read" in (tmp_path / "t.html").read_text()
 
 
 def test_other_suffixes_are_refused(store: CropStore, tmp_path: Path) -> None:
