@@ -68,7 +68,7 @@ def weights(of: ModelProto, name: str, values: NDArray[Any]) -> None:
     of.graph.initializer.append(numpy_helper.from_array(values, name))
 
 
-def test_a_small_graph_passes_and_its_length_is_checked_where_known() -> None:
+def test_a_small_graph_passes_and_its_feature_length_is_checked() -> None:
     check_graph(graph(0), SPEC, DIM)
     check_graph(graph(0), SPEC, None)
     refused(graph(0), rf"features as FLOAT \(N, {DIM + 1}\), found .*FLOAT .*{DIM}\)", feature_dim=DIM + 1)
@@ -110,7 +110,7 @@ def test_what_our_exporters_write_passes(forms: dict[str, bytes], form: str) -> 
 
 
 @pytest.mark.slow
-def test_no_operator_is_allowed_that_no_graph_of_ours_needs() -> None:
+def test_only_operators_that_our_graphs_need_are_allowed() -> None:
     found = {entry.op_type for entry in model().graph.node}
     for name in CONFIGS:
         for data in (exported(name), quantized(name)):
@@ -226,7 +226,7 @@ FOREIGN: dict[str, tuple[Callable[[ModelProto], None], str]] = {
 
 
 @pytest.mark.parametrize("harm", FOREIGN)
-def test_what_our_graphs_do_not_carry_is_refused(harm: str) -> None:
+def test_fields_that_our_graphs_do_not_have_are_rejected(harm: str) -> None:
     change, message = FOREIGN[harm]
     found = model()
     change(found)
@@ -323,7 +323,7 @@ ODD: dict[str, tuple[Callable[[ModelProto], None], str]] = {
 
 
 @pytest.mark.parametrize("harm", ODD)
-def test_a_graph_that_is_odd_is_refused(harm: str) -> None:
+def test_invalid_graphs_are_rejected(harm: str) -> None:
     change, message = ODD[harm]
     found = model()
     insert(found, "Relu")  # a place for odd attributes
@@ -381,7 +381,7 @@ LARGE: dict[str, tuple[Callable[[ModelProto], None], str]] = {
 
 
 @pytest.mark.parametrize("harm", LARGE)
-def test_a_graph_out_of_proportion_is_refused(harm: str) -> None:
+def test_a_graph_that_is_too_costly_is_rejected(harm: str) -> None:
     change, message = LARGE[harm]
     found = model()
     change(found)
@@ -422,17 +422,17 @@ def field(number: int, content: bytes) -> bytes:
         "long node", "raw data twice", "weights that are a number", "endless number", "groups", "length beyond", "huge",
     ],
 )  # fmt: skip
-def test_bytes_that_are_no_graph_are_refused(data: bytes, message: str) -> None:
+def test_bytes_that_are_not_a_graph_are_rejected(data: bytes, message: str) -> None:
     refused(data, message)
 
 
-def test_a_graph_cut_anywhere_is_refused() -> None:
+def test_a_truncated_graph_is_rejected() -> None:
     whole = graph(0)
     for end in [*range(0, len(whole), 97), *range(len(whole) - 40, len(whole))]:
         refused(whole[:end], "expected")
 
 
-def test_any_bit_altered_beside_the_weights_is_refused_or_harmless() -> None:
+def test_any_altered_bit_outside_the_weights_is_rejected_or_harmless() -> None:
     whole = graph(0)
     begin = whole.index(weights_of(0).tobytes())
     structure = [*range(begin), *range(begin + weights_of(0).nbytes, len(whole))]
@@ -464,7 +464,7 @@ def test_weights_are_counted_not_copied() -> None:
         tracemalloc.stop()
 
 
-def test_onnxruntime_is_not_needed_to_refuse(tmp_path: Path) -> None:
+def test_the_check_does_not_need_onnxruntime(tmp_path: Path) -> None:
     hostile = model()
     external(hostile)
     (tmp_path / "good.onnx").write_bytes(graph(0))

@@ -32,7 +32,7 @@ def embed(pixels: Pixels) -> NDArray[np.float32]:
     return flat / np.linalg.norm(flat, axis=1, keepdims=True)
 
 
-def test_what_was_packed_is_unpacked() -> None:
+def test_packed_probes_are_unpacked() -> None:
     probes = make_probes(SPEC, embed, count=5)
     again = from_npz(to_npz(probes))
     assert again.jpegs == probes.jpegs == draw_jpegs(count=5)
@@ -41,7 +41,7 @@ def test_what_was_packed_is_unpacked() -> None:
     assert to_npz(again) == to_npz(probes)
 
 
-def test_the_machine_that_made_them_passes() -> None:
+def test_the_exporting_machine_passes() -> None:
     probes = make_probes(SPEC, embed)
     parity = check_probes(probes, SPEC, embed, what="stand-in")
     assert parity == measure_parity(probes, embed)
@@ -80,7 +80,7 @@ BAD_PROBES = {
 
 
 @pytest.mark.parametrize("kind", BAD_PROBES)
-def test_bad_probes_are_refused(kind: str) -> None:
+def test_invalid_probes_are_rejected(kind: str) -> None:
     with pytest.raises(BundleError, match=r"probes\.npz"):
         from_npz(BAD_PROBES[kind]())
 

@@ -98,7 +98,7 @@ def test_a_failure_after_promotion_does_not_roll_back_and_causes_an_alert(place:
     assert "is active, but watch" in ended.reason and "is active, but watch" in place.layout.alerts.read_text()
 
 
-def test_a_call_without_time_leaves_the_run_to_the_next_call(unserved: Path) -> None:
+def test_a_run_out_of_time_is_resumed_by_the_next_call(unserved: Path) -> None:
     stop = Event()
     stop.set()
     assert Conductor(unserved, stop).once().state == "running"

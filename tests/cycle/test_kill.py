@@ -65,7 +65,7 @@ def killed_during(stage: str, site: Path, database: Path) -> None:
         time.sleep(0.01)
 
 
-def test_a_storm_of_kills_switches_once_and_loses_nobody(place: Place) -> None:
+def test_many_kills_cause_one_switch_and_lose_no_entry(place: Place) -> None:
     """At any moment of the stages that change the server, not only when they begin."""
     place.begin(seed=1)
     rng, kills = random.Random(5), 0
@@ -91,7 +91,7 @@ def test_a_storm_of_kills_switches_once_and_loses_nobody(place: Place) -> None:
     assert found is not None and [one.model_id for one in found.chain()] == ["lobby-000001", "first"]
 
 
-def test_a_server_that_ends_in_the_middle_is_waited_for(own_place: Place) -> None:
+def test_the_cycle_waits_for_a_restarted_server(own_place: Place) -> None:
     place = own_place
     place.begin(seed=1)
     address = place.client.address

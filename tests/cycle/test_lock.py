@@ -25,7 +25,7 @@ with CycleLock(Path(sys.argv[1]), "site lobby"):
 """
 
 
-def test_a_second_process_is_told_who_holds_it_and_a_kill_frees_it(tmp_path: Path) -> None:
+def test_the_error_names_the_lock_holder_and_a_kill_releases_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "state" / "cycle.lock"
     assert lock_holder(path) is None
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
@@ -47,7 +47,7 @@ def test_a_second_process_is_told_who_holds_it_and_a_kill_frees_it(tmp_path: Pat
         other.stdout.close()
 
 
-def test_one_who_waits_gets_it_when_it_is_free(tmp_path: Path) -> None:
+def test_a_waiting_process_gets_the_lock_when_it_is_released(tmp_path: Path) -> None:
     path = tmp_path / "stage.lock"
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None

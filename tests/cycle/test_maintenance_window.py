@@ -31,14 +31,14 @@ HOUR_S = 3600
         ("00:30-04:00", "Europe/Berlin", "2026-10-24T22:30", 4.5 * HOUR_S),  # and comes twice
     ],
 )
-def test_a_window_is_open_as_the_clock_of_its_place_says(window: str, zone: str, now: str, left: float | None) -> None:
+def test_a_window_follows_the_local_time_of_its_zone(window: str, zone: str, now: str, left: float | None) -> None:
     found = window_left_s(
         ScheduleSection(window=window, timezone=zone), datetime.fromisoformat(now).replace(tzinfo=UTC)
     )
     assert found == left
 
 
-def test_the_nearer_of_window_and_budget_ends_a_call() -> None:
+def test_the_earlier_of_window_and_budget_ends_a_call() -> None:
     now = datetime(2026, 3, 10, 4, 30, tzinfo=timezone(timedelta()))
     both = ScheduleSection(window="02:00-05:00", budget_minutes=10)
     began = time.monotonic()
@@ -49,7 +49,7 @@ def test_the_nearer_of_window_and_budget_ends_a_call() -> None:
     assert run_deadline(ScheduleSection(window="06:00-07:00"), now, ignore_window=True) is None
 
 
-def test_the_next_run_is_when_the_cron_expression_says(tmp_path: Path) -> None:
+def test_the_next_run_follows_the_cron_expression(tmp_path: Path) -> None:
     path = tmp_path / "site.toml"
     path.write_text(
         'name = "lobby"\n[service]\nmodel_root = "m"\nbundle = "b"\n'

@@ -156,7 +156,7 @@ def test_without_live_searches_a_required_shadow_refuses_the_candidate(place: Pl
 
 
 @pytest.mark.parametrize("action", ["rollback", "alert"])
-def test_a_promoted_model_that_finds_nobody_is_rolled_back_or_causes_an_alert(place: Place, action: str) -> None:
+def test_a_promoted_model_without_hits_is_rolled_back_or_causes_an_alert(place: Place, action: str) -> None:
     place.write((NO_WATCH[0], NO_WATCH[1].replace("[schedule]", f'action = "{action}"\n[schedule]')))
     space = place.client.collection(COLLECTION).space_id
     with searching(place.client.address):

@@ -36,7 +36,7 @@ def keys(kind: type[BaseModel] = SiteFile, prefix: str = "") -> Iterator[str]:
         yield from keys(inner, f"{prefix}{name}.")
 
 
-def test_the_least_file_is_enough_and_paths_are_beside_it(tmp_path: Path) -> None:
+def test_a_minimal_file_is_valid_and_paths_are_relative_to_it(tmp_path: Path) -> None:
     site = load_site(written(tmp_path, LEAST))
     assert (site.state, site.service.model_root) == (tmp_path / "state", tmp_path / "models")
     assert site.model_id(42) == "lobby-000042" and site.camera == () and site.adapt.base == "builtin"

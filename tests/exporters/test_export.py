@@ -116,14 +116,14 @@ def test_onnxruntime_equals_torch(exported: Exported, batch: int) -> None:
         assert (expected @ expected.T).min() < 0.9
 
 
-def test_a_row_does_not_depend_on_its_neighbours(exported: Exported) -> None:
+def test_a_feature_does_not_depend_on_the_other_rows_of_its_batch(exported: Exported) -> None:
     images = random_images(exported.encoder.config, 9)
     run = run_onnx(exported.bundle.read())
     alone = np.concatenate([run(images[i : i + 1]) for i in range(9)])
     np.testing.assert_allclose(run(images), alone, atol=1e-5)
 
 
-def test_the_graph_is_what_the_format_says(exported: Exported) -> None:
+def test_the_graph_matches_the_specified_format(exported: Exported) -> None:
     model = onnx.load(exported.bundle.artefact(), load_external_data=False)
     spec = exported.encoder.config.image
     assert {opset.domain for opset in model.opset_import} == {""}
@@ -142,7 +142,7 @@ def test_the_graph_is_what_the_format_says(exported: Exported) -> None:
     assert b"site-packages" not in text and b"/work" not in text and os.fsencode(Path.home()) not in text
 
 
-def test_the_manifest_tells_what_was_measured(exported: Exported) -> None:
+def test_the_manifest_contains_the_measurements(exported: Exported) -> None:
     manifest = open_bundle(exported.bundle.path).manifest
     assert exported.steps == export_steps(ExportOptions(), SiteData())
     assert manifest.training == {"recipe": {}} and manifest.evaluation["left_out"] == {}
@@ -194,7 +194,7 @@ def test_exporting_again_gives_the_same_bytes(exported: Exported, tmp_path: Path
     assert again.manifest.probes == exported.bundle.manifest.probes
 
 
-def test_a_space_changes_with_what_decides_the_vectors_and_nothing_else() -> None:
+def test_the_space_id_depends_only_on_what_determines_features() -> None:
     encoder = random_encoder(CONFIGS["osnet-avg"])
     first = encoder_space_id(encoder)
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_a_space_changes_with_what_decides_the_vectors_and_nothing_else() -> Non
     assert encoder_space_id(encoder) != first
 
 
-def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_rejected(tmp_path: Path) -> None:
     encoder = random_encoder(CONFIGS["osnet-avg"])
     with torch.no_grad():
         encoder.heads["global"].embedding.weight[0, 0] = torch.nan
@@ -249,7 +249,7 @@ def test_the_command_makes_a_bundle_that_opens(checkpoint: Path, tmp_path: Path)
         export_checkpoint(checkpoint, out)
 
 
-def test_a_checkpoint_of_another_architecture_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_architecture_is_rejected(checkpoint: Path, tmp_path: Path) -> None:
     index = json.loads((checkpoint / "checkpoint.json").read_text())
     index["encoder"] |= {"backbone": "osnet_x0_25", "pooling": "avg", "embedding_dim": 512}
     (checkpoint / "checkpoint.json").write_text(json.dumps(index))
@@ -258,7 +258,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(checkpoint: Path, tmp_p
     assert not (tmp_path / "bundle").exists()
 
 
-def test_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint"):
         export_checkpoint(tmp_path, tmp_path / "bundle")
 
@@ -267,7 +267,7 @@ def test_no_checkpoint_is_refused(tmp_path: Path) -> None:
     ("folder", "name"),
     [("My Site (2)", "my-site-2"), ("..", "model"), ("Über", "ber"), ("a.b_c-1", "a.b_c-1"), ("x" * 99, "x" * 63)],
 )
-def test_names_are_spelled_safely(folder: str, name: str) -> None:
+def test_names_are_normalised(folder: str, name: str) -> None:
     assert model_name(folder) == name
 
 

@@ -81,7 +81,7 @@ def test_every_form_reproduces_the_model(exported: tuple[Bundle, dict[str, objec
         assert cosine.mean() >= least, (precision, runtime)
 
 
-def test_the_figures_are_in_the_manifest_and_on_the_table(exported: tuple[Bundle, dict[str, object], str]) -> None:
+def test_measurements_are_in_the_manifest_and_in_the_table(exported: tuple[Bundle, dict[str, object], str]) -> None:
     bundle, figures, told = exported
     forms = bundle.manifest.evaluation["forms"]
     assert forms["model.int8.onnx"]["mean_cosine"] >= 0.98
@@ -95,7 +95,7 @@ def test_the_figures_are_in_the_manifest_and_on_the_table(exported: tuple[Bundle
     assert figures["signer"] == bundle.manifest.signer != ""
 
 
-def test_the_report_tells_why_nothing_was_calibrated(exported: tuple[Bundle, dict[str, object], str]) -> None:
+def test_the_report_states_why_there_is_no_calibration(exported: tuple[Bundle, dict[str, object], str]) -> None:
     """Eight persons are too few to say what a similarity means; the page says so instead of drawing a curve."""
     bundle, figures, told = exported
     page = bundle.path.with_name("lobby-report.html")
@@ -105,7 +105,7 @@ def test_the_report_tells_why_nothing_was_calibrated(exported: tuple[Bundle, dic
     assert "Not calibrated:" in text and "model.int8.onnx" in text and "<script" not in text
 
 
-def test_tensorrt_is_missed_loudly(exported: tuple[Bundle, dict[str, object], str]) -> None:
+def test_missing_tensorrt_is_reported(exported: tuple[Bundle, dict[str, object], str]) -> None:
     _, figures, _ = exported
     try:
         import tensorrt  # noqa: F401
@@ -113,7 +113,9 @@ def test_tensorrt_is_missed_loudly(exported: tuple[Bundle, dict[str, object], st
         assert figures["engines"] == []
 
 
-def test_a_signed_bundle_serves_whom_it_should(exported: tuple[Bundle, dict[str, object], str], tmp_path: Path) -> None:
+def test_a_signed_bundle_is_served_only_with_its_trusted_key(
+    exported: tuple[Bundle, dict[str, object], str], tmp_path: Path
+) -> None:
     bundle, _, _ = exported
     moved = tmp_path / "moved"
     shutil.copytree(bundle.path, moved)
@@ -126,7 +128,7 @@ def test_a_signed_bundle_serves_whom_it_should(exported: tuple[Bundle, dict[str,
         open_bundle(moved)
 
 
-def test_int8_that_fails_its_gate_is_left_out_and_says_why(tmp_path: Path) -> None:
+def test_int8_that_fails_its_criteria_is_skipped_with_a_reason(tmp_path: Path) -> None:
     measured = iter((0.9, 0.5))  # mAP before and after, as of a model that INT8 ruins
     bundle = export_encoder(
         make_encoder("osnet_x0_25"),
@@ -143,7 +145,7 @@ def test_int8_that_fails_its_gate_is_left_out_and_says_why(tmp_path: Path) -> No
     }
 
 
-def test_what_cannot_be_made_is_refused_before_the_work(tmp_path: Path) -> None:
+def test_impossible_exports_are_rejected_before_the_work(tmp_path: Path) -> None:
     checkpoint = write_random_checkpoint(tmp_path / "checkpoint")
     out = tmp_path / "bundle"
     assert "--site" in the_error(resight_here("export", checkpoint, "--out", out, "--precision", "int8"))
@@ -153,7 +155,7 @@ def test_what_cannot_be_made_is_refused_before_the_work(tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_too_few_crops_are_refused(site: Site, tmp_path: Path) -> None:
+def test_too_few_crops_are_rejected(site: Site, tmp_path: Path) -> None:
     site_data = SiteData(fitted_pixels(site.train.subset(np.arange(3)), CONFIG.image))
     with pytest.raises(BundleError, match="found 3"):
         export_encoder(
@@ -181,7 +183,7 @@ def test_samples_are_even_over_cameras_and_keep_tracks_whole(site: Site) -> None
     assert len(sample_tracks(store, 60)) == 60 and len(sample_tracks(tracked, 240)) == 240
 
 
-def test_steps_are_told_in_their_order() -> None:
+def test_steps_are_reported_in_order() -> None:
     options = ExportOptions(("int8", "fp16"), tensorrt=True)
     crops = np.zeros((16, 64, 32, 3), np.uint8)
     assert export_steps(options, SiteData(crops, calibrate=lambda run: None)) == (
@@ -200,7 +202,7 @@ def test_steps_are_told_in_their_order() -> None:
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_int8_of_a_real_model_passes_the_gate_on_real_crops(tmp_path: Path) -> None:
+def test_int8_of_a_real_model_meets_the_criteria_on_real_crops(tmp_path: Path) -> None:
     weights, market = SHARED / "weights" / "osnet_x0_25_msmt17.pth", SHARED / "data" / "market-subset"
     if not weights.is_file() or not market.is_dir():
         pytest.skip(f"no real crops or weights at {SHARED}")

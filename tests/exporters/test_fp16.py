@@ -25,7 +25,7 @@ BACKBONES = ["osnet_x0_25", "resnet18", *LARGE]
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_fp32_is_torch_at_batch_1_7_and_64(name: str) -> None:
+def test_fp32_equals_torch_at_batch_1_7_and_64(name: str) -> None:
     crops = draw_crops()[:64]
     wanted = in_batches(run_torch(make_encoder(name)), crops, 16)
     run = run_onnx(export(name))
@@ -35,7 +35,7 @@ def test_fp32_is_torch_at_batch_1_7_and_64(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
-def test_fp16_is_torch_within_its_bits(name: str) -> None:
+def test_fp16_equals_torch_within_its_precision(name: str) -> None:
     crops = draw_crops()[:64]
     wanted = in_batches(run_torch(make_encoder(name)), crops, 16)
     found = in_batches(run_onnx(to_fp16(export(name))), crops, 7)
@@ -53,7 +53,7 @@ def types(model: onnx.ModelProto) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
-def test_the_trunk_is_half_and_the_rest_is_not(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_the_trunk_is_in_half_precision(name: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         data = to_fp16(export(name))
     assert not caplog.records and data == to_fp16(export(name))
@@ -78,7 +78,7 @@ def test_stripes_keep_their_shares() -> None:
     assert cosines(found, run_torch(encoder)(crops)).min() >= 0.999
 
 
-def test_powers_that_half_floats_cannot_hold_are_taken_in_full() -> None:
+def test_powers_beyond_fp16_are_computed_in_fp32() -> None:
     encoder = Encoder(CONFIGS["resnet18"]).eval()
     encoder.load_state_dict(make_encoder("resnet18").state_dict())
     encoder.heads["global"].pool.p.data.fill_(9.0)  # 4 to the power of 9 is past the end of fp16

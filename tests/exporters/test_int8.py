@@ -47,7 +47,7 @@ def form(name: str, symmetric: bool) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["cpu", "tensorrt"])
 @pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
-def test_int8_is_near_fp32_on_crops_it_has_not_seen(name: str, symmetric: bool) -> None:
+def test_int8_is_near_fp32_on_held_out_crops(name: str, symmetric: bool) -> None:
     made = keep_sensitive_blocks(calibrated(name), symmetric=symmetric, criteria=Int8Criteria(min_mean_cosine=0.95))
     assert made.kept == () and made.crops == 32
     assert made.mean_cosine >= (0.98 if name == "osnet_x0_25" else 0.95)  # random weights lose more than trained ones
@@ -59,7 +59,7 @@ def test_int8_is_near_fp32_on_crops_it_has_not_seen(name: str, symmetric: bool) 
 
 
 @pytest.mark.parametrize("width", [32, 33])
-def test_the_graph_for_cpus_is_the_same_function(width: int) -> None:
+def test_the_rewritten_graph_computes_the_same_function(width: int) -> None:
     spec = ImageSpec(64, width)
     encoder = Encoder(dataclasses.replace(make_encoder("osnet_x0_25").config, image=spec)).eval()
     encoder.load_state_dict(make_encoder("osnet_x0_25").state_dict())
@@ -129,7 +129,7 @@ def sums_with_and_without_vnni(model: onnx.ModelProto, crops: Pixels) -> Iterato
 
 
 @pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
-def test_cpus_without_vnni_come_to_the_same_sums(name: str) -> None:
+def test_cpus_without_vnni_compute_the_same_sums(name: str) -> None:
     """And they would not with weights of 8 bits: the emulation shows what went wrong on such CPUs."""
     crops = draw_crops(4, seed=77)
     assert all(same for _, same in sums_with_and_without_vnni(form(name, False), crops))
@@ -142,7 +142,7 @@ def test_cpus_without_vnni_come_to_the_same_sums(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
-def test_no_two_products_leave_16_bits_whatever_a_kernel_pairs(name: str) -> None:
+def test_no_pair_of_products_overflows_16_bits(name: str) -> None:
     values, graph = constants(form(name, False)), form(name, False).graph
     made_by = {output: node for node in graph.node for output in node.output}
     for node in graph.node:
@@ -153,7 +153,7 @@ def test_no_two_products_leave_16_bits_whatever_a_kernel_pairs(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
-def test_corrected_biases_bring_the_features_nearer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_corrected_biases_improve_the_features(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     crops = draw_crops(64, seed=77)
     wanted = run_onnx(export(name))(crops)
     corrected = cosines(run_onnx(int8.quantize_graph(calibrated(name)))(crops), wanted).mean()
@@ -164,7 +164,7 @@ def test_corrected_biases_bring_the_features_nearer(name: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
-def test_the_form_for_tensorrt_is_symmetric_and_small_in_its_demands(name: str) -> None:
+def test_the_form_for_tensorrt_is_symmetric_with_few_operators(name: str) -> None:
     model, values = form(name, True), constants(form(name, True))
     made_by = {output: node for node in model.graph.node for output in node.output}
     assert [node.op_type for node in model.graph.node if "images" in node.input] == ["Cast"]
@@ -180,7 +180,7 @@ def test_the_form_for_tensorrt_is_symmetric_and_small_in_its_demands(name: str) 
             }
 
 
-def test_nothing_is_said_and_the_file_is_the_same_in_another_process(
+def test_quantisation_is_silent_and_deterministic_across_processes(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     model, crops = export("osnet_x0_25"), draw_crops(32)
@@ -223,7 +223,7 @@ def brittle_encoder() -> Encoder:
     return encoder.eval()
 
 
-def test_the_block_that_int8_breaks_stays_in_float() -> None:
+def test_a_block_that_int8_breaks_is_kept_in_float() -> None:
     model = to_onnx(ServingGraph(brittle_encoder()), SPEC)
     found = int8.calibrate(model, draw_crops())
     assert found.blocks == BLOCKS
@@ -240,7 +240,7 @@ def test_the_block_that_int8_breaks_stays_in_float() -> None:
     assert abs(mean - made.mean_cosine) < 0.01  # what is told holds for other crops
 
 
-def test_a_gate_out_of_reach_ends_with_half_of_the_blocks_at_most() -> None:
+def test_unreachable_criteria_keep_at_most_half_of_the_blocks() -> None:
     steps: list[str] = []
     made = keep_sensitive_blocks(
         int8.calibrate(export("resnet18"), draw_crops(48)),
@@ -251,7 +251,7 @@ def test_a_gate_out_of_reach_ends_with_half_of_the_blocks_at_most() -> None:
     assert 0 < len(made.kept) <= len(BLOCKS) // 2 and made.mean_cosine < 1.1
 
 
-def test_with_all_blocks_kept_the_features_are_those_of_fp32() -> None:
+def test_with_all_blocks_kept_features_equal_fp32() -> None:
     data = int8.quantize_graph(calibrated("resnet18"), keep=BLOCKS)
     assert "QuantizeLinear" not in {node.op_type for node in onnx.load_model_from_string(data).graph.node}
     crops = draw_crops(8)
@@ -272,7 +272,7 @@ def test_crops_are_held_back_from_the_calibration() -> None:
     assert [len(part) for part in int8.split_crops(crops[:16], plain)] == [12, 4]
 
 
-def test_what_cannot_be_quantised_is_refused_with_what_to_do() -> None:
+def test_invalid_crops_are_rejected_with_advice() -> None:
     with pytest.raises(BundleError, match=r"at least 16 crops .* found 15: give more"):
         int8.calibrate(export("resnet18"), draw_crops()[:15])
     with pytest.raises(BundleError, match=r"needs uint8 crops \(N, 64, 32, 3\), found uint8 \(20, 32, 32, 3\)"):
@@ -298,11 +298,11 @@ def test_what_cannot_be_quantised_is_refused_with_what_to_do() -> None:
         ({"mean_cosine": 0.99, "speedup": None}, ""),
     ],
 )
-def test_the_gate_decides_with_figures(figures: dict[str, float], reason: str) -> None:
+def test_rejection_reasons_contain_numbers(figures: dict[str, float], reason: str) -> None:
     assert check_int8(Int8Criteria(), **figures) == reason
 
 
-def test_the_library_keeps_its_notes_to_itself(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_librarys_log_messages_are_suppressed(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         int8.quantize_graph(calibrated("osnet_x0_25"))
         logging.getLogger("resight").info("and ours are heard again")

@@ -92,7 +92,7 @@ def test_equals_the_loop(seed: int, queries: int, gallery: int, people: int, cam
     assert_equal(score_rankings(lists, *columns), slow)
 
 
-def test_lists_that_stop_early_count_the_rest_as_never_found() -> None:
+def test_truncated_lists_count_missing_matches_as_not_found() -> None:
     columns = random_site(3, 41, 120, 8, 3)
     rng = np.random.default_rng(4)
     lists = [list(rng.permutation(120)[:length]) for length in rng.integers(0, 120, 41)]
@@ -135,13 +135,13 @@ def test_skipped_queries_are_marked() -> None:
     assert np.isnan(score.average_precision).tolist() == [False, True, True]
 
 
-def test_no_match_left_names_the_reason() -> None:
+def test_an_error_states_why_there_is_no_match() -> None:
     features, ones = np.eye(4, dtype=np.float32), np.ones(4, np.int64)
     with pytest.raises(InputError, match=r"none of 4 queries has a match .* another camera"):
         evaluate_ranking(features, features, ones, ones, ones, ones)
 
 
-def test_bad_input_is_refused() -> None:
+def test_invalid_input_is_rejected() -> None:
     features, persons = np.eye(4, dtype=np.float32), np.arange(1, 5)
     cameras = np.ones(4, np.int64)
     good = (persons, persons, cameras, cameras + 1)

@@ -66,7 +66,7 @@ def test_every_runtime_agrees_with_the_model_at_every_batch(forms, provider, pre
         assert (found * alone[:count]).sum(1).min() >= MIN_COSINE_BY_PRECISION["fp32"]
 
 
-def test_each_precision_is_held_to_its_own_bar(forms):
+def test_each_precision_has_its_own_minimum_cosine(forms):
     assert [min_cosine_for(forms.find(precision)) for precision in ("fp32", "fp16")] == [0.9999, 0.999]
     for kind in ("onnx", "tensorrt"):
         artefact = forms.find("int8", kind)

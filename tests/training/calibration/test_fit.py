@@ -80,7 +80,7 @@ def even_error(calibration: Calibration, positive: Floats, negative: Floats) -> 
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_crop_stands_for_the_cluster_of_its_tracks_other_crops(seed: int) -> None:
+def test_a_crop_gets_the_cluster_of_the_other_crops_of_its_track(seed: int) -> None:
     rng = np.random.default_rng(seed)
     tracks, labels = rng.integers(-1, 12, 80), rng.integers(-1, 4, 80)
     found = label_by_track(labels, tracks)
@@ -97,7 +97,7 @@ def test_no_crop_gets_a_cluster_without_clusters_or_tracks() -> None:
 
 
 @pytest.mark.parametrize("tracked", [True, False])
-def test_pairs_are_of_two_cameras_and_keep_to_clusters(tracked: bool) -> None:
+def test_pairs_are_across_cameras_and_respect_clusters(tracked: bool) -> None:
     _, store = made_site(9, noise=0.1, seed=0)
     if not tracked:
         store = replace(store, tracks=np.full(len(store), -1))
@@ -136,7 +136,7 @@ def test_units_keep_crops_of_one_person_together() -> None:
 @pytest.mark.parametrize(
     ("counts", "flatter"), [((20_000, 20_000), 0.15), ((20_000, 3000), 0.15), ((300, 20_000), 0.4)]
 )
-def test_the_line_of_two_bells_is_found_again(counts: tuple[int, int], flatter: float) -> None:
+def test_the_logistic_line_of_two_gaussians_is_recovered(counts: tuple[int, int], flatter: float) -> None:
     """Its middle lies between the means, however many there are of each kind; few pairs never make it steeper."""
     rng = np.random.default_rng(0)
     line = fit_line(rng.normal(0.7, 0.1, counts[0]), rng.normal(0.2, 0.1, counts[1]))
@@ -157,7 +157,7 @@ def loss(line: LogisticFit, positive: list[float], negative: list[float]) -> flo
 
 
 @pytest.mark.parametrize("apart", [0.1, 0.6, 1.6])  # mixed, as usual, and without any overlap
-def test_no_line_nearby_is_better(apart: float) -> None:
+def test_the_fit_is_a_minimum_of_the_loss(apart: float) -> None:
     rng = np.random.default_rng(1)
     positive, negative = apart / 2 + 0.05 * rng.normal(size=60), -apart / 2 + 0.05 * rng.normal(size=90)
     line = fit_line(positive, negative)
@@ -168,7 +168,7 @@ def test_no_line_nearby_is_better(apart: float) -> None:
         assert loss(other, positive.tolist(), negative.tolist()) > best
 
 
-def test_there_is_no_line_where_similarity_says_nothing() -> None:
+def test_there_is_no_fit_if_similarity_is_uninformative() -> None:
     same = np.full(50, 0.97)
     assert fit_line(same, same) is None
     rng = np.random.default_rng(0)
@@ -176,7 +176,7 @@ def test_there_is_no_line_where_similarity_says_nothing() -> None:
 
 
 @pytest.mark.parametrize("count", [1000, 9999, 10_000, 12_345])
-def test_thresholds_are_placed_by_counting(count: int) -> None:
+def test_thresholds_are_quantiles(count: int) -> None:
     rng = np.random.default_rng(count)
     similarity = np.round(rng.normal(0.3, 0.1, count), 3).astype(np.float32).astype(np.float64)  # many ties
     accept, share = _accept_threshold(similarity)
@@ -190,7 +190,7 @@ def test_thresholds_are_placed_by_counting(count: int) -> None:
     assert sum(s < higher for s in similarity) > FALSE_REJECT_SHARE * count
 
 
-def test_a_pair_is_judged_by_a_line_that_never_saw_its_people() -> None:
+def test_cross_validation_excludes_the_persons_of_a_pair() -> None:
     rng = np.random.default_rng(0)
     units = np.arange(40) // 2
     positives = np.arange(40).reshape(-1, 2)
@@ -219,7 +219,7 @@ def reliability_of(seed: int) -> tuple[tuple[Doubles, Doubles], ReliabilityCurve
     return told, curve
 
 
-def test_reliability_is_that_of_the_loops() -> None:
+def test_reliability_equals_the_loops() -> None:
     told, curve = reliability_of(0)
     error = brier = 0.0
     for b in range(BINS):
@@ -257,7 +257,7 @@ def test_intervals_are_wider_with_fewer_people() -> None:
 
 @pytest.mark.parametrize("noise", [0.35, 0.6, 0.8])
 @pytest.mark.parametrize("tracked", [True, False])
-def test_other_people_are_as_probable_as_told(noise: float, tracked: bool) -> None:
+def test_probabilities_hold_for_other_people(noise: float, tracked: bool) -> None:
     """Fitted to eighty people, measured on eighty others of the same cameras."""
     features, store = made_site(160, noise=noise, seed=5)
     half = np.flatnonzero(store.persons <= 80)
@@ -282,7 +282,7 @@ def test_other_people_are_as_probable_as_told(noise: float, tracked: bool) -> No
         assert f"Of {len(pairs)} pairs" in passed[0] and f"{share:.1%} are decided as a match" in passed[0]
 
 
-def test_persons_are_never_read_and_the_seed_is_all() -> None:
+def test_labels_are_not_used_and_the_fit_is_deterministic_per_seed() -> None:
     features, store = made_site(40, noise=0.5, seed=2)
     first = calibrate(features, store, seed=7)[0]
     hidden = replace(store, persons=np.full(len(store), -1))
@@ -290,12 +290,12 @@ def test_persons_are_never_read_and_the_seed_is_all() -> None:
     assert calibrate(features, hidden, seed=8)[0] != first
 
 
-def test_a_model_that_tells_all_apart_leaves_no_doubt_between_thresholds() -> None:
+def test_a_perfect_model_has_equal_thresholds() -> None:
     calibration, _ = calibrate(*made_site(60, noise=0.05, seed=3))
     assert calibration is not None and calibration.reject == calibration.accept
 
 
-def test_similarities_all_alike_are_told() -> None:
+def test_a_narrow_spread_of_similarities_is_noted() -> None:
     """What issue 167 of deep_sort_pytorch met: every score about .97."""
     features, store = made_site(60, noise=0.4, seed=3)
     crowded = features + np.float32(6) / np.sqrt(np.float32(features.shape[1]))
@@ -306,7 +306,7 @@ def test_similarities_all_alike_are_told() -> None:
     assert not any("90 % of pairs" in note for note in calibrate(features, store)[1].notes)
 
 
-def test_where_nothing_can_be_told_it_says_why() -> None:
+def test_a_missing_calibration_has_a_reason() -> None:
     features, store = made_site(60, noise=0.3, seed=0)
     one = np.flatnonzero(store.cameras == 0)
     few = np.flatnonzero(store.persons <= MIN_CLUSTERS - 3)
@@ -328,7 +328,7 @@ def test_where_nothing_can_be_told_it_says_why() -> None:
         assert any(part in reliability.problem for part in words.split("|")), reliability.problem
 
 
-def test_the_drawing_is_sound_and_says_what_it_shows() -> None:
+def test_the_drawing_is_well_formed_and_labelled() -> None:
     features, store = made_site(60, noise=0.6, seed=1)
     calibration, reliability = calibrate(features, store)
     assert calibration is not None and reliability.curve is not None
@@ -347,7 +347,7 @@ def test_the_drawing_is_sound_and_says_what_it_shows() -> None:
             assert 0 <= x <= width and 0 <= y <= height
 
 
-def test_nothing_is_drawn_without_a_curve() -> None:
+def test_without_a_curve_nothing_is_drawn() -> None:
     features, store = made_site(60, noise=0.6, seed=1)
     calibration, _ = calibrate(features, store)
     assert calibration is not None

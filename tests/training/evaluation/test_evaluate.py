@@ -50,7 +50,7 @@ def by_hand(query: CropStore, gallery: CropStore) -> tuple[float, float]:
     return float(np.mean(precisions)), float(np.mean(first))
 
 
-def test_figures_are_those_counted_by_hand(tiny_site: Site) -> None:
+def test_metrics_equal_a_manual_count(tiny_site: Site) -> None:
     query, gallery = evaluation_splits(tiny_site)
     score = evaluate_site(tiny_site, embed_by_chance)
     mean_precision, rank1 = by_hand(query, gallery)
@@ -63,12 +63,12 @@ def test_figures_are_those_counted_by_hand(tiny_site: Site) -> None:
     assert figures["mAP"] == pytest.approx(100 * mean_precision, abs=0.0051)
 
 
-def test_a_site_without_query_or_truth_cannot_be_measured(tiny_site: Site) -> None:
+def test_a_site_without_queries_or_labels_cannot_be_evaluated(tiny_site: Site) -> None:
     with pytest.raises(SiteError, match=r"no query and gallery.*resight adapt"):
         evaluate_site(Site(tiny_site.root, without_persons(tiny_site.train)), embed_by_chance)
 
 
-def test_the_whole_measure_agrees_with_the_ranking(tiny_site: Site) -> None:
+def test_measure_site_agrees_with_evaluate_site(tiny_site: Site) -> None:
     query, _ = evaluation_splits(tiny_site)
     alone, whole = evaluate_site(tiny_site, embed_by_chance), measure_site(tiny_site, embed_by_chance)
     assert percentages(whole.ranking) == percentages(alone)
@@ -80,7 +80,7 @@ def test_the_whole_measure_agrees_with_the_ranking(tiny_site: Site) -> None:
     assert whole.camera_names == ("cam0", "cam1", "cam2")
 
 
-def test_re_ranking_changes_the_lists_and_no_threshold(tiny_site: Site) -> None:
+def test_re_ranking_changes_rankings_but_no_threshold(tiny_site: Site) -> None:
     plain = measure_site(tiny_site, embed_by_chance)
     again = measure_site(tiny_site, embed_by_chance, reranked=True)
     assert again.ranking.mAP > plain.ranking.mAP  # twelve crops a person: mutual neighbours are theirs
@@ -89,7 +89,7 @@ def test_re_ranking_changes_the_lists_and_no_threshold(tiny_site: Site) -> None:
     assert again.open_set.mated_similarity.tolist() == plain.open_set.mated_similarity.tolist()
 
 
-def test_a_site_of_one_person_has_no_open_set_and_says_why(tiny_site: Site) -> None:
+def test_a_site_of_one_person_has_no_open_set_metrics_with_a_reason(tiny_site: Site) -> None:
     query, gallery = evaluation_splits(tiny_site)
     person = query.persons[0]
     few = (store.subset(np.flatnonzero(store.persons == person)) for store in (query, gallery))
@@ -118,7 +118,7 @@ def test_flip_averages_a_crop_with_its_mirror_image(tiny_site: Site) -> None:
     assert np.abs(found - embed_store(query, CONFIG.image, embed)).max() > 1e-3
 
 
-def test_one_camera_cannot_be_measured(tiny_site: Site) -> None:
+def test_one_camera_cannot_be_evaluated(tiny_site: Site) -> None:
     query, gallery = evaluation_splits(tiny_site)
     alone = Site(
         tiny_site.root,

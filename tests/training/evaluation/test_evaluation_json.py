@@ -33,7 +33,7 @@ def score() -> SiteScore:
     return SiteScore(evaluate_rows(rows, truth), pairs, open_set, "", ("yard", "hall", "gate"), 150, 400)
 
 
-def test_json_holds_every_figure_in_percent(score: SiteScore) -> None:
+def test_json_has_every_metric_in_percent(score: SiteScore) -> None:
     told = json.loads(json.dumps(score_to_json(score), allow_nan=False))
     assert list(told)[:6] == ["mAP", "rank1", "rank5", "rank10", "mINP", "valid_queries"]
     assert told["mAP"] == pytest.approx(100 * score.ranking.mAP, abs=0.0051)
@@ -47,7 +47,7 @@ def test_json_holds_every_figure_in_percent(score: SiteScore) -> None:
     assert pairs[2]["mAP"] == pytest.approx(100 * score.pairs.mAP[0, 2], abs=0.0051)
 
 
-def test_the_page_has_every_key(score: SiteScore) -> None:
+def test_the_guide_documents_every_key(score: SiteScore) -> None:
     page = (Path(__file__).resolve().parents[3] / "docs/evaluation.md").read_text().split("## `--json`")[1]
     told = score_to_json(score)
     keys = {*told, *(f"open_set.{key}" for key in told["open_set"]), "settings", "flip", "rerank"}
@@ -71,13 +71,13 @@ def test_json_of_the_open_set(score: SiteScore) -> None:
     assert (curve[0]["fpir"], curve[-1]["fpir"]) == (0, 100)
 
 
-def test_a_score_without_open_set_says_why(score: SiteScore) -> None:
+def test_a_score_without_open_set_has_a_reason(score: SiteScore) -> None:
     told = score_to_json(replace(score, open_set=None, reservation="one person only"))
     assert told["open_set"] is None and told["open_set_reservation"] == "one person only"
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".PDF"])
-def test_a_plot_is_written_where_asked(score: SiteScore, tmp_path: Path, suffix: str) -> None:
+def test_a_plot_is_written_to_the_given_path(score: SiteScore, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / "new" / f"figures{suffix}"
     check_plot_path(path)
     draw_evaluation(path, score, "a model on a site")
@@ -89,13 +89,13 @@ def test_a_plot_is_written_where_asked(score: SiteScore, tmp_path: Path, suffix:
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
-def test_what_cannot_be_drawn_is_said_in_the_plot(score: SiteScore, tmp_path: Path) -> None:
+def test_the_plot_states_why_a_panel_is_empty(score: SiteScore, tmp_path: Path) -> None:
     few = replace(score, open_set=None, reservation="open-set figures need two persons")
     draw_evaluation(tmp_path / "few.svg", few, "t")
     assert "<!-- open-set figures need two persons -->" in (tmp_path / "few.svg").read_text()
 
 
 @pytest.mark.parametrize("name", ["figures", "figures.jpg", ".png"])
-def test_a_name_that_tells_no_format_is_refused(name: str) -> None:
+def test_a_file_name_without_image_suffix_is_rejected(name: str) -> None:
     with pytest.raises(InputError, match=r"has no image suffix: use a name that ends with \.png, \.svg, \.pdf"):
         check_plot_path(Path(name))

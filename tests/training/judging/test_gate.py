@@ -61,13 +61,13 @@ def test_a_better_candidate_on_sound_crops_is_promoted(store: CropStore) -> None
     assert compare(site.before, site.after).decision == "promote"
 
 
-def test_what_was_forgotten_of_earlier_nights_refuses(store: CropStore) -> None:
+def test_a_loss_on_earlier_nights_refuses(store: CropStore) -> None:
     verdict = gate(model_pair(store, 1.6, 0.7), reference=model_pair(store, 0.7, 1.6))
     assert (verdict.decision, verdict.evidence) == ("refuse", "reference")
     assert verdict.reasons[0].startswith("worse in reference.auc: -0.")
 
 
-def test_a_camera_that_falls_refuses_though_the_site_gains(store: CropStore) -> None:
+def test_a_loss_in_one_camera_refuses_despite_a_gain_of_the_site(store: CropStore) -> None:
     before, better = people_features(store, spread=1.6), people_features(store, spread=0.4)
     noise = people_features(replace(store, persons=np.arange(len(store))), spread=0.1, seed=3)
     after = np.where((store.cameras == 1)[:, None], noise, better)
@@ -109,7 +109,7 @@ def test_a_slower_candidate_is_refused_only_beyond_the_limit(store: CropStore) -
         assert gate(site, latency=Latency(0.01, 0.02, 2.0, low, 2.1, limit)).decision == decision
 
 
-def test_one_cluster_for_all_crops_is_not_the_active_models_fault(store: CropStore) -> None:
+def test_a_collapse_of_the_active_model_may_be_due_to_the_crops(store: CropStore) -> None:
     trackless = replace(store, tracks=np.full(len(store), -1))
     good = judged(people_features(store, spread=0.5), trackless)
     collapsed = replace(good, collapse="all crops fell into one cluster")
@@ -118,14 +118,15 @@ def test_one_cluster_for_all_crops_is_not_the_active_models_fault(store: CropSto
     alone = gate(site)
     assert alone.decision == "refuse" and "one person on most crops" in alone.reasons[0]
     tracked = ModelPair(
-        replace(judged(people_features(store, spread=1.0), store), collapse="one cluster"), model_pair(store, 1, 0.5).after
+        replace(judged(people_features(store, spread=1.0), store), collapse="one cluster"),
+        model_pair(store, 1, 0.5).after,
     )
     assert gate(tracked).decision == "promote"  # tracks show that there are several people
     elsewhere = gate(tracked, reference=model_pair(store, 1.0, 0.9))
     assert elsewhere.decision == "refuse" and "many on the reference crops" in elsewhere.reasons[0]
 
 
-def test_crops_of_one_person_are_told_by_what_the_active_model_finds_alike(store: CropStore) -> None:
+def test_crops_of_one_person_are_detected_by_the_active_models_variance(store: CropStore) -> None:
     alone = replace(store, persons=np.zeros(len(store), np.int64))
     one = ModelPair(*(judged(people_features(alone, spread=spread), store) for spread in (0.6, 0.5)))
     verdict = gate(one, reference=model_pair(store, 0.6, 0.5))
@@ -134,7 +135,7 @@ def test_crops_of_one_person_are_told_by_what_the_active_model_finds_alike(store
     assert "one person" not in "".join(gate(model_pair(store, 0.6, 0.5), reference=model_pair(store, 0.6, 0.5)).reasons)
 
 
-def test_few_tracks_held_out_leave_it_to_the_crops_adapted_to(store: CropStore) -> None:
+def test_with_few_held_out_tracks_the_crops_adapted_to_decide(store: CropStore) -> None:
     few = people_store(persons=3, cameras=3, crops=4)
     held = model_pair(few, 1.0, 0.9)
     assert gate(held).decision == "undecided" and not held.after.separation.figures
@@ -148,7 +149,7 @@ def test_few_tracks_held_out_leave_it_to_the_crops_adapted_to(store: CropStore) 
     assert gate(clustered, adapted=model_pair(store, 0.7, 1.6)).decision == "refuse"
 
 
-def test_one_person_walking_beside_himself_is_told_where_nothing_gained(store: CropStore) -> None:
+def test_one_person_in_overlapping_tracks_is_detected_if_nothing_improved(store: CropStore) -> None:
     doubles = replace(store, persons=np.where(store.persons < 10, 0, store.persons))
     rows = people_features(doubles, spread=0.3)
     same = ModelPair(*(judged(rows, store, clusters=True) for _ in range(2)))
@@ -160,12 +161,12 @@ def test_one_person_walking_beside_himself_is_told_where_nothing_gained(store: C
     assert gate(ModelPair(sound, sound)).decision == "undecided"
 
 
-def test_a_sure_gain_on_earlier_nights_promotes_where_the_site_says_nothing(store: CropStore) -> None:
+def test_a_gain_on_earlier_nights_promotes_if_the_site_is_undecided(store: CropStore) -> None:
     verdict = gate(model_pair(store, 0.9, 0.9), reference=model_pair(store, 1.6, 0.7))
     assert (verdict.decision, verdict.evidence) == ("promote", "reference")
 
 
-def test_tracks_kept_back_are_a_gallery_without_queries(store: CropStore) -> None:
+def test_held_out_tracks_are_a_gallery_without_queries(store: CropStore) -> None:
     back = store.subset(np.arange(40))
     assert held_out_crops(Site(store.root, store, None, back)) is back
     assert (

@@ -63,7 +63,7 @@ def true_map(features: np.ndarray, store: CropStore, site: Site) -> float:
 
 
 @pytest.mark.slow
-def test_the_score_ranks_models_as_their_true_map_does(site: Site) -> None:
+def test_the_score_ranks_models_like_their_map(site: Site) -> None:
     assert site.gallery is not None
     store = join_splits(replace(site, train=site.gallery))
     nobody = replace(store, persons=np.full(len(store), -1))

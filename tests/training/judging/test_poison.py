@@ -125,7 +125,7 @@ def one_person(root: Path, store: CropStore, rng: np.random.Generator) -> None:
     "spoil, words",
     [(dead_camera, "camera cam2: "), (noise, "its crops are noise"), (one_person, "repeat one of another passage")],
 )
-def test_a_model_trained_on_spoilt_crops_is_refused(
+def test_a_model_trained_on_corrupted_crops_is_refused(
     nights: tuple[Path, Path], active: Path, tmp_path: Path, spoil: Spoil, words: str
 ) -> None:
     site = tmp_path / "site"
@@ -163,7 +163,7 @@ def test_a_model_trained_on_sound_crops_is_promoted_and_the_page_shows_why(
         assert words in text
 
 
-def test_what_sets_two_models_side_by_side_needs_both(nights: tuple[Path, Path], active: Path, tmp_path: Path) -> None:
+def test_options_for_two_models_require_both(nights: tuple[Path, Path], active: Path, tmp_path: Path) -> None:
     done = resight_here("judge", "--model", active, "--site", nights[0], "--page", tmp_path / "page.html")
     assert done.returncode == 1 and "add --against OTHER" in done.stderr
     assert not (tmp_path / "page.html").exists()

@@ -35,7 +35,7 @@ def looped(features: Floats, store: CropStore) -> OpenSetScore:
 
 
 @pytest.mark.parametrize("spread, crops", [(0.3, 5), (1.2, 4), (2.5, 7)])
-def test_searches_are_those_of_the_definition(spread: float, crops: int) -> None:
+def test_searches_follow_the_definition(spread: float, crops: int) -> None:
     store = people_store(persons=30, cameras=3, crops=crops)
     features = people_features(store, spread=spread)
     found, slow = search_tracks(features, draw_track_pairs(store)), looped(features, store)
@@ -51,13 +51,13 @@ def test_searches_are_those_of_the_definition(spread: float, crops: int) -> None
         assert len(found.resampled[name]) == 1000
 
 
-def test_features_that_are_all_alike_find_nobody() -> None:
+def test_equal_features_give_no_true_positive() -> None:
     store = people_store(persons=30, cameras=3, crops=4)
     same = np.tile(people_features(store, spread=1)[:1], (len(store), 1))
     assert search_tracks(same, draw_track_pairs(store)).figures["tpir_at_fpir_0.1"].value == 0
 
 
-def test_few_tracks_say_why_there_is_no_figure() -> None:
+def test_too_few_tracks_give_a_reason_and_no_metric() -> None:
     store = people_store(persons=4, cameras=1, crops=4)
     found = search_tracks(people_features(store, spread=1), draw_track_pairs(store))
     assert not found.figures and set(found.missing) == {"tpir_at_fpir_0.1", "tpir_at_fpir_0.01"}

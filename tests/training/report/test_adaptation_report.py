@@ -75,7 +75,7 @@ def outcome(tiny_site: Site, tmp_path_factory: pytest.TempPathFactory) -> DemoRe
     )
 
 
-def test_epochs_and_gain_are_those_of_the_run(outcome: DemoResult) -> None:
+def test_the_report_has_the_epochs_and_the_gain_of_the_run(outcome: DemoResult) -> None:
     report = demo_report(outcome)
     assert "+11.5" in report.summary
     assert [(row.stage, row.epoch) for row in report.epochs] == [("teacher", 0), ("student", 0)]
@@ -95,7 +95,7 @@ def test_the_demo_has_every_part_of_an_adaptation_and_more(outcome: DemoResult) 
     assert "240 unlabelled crops from 3 cameras" in alone.summary and alone.notes == []
 
 
-def test_no_truth_no_camera_no_cluster_no_crop_still_make_a_page(outcome: DemoResult) -> None:
+def test_a_page_is_written_without_labels_cameras_clusters_or_crops(outcome: DemoResult) -> None:
     bare = without_persons(outcome.store)
     bare = replace(bare, cameras=np.zeros(len(bare), np.int64), camera_names=("door",), root=bare.root / "gone")
     labels = labels_of(outcome)
@@ -119,7 +119,7 @@ def test_one_call_writes_a_page(outcome: DemoResult, tmp_path: Path) -> None:
     assert not re.search(r"<script|@import|https?://", text)
 
 
-def test_a_log_of_other_crops_or_none_is_refused(outcome: DemoResult, tmp_path: Path) -> None:
+def test_a_missing_log_or_one_of_other_crops_is_rejected(outcome: DemoResult, tmp_path: Path) -> None:
     def write(log: Path) -> None:
         write_adaptation_report(tmp_path / "r.html", outcome.store, outcome.checkpoint, log, title="site")
 
@@ -134,7 +134,7 @@ def test_a_log_of_other_crops_or_none_is_refused(outcome: DemoResult, tmp_path: 
     assert not (tmp_path / "r.html").exists()
 
 
-def test_ranked_lists_are_the_most_helped_first_and_judged_by_truth(outcome: DemoResult) -> None:
+def test_ranked_lists_are_ordered_by_gain_and_labelled_by_the_truth(outcome: DemoResult) -> None:
     query, gallery = evaluation_splits(outcome.site)
     row_of = {query.read(row): row for row in range(len(query))}
     shown = demo_report(outcome).ranked
@@ -164,7 +164,7 @@ def test_ranking_from_features_equals_the_full_sort(outcome: DemoResult) -> None
         np.testing.assert_allclose(known[rows] @ asked[row], cosines, atol=1e-6)
 
 
-def test_hits_nobody_knows_are_junk_and_damaged_ones_are_left_out(outcome: DemoResult, tmp_path: Path) -> None:
+def test_unknown_hits_are_junk_and_damaged_ones_are_omitted(outcome: DemoResult, tmp_path: Path) -> None:
     query, gallery = evaluation_splits(outcome.site)
     shutil.copytree(gallery.root, tmp_path / "site")
     persons = gallery.persons.copy()

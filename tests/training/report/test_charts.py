@@ -24,7 +24,7 @@ def history() -> list[dict[str, Any]]:
     return rows
 
 
-def test_figures_meet_in_their_groups_and_unknown_ones_stand_alone() -> None:
+def test_metrics_are_grouped_and_unknown_ones_are_alone() -> None:
     found = {group.title: names for group, names in figures_by_group(epoch_rows(history())).items()}
     assert found["Loss"] == ["loss", "loss_offline", "relation", "guidance"]
     assert found["Cameras per cluster"] == ["cameras_per_cluster", "chance_cameras_per_cluster"]
@@ -34,14 +34,14 @@ def test_figures_meet_in_their_groups_and_unknown_ones_stand_alone() -> None:
     assert not {"note", "nothing", "flag", "broken", "shape", "epoch", "stage"} & set(names)
 
 
-def test_a_term_that_is_zero_all_through_a_stage_is_not_there() -> None:
+def test_a_loss_term_that_is_always_zero_is_omitted() -> None:
     rows = epoch_rows(history())
     assert ["guidance" in row.figures for row in rows] == [False] * 3 + [True] * 3
     zeros = epoch_rows([{"stage": "teacher", "epoch": 0, "outlier_share": 0.0, "loss": 0.0}])
     assert zeros[0].figures == {"outlier_share": 0.0}  # a share of 0 is a finding, a loss of 0 is none
 
 
-def test_what_never_changes_is_told_instead_of_drawn() -> None:
+def test_constant_metrics_are_listed_instead_of_drawn() -> None:
     rows = epoch_rows(history())
     assert constant_figures(rows) == {"eps": "0.5"}
     assert "Clustering radius eps" not in [chart.title for chart in epoch_charts(rows)]

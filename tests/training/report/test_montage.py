@@ -59,12 +59,12 @@ def test_tightness_equals_loops(seed: int, clusters: int) -> None:
         assert np.isnan(mean) if not len(members) else mean == pytest.approx(members.mean(), abs=1e-5)
 
 
-def test_without_clusters_nothing_is_held() -> None:
+def test_without_clusters_tightness_is_zero() -> None:
     held = tightness(unit(np.ones((5, 3))), np.full(5, -1))
     assert held.crops.tolist() == [0] * 5 and len(held.clusters) == 0
 
 
-def test_cameras_are_counted_and_weighed() -> None:
+def test_cameras_are_counted_and_weighted() -> None:
     labels = np.array([0, 0, 0, 0, 1, 1, -1, 2])
     cameras = np.array([5, 5, 9, 9, 5, 5, 9, 7])
     np.testing.assert_allclose(camera_counts(labels, cameras), [[2, 2], [1, 1], [1, 1]])
@@ -78,7 +78,7 @@ def site_features(store: CropStore, noise: float) -> np.ndarray:
     return unit(centres[store.persons] + spread * rng.normal(size=(len(store), 32)))
 
 
-def test_best_worst_and_most_seen_are_what_they_say(tiny_site: Site) -> None:
+def test_groups_contain_the_tightest_loosest_and_most_seen_clusters(tiny_site: Site) -> None:
     store = tiny_site.train
     labels, features = store.persons - 1, site_features(store, 0.1)
     labels = np.where((labels == 5) & (store.cameras == 2), -1, labels)  # all but this one are seen by 3 cameras
@@ -98,7 +98,7 @@ def test_best_worst_and_most_seen_are_what_they_say(tiny_site: Site) -> None:
     assert thumbnails.notes == []
 
 
-def test_few_clusters_are_all_shown_and_none_is_no_error(tiny_site: Site) -> None:
+def test_few_or_no_clusters_are_handled(tiny_site: Site) -> None:
     store = without_persons(tiny_site.train)
     features = site_features(tiny_site.train, 0.1)
     few = np.where(tiny_site.train.persons <= 3, tiny_site.train.persons - 1, -1)
@@ -108,13 +108,13 @@ def test_few_clusters_are_all_shown_and_none_is_no_error(tiny_site: Site) -> Non
     assert cluster_groups(store, np.full(len(store), -1), features, Thumbnails()) == []
 
 
-def test_one_camera_leaves_the_camera_group_out(tiny_site: Site) -> None:
+def test_one_camera_omits_the_camera_group(tiny_site: Site) -> None:
     store = tiny_site.train.subset(np.flatnonzero(tiny_site.train.cameras == 1))
     groups = cluster_groups(store, store.persons - 1, site_features(store, 0.1), Thumbnails())
     assert [group.title for group in groups] == [TIGHTEST.title, LOOSEST.title]
 
 
-def test_damaged_crops_are_left_out_and_told(tiny_site: Site, tmp_path: Path) -> None:
+def test_damaged_crops_are_omitted_and_noted(tiny_site: Site, tmp_path: Path) -> None:
     shutil.copytree(tiny_site.root, tmp_path / "site")
     source = tiny_site.train
     store = CropStore(
@@ -135,7 +135,7 @@ def test_damaged_crops_are_left_out_and_told(tiny_site: Site, tmp_path: Path) ->
     assert note.startswith("2 selected crops") and store.paths[0] in note
 
 
-def test_large_crops_are_made_small_and_keep_their_shape(tmp_path: Path) -> None:
+def test_large_crops_are_shrunk_and_keep_their_aspect_ratio(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (1200, 500, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "large.png")
     one = np.zeros(1, np.int64)
