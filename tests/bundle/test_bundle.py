@@ -1,4 +1,4 @@
-"""Bundles: written whole, read strictly, refused for any byte, name, link or version that is not as written."""
+"""Bundles: written atomically, read strictly, rejected for any altered byte, name, link or version."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GRAPH = bytes(range(256)) * 8  # the reader treats graphs as bytes; tests/export
 
 
 def embed(pixels: Pixels) -> NDArray[np.float32]:
-    """A stand-in encoder: twelve pixel values, centred, as a unit vector."""
+    """A fake encoder: twelve pixel values, centred, as a unit vector."""
     flat = pixels.reshape(len(pixels), -1)[:, :: pixels[0].size // DIM][:, :DIM].astype(np.float32) - 127.5
     return flat / np.linalg.norm(flat, axis=1, keepdims=True)
 
@@ -54,7 +54,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(original: Path, tmp_path: Path) -> Path:
-    """A copy to do harm to; it opens, as every moved bundle must."""
+    """A copy to modify; it opens, as every moved bundle must."""
     copy = tmp_path / "elsewhere" / "moved"
     shutil.copytree(original, copy)
     assert open_bundle(copy).manifest.name == "test-site.1"
@@ -94,7 +94,7 @@ def test_any_flipped_byte_is_rejected_and_the_file_named(folder: Path, file: str
     path = folder / file
     whole = path.read_bytes()
     for place in np.linspace(0, len(whole) - 1, 25).astype(int):
-        for flip in (0x01, 0xFF):  # another letter, and no UTF-8
+        for flip in (0x01, 0xFF):  # another letter, and invalid UTF-8
             damaged = bytearray(whole)
             damaged[place] ^= flip
             path.write_bytes(damaged)
@@ -116,7 +116,7 @@ def test_an_altered_file_is_rejected(folder: Path, tmp_path: Path, file: str, ha
         path.write_bytes(whole + b"\n")
     elif harm == "empty":
         path.write_bytes(b"")
-    elif harm == "symlink":  # to the very same bytes: still refused
+    elif harm == "symlink":  # to the same bytes: still rejected
         (tmp_path / "aside").write_bytes(whole)
         path.symlink_to(tmp_path / "aside")
     elif harm == "folder":

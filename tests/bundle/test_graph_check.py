@@ -1,4 +1,4 @@
-"""Graphs: what our exporters write passes, everything else is refused by name, and onnxruntime never sees it."""
+"""The graph check: exported graphs pass, everything else is rejected before onnxruntime loads it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def node(of: ModelProto, operator: str) -> NodeProto:
 
 
 def insert(of: ModelProto, operator: str, *inputs: str, after: str = "Transpose", copies: int = 1, **more: Any) -> None:
-    """Put nodes behind the first node of an operator, each taking what the one before it made (``*``)."""
+    """Insert nodes behind the first node of an operator, each reading the previous output (``*``)."""
     nodes = list(of.graph.node)
     place = next(i for i, entry in enumerate(nodes) if entry.op_type == after)
     name, made = nodes[place].output[0], []
@@ -326,7 +326,7 @@ ODD: dict[str, tuple[Callable[[ModelProto], None], str]] = {
 def test_invalid_graphs_are_rejected(harm: str) -> None:
     change, message = ODD[harm]
     found = model()
-    insert(found, "Relu")  # a place for odd attributes
+    insert(found, "Relu")  # an attribute to modify
     change(found)
     refused(found.SerializeToString(), message, feature_dim=None)
 
@@ -336,24 +336,24 @@ def doubling(of: ModelProto) -> None:
 
 
 def wide_weights(of: ModelProto) -> None:
-    """32 KB of weights that make 64 million elements."""
+    """32 KB of weights that are expanded to 64 million elements."""
     weights(of, "row", np.ones((1, 8000), np.float32))
     of.graph.node.insert(0, helper.make_node("Transpose", ["row"], ["column"], perm=[1, 0]))
     of.graph.node.insert(1, helper.make_node("Mul", ["row", "column"], ["square"]))
 
 
 def many_values(of: ModelProto) -> None:
-    insert(of, "Concat", *["*"] * 20, axis=1)  # 60 elements a pixel, 200 times
+    insert(of, "Concat", *["*"] * 20, axis=1)  # 60 elements per pixel, 200 times
     insert(of, "Relu", after="Concat", copies=200)
 
 
 def much_work(of: ModelProto) -> None:
-    """Few bytes, no large tensor, and as many comparisons as eight ResNet-50."""
+    """Few bytes, no large tensor, but as many comparisons as eight ResNet-50."""
     insert(of, "MaxPool", kernel_shape=[63, 31], pads=[31, 15, 31, 15], copies=400)
 
 
 def free_length(of: ModelProto) -> None:
-    """A slice whose end is computed: nothing is known of its length."""
+    """A slice whose end is computed, so its length is unknown."""
     of.graph.node.insert(1, helper.make_node("ReduceL2", ["f"], ["all"], keepdims=0))
     of.graph.node.insert(2, helper.make_node("Cast", ["all"], ["ends"], to=TensorProto.INT64))
     weights(of, "zero", np.zeros(1, np.int64))

@@ -1,4 +1,4 @@
-"""Manifests: read as written, refused for any key, type, name or number that is not."""
+"""Manifests: read as written, rejected for any other key, type, name or number."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ MANIFEST = Manifest(
 
 
 def spell(body: dict[str, Any]) -> bytes:
-    """The canonical spelling, written down a second time."""
+    """An independent implementation of canonical JSON."""
     return (json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def altered(**changes: Any) -> bytes:
-    """The manifest changed by somebody who knows how to sign it; a key set to ``...`` is left out."""
+    """A changed manifest with a valid digest; a key set to ``...`` is removed."""
     body = json.loads(to_json(MANIFEST)) | changes
     body = {key: value for key, value in body.items() if value is not ... and key != "manifest_sha256"}
     return spell(body | {"manifest_sha256": sha256(spell(body)).hexdigest()})
@@ -53,7 +53,7 @@ def test_every_altered_byte_is_detected() -> None:
     whole = to_json(MANIFEST)
     for place in range(len(whole)):
         damaged = bytearray(whole)
-        damaged[place] ^= 0x01  # most of them leave valid JSON: another letter, another digit, a tab for a blank
+        damaged[place] ^= 0x01  # most are still valid JSON: another letter, another digit, a tab for a space
         with pytest.raises(BundleError, match=r"manifest\.json was altered"):
             from_json(bytes(damaged))
 

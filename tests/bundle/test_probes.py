@@ -1,4 +1,4 @@
-"""Probes: drawn by code, packed without objects, and able to tell a machine that sees differently."""
+"""Probes: drawn by code, packed without objects, and sensitive to differences between machines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DIM = 12
 
 
 def embed(pixels: Pixels) -> NDArray[np.float32]:
-    """A stand-in encoder: twelve pixel values, centred, as a unit vector."""
+    """A fake encoder: twelve pixel values, centred, as a unit vector."""
     flat = pixels.reshape(len(pixels), -1)[:, :: pixels[0].size // DIM][:, :DIM].astype(np.float32) - 127.5
     return flat / np.linalg.norm(flat, axis=1, keepdims=True)
 
@@ -89,7 +89,7 @@ def test_probes_catch_a_runtime_that_differs() -> None:
     probes = make_probes(SPEC, embed, count=8)
     wrong = {
         "min cosine": lambda pixels: embed(255 - pixels),
-        "other features": lambda pixels: embed(pixels) * np.float32(0.5),  # forgot to normalise
+        "other features": lambda pixels: embed(pixels) * np.float32(0.5),  # does not normalise
         "at batch size 7": lambda pixels: embed(pixels)[:1],  # ignores all but the first of a batch
         "expected finite": lambda pixels: embed(pixels) * np.float32(np.nan),
     }
@@ -107,7 +107,7 @@ def test_probes_catch_another_resize() -> None:
 
 
 def test_probes_exercise_the_resize_both_ways() -> None:
-    """At the standard size every filter difference must show, or the check above means nothing."""
+    """At the standard size every filter difference must be visible, so that the check above is meaningful."""
     sizes = {decode(jpeg).shape[:2] for jpeg in draw_jpegs()}
     assert any(height < 256 and width < 128 for height, width in sizes)
     assert any(height > 256 and width > 128 for height, width in sizes)

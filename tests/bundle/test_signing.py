@@ -1,4 +1,4 @@
-"""Signatures: minisign and we accept each other's, and nobody accepts one with a byte changed."""
+"""Signatures: interchangeable with minisign's, and rejected if any byte is changed."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def test_a_signature_is_verified_with_its_comment(key: PrivateKey) -> None:
     for comment in (COMMENT, "", "Zoë", "x" * MAX_COMMENT):
         assert verify(DATA, sign(DATA, key, comment), key.public) == comment
     assert verify(b"", sign(b"", key, COMMENT), key.public) == COMMENT
-    assert sign(DATA, key, COMMENT) == sign(DATA, key, COMMENT)  # Ed25519 draws no numbers
+    assert sign(DATA, key, COMMENT) == sign(DATA, key, COMMENT)  # Ed25519 is deterministic
 
 
 def test_the_file_is_minisigns_format(key: PrivateKey) -> None:
-    """Taken apart by hand, as https://jedisct1.github.io/minisign/ says."""
+    """Parsed by the specification https://jedisct1.github.io/minisign/."""
     untrusted, signature, trusted, whole, end = sign(DATA, key, COMMENT).split(b"\n")
     assert (untrusted, end) == (b"untrusted comment: signature of a resight bundle", b"")
     assert trusted == b"trusted comment: " + COMMENT.encode()
@@ -97,7 +97,7 @@ def test_every_changed_byte_of_a_signature_is_rejected(key: PrivateKey, whose: s
 
 
 def test_only_canonical_base64_is_accepted(key: PrivateKey) -> None:
-    """The last letter before `=` holds bits that decode to nothing: all its spellings but one are refused."""
+    """The last letter before `=` has unused bits: only its canonical value is accepted."""
     lines = sign(DATA, key, COMMENT).split(b"\n")
     assert lines[1].endswith(b"=") and lines[3].endswith(b"==")
     letters = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
@@ -124,7 +124,7 @@ def test_other_data_and_other_keys_are_rejected(key: PrivateKey, tmp_path: Path)
     other = generate_key(tmp_path / "other.key")
     with pytest.raises(BundleError, match=r"it is by the key with id [0-9a-f]{16}, expected"):
         verify(DATA, signature, other)
-    # A key id proves nothing: another key under the same id is refused by the signature itself.
+    # A key id is no proof: another key with the same id fails the signature.
     posing = base64.b64encode(base64.b64decode(key.public)[:10] + base64.b64decode(other)[10:]).decode()
     with pytest.raises(BundleError, match="is not the file that"):
         verify(DATA, signature, posing)
@@ -134,11 +134,13 @@ def test_other_data_and_other_keys_are_rejected(key: PrivateKey, tmp_path: Path)
 
 
 def test_a_signature_of_the_hash_is_not_one_of_the_data(key: PrivateKey) -> None:
-    """Ed says the data was signed, ED its hash; one must not pass for the other."""
+    """Ed is a signature of the data, ED of its hash; they must not be interchangeable."""
     digest = hashlib.blake2b(DATA).digest()
     lines = sign(DATA, key, COMMENT).split(b"\n")
     lines[1] = base64.b64encode(b"Ed" + base64.b64decode(lines[1])[2:])
-    assert verify(digest, b"\n".join(lines), key.public) == COMMENT  # the flaw of the format; a manifest is no hash
+    assert (
+        verify(digest, b"\n".join(lines), key.public) == COMMENT
+    )  # a weakness of the format; a manifest is never a hash
     with pytest.raises(BundleError, match="is not the file that"):
         verify(DATA, b"\n".join(lines), key.public)
 

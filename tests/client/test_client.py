@@ -1,4 +1,4 @@
-"""The client's own part; that it speaks with a server is tested in tests/service."""
+"""Unit tests of the client; its use with a server is tested in tests/service."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ from resight.v1 import admin_pb2, admin_pb2_grpc, common_pb2
 
 
 class Flaky(admin_pb2_grpc.AdminServiceServicer):
-    """Raises what it is given, one at each call, then answers."""
+    """Raises the given errors, one per call, then replies."""
 
     def __init__(self) -> None:
         self.failures: list[ReIDError | float] = []

@@ -1,4 +1,4 @@
-"""One process at a time, and no lock outlives its holder or passes to its children."""
+"""One process at a time; a lock ends with its holder and is not inherited by children."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_error_names_the_lock_holder_and_a_kill_releases_the_lock(tmp_path: 
         assert str(lock_holder(path)).startswith(f"process {other.pid} since ")
         os.kill(other.pid, signal.SIGKILL)
         other.wait()
-        with CycleLock(path, "site lobby"):  # though the child lives on
+        with CycleLock(path, "site lobby"):  # although the child still runs
             os.kill(child, 0)
             assert str(lock_holder(path)).startswith(f"process {os.getpid()} since ")
         assert lock_holder(path) is None

@@ -1,4 +1,4 @@
-"""Windows and budgets, against clocks looked at by hand."""
+"""Windows and budgets, at manually chosen times."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ HOUR_S = 3600
         ("22:00-02:00", "UTC", "2026-03-10T23:00", 3 * HOUR_S),
         ("22:00-02:00", "UTC", "2026-03-10T01:00", HOUR_S),
         ("22:00-02:00", "UTC", "2026-03-10T02:00", 0.0),
-        ("02:00-05:00", "Asia/Tokyo", "2026-03-10T18:00", 2 * HOUR_S),  # three at night there
-        ("00:30-04:00", "Europe/Berlin", "2026-03-28T23:30", 2.5 * HOUR_S),  # the hour from two to three is left out
-        ("00:30-04:00", "Europe/Berlin", "2026-10-24T22:30", 4.5 * HOUR_S),  # and comes twice
+        ("02:00-05:00", "Asia/Tokyo", "2026-03-10T18:00", 2 * HOUR_S),  # 3 a.m. local time
+        ("00:30-04:00", "Europe/Berlin", "2026-03-28T23:30", 2.5 * HOUR_S),  # the hour from two to three is skipped
+        ("00:30-04:00", "Europe/Berlin", "2026-10-24T22:30", 4.5 * HOUR_S),  # and repeated
     ],
 )
 def test_a_window_follows_the_local_time_of_its_zone(window: str, zone: str, now: str, left: float | None) -> None:

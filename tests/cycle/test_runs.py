@@ -1,4 +1,4 @@
-"""Runs and stages as rows: one run at a time, what ended stays, foreign files are refused."""
+"""Runs and stages as rows: one run at a time, ended runs are kept, foreign files are rejected."""
 
 from __future__ import annotations
 

@@ -170,9 +170,9 @@ def test_torchvision_names_load_from_its_cache(tmp_path: Path, monkeypatch: pyte
 
 def test_a_failed_download_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("urllib.request._opener", None)  # it keeps the proxies it was made with, also for later tests
+    monkeypatch.setattr("urllib.request._opener", None)  # it keeps its proxy settings, also for later tests
     for name in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # a closed port
     with pytest.raises(WeightsError, match=r"put the file resnet18-\w+\.pth there and give its path"):
         load_weights("resnet18")
 

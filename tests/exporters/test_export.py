@@ -1,4 +1,4 @@
-"""Exported bundles run by a plain onnxruntime session give torch's features."""
+"""Exported bundles in a plain onnxruntime session compute torch's features."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CONFIGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """An encoder, its bundle, and the steps told of on the way."""
+    """An encoder, its bundle, and the reported steps."""
 
     encoder: Encoder
     bundle: Bundle
@@ -51,7 +51,7 @@ class Exported:
 
 
 def random_encoder(config: EncoderConfig, seed: int = 0) -> Encoder:
-    """Weights drawn by torch's initialisers; batch norms far from identity, statistics of real activations."""
+    """Weights from torch's initialisers; batch norms far from identity, with statistics of real activations."""
     torch.manual_seed(seed)
     encoder = Encoder(config)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def random_encoder(config: EncoderConfig, seed: int = 0) -> Encoder:
                 if module.bias.requires_grad:
                     module.bias.normal_(0.0, 0.3)
         if config.pooling == "gem":
-            encoder.heads["global"].pool.p.fill_(2.7)  # no special case of a power
+            encoder.heads["global"].pool.p.fill_(2.7)  # a power without special case
         encoder.train()
         for _ in range(3):
             images = torch.randint(0, 256, (16, config.image.height, config.image.width, 3), dtype=torch.uint8)
@@ -71,7 +71,7 @@ def random_encoder(config: EncoderConfig, seed: int = 0) -> Encoder:
 
 
 def random_images(config: EncoderConfig, count: int, seed: int = 1) -> np.ndarray:
-    """uint8 (count, H, W, 3): coarse colour blocks, each image another."""
+    """uint8 (count, H, W, 3): coarse colour blocks, different in each image."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (count, config.image.height // 8, config.image.width // 8, 3), dtype=np.uint8)
     return coarse.repeat(8, axis=1).repeat(8, axis=2)
@@ -112,7 +112,7 @@ def test_onnxruntime_equals_torch(exported: Exported, batch: int) -> None:
     assert features.shape == (batch, exported.encoder.feature_dim) and features.dtype == np.float32
     assert cosines(features, expected).min() >= 0.9999
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1.0, atol=1e-5)
-    if batch > 1:  # features of different images differ, or the cosine above would mean nothing
+    if batch > 1:  # features of different images differ, so the cosine above is meaningful
         assert (expected @ expected.T).min() < 0.9
 
 
@@ -133,7 +133,7 @@ def test_the_graph_matches_the_specified_format(exported: Exported) -> None:
     shape = [dim.dim_param or dim.dim_value for dim in images.type.tensor_type.shape.dim]
     assert shape == ["batch", spec.height, spec.width, 3]
     operators = [node.op_type for node in model.graph.node]
-    assert operators.count("BatchNormalization") <= 1  # folded, but for a neck without a linear layer before it
+    assert operators.count("BatchNormalization") <= 1  # folded, except a neck without a linear layer before it
     assert ("Pow" in operators) == (exported.encoder.config.pooling == "gem")
     elements = sum(np.prod(tensor.dims, dtype=int) for tensor in model.graph.initializer)
     backbone = sum(tensor.numel() for tensor in exported.encoder.backbone.parameters())
@@ -166,7 +166,7 @@ def test_a_moved_bundle_verifies(exported: Exported, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("exported", ["resnet18-gem"], indirect=True)
 def test_a_bundle_with_another_models_graph_does_not_verify(exported: Exported, tmp_path: Path) -> None:
-    """Hashes in order, signature in order, features of somebody else: only the probes can tell."""
+    """With valid hashes and signature but another model's features, only the probes detect it."""
     other = to_onnx(ServingGraph(random_encoder(exported.encoder.config, seed=5)), exported.encoder.config.image)
     with pytest.raises(BundleError, match=r"the other graph differs from the torch model: min cosine -?0\."):
         verify_graph(other, exported.bundle.probes(), what="the other graph")
@@ -274,7 +274,7 @@ def test_names_are_normalised(folder: str, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.real
 def test_real_weights_equal_an_independent_export_of_them(tmp_path: Path) -> None:
-    """The same network as torchreid exported it, before its last ReLU was left out of ours."""
+    """The same network as exported by torchreid, whose last ReLU ours omits."""
     weights, crops = SHARED / "weights" / "osnet_x0_25_msmt17", SHARED / "data" / "market-subset" / "query"
     if not crops.is_dir() or not weights.with_suffix(".pth").is_file():
         pytest.skip(f"no real crops or weights at {SHARED}")

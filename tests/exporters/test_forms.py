@@ -1,4 +1,4 @@
-"""Exports with fp16, INT8, calibration and signature, by the command that users give."""
+"""Exports with fp16, INT8, calibration and signature, by the command line."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 @pytest.fixture(scope="module")
 def exported(site: Site, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, dict[str, object], str]:
-    """A bundle with every form, its figures and what the command said."""
+    """A bundle with every form, the JSON output and the printed output."""
     root = tmp_path_factory.mktemp("exported")
-    checkpoint = root / "checkpoint"  # of real weights: INT8 of random ones loses what they never had
+    checkpoint = root / "checkpoint"  # with real weights: INT8 of random ones is meaningless
     write_checkpoint(checkpoint, load_weights("builtin").encoder, Provenance(initial_weights={"licence": "Apache-2.0"}))
     public = generate_key(root / "site.key")
     done = resight_here(
@@ -82,25 +82,25 @@ def test_every_form_reproduces_the_model(exported: tuple[Bundle, dict[str, objec
 
 
 def test_measurements_are_in_the_manifest_and_in_the_table(exported: tuple[Bundle, dict[str, object], str]) -> None:
-    bundle, figures, told = exported
+    bundle, figures, output = exported
     forms = bundle.manifest.evaluation["forms"]
     assert forms["model.int8.onnx"]["mean_cosine"] >= 0.98
-    assert forms["model.onnx"]["mAP"] > 0.999  # so that no CPU's rounding changes the order of 18 searches
+    assert forms["model.onnx"]["mAP"] > 0.999  # robust against rounding differences between CPUs
     assert abs(forms["model.int8.onnx"]["mAP"] - forms["model.onnx"]["mAP"]) <= 0.01
     assert forms["model.onnx"]["images_per_s"] > 0 and "cores" in bundle.manifest.evaluation["measured_on"]
     for artefact in bundle.manifest.artefacts:
-        assert artefact.file in told
+        assert artefact.file in output
     for column in ("min cosine", "max diff", "crops/s", "site cosine", "mAP"):
-        assert column in told
+        assert column in output
     assert figures["signer"] == bundle.manifest.signer != ""
 
 
 def test_the_report_states_why_there_is_no_calibration(exported: tuple[Bundle, dict[str, object], str]) -> None:
-    """Eight persons are too few to say what a similarity means; the page says so instead of drawing a curve."""
-    bundle, figures, told = exported
+    """Eight persons are too few for a calibration; the page states that instead of drawing a curve."""
+    bundle, figures, output = exported
     page = bundle.path.with_name("lobby-report.html")
-    assert figures["report"] == str(page) and str(page) in told
-    assert bundle.manifest.calibration is None and "not calibrated" in told
+    assert figures["report"] == str(page) and str(page) in output
+    assert bundle.manifest.calibration is None and "not calibrated" in output
     text = page.read_text()
     assert "Not calibrated:" in text and "model.int8.onnx" in text and "<script" not in text
 
@@ -129,7 +129,7 @@ def test_a_signed_bundle_is_served_only_with_its_trusted_key(
 
 
 def test_int8_that_fails_its_criteria_is_skipped_with_a_reason(tmp_path: Path) -> None:
-    measured = iter((0.9, 0.5))  # mAP before and after, as of a model that INT8 ruins
+    measured = iter((0.9, 0.5))  # mAP before and after, as of a model that INT8 degrades
     bundle = export_encoder(
         make_encoder("osnet_x0_25"),
         tmp_path / "bundle",
@@ -179,7 +179,7 @@ def test_samples_are_even_over_cameras_and_keep_tracks_whole(site: Site) -> None
     kept = sample_tracks(tracked, 60)
     assert len(kept) == 60
     _, counts = np.unique(np.stack([kept.cameras, kept.tracks]), axis=1, return_counts=True)
-    assert (counts == 2).sum() >= len(counts) - 1  # six rows of a track number are two of each camera; the last is cut
+    assert (counts == 2).sum() >= len(counts) - 1  # six rows of a track are two of each camera; the last is cut
     assert len(sample_tracks(store, 60)) == 60 and len(sample_tracks(tracked, 240)) == 240
 
 

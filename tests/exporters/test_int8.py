@@ -1,4 +1,4 @@
-"""INT8 forms: near fp32 on crops they were not calibrated on, the same every time, and honest about what they lose."""
+"""INT8 forms: similar to fp32 on held-out crops, deterministic, with correctly measured losses."""
 
 from __future__ import annotations
 
@@ -50,12 +50,14 @@ def form(name: str, symmetric: bool) -> onnx.ModelProto:
 def test_int8_is_near_fp32_on_held_out_crops(name: str, symmetric: bool) -> None:
     made = keep_sensitive_blocks(calibrated(name), symmetric=symmetric, criteria=Int8Criteria(min_mean_cosine=0.95))
     assert made.kept == () and made.crops == 32
-    assert made.mean_cosine >= (0.98 if name == "osnet_x0_25" else 0.95)  # random weights lose more than trained ones
+    assert made.mean_cosine >= (
+        0.98 if name == "osnet_x0_25" else 0.95
+    )  # random weights lose more accuracy than trained ones
     crops = draw_crops(32, seed=77)
-    found, wanted = run_onnx(made.model)(crops), run_onnx(export(name))(crops)
-    assert abs(cosines(found, wanted).mean() - made.mean_cosine) < 0.01
+    found, expected = run_onnx(made.model)(crops), run_onnx(export(name))(crops)
+    assert abs(cosines(found, expected).mean() - made.mean_cosine) < 0.01
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-5)
-    assert (wanted @ wanted.T).min() < 0.9  # the features of other crops are elsewhere
+    assert (expected @ expected.T).min() < 0.9  # features of different crops differ
 
 
 @pytest.mark.parametrize("width", [32, 33])
@@ -66,9 +68,9 @@ def test_the_rewritten_graph_computes_the_same_function(width: int) -> None:
     data = export("osnet_x0_25") if spec == SPEC else to_onnx(ServingGraph(encoder), spec)
     plain = onnx.load_model_from_string(data)
     suited = rewrite_for_cpu(plain)
-    assert plain.SerializeToString(deterministic=True) == data  # left as it was
+    assert plain.SerializeToString(deterministic=True) == data  # not modified
     operators = [node.op_type for node in suited.graph.node]
-    assert operators.count("SpaceToDepth") == (width % 2 == 0)  # of odd images the first layer stays as it is
+    assert operators.count("SpaceToDepth") == (width % 2 == 0)  # for odd image sizes the first layer is not rewritten
     assert operators.count("GlobalAveragePool") == 24 and "AveragePool" not in operators
     crops = draw_crops(9, spec)
     np.testing.assert_allclose(run_onnx(suited.SerializeToString())(crops), run_onnx(data)(crops), atol=2e-6)
@@ -87,7 +89,7 @@ def test_the_cpu_form_is_uint8_by_int8_per_channel(name: str) -> None:
             activation, weight = made_by[node.input[0]], made_by[node.input[1]]
             assert values[activation.input[2]].dtype == np.uint8
             assert values[weight.input[0]].dtype == np.int8
-            assert len(values[weight.input[1]]) == len(values[weight.input[0]])  # a scale for each output channel
+            assert len(values[weight.input[1]]) == len(values[weight.input[0]])  # one scale per output channel
     assert not model.functions and {opset.domain for opset in model.opset_import} == {""}
 
 
@@ -110,7 +112,7 @@ def patches(values: NDArray[np.uint8], node: onnx.NodeProto, zero: int) -> NDArr
 
 
 def sums_with_and_without_vnni(model: onnx.ModelProto, crops: Pixels) -> Iterator[tuple[str, bool]]:
-    """Each dense convolution's name, and whether both kinds of kernel come to the same sums on what it reads."""
+    """Name of each dense convolution, and whether both kinds of kernel compute the same sums on its input."""
     model = onnx.ModelProto.FromString(model.SerializeToString())
     values, made_by = constants(model), {name: node for node in model.graph.node for name in node.output}
     convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
@@ -130,11 +132,11 @@ def sums_with_and_without_vnni(model: onnx.ModelProto, crops: Pixels) -> Iterato
 
 @pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
 def test_cpus_without_vnni_compute_the_same_sums(name: str) -> None:
-    """And they would not with weights of 8 bits: the emulation shows what went wrong on such CPUs."""
+    """With 8-bit weights they do not: the emulation reproduces the overflow on such CPUs."""
     crops = draw_crops(4, seed=77)
     assert all(same for _, same in sums_with_and_without_vnni(form(name, False), crops))
     wide = onnx.ModelProto.FromString(form(name, False).SerializeToString())
-    for tensor in wide.graph.initializer:  # the same scales, twice the weights: the range as it was
+    for tensor in wide.graph.initializer:  # the same scales, twice the weights: the full range
         if tensor.data_type == TensorProto.INT8 and tensor.name.endswith("_quantized"):
             doubled = np.clip(numpy_helper.to_array(tensor).astype(np.int16) * 2, -127, 127).astype(np.int8)
             tensor.CopyFrom(numpy_helper.from_array(doubled, tensor.name))
@@ -149,17 +151,17 @@ def test_no_pair_of_products_overflows_16_bits(name: str) -> None:
         if node.op_type in ("Conv", "Gemm"):
             weight = values[made_by[node.input[1]].input[0]].astype(int)
             assert np.abs(weight).max() * 255 * 2 < 2**15
-            assert np.abs(weight).max() == 64 or weight.shape[1:] == (1, 2, 2)  # the averages are all one number
+            assert np.abs(weight).max() == 64 or weight.shape[1:] == (1, 2, 2)  # all averages are equal
 
 
 @pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
 def test_corrected_biases_improve_the_features(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     crops = draw_crops(64, seed=77)
-    wanted = run_onnx(export(name))(crops)
-    corrected = cosines(run_onnx(int8.quantize_graph(calibrated(name)))(crops), wanted).mean()
+    expected = run_onnx(export(name))(crops)
+    corrected = cosines(run_onnx(int8.quantize_graph(calibrated(name)))(crops), expected).mean()
     with monkeypatch.context() as patch:
         patch.setattr(int8, "_correct_biases", lambda model, calibrated: None)
-        plain = cosines(run_onnx(int8.quantize_graph(calibrated(name)))(crops), wanted).mean()
+        plain = cosines(run_onnx(int8.quantize_graph(calibrated(name)))(crops), expected).mean()
     assert 1 - corrected < 0.95 * (1 - plain)
 
 
@@ -199,7 +201,7 @@ def test_quantisation_is_silent_and_deterministic_across_processes(
         "    made = int8.quantize_graph(int8.calibrate(model, crops), symmetric=symmetric)\n"
         "    print(hashlib.sha256(made).hexdigest())"
     )
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,
         env={**os.environ, "PYTHONHASHSEED": "7"},
@@ -208,11 +210,11 @@ def test_quantisation_is_silent_and_deterministic_across_processes(
         check=True,
         timeout=120,
     )
-    assert told.stdout.split() == mine and told.stderr == ""
+    assert done.stdout.split() == mine and done.stderr == ""
 
 
 def brittle_encoder() -> Encoder:
-    """One channel inside layer2.0 is ten thousand times the others and weighs as much less: the same function."""
+    """Scale one channel inside layer2.0 by ten thousand and its weights inversely: the same function."""
     encoder = Encoder(CONFIGS["resnet18"])
     encoder.load_state_dict(make_encoder("resnet18").state_dict())
     block = encoder.backbone.layer2[0]
@@ -229,15 +231,15 @@ def test_a_block_that_int8_breaks_is_kept_in_float() -> None:
     assert found.blocks == BLOCKS
     whole = keep_sensitive_blocks(found, criteria=Int8Criteria(min_mean_cosine=-1.0))
     steps: list[str] = []
-    wanted = keep_sensitive_blocks(calibrated("resnet18")).mean_cosine - 0.01
-    assert whole.mean_cosine < wanted  # broken, or this would show nothing
-    made = keep_sensitive_blocks(found, criteria=Int8Criteria(min_mean_cosine=wanted), progress=steps.append)
-    assert made.kept == ("layer2.0",) and made.mean_cosine >= wanted
+    required = keep_sensitive_blocks(calibrated("resnet18")).mean_cosine - 0.01
+    assert whole.mean_cosine < required  # broken, so the test is meaningful
+    made = keep_sensitive_blocks(found, criteria=Int8Criteria(min_mean_cosine=required), progress=steps.append)
+    assert made.kept == ("layer2.0",) and made.mean_cosine >= required
     assert steps == [*(f"trying {block}" for block in BLOCKS), "keeping 1 blocks in float"]
     assert made.model == int8.quantize_graph(found, keep=["layer2.0"])
     crops = draw_crops(32, seed=77)
     mean = cosines(run_onnx(made.model)(crops), run_onnx(model)(crops)).mean()
-    assert abs(mean - made.mean_cosine) < 0.01  # what is told holds for other crops
+    assert abs(mean - made.mean_cosine) < 0.01  # the measurement generalises to other crops
 
 
 def test_unreachable_criteria_keep_at_most_half_of_the_blocks() -> None:
@@ -267,7 +269,7 @@ def test_crops_are_held_back_from_the_calibration() -> None:
     )
     assert (len(fitting), len(held_back)) == (int8.MAX_CALIBRATED, int8.MAX_HELD_BACK)
     assert not set(fitting) & set(held_back)
-    for part in (fitting, held_back):  # over all of them, in order
+    for part in (fitting, held_back):  # evenly over all, in order
         assert part[0] < 8 and part[-1] > 390 and (np.diff(part) > 0).all()
     assert [len(part) for part in int8.split_crops(crops[:16], plain)] == [12, 4]
 
@@ -305,5 +307,5 @@ def test_rejection_reasons_contain_numbers(figures: dict[str, float], reason: st
 def test_the_librarys_log_messages_are_suppressed(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         int8.quantize_graph(calibrated("osnet_x0_25"))
-        logging.getLogger("resight").info("and ours are heard again")
+        logging.getLogger("resight").info("and our messages are logged again")
     assert [record.name for record in caplog.records] == ["resight"]

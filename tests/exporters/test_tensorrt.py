@@ -14,10 +14,10 @@ def forms(tmp_path_factory):
 
 def test_every_form_is_built_verified_and_loaded_by_the_service(monkeypatch, forms, tmp_path):
     machine = references_tensorrt.install(monkeypatch)
-    told: list[str] = []
-    built = build_engines(forms, cache=tmp_path / "engines", max_batch=16, progress=told.append)
+    steps: list[str] = []
+    built = build_engines(forms, cache=tmp_path / "engines", max_batch=16, progress=steps.append)
     assert [engine.precision for engine in built] == ["fp32", "fp16", "int8"]
-    assert told == [f"TensorRT engine {engine.precision}" for engine in built]
+    assert steps == [f"TensorRT engine {engine.precision}" for engine in built]
     assert built[0].min_cosine > 0.9999 and built[1].min_cosine > 0.999
     exported = forms.find("fp32"), forms.find("fp16"), forms.find("int8", "tensorrt")
     for engine, artefact in zip(built, exported, strict=True):

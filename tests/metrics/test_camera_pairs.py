@@ -1,4 +1,4 @@
-"""Figures of camera pairs against the protocol run on each pair alone."""
+"""Metrics of camera pairs against the protocol applied to each pair alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Watch-list figures against searches made one at a time."""
+"""Open-set metrics against searches run one at a time."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def score_of(strangers: list[float], mates: list[float], ranks: list[int] | None
 @pytest.mark.parametrize("tied", [False, True], ids=["distinct", "ties"])
 @pytest.mark.parametrize("target", [0.01, 0.05, 0.1, 0.29])
 def test_the_operating_point_is_the_best_threshold(target: float, tied: bool) -> None:
-    """Of all thresholds tried one by one none within the FPIR finds more."""
+    """No threshold within the FPIR has a higher TPIR."""
     rng = np.random.default_rng(7)
     strangers, mates = rng.normal(0.3, 0.1, 317), rng.normal(0.5, 0.1, 211)
     if tied:
@@ -99,7 +99,7 @@ def test_the_operating_point_is_the_best_threshold(target: float, tied: bool) ->
     for point, rank in ((one, 1), (two, 2)):
         assert point.tpir[0] == pytest.approx(max(1 - score.fnir(level, rank) for level in allowed))
     below = float(np.nextafter(np.float32(one.threshold), np.float32(-1)))
-    assert score.fpir(below) > target  # the smallest that keeps it
+    assert score.fpir(below) > target  # the smallest one within it
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_few_false_positives_cause_a_reservation(searches: int, reliable: bool) 
 
 
 def test_tied_false_positives_are_accepted_together() -> None:
-    """Of ten searches one may find somebody; two are equally sure, so neither may."""
+    """Of ten searches one may be a false positive; two are tied, so neither is accepted."""
     point = score_of([0.7, 0.7] + [0.2] * 8, [0.9, 0.7, 0.3]).at_fpir(0.1, (1,))
     assert point.threshold is not None and 0.7 < point.threshold < 0.7001
     assert (point.fpir, point.false_positives) == (0.0, 0)
@@ -147,7 +147,7 @@ def test_hand_example() -> None:
     truth = GroundTruth(np.array([1, 2]), np.array([1, 1, 2, 3, 0]), np.array([5, 5]), np.array([5, 6, 6, 6, 6]))
     similarity = np.array([[0.95, 0.7, 0.8, 0.75, 0.1], [0.2, 0.3, 0.6, 0.5, 0.65]], np.float32)
     score = evaluate_open_set(lambda part: similarity[part], truth)
-    # Query 1: its 0.95 is junk, person 3 stands before it; query 2: the distractor does.
+    # Query 1: its 0.95 is junk, person 3 ranks before it; query 2: the distractor does.
     assert score.mated_similarity.tolist() == pytest.approx([0.7, 0.6])
     assert score.mated_rank.tolist() == [2, 2]
     assert score.nonmated_similarity.tolist() == pytest.approx([0.8, 0.65])
@@ -159,13 +159,13 @@ def test_a_query_of_person_0_is_a_non_mated_search() -> None:
     truth = GroundTruth(np.array([0, 1, -1]), np.array([0, 1, 2]), np.array([5, 5, 5]), np.array([5, 6, 6]))
     similarity = np.array([[0.9, 0.2, 0.3], [0.4, 0.8, 0.5], [1, 1, 1]], np.float32)
     score = evaluate_open_set(lambda part: similarity[part], truth)
-    # Distractors of one camera are not the same person: 0.9 counts. The query nobody knows takes no part.
+    # Distractors of one camera are not the same person: 0.9 counts. The query of an unknown person is ignored.
     assert score.nonmated_similarity.tolist() == pytest.approx([0.9, 0.5])
     assert score.mated_similarity.tolist() == pytest.approx([0.8])
 
 
 def test_a_threshold_round_trips_through_a_service() -> None:
-    """Protocol buffers carry float32: rounding must not let the next stranger in."""
+    """Protocol buffers use float32: rounding must not accept the next false positive."""
     point = score_of(list(np.linspace(0.1, 0.9, 200)), [0.95]).at_fpir(0.01, (1,))
     assert point.threshold == float(np.float32(point.threshold))
 

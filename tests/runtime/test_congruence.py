@@ -1,4 +1,4 @@
-"""Every runtime there is, with every precision a bundle has, answers the same crops with the same features."""
+"""Every available runtime computes the same features for every precision of a bundle."""
 
 import numpy as np
 import onnxruntime as ort
@@ -31,7 +31,7 @@ def forms(tmp_path_factory):
 
 @pytest.fixture
 def provider(request, monkeypatch):
-    """The provider's name, where it can run; skips, saying what is missing, where it cannot."""
+    """The provider's name; skips with the reason if it cannot run."""
     if request.param == "stand-in":
         references_tensorrt.install(monkeypatch)
         return "tensorrt"
@@ -62,7 +62,7 @@ def test_every_runtime_agrees_with_the_model_at_every_batch(forms, provider, pre
         found = runtime.embed(crops[:count])
         assert found.dtype == np.float32 and np.abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-3
         assert (found * embed_by_hand(crops[:count])).sum(1).min() >= least
-        # What a crop's feature is does not depend on its company.
+        # A crop's feature does not depend on the rest of its batch.
         assert (found * alone[:count]).sum(1).min() >= MIN_COSINE_BY_PRECISION["fp32"]
 
 

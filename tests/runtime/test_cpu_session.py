@@ -1,4 +1,4 @@
-"""A batch computed in parts is the batch computed whole, whatever its size and the number of cores."""
+"""A batch computed in parts equals the whole batch, for any size and number of cores."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def test_concurrent_calls_do_not_mix_their_parts() -> None:
 
 def test_a_failing_part_fails_the_batch() -> None:
     session = CpuSession(export("osnet_x0_25"), 2)
-    with pytest.raises(Exception, match="Got invalid dimensions"):  # onnxruntime's own, which the runtime translates
+    with pytest.raises(
+        Exception, match="Got invalid dimensions"
+    ):  # onnxruntime's own error, which the runtime converts
         session.run(draw_crops()[:8, :32])
 
 

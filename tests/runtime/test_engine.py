@@ -29,7 +29,7 @@ def key(data: bytes = b"", precision: str = "fp32") -> EngineKey:
 
 
 def bytes_transposed() -> bytes:
-    """A graph that moves bytes before they become floats, which a CPU takes and TensorRT does not."""
+    """A graph that transposes bytes before the cast, which a CPU accepts and TensorRT rejects."""
     model = onnx.load_from_string(graph(0))
     model.graph.node[0].input[0] = "moved"
     model.graph.node.insert(0, helper.make_node("Transpose", ["images"], ["moved"], perm=[0, 1, 2, 3]))

@@ -131,7 +131,7 @@ def test_two_processes_do_not_build_at_once(cache):
         assert other.stdout.readline() == "held\n"
         other.stdin.write("\n")
         other.stdin.flush()
-        with cache.lock():  # waits until the other is done
+        with cache.lock():  # waits for the other process
             assert (cache.folder / "built").exists()
         assert other.wait(30) == 0
 

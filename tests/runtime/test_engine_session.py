@@ -29,7 +29,7 @@ def pixels(count: int) -> np.ndarray:
 def test_batches_run_by_the_documented_calls_in_order(machine):
     session = EngineSession(plan_of(ShapeProfile(1, 8, 16)), SPEC)
     assert (session.profile, session.feature_dim) == (ShapeProfile(1, 8, 16), DIM)
-    for count in (16, 1, 7):  # a small batch after a large one: nothing may be left of it
+    for count in (16, 1, 7):  # a small batch after a large one: none of it may remain
         machine.calls.clear()
         assert np.abs(session.run(pixels(count)) - embed_by_hand(pixels(count))).max() < 1e-5
         assert machine.calls == ["copy host to device", "execute_async_v3", "copy device to host", "synchronize"]

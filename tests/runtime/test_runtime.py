@@ -52,7 +52,7 @@ def test_a_missing_provider_is_rejected_without_fallback(bundle, provider, tmp_p
 
 @pytest.mark.parametrize("provider", ["cuda", "ort-tensorrt"])
 def test_a_provider_that_does_not_start_is_rejected_without_fallback(bundle, provider, tmp_path, monkeypatch):
-    """Its library is listed but does not load: onnxruntime goes on with the CPU, and says so in a printed line."""
+    """Its library is listed but does not load: onnxruntime itself would fall back to the CPU with a printed line."""
     if PROVIDERS[provider] in ort.get_available_providers():
         pytest.skip(f"this onnxruntime has {PROVIDERS[provider]}: it may well start")
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: list(PROVIDERS.values()))
@@ -60,7 +60,7 @@ def test_a_provider_that_does_not_start_is_rejected_without_fallback(bundle, pro
         pytest.raises(StartupError, match=rf"provider {provider} could not be started.*CPUExecutionProvider"),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # onnxruntime's own about the provider
+        warnings.simplefilter("ignore")  # onnxruntime's own warning about the provider
         open_runtime(bundle, provider=provider, engine_cache=tmp_path / "engines")
 
 

@@ -72,7 +72,7 @@ def test_an_engine_that_tensorrt_rejects_is_rebuilt_once(machine, bundle, tmp_pa
     key = engine_key(bundle.read(), precision="fp32", image=SPEC, profile=ShapeProfile(1, 32, 32))
     TensorRTRuntime(bundle, engine_cache=tmp_path / "engines")
     monkeypatch.setattr(tensorrt, "engine_key", lambda *_, **__: key)
-    machine.gpu += " of another stepping"  # which neither name nor key can tell
+    machine.gpu += " of another stepping"  # which is not part of the key
     machine.calls.clear()
     runtime = TensorRTRuntime(bundle, engine_cache=tmp_path / "engines")
     assert machine.calls.count("build_serialized_network") == 1 and "another version or GPU" in caplog.text

@@ -1,4 +1,4 @@
-"""A site's figures against a slow count by hand."""
+"""A site's metrics against a slow count with loops."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from resight.training.store.datasets import Site, open_site
 
 
 def embed_by_chance(store: CropStore) -> NDArray[np.float32]:
-    """Persons far apart, cameras a little: right and wrong hits both come up."""
+    """Large differences between persons, small ones between cameras: both right and wrong hits occur."""
     rows = []
     for person, camera, path in zip(store.persons, store.cameras, store.paths, strict=True):
         own = np.random.default_rng(int(person)).normal(size=16)
@@ -54,7 +54,7 @@ def test_metrics_equal_a_manual_count(tiny_site: Site) -> None:
     query, gallery = evaluation_splits(tiny_site)
     score = evaluate_site(tiny_site, embed_by_chance)
     mean_precision, rank1 = by_hand(query, gallery)
-    assert 0.2 < mean_precision < 0.999  # a count that could go wrong
+    assert 0.2 < mean_precision < 0.999  # not trivially perfect
     assert score.mAP == pytest.approx(mean_precision, abs=1e-6)
     assert score.rank(1) == pytest.approx(rank1)
     assert score.valid_queries == len(query)
@@ -83,7 +83,7 @@ def test_measure_site_agrees_with_evaluate_site(tiny_site: Site) -> None:
 def test_re_ranking_changes_rankings_but_no_threshold(tiny_site: Site) -> None:
     plain = measure_site(tiny_site, embed_by_chance)
     again = measure_site(tiny_site, embed_by_chance, reranked=True)
-    assert again.ranking.mAP > plain.ranking.mAP  # twelve crops a person: mutual neighbours are theirs
+    assert again.ranking.mAP > plain.ranking.mAP  # twelve crops per person, which are mutual neighbours
     assert again.pairs.mAP.tolist() != plain.pairs.mAP.tolist()
     assert plain.open_set is not None and again.open_set is not None
     assert again.open_set.mated_similarity.tolist() == plain.open_set.mated_similarity.tolist()

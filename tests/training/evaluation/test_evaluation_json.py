@@ -1,4 +1,4 @@
-"""What `--json` holds and what `--plot` draws."""
+"""The output of `--json` and `--plot`."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def score() -> SiteScore:
 
 
 def test_json_has_every_metric_in_percent(score: SiteScore) -> None:
-    told = json.loads(json.dumps(score_to_json(score), allow_nan=False))
-    assert list(told)[:6] == ["mAP", "rank1", "rank5", "rank10", "mINP", "valid_queries"]
-    assert told["mAP"] == pytest.approx(100 * score.ranking.mAP, abs=0.0051)
-    assert len(told["cmc"]) == 50 and told["cmc"][0] == told["rank1"] and told["cmc"][9] == told["rank10"]
-    assert (told["queries"], told["gallery"], told["open_set_reservation"]) == (150, 400, "")
-    pairs = told["camera_pairs"]
+    values = json.loads(json.dumps(score_to_json(score), allow_nan=False))
+    assert list(values)[:6] == ["mAP", "rank1", "rank5", "rank10", "mINP", "valid_queries"]
+    assert values["mAP"] == pytest.approx(100 * score.ranking.mAP, abs=0.0051)
+    assert len(values["cmc"]) == 50 and values["cmc"][0] == values["rank1"] and values["cmc"][9] == values["rank10"]
+    assert (values["queries"], values["gallery"], values["open_set_reservation"]) == (150, 400, "")
+    pairs = values["camera_pairs"]
     assert [(pair["query_camera"], pair["gallery_camera"]) for pair in pairs] == [
         (a, b) for a in ("yard", "hall") for b in ("yard", "hall", "gate")
     ]
@@ -49,31 +49,31 @@ def test_json_has_every_metric_in_percent(score: SiteScore) -> None:
 
 def test_the_guide_documents_every_key(score: SiteScore) -> None:
     page = (Path(__file__).resolve().parents[3] / "docs/evaluation.md").read_text().split("## `--json`")[1]
-    told = score_to_json(score)
-    keys = {*told, *(f"open_set.{key}" for key in told["open_set"]), "settings", "flip", "rerank"}
-    keys |= {*told["open_set"]["operating_points"][0], *told["open_set"]["curve"][0], *told["camera_pairs"][0]}
+    values = score_to_json(score)
+    keys = {*values, *(f"open_set.{key}" for key in values["open_set"]), "settings", "flip", "rerank"}
+    keys |= {*values["open_set"]["operating_points"][0], *values["open_set"]["curve"][0], *values["camera_pairs"][0]}
     assert [key for key in sorted(keys) if f"`{key}`" not in page] == []
 
 
 def test_json_of_the_open_set(score: SiteScore) -> None:
-    told, found = score_to_json(score)["open_set"], score.open_set
+    values, found = score_to_json(score)["open_set"], score.open_set
     assert found is not None
-    assert told["nonmated_searches"] == 150 and sum(told["enrolled_persons"]) == 40
-    one, ten = told["operating_points"]
+    assert values["nonmated_searches"] == 150 and sum(values["enrolled_persons"]) == 40
+    one, ten = values["operating_points"]
     assert (one["target"], ten["target"], one["false_positives"]) == (1.0, 10.0, 1)
     assert one["reservation"] and ten["false_positives"] <= 15
     assert ten["fpir"] == pytest.approx(100 * found.fpir(ten["threshold"]), abs=0.0051)
     assert ten["tpir_rank1"] == pytest.approx(100 - 100 * found.fnir(ten["threshold"], 1), abs=0.0051)
     assert one["tpir_rank1"] <= ten["tpir_rank1"] <= ten["tpir_rank10"]
-    curve = told["curve"]
+    curve = values["curve"]
     assert 10 < len(curve) <= 100
     assert set(curve[0]) == {"threshold", "fpir", "fnir_rank1", "fnir_rank10"}
     assert (curve[0]["fpir"], curve[-1]["fpir"]) == (0, 100)
 
 
 def test_a_score_without_open_set_has_a_reason(score: SiteScore) -> None:
-    told = score_to_json(replace(score, open_set=None, reservation="one person only"))
-    assert told["open_set"] is None and told["open_set_reservation"] == "one person only"
+    values = score_to_json(replace(score, open_set=None, reservation="one person only"))
+    assert values["open_set"] is None and values["open_set_reservation"] == "one person only"
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".PDF"])

@@ -1,4 +1,4 @@
-"""Agreement with what operators confirmed and rejected, from the file beside a real store to the figures."""
+"""Agreement with pairs that operators confirmed or rejected, from the links file to the metrics."""
 
 from __future__ import annotations
 

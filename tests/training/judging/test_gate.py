@@ -1,4 +1,4 @@
-"""The gate: what a candidate must not lose beside what it gains on the site."""
+"""The gate: losses that refuse a candidate despite a gain on the site."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def judged(
 
 
 def model_pair(store: CropStore, before: float, after: float, **more: LinkedCrops) -> ModelPair:
-    """Two models by how much noise they have."""
+    """Two models with different amounts of noise."""
     return ModelPair(*(judged(people_features(store, spread=spread), store, **more) for spread in (before, after)))
 
 

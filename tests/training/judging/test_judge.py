@@ -1,4 +1,4 @@
-"""Judging models without labels: on drawn people with real encoders, and on stores with nothing to go by."""
+"""Judging models without labels: on synthetic people with real encoders, and on stores without evidence."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 def rush_hour(store: CropStore) -> CropStore:
-    """The same people within seconds: passages begin 300 times as soon and last as long as they did."""
+    """The same people within seconds: tracks start 300 times closer together and last as long as before."""
     begins = {track: store.times_s[store.tracks == track].min() for track in np.unique(store.tracks)}
     begin = np.array([begins[track] for track in store.tracks])
     return replace(store, times_s=begin / 300 + (store.times_s - begin))
@@ -66,9 +66,9 @@ def test_a_better_model_separates_tracks_better_and_noise_does_not(drawn: Site) 
 
 def test_labels_of_persons_are_not_used(drawn: Site) -> None:
     store = rush_hour(drawn.train)
-    nobody = replace(store, persons=np.full(len(store), -1))
+    unlabelled = replace(store, persons=np.full(len(store), -1))
     rows = extract_features(random_encoder(), store, local=False)[0]
-    assert judge(rows, store).to_json() == judge(rows, nobody).to_json()
+    assert judge(rows, store).to_json() == judge(rows, unlabelled).to_json()
 
 
 def test_every_metric_of_a_sound_clustering_is_serialised() -> None:
@@ -77,16 +77,17 @@ def test_every_metric_of_a_sound_clustering_is_serialised() -> None:
     other = try_cluster(people_features(store, spread=0.9, seed=1), store, SETTINGS)
     assert isinstance(clustering, Clustering)
     judged = judge(people_features(store, spread=0.5), store, clustering=clustering, previous=other)
-    told = json.loads(json.dumps(judged.to_json(), allow_nan=False))
-    assert told["crops"] == 192 and told["problem"] == told["collapse"] == ""
-    assert told["tracks"]["tracks"] == 48 and told["tracks"]["auc"]["value"] > 0.95
+    values = json.loads(json.dumps(judged.to_json(), allow_nan=False))
+    assert values["crops"] == 192 and values["problem"] == values["collapse"] == ""
+    assert values["tracks"]["tracks"] == 48 and values["tracks"]["auc"]["value"] > 0.95
     assert (
-        told["tracks"]["tpr_at_fpr_0.001"] is None and "negative pairs" in told["tracks"]["missing"]["tpr_at_fpr_0.001"]
+        values["tracks"]["tpr_at_fpr_0.001"] is None
+        and "negative pairs" in values["tracks"]["missing"]["tpr_at_fpr_0.001"]
     )
-    assert told["clusters"]["clusters"] == 16 and told["clusters"]["silhouette"] == clustering.silhouette
-    assert told["clusters"]["cameras"]["many_camera_share"] == 1
-    assert told["clusters"]["tracks"]["whole_share"] == 1 and told["clusters"]["tracks"]["confused_share"] == 0
-    assert told["stability"]["ari"] > 0.3
+    assert values["clusters"]["clusters"] == 16 and values["clusters"]["silhouette"] == clustering.silhouette
+    assert values["clusters"]["cameras"]["many_camera_share"] == 1
+    assert values["clusters"]["tracks"]["whole_share"] == 1 and values["clusters"]["tracks"]["confused_share"] == 0
+    assert values["stability"]["ari"] > 0.3
 
 
 def test_a_judgement_is_deterministic_per_seed() -> None:

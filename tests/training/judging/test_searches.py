@@ -1,4 +1,4 @@
-"""Searches among tracks against loops over their definition, and what they cannot be measured on."""
+"""Searches among tracks against loops, and stores on which they cannot be measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from resight.training.store.track_pairs import draw_track_pairs
 
 
 def looped(features: Floats, store: CropStore) -> OpenSetScore:
-    """Every crop of a track's last half searched among its own track's first half and those of overlapping tracks."""
+    """Search crops of each track's second half among the first halves of its own and of overlapping tracks."""
     tracks, rows = tracks_of(store), features.astype(np.float64)
     entry = {key: rows[crops[: len(crops) // 2]].sum(0) for key, crops in tracks.items() if len(crops) > 1}
     entry = {key: total / np.linalg.norm(total) for key, total in entry.items()}

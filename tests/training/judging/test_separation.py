@@ -1,4 +1,4 @@
-"""AUC and true positives at fixed false ones against loops; intervals that know of tracks."""
+"""AUC and true positive rates against loops; confidence intervals over tracks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from resight.training.store.track_pairs import TrackPairs
 
 
 def made_pairs(tracks: int, per_track: int, negatives: int, seed: int) -> TrackPairs:
-    """Random pairs with tracks behind them."""
+    """Random pairs of tracks."""
     rng = np.random.default_rng(seed)
     n = 2 * per_track * tracks
     number = np.repeat(np.arange(tracks), 2 * per_track)
@@ -25,7 +25,7 @@ def made_pairs(tracks: int, per_track: int, negatives: int, seed: int) -> TrackP
 
 
 def people_of(pairs: TrackPairs, *, spread: float, seed: int, steps: int = 0) -> Floats:
-    """One direction a track, and noise; in ``steps`` coarse steps a coordinate, so that similarities tie."""
+    """One direction per track, and noise; coordinates in ``steps`` coarse steps, so that similarities tie."""
     rng = np.random.default_rng(seed)
     rows = rng.normal(size=(pairs.track_count, 6))[pairs.tracks] + spread * rng.normal(size=(len(pairs.tracks), 6))
     if steps:
@@ -73,7 +73,7 @@ def test_resampling_draws_tracks_not_pairs() -> None:
     for (own, two), (same, too) in zip(weights, again, strict=True):
         assert np.array_equal(own, same) and np.array_equal(two, too)
         times = np.zeros(15)
-        times[pairs.positive_tracks] = own  # all pairs of a track weigh the same
+        times[pairs.positive_tracks] = own  # all pairs of a track have the same weight
         assert np.array_equal(times[pairs.positive_tracks], own) and times.sum() == 15
         assert np.array_equal(times[pairs.negative_tracks].prod(1), two)
 
@@ -86,7 +86,7 @@ def test_random_features_score_half_and_perfect_ones_1() -> None:
     assert [(figure.value, figure.low) for figure in perfect.figures.values()] == [(1, 1)] * 3
     same = separate(np.ones((len(pairs.tracks), 1), np.float32), pairs).figures
     assert (same["auc"].value, same["auc"].low, same["auc"].high) == (0.5, 0.5, 0.5)
-    assert same["tpr_at_fpr_0.1"].value == 0  # no pair is above a threshold all pairs lie at
+    assert same["tpr_at_fpr_0.1"].value == 0  # no pair is above a threshold that equals all pairs
 
 
 def test_intervals_shrink_with_more_tracks_not_with_more_pairs() -> None:
@@ -100,7 +100,7 @@ def test_intervals_shrink_with_more_tracks_not_with_more_pairs() -> None:
     rich, poor = made_pairs(20, 8, 200, seed=1), made_pairs(20, 1, 200, seed=1)
     rng = np.random.default_rng(6)
     sides = rng.normal(size=(20, 1, 1, 6)) + 0.9 * rng.normal(size=(20, 1, 2, 6))
-    rows = np.tile(sides, (1, 8, 1, 1)).reshape(-1, 6)  # the 8 pairs of a track say one thing eight times
+    rows = np.tile(sides, (1, 8, 1, 1)).reshape(-1, 6)  # the 8 pairs of a track are not independent
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     eightfold, single = (
         separate(rows, rich).figures["auc"],
@@ -110,7 +110,7 @@ def test_intervals_shrink_with_more_tracks_not_with_more_pairs() -> None:
 
 
 def test_intervals_have_their_nominal_coverage() -> None:
-    """Many sites of one kind: the interval of each against the AUC of all."""
+    """Many similar sites: the interval of each against the AUC of all."""
     each = []
     for seed in range(40):
         pairs = made_pairs(40, 2, 400, seed=seed)

@@ -1,4 +1,4 @@
-"""Verdicts on candidates of known quality; each rule, each with its reason."""
+"""Verdicts on candidates of known quality: each rule with its reason."""
 
 from __future__ import annotations
 
@@ -114,13 +114,13 @@ def test_a_collapsed_candidate_is_refused(store: CropStore, trackless: CropStore
 
 def test_features_with_lost_variance_are_refused_even_if_they_separate(store: CropStore) -> None:
     rows = people_features(store, spread=0.5)
-    pale = np.concatenate([rows, np.full((len(rows), 1), 9, np.float32)], 1)  # one large number in all
+    pale = np.concatenate([rows, np.full((len(rows), 1), 9, np.float32)], 1)  # one large component in all
     pale /= np.linalg.norm(pale, axis=1, keepdims=True)
     good, bad = judged(rows, store, clusters=False), judged(pale, store, clusters=False)
     assert bad.separation.figures["auc"].value > 0.95
     verdict = compare(good, bad)
     assert verdict.decision == "refuse" and "far more alike" in verdict.reasons[0]
-    assert compare(bad, bad).evidence == "tracks"  # an active model that is no paler is served already
+    assert compare(bad, bad).evidence == "tracks"  # no refusal if the active model has the same variance
 
 
 def test_without_tracks_clusters_decide(trackless: CropStore) -> None:

@@ -1,4 +1,4 @@
-"""What the report is told of a finished run: examples chosen by what changed, hits judged by the site's truth."""
+"""The adaptation report of a finished run: examples selected by change, hits labelled by the truth."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ HISTORY = (
 )
 
 
-def answers(site: Site, seed: int) -> ServedResult:
-    """Rankings by chance."""
+def random_results(site: Site, seed: int) -> ServedResult:
+    """Random rankings."""
     query, gallery = evaluation_splits(site)
     rng = np.random.default_rng(seed)
     rankings = [rng.permutation(len(gallery)).tolist() for _ in range(len(query))]
@@ -67,8 +67,8 @@ def outcome(tiny_site: Site, tmp_path_factory: pytest.TempPathFactory) -> DemoRe
         checkpoint=Checkpoint(encoder, provenance),
         features=extract_features(encoder, tiny_site.train, local=False)[0],
         bundle=bundle,
-        before=answers(tiny_site, 1),
-        after=answers(tiny_site, 2),
+        before=random_results(tiny_site, 1),
+        after=random_results(tiny_site, 2),
         log=folder / "log",
         figures={"initial": {"mAP": 20.0, "rank1": 30.0}, "adapted": {"mAP": 31.5, "rank1": 40.0}},
         seconds={"adapt": 3.0},
@@ -154,14 +154,14 @@ def test_ranked_lists_are_ordered_by_gain_and_labelled_by_the_truth(outcome: Dem
 def test_ranking_from_features_equals_the_full_sort(outcome: DemoResult) -> None:
     query, gallery = evaluation_splits(outcome.site)
     encoder = outcome.checkpoint.encoder
-    asked, known = (extract_features(encoder, store, local=False)[0] for store in (query, gallery))
-    found = rank_gallery(query, gallery, asked, known)
-    order = np.argsort(-(asked @ known.T), axis=1, kind="stable")
+    queries, known = (extract_features(encoder, store, local=False)[0] for store in (query, gallery))
+    found = rank_gallery(query, gallery, queries, known)
+    order = np.argsort(-(queries @ known.T), axis=1, kind="stable")
     full = score_rankings(order.tolist(), query.persons, gallery.persons, query.cameras, gallery.cameras)
     assert found.score.mAP == pytest.approx(full.mAP, abs=1e-9)
     for row, (rows, cosines) in enumerate(zip(found.rankings, found.similarities, strict=True)):
-        np.testing.assert_allclose(cosines, np.sort(known @ asked[row])[::-1][:HITS], atol=1e-6)
-        np.testing.assert_allclose(known[rows] @ asked[row], cosines, atol=1e-6)
+        np.testing.assert_allclose(cosines, np.sort(known @ queries[row])[::-1][:HITS], atol=1e-6)
+        np.testing.assert_allclose(known[rows] @ queries[row], cosines, atol=1e-6)
 
 
 def test_unknown_hits_are_junk_and_damaged_ones_are_omitted(outcome: DemoResult, tmp_path: Path) -> None:

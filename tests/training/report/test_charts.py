@@ -1,4 +1,4 @@
-"""Figures of the history as charts: known ones in their groups, unknown ones drawn all the same."""
+"""Metrics of the history as charts: known ones in groups, unknown ones alone."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_loss_term_that_is_always_zero_is_omitted() -> None:
     rows = epoch_rows(history())
     assert ["guidance" in row.figures for row in rows] == [False] * 3 + [True] * 3
     zeros = epoch_rows([{"stage": "teacher", "epoch": 0, "outlier_share": 0.0, "loss": 0.0}])
-    assert zeros[0].figures == {"outlier_share": 0.0}  # a share of 0 is a finding, a loss of 0 is none
+    assert zeros[0].figures == {"outlier_share": 0.0}  # a share of 0 is meaningful, a loss of 0 is not
 
 
 def test_constant_metrics_are_listed_instead_of_drawn() -> None:

@@ -1,4 +1,4 @@
-"""The map: which crops, where they lie, how they are drawn, and colours that everybody can see."""
+"""The map: selection of crops, projection, drawing, and contrast of the colours."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from resight.training.store.datasets import Site
 
 
 def groups(count: int, each: int, *, dim: int = 24, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Features of well-separated groups, and whose each is."""
+    """Features of well-separated groups, and the group of each."""
     rng = np.random.default_rng(seed)
     owner = np.repeat(np.arange(count), each)
     features = rng.normal(size=(count, dim))[owner] + 0.1 * rng.normal(size=(count * each, dim))
@@ -91,7 +91,7 @@ def test_too_few_or_equal_features_give_no_map(tiny_site: Site) -> None:
 def test_camera_affinity_detects_bias() -> None:
     features, owner = groups(8, 30)
     rng = np.random.default_rng(2)
-    biased = camera_affinity(features, owner % 4)  # each island is of one camera
+    biased = camera_affinity(features, owner % 4)  # each group is from one camera
     mixed = camera_affinity(features, rng.integers(0, 4, len(owner)))
     assert biased is not None and mixed is not None
     assert biased[0] > 0.99 and mixed[0] == pytest.approx(mixed[1], abs=0.05)
@@ -104,7 +104,7 @@ def shown(clusters: np.ndarray, cameras: np.ndarray, names: list[str]) -> Embedd
 
 
 def marks(svg: str) -> dict[str, int]:
-    """Class of the marks -> how many."""
+    """Class of the marks -> their number."""
     found: dict[str, int] = {}
     for name, path in re.findall(r'<path class="mark ([^"]*)" d="([^"]*)"', svg):
         found[name] = found.get(name, 0) + path.count("M")

@@ -1,4 +1,4 @@
-"""Clusters chosen without labels: the measure against a loop, the choice, and crops that cannot be read."""
+"""Sample clusters: tightness against a loop, their selection, and crops that cannot be read."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def silhouette_by_loops(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def test_tightness_equals_loops(seed: int, clusters: int) -> None:
     rng = np.random.default_rng(seed)
     labels = rng.integers(-1, clusters, 83)
-    labels[labels == 3] = 4  # a number nobody has, where there are so many
+    labels[labels == 3] = 4  # an unused label, if there are so many
     features = unit(rng.normal(size=(clusters, 19))[labels] + rng.normal(size=(83, 19)))
     held = tightness(features, labels)
     expected = silhouette_by_loops(features, labels)
@@ -71,7 +71,7 @@ def test_cameras_are_counted_and_weighted() -> None:
 
 
 def site_features(store: CropStore, noise: float) -> np.ndarray:
-    """As if the model knew everybody, people of higher number worse and worse."""
+    """Features of a good model, with more noise for persons of higher number."""
     rng = np.random.default_rng(1)
     centres = rng.normal(size=(store.persons.max() + 1, 32))
     spread = noise * (1 + store.persons)[:, None]

@@ -17,7 +17,7 @@ HOSTILE = '<script>alert("x")</script>'
 
 
 class Page(HTMLParser):
-    """Open tags, and everything the page would load."""
+    """Open tags, and all resources that the page would load."""
 
     def __init__(self) -> None:
         super().__init__()

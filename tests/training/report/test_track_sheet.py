@@ -1,4 +1,4 @@
-"""The page and the picture of tracks."""
+"""The track sheet as a page and as an image."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_an_image_shows_tracks_below_each_other(store: CropStore, tmp_path: Path
         assert image.size == (CROPS_SHOWN * (TILE.width + GAP) + GAP, 3 * (TILE.height + GAP) + GAP)
         pixels = np.asarray(image).astype(int)
     last = pixels[GAP + 2 * (TILE.height + GAP) :, :]
-    assert np.abs(last[20:100, GAP + TILE.width + 32 :] - 128).max() < 12  # one crop, grey beside it
+    assert np.abs(last[20:100, GAP + TILE.width + 32 :] - 128).max() < 12  # one crop, grey next to it
 
 
 def test_many_tracks_are_sampled_evenly(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The drawings of a verdict, read back from their SVG."""
+"""The drawings of a verdict, parsed from their SVG."""
 
 from __future__ import annotations
 
