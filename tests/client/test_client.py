@@ -6,12 +6,13 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent import futures
+from datetime import UTC, datetime
 
 import grpc
 import pytest
 from grpc_status import rpc_status
 
-from resight.client import Client, EntryId, GivenFeature, NewEntry, Query, Where
+from resight.client import Client, EntryId, GivenFeature, NewEntry, OperationInfo, Query, Where
 from resight.client.transport import MAX_ATTEMPTS, MAX_BATCH_BYTES, MAX_BATCH_ITEMS, backoff_s, split_batches
 from resight.errors import DeadlineError, InputError, OverloadedError, ReIDError, UnavailableError
 from resight.status import to_status
@@ -100,6 +101,15 @@ def test_without_a_server_the_error_names_the_command():
             client.info()
         with pytest.raises(UnavailableError, match="became ready"):
             client.wait_ready(0.2)
+
+
+def test_wait_accepts_the_deprecated_keyword_told(flaky):
+    _, client = flaky
+    done = OperationInfo("o", "migrate", "succeeded", 1, 1, 0, 0, datetime.now(UTC), {})
+    assert client.wait(done, on_update=lambda operation: None) == done
+    with pytest.warns(DeprecationWarning, match="on_update") as caught:
+        assert client.wait(done, told=lambda operation: None) == done
+    assert caught[0].filename == __file__
 
 
 def test_threads_share_a_client(flaky):

@@ -90,9 +90,9 @@ def test_a_plot_is_written_to_the_given_path(score: SiteScore, tmp_path: Path, s
 
 
 def test_the_plot_states_why_a_panel_is_empty(score: SiteScore, tmp_path: Path) -> None:
-    few = replace(score, open_set=None, reservation="open-set figures need two persons")
+    few = replace(score, open_set=None, reservation="open-set metrics need two persons")
     draw_evaluation(tmp_path / "few.svg", few, "t")
-    assert "<!-- open-set figures need two persons -->" in (tmp_path / "few.svg").read_text()
+    assert "<!-- open-set metrics need two persons -->" in (tmp_path / "few.svg").read_text()
 
 
 @pytest.mark.parametrize("name", ["figures", "figures.jpg", ".png"])

@@ -159,7 +159,7 @@ def test_a_model_trained_on_sound_crops_is_promoted_and_the_page_shows_why(
     for name, figure in found["model"]["tracks"].items():
         if isinstance(figure, dict) and "value" in figure:
             assert name in text and f"{figure['value']:.4f}" in text
-    for words in ("Two persons it finds most alike", "One track it finds least alike", "cam3", "reference.auc"):
+    for words in ("Two persons it finds most similar", "One track it finds least similar", "cam3", "reference.auc"):
         assert words in text
 
 
