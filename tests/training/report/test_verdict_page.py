@@ -1,4 +1,4 @@
-"""The drawings of a verdict, read back from their SVG."""
+"""The drawings of a verdict, parsed from their SVG."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_histograms_share_an_axis_and_have_their_peaks_where_the_pairs_are() -> 
     assert peaks[0] == peaks[3] > peaks[1] == peaks[2]
 
 
-def test_both_models_meet_the_same_crops_in_turns_at_their_own_size() -> None:
+def test_both_models_are_timed_alternately_on_the_same_crops() -> None:
     seen: list[tuple[str, tuple[int, ...]]] = []
 
     def model(name: str, side: int, work: int) -> tuple[ImageSpec, object]:
