@@ -288,9 +288,9 @@ async def running_server(settings: Settings) -> AsyncIterator[Server]:
         status = await add_standard_services(server, SERVICES, settings)
         canary = Canary(models, tenants, status, interval_s=settings.canary_interval_s)
         stack.push_async_callback(canary.stop)
-        await canary.fly()
+        await canary.check()
         await server.start()
-        watchers.know(embedder, models, tenants, shadows, status)
+        watchers.attach(embedder, models, tenants, shadows, status)
         await migrations.resume_all(tenants)
         stack.push_async_callback(server.stop, 0)
         address = f"{settings.listen.rpartition(':')[0]}:{port}"

@@ -123,7 +123,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             told = {"index_type": built.index_type, "note": built.note}
             return told | ({} if recall is None else {"recall_at_10": f"{recall:.4f}"})
 
-        started = await self._work.begin(tenant.operations, REBUILD, rebuild, collection=collection.name)
+        started = await self._work.start(tenant.operations, REBUILD, rebuild, collection=collection.name)
         return admin_pb2.RebuildIndexResponse(operation=operation_message(started))
 
     async def CreateSnapshot(
@@ -132,7 +132,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         """Copy the tenant's database beside it while it is in use."""
         name = snapshots.check_name(request.snapshot_id or snapshots.timestamp_name())
         tenant = await self._own()
-        started = await self._work.begin(
+        started = await self._work.start(
             tenant.operations, "snapshot", _SnapshotJob(tenant, name).run, snapshot_id=name
         )
         return admin_pb2.CreateSnapshotResponse(operation=operation_message(started))

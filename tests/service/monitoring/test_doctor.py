@@ -49,7 +49,7 @@ def test_all_is_well(bundle_path, gallery, tmp_path):
     status, checks, table = doctor(tmp_path / "out.json", "--data", str(gallery), "--bundle", str(bundle_path))
     assert status == 0, checks
     assert checks["data", "integrity"]["found"] == "ok"
-    assert checks["data", "features"]["found"] == "10 checksums are right"
+    assert checks["data", "features"]["found"] == "10 checksums are correct"
     assert checks["data", "lock"]["found"] == "free" and checks["data", "permissions"]["verdict"] == "ok"
     assert checks["data", "snapshot monday"]["verdict"] == "ok" and checks["bundle", "probes"]["verdict"] == "ok"
     assert {name for area, name in checks if area == "machine"} >= {"versions", "providers", "cores", "memory", "clock"}
