@@ -287,7 +287,7 @@ class ShadowRun:
         made = await gallery.feature(
             collection, sample.source, deadline, space=collection.space, priority=Priority.REEMBED
         )
-        (answer,) = await run_search(gallery.searcher, collection, [sample.params.of(made.feature)], deadline)
+        (answer,) = await run_search(gallery.searcher, collection, [sample.params.with_feature(made.feature)], deadline)
         self._worked_s += (made.timings.decode_ns + made.timings.infer_ns + answer.search_ns + answer.rerank_ns) / 1e9
         return answer, made.timings.infer_ns // len(sample.source.images)
 
@@ -362,7 +362,7 @@ class ShadowManager:
         self, tenant: Tenant, collection: Collection, model_id: str, space: Space, bounds: ShadowLimits
     ) -> ShadowStatus:
         old = collection.space
-        active = self._models.in_space(old.space_id)
+        active = self._models.model_of_space(old.space_id)
         names = (model_id, space.space_id, active.model_id if active else old.model_id, old.space_id)
         initial = ShadowStatus(collection.name, *names, ShadowState.RUNNING, bounds, now_us())
         shadow = ShadowRun(tenant, initial, space, self._callers_crops)

@@ -84,8 +84,8 @@ class EndpointSource:
         """Whether an ``Authorization`` header gives access to ``/metrics``: the token of any operator does."""
         scheme, _, secret = header.partition(" ")
         try:
-            self._tokens.follow()
-            if not (self._always or self._tokens.asked):
+            self._tokens.reload()
+            if not (self._always or self._tokens.required):
                 return True
             found = self._tokens.find(secret.strip()) if scheme.lower() == "bearer" else None
         except FormatError as error:

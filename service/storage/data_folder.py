@@ -17,7 +17,6 @@ the database.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import hmac
 import json
@@ -34,6 +33,7 @@ from typing import NamedTuple, Self
 
 from resight.errors import DiskWatermarkError, InputError, StartupError, StorageFullError, StoreError
 from resight.files import sync, write_atomic
+from resight.locks import LockHeldError, hold_lock
 from resight.service.records import DEFAULT_TENANT
 
 DATABASE_FILE = "gallery.sqlite3"
@@ -54,22 +54,17 @@ class DataFolder:
         self.path = path
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)  # features of people: for the owner only
-            self._lock = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise StartupError(
-                f"data folder {path} cannot be written: {error.strerror}: choose another with --data"
-            ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(self._lock, 32).decode(errors="replace").strip() or "unknown"
-            os.close(self._lock)
+            self._lock = hold_lock(path / LOCK_FILE, str(os.getpid()))
+        except LockHeldError as error:
+            holder = error.holder or "unknown"
             raise StartupError(
                 f"data folder {path} is held by process {holder}: stop that server or choose another --data",
                 holder=holder,
             ) from error
-        os.truncate(self._lock, 0)
-        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            raise StartupError(
+                f"data folder {path} cannot be written: {error.strerror}: choose another with --data"
+            ) from error
 
     def announce(self, address: str, space_id: str, metrics_url: str = "") -> None:
         """Write ``server.json`` atomically: the server is ready at this address."""
@@ -95,7 +90,7 @@ class DataFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.withdraw()
-        os.close(self._lock)
+        self._lock.release()
 
 
 def tenant_folder(data: Path, name: str) -> Path:

@@ -271,7 +271,7 @@ def _run_night(
     demo.console.rule(f"[bold]night {night.number}[/bold] {description}", align="left")
     with _timed(seconds, "film"), ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         folder = demo.out / "footage" / f"night-{night.number}"
-        pending = [pool.submit(site.film, folder, night, camera) for camera in range(night.cameras)]
+        pending = [pool.submit(site.record, folder, night, camera) for camera in range(night.cameras)]
         films = [film.result() for film in pending]
     demo.file.write_text(site_toml(demo, address, night.cameras))
     with _timed(seconds, "measure"):
