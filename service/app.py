@@ -263,7 +263,7 @@ async def running_server(settings: Settings) -> AsyncIterator[Server]:
         monitoring = Monitoring(settings, tokens)
         interceptors = InterceptorChain(_interceptors(settings, tokens, monitoring.stages))
         server, port = bind(settings, interceptors, tls)
-        metrics_url = stack.enter_context(monitoring.answering())
+        metrics_url = stack.enter_context(monitoring.endpoint())
         stack.push_async_callback(server.stop, 0)
         embedder = Embedder(settings)
         embedder.start()

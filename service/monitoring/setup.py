@@ -53,7 +53,7 @@ class Monitoring:
         return (self._metrics,) if self._tracing is None else (self._metrics, self._tracing)
 
     @contextlib.contextmanager
-    def answering(self) -> Iterator[str]:
+    def endpoint(self) -> Iterator[str]:
         """Run the HTTP endpoint during the block; yields its URL, empty if disabled. Flushes traces at the end.
 
         Until `attach` is called the server is reported as alive but not ready.

@@ -3,7 +3,7 @@ from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
 import pytest
-from stores import DIM, SPACE, enrolment, feature, held, holding, made
+from stores import DIM, SPACE, count_entries, create_collection, enrolment, feature, files_with
 
 from resight.errors import CollectionNotFoundError, InputError, OverloadedError
 from resight.service import tenants
@@ -43,14 +43,14 @@ def test_tenants_share_nothing_but_the_folder(tmp_path):
         async with opened(tmp_path) as every:
             acme, beta = await every.tenant("acme"), await every.tenant("beta")
             for tenant, number in ((acme, 1), (beta, 2)):
-                lobby = await made(tenant.store)
+                lobby = await create_collection(tenant.store)
                 await tenant.store.write(writes.enrol, lobby, enrolment(number))
             assert await searched(acme.gallery, acme.store, 1) == await searched(acme.gallery, acme.store, 2) == ["e1"]
             assert await searched(beta.gallery, beta.store, 1) == ["e2"]
             with pytest.raises(CollectionNotFoundError):
                 await (await every.gallery("default")).collection("lobby")
             assert await every.gallery("acme") is acme.gallery
-            assert holding(tmp_path / "tenants" / "acme", feature(2).tobytes()) == []
+            assert files_with(tmp_path / "tenants" / "acme", feature(2).tobytes()) == []
             assert list(every.names()) == ["default", "acme", "beta"]
             assert (tmp_path / "tenants" / "acme").stat().st_mode & 0o077 == 0
 
@@ -81,7 +81,7 @@ def test_the_longest_idle_tenant_is_closed_and_reopened_unchanged(tmp_path, monk
     async def body():
         async with opened(tmp_path, max_tenants_open=3) as every:
             one = await every.tenant("one")
-            await one.store.write(writes.enrol, await made(one.store), enrolment(1))
+            await one.store.write(writes.enrol, await create_collection(one.store), enrolment(1))
             busy = await every.tenant("busy")
             work = await busy.operations.start("migrate")
             with pytest.raises(OverloadedError, match="max_tenants_open"):
@@ -103,7 +103,7 @@ def test_expired_entries_of_unused_tenants_are_deleted_from_disk(tmp_path):
         async with opened(tmp_path) as every:
             for name in ("idle", "used"):
                 tenant = await every.tenant(name)
-                lobby = await made(tenant.store)
+                lobby = await create_collection(tenant.store)
                 await tenant.store.write(writes.enrol, lobby, enrolment(3))
                 soon = Enrolment(
                     EntryRecord("gone", subject_id="SECRET-GONE", expire_us=now_us() + 300_000), feature(9)
@@ -112,14 +112,14 @@ def test_expired_entries_of_unused_tenants_are_deleted_from_disk(tmp_path):
         async with opened(tmp_path, purge_interval_s=0.2) as every:
             used = await every.tenant("used")
             for _ in range(100):
-                if not holding(tmp_path, b"SECRET-GONE"):
+                if not files_with(tmp_path, b"SECRET-GONE"):
                     break
                 await asyncio.sleep(0.1)
-            assert holding(tmp_path, b"SECRET-GONE") == [] and holding(tmp_path, feature(9).tobytes()) == []
-            assert await held(used.store) == 1
+            assert files_with(tmp_path, b"SECRET-GONE") == [] and files_with(tmp_path, feature(9).tobytes()) == []
+            assert await count_entries(used.store) == 1
             await asyncio.sleep(0.3)
             idle = await every.tenant("idle")
-            assert await held(idle.store) == 1 and await searched(idle.gallery, idle.store, 3) == ["e3"]
+            assert await count_entries(idle.store) == 1 and await searched(idle.gallery, idle.store, 3) == ["e3"]
 
     asyncio.run(body())
 

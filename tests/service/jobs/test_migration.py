@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 from serving import ServerProcess, features_by_hand, jpeg, make_bundle
-from stores import OTHER, SPACE, made, opened
+from stores import OTHER, SPACE, create_collection, open_gallery
 
 from resight.client import Client, NewEntry
 from resight.errors import (
@@ -156,7 +156,7 @@ def test_killed_in_the_middle_it_goes_on_by_itself_and_misses_nothing(root, tmp_
         seen = until(client, begun.operation_id, 64)
         assert first.end(signal.SIGKILL) == -signal.SIGKILL
     assert 0 < seen.succeeded < 600
-    with opened(tmp_path / "data") as store:  # and much else was done while it ran
+    with open_gallery(tmp_path / "data") as store:  # and much else was done while it ran
 
         async def much() -> None:
             for _ in range(150):
@@ -219,7 +219,7 @@ def test_a_collection_is_switched_and_its_migration_ended_at_one_moment(tmp_path
     """Whoever is killed in between finds neither or both, so nothing is interrupted that was done."""
 
     async def body():
-        lobby, operations = await made(store), Operations(store)
+        lobby, operations = await create_collection(store), Operations(store)
         await store.write(spaces.begin_space, "lobby", OTHER)
         begun = await operations.start("migrate")
         for expected, state, space in (
@@ -233,5 +233,5 @@ def test_a_collection_is_switched_and_its_migration_ended_at_one_moment(tmp_path
             assert (await operations.get(begun.operation_id)).state is state
             assert (await store.read(reads.collection, "lobby")).space == space
 
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(body())

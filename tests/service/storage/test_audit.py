@@ -2,7 +2,7 @@ import asyncio
 import sqlite3
 
 import pytest
-from stores import opened
+from stores import open_gallery
 
 from resight.errors import ReIDError, StorageFullError
 from resight.service.records import now_us
@@ -14,7 +14,7 @@ DAY_US = 86_400_000_000
 
 @pytest.fixture
 def store(tmp_path):
-    with opened(tmp_path) as made:
+    with open_gallery(tmp_path) as made:
         yield made
 
 

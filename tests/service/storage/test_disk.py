@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from stores import DIM, enrolment, held, made
+from stores import DIM, count_entries, create_collection, enrolment
 
 from resight.errors import DiskWatermarkError, StorageFullError
 from resight.service.records import Filter
@@ -62,14 +62,14 @@ def test_a_small_disk_refuses_writes_keeps_reading_and_recovers(small_disk: Path
     monkeypatch.setattr(data_folder, "DISK_CHECK_EVERY_S", 0.0)
 
     async def body():
-        lobby = await made(store, keep_crops=True)
+        lobby = await create_collection(store, keep_crops=True)
         for number in range(200):
             try:
                 await store.write(writes.enrol, lobby, enrolment(number, crops=(bytes(500_000),)))
             except DiskWatermarkError as error:
                 assert int(error.facts["free_bytes"]) < 24 * MIB
                 break
-        stored = await held(store)
+        stored = await count_entries(store)
         assert 5 < stored == number
         assert (
             data_folder.disk_room(small_disk).free > 8 * MIB
@@ -80,12 +80,12 @@ def test_a_small_disk_refuses_writes_keeps_reading_and_recovers(small_disk: Path
             await store.write(writes.enrol, lobby, enrolment(999))
         for gone in range(number):  # one by one: a deletion writes its zeros to the log before the database
             await store.erase(writes.delete_entry, lobby, f"e{gone}", allow_missing=False)
-        assert await held(store) == 0
+        assert await count_entries(store) == 0
         for again in range(number):  # by itself: what was deleted made room in the database
             await store.write(writes.enrol, lobby, enrolment(again, crops=(bytes(500_000),)))
             if again > 10:
                 break
-        assert await held(store) == again + 1
+        assert await count_entries(store) == again + 1
 
     # The log grows to 1000 pages of 16 KiB before it is moved into the database: the mark leaves room for that.
     store = Store(small_disk / "g", dim=DIM, watermark=DiskWatermark(small_disk, low_bytes=24 * MIB, low_percent=0.0))
@@ -97,7 +97,7 @@ def test_a_small_disk_refuses_writes_keeps_reading_and_recovers(small_disk: Path
 
 def test_a_disk_that_is_full_in_the_middle_loses_nothing_that_was_answered(small_disk: Path):
     async def body():
-        lobby = await made(store, keep_crops=True)
+        lobby = await create_collection(store, keep_crops=True)
         full = 0
         answered = set()
         for number in range(120):

@@ -14,7 +14,7 @@ import grpc
 import pytest
 from grpc_status import rpc_status
 from serving import ServerProcess, jpeg
-from stores import enrolment, holding, made, opened
+from stores import create_collection, enrolment, files_with, open_gallery
 from tiny import resight_here, the_error
 
 from resight.client import Client, NewEntry
@@ -179,14 +179,14 @@ def test_no_byte_of_an_erased_pair_is_left(bundle_path, tmp_path):
             client.reject("lobby", names[0], "stays-1")
             assert client.wait(client.create_snapshot("before")).state == "succeeded"
             snapshot = tmp_path / "data/snapshots/before/gallery.sqlite3"
-            assert pairs(snapshot) == 3 and all(holding(tmp_path, name.encode()) for name in names)
+            assert pairs(snapshot) == 3 and all(files_with(tmp_path, name.encode()) for name in names)
             assert client.erase_subject("anna").storage_scrubbed
             assert told(client, "lobby") == [("stays-1", "stays-2", True)]
             until = time.monotonic() + 20
             while pairs(snapshot) > 1:  # the snapshot is written anew by the next purge
                 assert time.monotonic() < until
                 time.sleep(0.1)
-            assert [holding(tmp_path, name.encode()) for name in names] == [[], []]
+            assert [files_with(tmp_path, name.encode()) for name in names] == [[], []]
             assert pairs(tmp_path / "data/gallery.sqlite3") == 1
     finally:
         assert server.end() == 0
@@ -237,7 +237,7 @@ def test_what_is_stored_never_contradicts_itself(tmp_path, seed):
     chance, count, verdicts = random.Random(seed), 9, {}
 
     async def body():
-        lobby = await made(store)
+        lobby = await create_collection(store)
         for number in range(count):
             await store.write(writes.enrol, lobby, enrolment(number))
         lobby = await store.read(reads.collection, "lobby")
@@ -263,7 +263,7 @@ def test_what_is_stored_never_contradicts_itself(tmp_path, seed):
         found = await store.read(feedback.list_records, lobby.key, after=0, limit=1000)
         assert {(int(one.entry_id[1:]), int(one.other_entry_id[1:])): one.same for one in found} == verdicts
 
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(body())
 
 

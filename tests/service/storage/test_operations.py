@@ -1,7 +1,7 @@
 import asyncio
 
 import pytest
-from stores import opened
+from stores import open_gallery
 
 from resight.errors import InputError, NotCancellableError, OperationNotFoundError
 from resight.service.storage.operations import NOT_CANCELLABLE_KINDS, Operations, OperationState
@@ -9,7 +9,7 @@ from resight.service.storage.operations import NOT_CANCELLABLE_KINDS, Operations
 
 @pytest.fixture
 def store(tmp_path):
-    with opened(tmp_path) as made:
+    with open_gallery(tmp_path) as made:
         yield made
 
 
@@ -65,9 +65,9 @@ def test_what_ran_when_the_process_died_is_interrupted(tmp_path):
         assert found.end_us is not None and await work.get(done.operation_id) == done
         assert await work.interrupt_unfinished() == 0
 
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         running, done = asyncio.run(before())
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(after())
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import OTHER, SPACE, enrolment, feature, held, made, opened
+from stores import OTHER, SPACE, count_entries, create_collection, enrolment, feature, open_gallery
 
 from resight.errors import InputError, StoreError
 from resight.service.records import Enrolment, EntryRecord, Filter
@@ -25,7 +25,7 @@ DATABASE = "gallery.sqlite3"
 
 
 async def fill(store, count: int = 30):
-    lobby = await made(store, keep_crops=True)
+    lobby = await create_collection(store, keep_crops=True)
     lobby = await store.write(spaces.begin_space, "lobby", OTHER)
     for number in range(count):
         one = enrolment(
@@ -46,7 +46,7 @@ async def content(store) -> list[tuple[int, EntryRecord, bytes]]:
 
 
 def run(folder: Path, body):
-    with opened(folder) as store:
+    with open_gallery(folder) as store:
         return asyncio.run(body(store))
 
 
@@ -88,7 +88,7 @@ def test_a_snapshot_brings_back_what_it_saw_and_nothing_after_it(tmp_path):
 
 def test_a_copy_made_while_it_is_written_to_is_of_one_instant(tmp_path):
     async def body(store):
-        lobby = await made(store)
+        lobby = await create_collection(store)
         stop = threading.Event()
         copies = []
 
@@ -161,7 +161,7 @@ def test_an_erased_person_does_not_come_back(tmp_path, lost):
 
 def test_an_entry_that_was_named_only_later_does_not_come_back(tmp_path):
     async def fill_nameless(store):
-        lobby = await made(store)
+        lobby = await create_collection(store)
         await store.write(writes.enrol, lobby, enrolment(1))
 
     async def name_and_erase(store):
@@ -173,7 +173,7 @@ def test_an_entry_that_was_named_only_later_does_not_come_back(tmp_path):
     snapshots.create(tmp_path / DATABASE, "s")
     run(tmp_path, name_and_erase)
     assert restore(tmp_path, "s").erased_count == 1
-    assert run(tmp_path, held) == 0
+    assert run(tmp_path, count_entries) == 0
 
 
 @pytest.mark.parametrize("harm", ["short", "flipped", "missing", "manifest", "newer", "link"])
@@ -295,11 +295,11 @@ def test_killed_at_any_step_of_a_restore_the_old_or_the_new_is_there(tmp_path):
 
 
 def test_a_removed_snapshot_does_not_come_back_from_what_a_kill_left_of_it(tmp_path):
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(fill(store, 3))
     snapshots.create(tmp_path / DATABASE, "one")
     shutil.copytree(tmp_path / "snapshots" / "one", tmp_path / "snapshots" / ".one.old")
     (tmp_path / "snapshots" / ".one.old" / DATABASE).unlink()  # killed while it removed the old one
     snapshots.remove(tmp_path, "one")
-    with opened(tmp_path):
+    with open_gallery(tmp_path):
         assert list((tmp_path / "snapshots").iterdir()) == []
