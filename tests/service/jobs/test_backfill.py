@@ -26,7 +26,7 @@ def shot(track: int, number: int, noise: float) -> np.ndarray:
 
 @pytest.mark.parametrize("noise, passed", [(0.3, True), (30.0, False)])
 @pytest.mark.parametrize("by", ["track", "subject", ""])
-def test_the_gate_compares_how_often_tracks_find_themselves(store, by, noise, passed):
+def test_the_gate_compares_the_retrieval_of_tracks(store, by, noise, passed):
     async def body():
         lobby = await create_collection(store, keep_crops=True)
         for track in range(20):
@@ -48,7 +48,7 @@ def test_the_gate_compares_how_often_tracks_find_themselves(store, by, noise, pa
     asyncio.run(body())
 
 
-def test_filling_leaves_what_is_there_what_went_and_a_dropped_space_alone(store):
+def test_backfill_does_not_touch_existing_features_deleted_entries_and_dropped_spaces(store):
     async def body():
         lobby = await create_collection(store, keep_crops=True)
         for number in range(3):

@@ -15,7 +15,7 @@ def store(tmp_path):
         yield made
 
 
-def test_an_entry_changes_in_place_and_its_old_name_is_gone_from_the_disk(store, tmp_path):
+def test_an_entry_is_updated_in_place_and_its_old_subject_is_removed_from_disk(store, tmp_path):
     async def body():
         lobby = await create_collection(store)
         old = enrolment(1, subject_id="SECRET-OLD-NAME", labels={"hat": "SECRET-RED", "bag": "no"})
@@ -40,7 +40,7 @@ def test_an_entry_changes_in_place_and_its_old_name_is_gone_from_the_disk(store,
     asyncio.run(body())
 
 
-def test_an_entry_enrolled_anew_has_another_etag(store):
+def test_an_entry_enrolled_again_has_another_etag(store):
     async def body():
         lobby = await create_collection(store)
         one = await store.write(writes.enrol, lobby, enrolment(1))
@@ -50,7 +50,7 @@ def test_an_entry_enrolled_anew_has_another_etag(store):
     asyncio.run(body())
 
 
-def test_a_time_of_expiry_is_set_taken_back_and_never_lost(store):
+def test_expiry_is_set_reset_and_never_lost(store):
     async def body():
         lobby = await create_collection(store, ttl_us=3_600_000_000)
         first = (await store.write(writes.enrol, lobby, enrolment(1))).entry
@@ -59,8 +59,10 @@ def test_a_time_of_expiry_is_set_taken_back_and_never_lost(store):
         assert changed.entry.expire_us == later
         back = await store.erase(writes.update_entry, lobby, EntryRecord("e1"), ["expire_us"])
         assert back.entry.expire_us == first.expire_us  # "never" is not to be had where the collection forgets
-        gone = await store.erase(writes.update_entry, lobby, EntryRecord("e1", expire_us=now_us() - 1), ["expire_us"])
-        assert gone.entry.expire_us < now_us()
+        expired = await store.erase(
+            writes.update_entry, lobby, EntryRecord("e1", expire_us=now_us() - 1), ["expire_us"]
+        )
+        assert expired.entry.expire_us < now_us()
         with pytest.raises(EntryNotFoundError):
             await store.erase(writes.update_entry, lobby, EntryRecord("e1"), ["labels"])
 
@@ -68,7 +70,7 @@ def test_a_time_of_expiry_is_set_taken_back_and_never_lost(store):
 
 
 @pytest.mark.parametrize("fields", [[], ["camera_id"], ["labels", "entry_id = 1 --"]])
-def test_only_what_may_change_changes(store, fields):
+def test_only_updatable_fields_can_be_updated(store, fields):
     async def body():
         lobby = await create_collection(store)
         await store.write(writes.enrol, lobby, enrolment(1))
@@ -80,19 +82,19 @@ def test_only_what_may_change_changes(store, fields):
     asyncio.run(body())
 
 
-def test_a_collection_changes_by_field_and_forgets_crops_it_keeps_no_more(store, tmp_path):
+def test_a_collection_is_updated_by_field_and_drops_crops_it_no_longer_keeps(store, tmp_path):
     async def body():
         lobby = await create_collection(store, keep_crops=True, ttl_us=50_000_000)
         await store.write(writes.enrol, lobby, enrolment(1, crops=(b"SECRET-CROP" * 50,)))
-        wanted = Collection("lobby", SPACE, max_entries=7, accept_probability=0.9, min_quality=0.25)
+        changed = Collection("lobby", SPACE, max_entries=7, accept_probability=0.9, min_quality=0.25)
         done = await store.erase(
-            writes.update_collection, wanted, ["max_entries", "accept_probability", "keep_crops"], etag=lobby.etag
+            writes.update_collection, changed, ["max_entries", "accept_probability", "keep_crops"], etag=lobby.etag
         )
         assert (done.max_entries, done.accept_probability, done.min_quality) == (7, 0.9, 0.0)
         assert (done.ttl_us, done.keep_crops) == (50_000_000, False) and done.etag != lobby.etag
         assert not files_with(tmp_path, b"SECRET-CROP")
         with pytest.raises(ConflictError):
-            await store.erase(writes.update_collection, wanted, ["ttl_us"], etag=lobby.etag)
+            await store.erase(writes.update_collection, changed, ["ttl_us"], etag=lobby.etag)
         with pytest.raises(ConflictError):
             await store.erase(writes.delete_collection, "lobby", force=True, etag=lobby.etag)
         await store.erase(writes.delete_collection, "lobby", force=True, etag=done.etag)
@@ -100,7 +102,7 @@ def test_a_collection_changes_by_field_and_forgets_crops_it_keeps_no_more(store,
     asyncio.run(body())
 
 
-def test_a_full_collection_takes_no_more_until_one_goes_or_expires(store):
+def test_a_full_collection_refuses_entries_until_one_is_deleted_or_expires(store):
     async def body():
         lobby = await create_collection(store, max_entries=3)
         for number in range(3):
@@ -126,7 +128,7 @@ def test_a_full_collection_takes_no_more_until_one_goes_or_expires(store):
     asyncio.run(body())
 
 
-def test_an_atomic_batch_is_stored_whole_or_not_at_all(store):
+def test_an_atomic_batch_is_stored_completely_or_not_at_all(store):
     async def body():
         lobby = await create_collection(store, max_entries=5)
         await store.write(writes.enrol, lobby, enrolment(3, request_id="r", digest=b"d"))
@@ -149,7 +151,7 @@ def test_an_atomic_batch_is_stored_whole_or_not_at_all(store):
     asyncio.run(body())
 
 
-def test_of_a_batch_each_is_stored_or_refused_by_itself(store):
+def test_each_entry_of_a_batch_is_stored_or_refused_independently(store):
     async def body():
         lobby = await create_collection(store, max_entries=4)
         await store.write(writes.enrol, lobby, enrolment(1))

@@ -30,28 +30,28 @@ def small_disk(tmp_path):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_writes_stop_at_the_mark_and_go_on_well_above_it(monkeypatch, tmp_path):
+def test_writes_stop_below_the_watermark_and_resume_well_above_it(monkeypatch, tmp_path):
     monkeypatch.setattr(data_folder, "DISK_CHECK_EVERY_S", 0.0)
     free = [0]
     monkeypatch.setattr(data_folder, "disk_room", lambda folder: DiskRoom(free[0], 1000))
     by_percent = DiskWatermark(tmp_path, low_bytes=0, low_percent=10.0)
     by_bytes = DiskWatermark(tmp_path, low_bytes=100, low_percent=0.0)
 
-    def low(*told: int) -> list[tuple[bool, bool]]:
+    def is_low(*free_bytes: int) -> list[tuple[bool, bool]]:
         answers = []
-        for free[0] in told:
+        for free[0] in free_bytes:
             answers.append((by_percent.is_low, by_bytes.is_low))
         return answers
 
-    assert low(101, 100, 99) == [(False, False), (False, False), (True, True)]
-    assert low(149, 150, 199, 200) == [(True, True), (False, True), (False, True), (False, False)]
+    assert is_low(101, 100, 99) == [(False, False), (False, False), (True, True)]
+    assert is_low(149, 150, 199, 200) == [(True, True), (False, True), (False, True), (False, False)]
     free[0] = 5
     with pytest.raises(DiskWatermarkError, match="5 of 1000 bytes free"):
         by_percent.check()
     assert not DiskWatermark(tmp_path, low_bytes=0, low_percent=0.0).is_low
 
 
-def test_the_disk_is_measured_as_the_system_tells_it(tmp_path):
+def test_free_disk_space_is_that_of_the_system(tmp_path):
     found = data_folder.disk_room(tmp_path)
     assert (
         0 < found.free <= found.total and found.total == os.statvfs(tmp_path).f_blocks * os.statvfs(tmp_path).f_frsize
@@ -78,8 +78,8 @@ def test_a_small_disk_refuses_writes_keeps_reading_and_recovers(small_disk: Path
         assert len(await store.read(reads.entries, lobby.key, Filter(), after=0, limit=999)) == stored
         with pytest.raises(DiskWatermarkError):
             await store.write(writes.enrol, lobby, enrolment(999))
-        for gone in range(number):  # one by one: a deletion writes its zeros to the log before the database
-            await store.erase(writes.delete_entry, lobby, f"e{gone}", allow_missing=False)
+        for deleted in range(number):  # one by one: a deletion writes its zeros to the log before the database
+            await store.erase(writes.delete_entry, lobby, f"e{deleted}", allow_missing=False)
         assert await count_entries(store) == 0
         for again in range(number):  # by itself: what was deleted made room in the database
             await store.write(writes.enrol, lobby, enrolment(again, crops=(bytes(500_000),)))
@@ -95,7 +95,7 @@ def test_a_small_disk_refuses_writes_keeps_reading_and_recovers(small_disk: Path
         store.close()
 
 
-def test_a_disk_that_is_full_in_the_middle_loses_nothing_that_was_answered(small_disk: Path):
+def test_a_disk_that_fills_up_loses_no_acknowledged_write(small_disk: Path):
     async def body():
         lobby = await create_collection(store, keep_crops=True)
         full = 0

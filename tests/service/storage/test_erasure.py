@@ -46,7 +46,7 @@ async def filled(store):
 def test_no_byte_of_an_erased_person_is_left_in_any_file(tmp_path):
     async def body():
         lobby, yard = await filled(store)
-        for number in range(0, 40, 2):  # so that Anna also stands in the other collection
+        for number in range(0, 40, 2):  # so that Anna is also in the other collection
             if number % 10 == 8:
                 await store.erase(writes.update_entry, yard, EntryRecord(f"e{number}", ANNA), ["subject_id"])
         mine = [7, 17, 27, 37, 8, 18, 28, 38, 77]
@@ -74,7 +74,7 @@ def test_no_byte_of_an_erased_person_is_left_in_any_file(tmp_path):
         asyncio.run(body())
 
 
-def test_one_collection_alone_can_be_named(tmp_path):
+def test_erasure_can_be_limited_to_one_collection(tmp_path):
     async def body():
         await filled(store)
         dropped: list[int] = []
@@ -99,7 +99,7 @@ def test_one_collection_alone_can_be_named(tmp_path):
         asyncio.run(body())
 
 
-def test_a_reader_that_holds_the_log_is_told_and_outlasted(tmp_path):
+def test_a_reader_that_blocks_the_scrub_is_reported_and_waited_for(tmp_path):
     async def body():
         await filled(store)
         with closing(sqlite3.connect(tmp_path / "gallery.sqlite3", isolation_level=None)) as holder:
@@ -119,7 +119,7 @@ def test_a_reader_that_holds_the_log_is_told_and_outlasted(tmp_path):
         asyncio.run(body())
 
 
-def test_the_erase_list_names_nobody_and_survives_a_half_line(tmp_path):
+def test_the_erase_list_contains_no_names_and_survives_a_truncated_line(tmp_path):
     async def body():
         await filled(store)
         await erase_subject(store, ANNA, principal="op", deadline=soon())

@@ -28,7 +28,7 @@ async def filled(store) -> None:
         )
 
 
-def test_a_purge_takes_the_erased_out_of_every_snapshot(tmp_path):
+def test_a_purge_removes_erased_people_from_every_snapshot(tmp_path):
     async def body():
         await filled(store)
         first = await asyncio.to_thread(snapshots.create, store.path, "first")
@@ -54,7 +54,7 @@ def test_a_purge_takes_the_erased_out_of_every_snapshot(tmp_path):
         assert asyncio.run(count_entries(store)) == 16
 
 
-def test_a_damaged_snapshot_is_named_and_stops_nobody(tmp_path, caplog):
+def test_a_damaged_snapshot_is_logged_and_does_not_stop_the_others(tmp_path, caplog):
     async def body():
         await filled(store)
         for name in ("bad", "good", "odd"):
@@ -72,7 +72,7 @@ def test_a_damaged_snapshot_is_named_and_stops_nobody(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("successor", [False, True])
-def test_a_crash_while_one_is_written_anew_loses_none(tmp_path, successor):
+def test_a_crash_during_a_rewrite_loses_no_snapshot(tmp_path, successor):
     async def body():
         await filled(store)
         await asyncio.to_thread(snapshots.create, store.path, "s")

@@ -24,15 +24,15 @@ def store(tmp_path):
         yield made
 
 
-def test_a_space_keeps_the_newest_calibration_it_was_told(store):
+def test_a_space_keeps_its_newest_calibration(store):
     async def body():
-        told = replace(SPACE, calibration=CALIBRATION, model_version="2026-01-01")
+        newer = replace(SPACE, calibration=CALIBRATION, model_version="2026-01-01")
         lobby = await create_collection(store)
         assert lobby.space.calibration is None
-        await store.write(writes.save_space, told)
-        assert (await store.read(reads.collection, "lobby")).space == told
-        await store.write(writes.save_space, replace(told, calibration=None))
-        assert (await store.read(reads.collection, "lobby")).space == told
+        await store.write(writes.save_space, newer)
+        assert (await store.read(reads.collection, "lobby")).space == newer
+        await store.write(writes.save_space, replace(newer, calibration=None))
+        assert (await store.read(reads.collection, "lobby")).space == newer
         await store.write(lambda c: c.execute("UPDATE space SET calibration = '{\"knots\": 3}'"))
         assert (await store.read(reads.collection, "lobby")).space.calibration is None
 
@@ -103,7 +103,7 @@ def test_a_dropped_space_leaves_no_byte(store, tmp_path):
     asyncio.run(body())
 
 
-def test_a_retired_space_is_found_when_its_time_has_come(store):
+def test_a_retired_space_is_purged_after_its_time(store):
     async def body():
         await create_collection(store)
         await store.write(spaces.begin_space, "lobby", OTHER)
@@ -117,7 +117,7 @@ def test_a_retired_space_is_found_when_its_time_has_come(store):
     asyncio.run(body())
 
 
-def test_a_space_that_nobody_switched_to_goes_in_time(store):
+def test_a_space_that_was_never_activated_is_purged_after_a_week(store):
     async def body():
         lobby = await create_collection(store)
         for state in ("building", "ready"):
@@ -134,6 +134,6 @@ def test_a_space_that_nobody_switched_to_goes_in_time(store):
     asyncio.run(body())
 
 
-def test_connections_that_read_cannot_write(store):
+def test_reader_connections_cannot_write(store):
     with pytest.raises(Exception, match="readonly"):
         connect(store.path, read_only=True).execute("DELETE FROM entry")

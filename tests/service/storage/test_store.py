@@ -28,7 +28,7 @@ def store(tmp_path):
         yield made
 
 
-def test_a_fresh_file_is_ours_durable_and_forgetful(tmp_path):
+def test_a_new_file_has_our_application_id_full_sync_and_secure_delete(tmp_path):
     with open_gallery(tmp_path):
         pass
     with sqlite3.connect(tmp_path / "gallery.sqlite3") as raw:
@@ -40,14 +40,14 @@ def test_a_fresh_file_is_ours_durable_and_forgetful(tmp_path):
     assert (tmp_path / "gallery.sqlite3").stat().st_mode & 0o077 == 0
 
 
-def test_long_features_take_small_pages(tmp_path):
+def test_long_features_use_small_pages(tmp_path):
     Store(tmp_path / "g", dim=2048).close()
     raw = sqlite3.connect(tmp_path / "g")
     assert raw.execute("PRAGMA page_size").fetchone()[0] == 4096
     raw.close()
 
 
-def test_what_is_written_is_there_after_reopening(tmp_path):
+def test_writes_are_there_after_reopening(tmp_path):
     async def write():
         lobby = await create_collection(store, keep_crops=True)
         await store.write(
@@ -69,7 +69,7 @@ def test_what_is_written_is_there_after_reopening(tmp_path):
         asyncio.run(read())
 
 
-def test_crops_are_kept_only_where_the_collection_says_so(store):
+def test_crops_are_stored_only_if_the_collection_keeps_them(store):
     async def body():
         lobby = await create_collection(store)
         await store.write(writes.enrol, lobby, enrolment(1, crops=(b"one",)))
@@ -78,7 +78,7 @@ def test_crops_are_kept_only_where_the_collection_says_so(store):
     asyncio.run(body())
 
 
-def test_many_at_once_are_all_stored_and_one_refusal_undoes_only_itself(store):
+def test_concurrent_writes_are_all_stored_and_a_refused_one_is_rolled_back_alone(store):
     async def body():
         lobby = await create_collection(store)
         new = [enrolment(number % 150) for number in range(300)]
@@ -92,7 +92,7 @@ def test_many_at_once_are_all_stored_and_one_refusal_undoes_only_itself(store):
     asyncio.run(body())
 
 
-def test_a_write_that_breaks_sqlites_rules_fails_alone(store):
+def test_a_write_that_violates_a_constraint_fails_alone(store):
     async def body():
         lobby = await create_collection(store)
         bad = store.write(lambda c: c.execute("INSERT INTO feature VALUES (99999, 'x', x'00', 0)"))
@@ -104,7 +104,7 @@ def test_a_write_that_breaks_sqlites_rules_fails_alone(store):
     asyncio.run(body())
 
 
-def test_a_replay_answers_the_first_call_and_never_enrols_twice(store):
+def test_a_replay_returns_the_first_result_and_never_enrols_twice(store):
     async def body():
         lobby = await create_collection(store)
         new = enrolment(1, request_id="r1", digest=b"d")
@@ -135,7 +135,7 @@ def test_replacing_gives_a_new_key_and_one_entry(store):
     asyncio.run(body())
 
 
-def test_time_to_live_starts_at_enrolment_and_expired_entries_are_gone_at_once(store):
+def test_time_to_live_starts_at_enrolment_and_expired_entries_are_hidden_at_once(store):
     async def body():
         lobby = await create_collection(store, ttl_us=3_600_000_000)
         kept = await store.write(writes.enrol, lobby, enrolment(1))
@@ -178,7 +178,7 @@ def test_a_deleted_entry_leaves_no_byte_in_any_file(tmp_path):
         asyncio.run(body())
 
 
-def test_a_reader_in_the_way_delays_the_scrub_and_does_not_prevent_it(tmp_path):
+def test_a_reader_delays_the_scrub_but_does_not_prevent_it(tmp_path):
     async def body():
         lobby = await create_collection(store)
         await store.write(writes.enrol, lobby, enrolment(7))
@@ -215,7 +215,7 @@ def test_a_damaged_feature_is_noticed_and_the_others_are_read(store, caplog):
     asyncio.run(body())
 
 
-def test_the_log_tells_what_came_and_went(store):
+def test_the_change_log_lists_additions_and_deletions(store):
     async def body():
         lobby = await create_collection(store)
         for number in range(4):
@@ -233,7 +233,7 @@ def test_the_log_tells_what_came_and_went(store):
     asyncio.run(body())
 
 
-def test_enrolling_into_a_collection_deleted_meanwhile_is_refused(store):
+def test_enrolling_into_a_collection_deleted_in_the_meantime_is_refused(store):
     async def body():
         lobby = await create_collection(store)
         await store.erase(writes.delete_collection, "lobby", force=False)
@@ -243,7 +243,7 @@ def test_enrolling_into_a_collection_deleted_meanwhile_is_refused(store):
     asyncio.run(body())
 
 
-def test_a_full_disk_refuses_writes_keeps_what_it_has_and_recovers(store):
+def test_a_full_disk_refuses_writes_loses_nothing_and_recovers(store):
     """SQLite's own page limit makes the same error as a full disk."""
 
     async def body():
@@ -263,14 +263,14 @@ def test_a_full_disk_refuses_writes_keeps_what_it_has_and_recovers(store):
     asyncio.run(body())
 
 
-def test_a_closed_store_takes_no_more(tmp_path):
+def test_a_closed_store_refuses_writes(tmp_path):
     with open_gallery(tmp_path) as store:
         pass
     with pytest.raises(UnavailableError):
         asyncio.run(store.write(reads.any_expired))
 
 
-def test_a_newer_file_a_strange_file_and_a_damaged_one_are_refused(tmp_path):
+def test_newer_foreign_and_damaged_files_are_refused(tmp_path):
     path = tmp_path / "gallery.sqlite3"
     with open_gallery(tmp_path):
         pass
