@@ -133,6 +133,6 @@ def crops(site: Path) -> CropStore:
     return open_store(StateFolder(load_site(site).state).crops)["train"]
 
 
-def told(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, object]:
     found: dict[str, object] = json.loads(path.read_text())
     return found

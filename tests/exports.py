@@ -72,6 +72,6 @@ def in_batches(run: EmbedBatch, crops: Pixels, batch: int) -> NDArray[np.float32
     return np.concatenate([run(crops[start : start + batch]) for start in range(0, len(crops), batch)])
 
 
-def cosines(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> NDArray[np.float64]:
+def cosines(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float64]:
     """Of rows as they come: a form that forgot the unit length must not pass."""
-    return (found.astype(np.float64) * wanted).sum(1)
+    return (found.astype(np.float64) * expected).sum(1)

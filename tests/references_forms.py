@@ -78,8 +78,8 @@ def run(data: bytes) -> EmbedBatch:
 def make_forms(path: Path) -> Bundle:
     """fp32, fp16 and INT8 for onnxruntime, and INT8 for TensorRT."""
     probes = make_probes(SPEC, embed_by_hand, count=8)
-    wanted = (("fp32", "onnx"), ("fp16", "onnx"), ("int8", "onnx"), ("int8", "tensorrt"))
-    graphs = [(form(precision), precision, runtime) for precision, runtime in wanted]
+    forms = (("fp32", "onnx"), ("fp16", "onnx"), ("int8", "onnx"), ("int8", "tensorrt"))
+    graphs = [(form(precision), precision, runtime) for precision, runtime in forms]
     return write_bundle(
         path,
         name="forms",

@@ -277,11 +277,11 @@ def tensorrt_module(machine: Machine) -> ModuleType:
         def deserialize_cuda_engine(self, serialized_engine: bytes) -> Engine | None:
             machine.called("deserialize_cuda_engine")
             head, _, model = serialized_engine.partition(b"\n")
-            told = json.loads(head)
-            if (told["version"], told["gpu"]) != (machine.version, machine.gpu):
+            header = json.loads(head)
+            if (header["version"], header["gpu"]) != (machine.version, machine.gpu):
                 self._logger.log(severities.ERROR, "the engine is of another version or GPU")
                 return None
-            return Engine(told, model)
+            return Engine(header, model)
 
     trt.ILogger, trt.IProgressMonitor = ILogger, IProgressMonitor
     trt.Builder, trt.OnnxParser, trt.Runtime = Builder, OnnxParser, Runtime

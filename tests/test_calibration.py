@@ -47,8 +47,8 @@ def test_it_never_falls_nor_overflows(slope: float) -> None:
 
 
 def test_similarity_is_the_inverse() -> None:
-    wanted = np.array([[1e-6, 0.1], [0.5, 0.999]])
-    assert SOUND.probability(SOUND.similarity(wanted)) == pytest.approx(wanted, rel=1e-9)
+    expected = np.array([[1e-6, 0.1], [0.5, 0.999]])
+    assert SOUND.probability(SOUND.similarity(expected)) == pytest.approx(expected, rel=1e-9)
     for outside in (0.0, 1.0, -0.1, math.nan):
         with pytest.raises(InputError, match="between 0 and 1"):
             SOUND.similarity([0.5, outside])
@@ -58,8 +58,10 @@ def test_similarity_is_the_inverse() -> None:
 
 def test_three_decisions() -> None:
     accept, reject = (float(SOUND.similarity(p)) for p in (SOUND.accept, SOUND.reject))
-    told = [SOUND.decide(s) for s in (1.0, accept + 1e-6, accept - 1e-6, reject + 1e-6, reject - 1e-6, -1.0, math.nan)]
-    assert told == ["match", "match", "uncertain", "uncertain", "unknown", "unknown", "unknown"]
+    decisions = [
+        SOUND.decide(s) for s in (1.0, accept + 1e-6, accept - 1e-6, reject + 1e-6, reject - 1e-6, -1.0, math.nan)
+    ]
+    assert decisions == ["match", "match", "uncertain", "uncertain", "unknown", "unknown", "unknown"]
     certain = replace(SOUND, reject=SOUND.accept)
     assert {certain.decide(s) for s in np.linspace(-1, 1, 99)} == {"match", "unknown"}
 
@@ -72,7 +74,7 @@ def test_json_there_and_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"midpoint": math.nan}, "midpoint: expected -1..1, found 'nan'"),
         ({"midpoint": 1.5}, "midpoint"),
@@ -98,8 +100,8 @@ def test_json_there_and_back() -> None:
         ({"knots": []}, "unknown \\['knots'\\]"),
     ],
 )
-def test_what_makes_no_sense_is_refused(change: dict[str, Any], told: str) -> None:
-    with pytest.raises(BundleError, match=f"calibration: .*{told}.*export the bundle again"):
+def test_what_makes_no_sense_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(BundleError, match=f"calibration: .*{message}.*export the bundle again"):
         Calibration.from_json(SOUND.to_json() | change)
 
 

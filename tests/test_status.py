@@ -108,8 +108,8 @@ def test_a_reason_of_another_domain_is_not_ours():
 
 def test_the_reasons_in_the_docs_are_those_of_the_table():
     api = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
-    told = dict(re.findall(r"^\| `([A-Z_]+)` \| ([A-Z_]+) \|", api, re.MULTILINE))
+    documented = dict(re.findall(r"^\| `([A-Z_]+)` \| ([A-Z_]+) \|", api, re.MULTILINE))
     real = {wire.reason: wire.code.name for wire in STATUS_BY_ERROR.values()}
-    assert told.items() <= real.items()
+    assert documented.items() <= real.items()
     by_server = [leaf for leaf in leaves(ReIDError) if leaf.__name__ not in NEVER_SERVED]
-    assert [leaf.__name__ for leaf in by_server if STATUS_BY_ERROR[leaf].reason not in told] == []
+    assert [leaf.__name__ for leaf in by_server if STATUS_BY_ERROR[leaf].reason not in documented] == []
