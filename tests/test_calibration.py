@@ -99,7 +99,7 @@ def test_json_there_and_back() -> None:
     ],
 )
 def test_what_makes_no_sense_is_refused(change: dict[str, Any], told: str) -> None:
-    with pytest.raises(BundleError, match=f"calibration: .*{told}.*export the bundle anew"):
+    with pytest.raises(BundleError, match=f"calibration: .*{told}.*export the bundle again"):
         Calibration.from_json(SOUND.to_json() | change)
 
 

@@ -1,4 +1,4 @@
-"""`resight ingest` as users meet it: footage with boxes from elsewhere, a live camera, a gallery, and wrong calls."""
+"""`resight ingest`: footage with given boxes, a live camera, a gallery, and invalid options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`resight judge` as users meet it: a table, a verdict in words, both in a file."""
+"""`resight judge`: the table, the verdict, and the JSON file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from resight.training.store.links import write_links
 
 @pytest.fixture(scope="module")
 def tracked(tiny_site: Site, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny site with a passage for each person and camera, all at one time, and nobody named."""
+    """The tiny site with one track per person and camera, all at the same time, without labels."""
     root = tmp_path_factory.mktemp("tracked") / "site"
     shutil.copytree(tiny_site.root, root)
     store = tiny_site.train

@@ -11,15 +11,18 @@ Letters: B batch, K crops per cluster, N crops.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
 
 from resight.arrays import Ints, Pixels
 from resight.encoder.model import IMAGENET_MEAN
 from resight.errors import TrainingError
+from resight.validation import STRICT
 
 
 def camera_batches(
@@ -151,7 +154,10 @@ def _occurrence(number: Ints) -> Ints:
     return round_
 
 
-@dataclass(frozen=True)
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+@validated(frozen=True, config=STRICT)
 class AugmentSettings:
     """Probabilities and sizes; the defaults are those of LP and O2CAP.
 
@@ -163,11 +169,11 @@ class AugmentSettings:
         erase_aspect: smallest height / width of the rectangle; the largest is its inverse.
     """
 
-    flip: float = 0.5
-    pad: int = 10
-    erase: float = 0.5
-    erase_area: tuple[float, float] = (0.02, 0.40)
-    erase_aspect: float = 0.3
+    flip: Probability = 0.5
+    pad: Annotated[int, Field(ge=0)] = 10
+    erase: Probability = 0.5
+    erase_area: tuple[Probability, Probability] = (0.02, 0.40)
+    erase_aspect: Annotated[float, Field(gt=0, le=1)] = 0.3
 
 
 def shift_and_flip(

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, fields
 from importlib import resources
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 
 from resight.errors import RecipeError
 from resight.training.adaptation.batches import AugmentSettings
 from resight.training.clustering.cluster import ClusterSettings
 from resight.training.features.extract import Precision
+from resight.validation import STRICT, Problem, first_problem, suggestion
 
-T = TypeVar("T")
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class ProxySettings:
     """Camera-aware proxies (O2CAP); the defaults are those of the released code.
 
@@ -29,14 +31,14 @@ class ProxySettings:
         balance: w, weight of the sample's own similarity in selecting online positives; its proxy's has 1 - w.
     """
 
-    offline: float = 1.0
-    online: float = 1.0
-    positives: int = 3
-    negatives: int = 50
-    balance: float = 0.15
+    offline: Annotated[float, Field(ge=0)] = 1.0
+    online: Annotated[float, Field(ge=0)] = 1.0
+    positives: Annotated[int, Field(ge=1)] = 3
+    negatives: Annotated[int, Field(ge=1)] = 50
+    balance: Annotated[float, Field(ge=0, le=1)] = 0.15
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class SelectiveSettings:
     """Selective contrast; the defaults are those of the released code and its logs.
 
@@ -51,17 +53,17 @@ class SelectiveSettings:
         mixture: initial values of the mixture bank: "zeros" or the crops' global "features".
     """
 
-    neighbours: int = 7
-    negatives: int = 500
-    self_share: float = 0.5
-    neighbour_gain: float = 1.75
-    local_loss: float = 0.3
-    camera_penalty: float = 0.05
-    warmup_epochs: int = 3
+    neighbours: Annotated[int, Field(ge=0)] = 7
+    negatives: Annotated[int, Field(ge=1)] = 500
+    self_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    neighbour_gain: Annotated[float, Field(ge=0)] = 1.75
+    local_loss: Annotated[float, Field(ge=0, le=1)] = 0.3
+    camera_penalty: Annotated[float, Field(ge=0)] = 0.05
+    warmup_epochs: Annotated[int, Field(ge=0)] = 3
     mixture: Literal["zeros", "features"] = "zeros"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Recipe:
     """One method with all its settings; the TOML files give the source of each value.
 
@@ -106,25 +108,25 @@ class Recipe:
     sampler: Literal["cameras", "balanced", "proxies", "all"] = "cameras"
     aggregate: Literal["mean", "cameras"] = "mean"
     student: bool = True
-    parts: int = 2
-    local_share: float = 0.0
-    epochs: int = 8
-    iters: int = 80
-    batch: int = 64
-    instances: int = 4
-    samples_per_bn: int = 64
-    accumulate: int = 1
+    parts: Annotated[int, Field(ge=2, le=16)] = 2
+    local_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    epochs: Annotated[int, Field(ge=1, le=10_000)] = 8
+    iters: Annotated[int, Field(ge=1, le=1_000_000)] = 80
+    batch: Annotated[int, Field(ge=2, le=65_536)] = 64
+    instances: Annotated[int, Field(ge=1)] = 4
+    samples_per_bn: Annotated[int, Field(ge=0)] = 64
+    accumulate: Annotated[int, Field(ge=1)] = 1
     optimizer: Literal["adam", "sgd"] = "adam"
-    lr: float = 3.5e-4
-    weight_decay: float = 5e-4
-    warmup: int = 0
-    lr_steps: tuple[float, ...] = (0.7,)
-    lr_decay: float = 0.1
-    temperature: float = 0.05
-    momentum: float = 0.1
-    local_loss_weight: float = 0.2
-    guidance: float = 1.0
-    relation: float = 0.0
+    lr: Annotated[float, Field(gt=0, lt=1)] = 3.5e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    warmup: Annotated[int, Field(ge=0)] = 0
+    lr_steps: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.7,)
+    lr_decay: Annotated[float, Field(gt=0, le=1)] = 0.1
+    temperature: Annotated[float, Field(gt=0, le=1)] = 0.05
+    momentum: Annotated[float, Field(ge=0, le=1)] = 0.1
+    local_loss_weight: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    guidance: Annotated[float, Field(ge=0)] = 1.0
+    relation: Annotated[float, Field(ge=0)] = 0.0
     teacher_batch_norm: Literal["batch", "running"] = "batch"
     precision: Precision = "auto"
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
@@ -132,55 +134,39 @@ class Recipe:
     selective: SelectiveSettings = field(default_factory=SelectiveSettings)
     augment: AugmentSettings = field(default_factory=AugmentSettings)
 
-    def __post_init__(self) -> None:
-        bounds = {
-            "epochs": 1 <= self.epochs <= 10_000,
-            "iters": 1 <= self.iters <= 1_000_000,
-            "batch": 2 <= self.batch <= 65_536,
-            "instances": 1 <= self.instances <= self.batch,
-            "samples_per_bn": self.samples_per_bn == 0 or self.samples_per_bn >= 2,
-            "accumulate": 1 <= self.accumulate <= self.batch,
-            "parts": 2 <= self.parts <= 16,
-            "local_share": 0 <= self.local_share < 1,
-            "lr": 0 < self.lr < 1,
-            "warmup": self.warmup >= 0,
-            "momentum": 0 <= self.momentum <= 1,
-            "temperature": 0 < self.temperature <= 1,
-            "local_loss_weight": 0 <= self.local_loss_weight < 1,
-            "guidance": self.guidance >= 0,
-            "relation": self.relation >= 0,
-            "proxies.positives": self.proxies.positives >= 1,
-            "proxies.negatives": self.proxies.negatives >= 1,
-            "selective.neighbours": self.selective.neighbours >= 0,
-            "selective.negatives": self.selective.negatives >= 1,
-            "contrast": (self.contrast == "instances") == (self.labels == "none") == (self.sampler == "all"),
-            "cluster.eps": self.cluster.eps == "auto" or 0 < float(self.cluster.eps) < 1,
-            "cluster.local_weight": 0 <= self.cluster.local_weight < 0.5,
-            "cluster.k1": self.cluster.k1 >= 2,
-            "cluster.k2": self.cluster.k2 >= 1,
-            "cluster.min_samples": self.cluster.min_samples >= 1,
-            "cluster.k1_intra": self.cluster.k1_intra >= 1,
-            "cluster.k1_inter": self.cluster.k1_inter >= 1,
-            "cluster.k2_intra": self.cluster.k2_intra >= 1,
-            "cluster.k2_inter": self.cluster.k2_inter >= 0,
-        }
-        wrong = [name for name, holds in bounds.items() if not holds]
-        if wrong:
-            raise RecipeError(
-                f"recipe {self.name!r}: {', '.join(wrong)} out of range; see docs/method.md", field=wrong[0]
+    @model_validator(mode="after")
+    def _check_together(self) -> Recipe:
+        """Values that depend on one another."""
+        if self.instances > self.batch:
+            raise ValueError(f"instances is {self.instances}, expected at most batch, {self.batch}")
+        if self.accumulate > self.batch:
+            raise ValueError(f"accumulate is {self.accumulate}, expected at most batch, {self.batch}")
+        if self.samples_per_bn == 1:
+            raise ValueError("samples_per_bn is 1, expected 0 (the whole batch) or at least 2")
+        if not (self.contrast == "instances") == (self.labels == "none") == (self.sampler == "all"):
+            raise ValueError(
+                f"contrast is {self.contrast!r}, labels {self.labels!r} and sampler {self.sampler!r}, expected "
+                "'instances', 'none' and 'all' together or none of them"
             )
+        return self
 
     def to_json(self) -> dict[str, Any]:
         """All settings as plain values."""
         return asdict(self)
 
     def with_schedule(self, *, epochs: int | None = None, iters: int | None = None) -> Recipe:
-        """The same method with another number of epochs or iterations; ``None`` keeps the recipe's value."""
-        return replace(self, epochs=epochs or self.epochs, iters=iters or self.iters)
+        """The same method, longer or shorter; ``None`` keeps a value.
+
+        Raises:
+            RecipeError: a value out of range.
+        """
+        schedule = {"epochs": epochs or self.epochs, "iters": iters or self.iters}
+        return parse_recipe(self.name, {**self.to_json(), **schedule})
 
     def with_student(self) -> Recipe:
-        """The same method with a student of another architecture, distilled by features and by relations."""
-        return replace(self, student=True, guidance=self.guidance or 1.0, relation=self.relation or 1.0)
+        """The same method with a student of another architecture, guided by features and by relations."""
+        weights = {"guidance": self.guidance or 1.0, "relation": self.relation or 1.0}
+        return parse_recipe(self.name, {**self.to_json(), "student": True, **weights})
 
 
 SECTIONS: Mapping[str, type[Any]] = {
@@ -210,7 +196,7 @@ def load_recipe(name: str, *, published: bool = False) -> Recipe:
     """
     if name not in recipe_names():
         raise RecipeError(
-            f"unknown recipe {name!r}{_nearest(name, recipe_names())}: expected one of {', '.join(recipe_names())}"
+            f"unknown recipe {name!r}{suggestion(name, recipe_names())}: expected one of {', '.join(recipe_names())}"
         )
     text = (resources.files("resight.training") / "recipes" / f"{name}.toml").read_text()
     values = tomllib.loads(text)
@@ -230,11 +216,25 @@ def parse_recipe(name: str, values: Mapping[str, Any]) -> Recipe:
     """Parse the content of a TOML file into a recipe.
 
     Raises:
-        RecipeError: an unknown key (suggests the closest known one) or a value out of range.
+        RecipeError: an unknown key, with the nearest known one, a value of another kind or one out of range.
     """
-    values = dict(values)
-    sections = {key: _section(kind, values.pop(key, {}), name) for key, kind in SECTIONS.items()}
-    return _section(Recipe, {**values, "name": name, **sections}, name)
+    try:
+        # As JSON, since pydantic then takes lists for tuples and tables for sections, and stays strict with numbers.
+        return TypeAdapter(Recipe).validate_json(json.dumps({**values, "name": name}, default=str))
+    except ValidationError as error:
+        problem = first_problem(error)
+        raise RecipeError(f"recipe {name!r}: {_describe(problem)}; see docs/method.md", field=problem.key) from error
+
+
+def _describe(problem: Problem) -> str:
+    """What was expected and what was found."""
+    *sections, key = problem.location or ("",)
+    if problem.kind == "unknown":
+        known = [one.name for one in fields(SECTIONS[str(sections[0])] if sections else Recipe)]
+        return f"there is no setting {problem.key!r}{suggestion(str(key), known)}"
+    if problem.kind == "missing":
+        return f"{problem.key} is missing"
+    return f"{problem.key}: {problem.reason}" if problem.key else problem.reason
 
 
 def change_recipe(recipe: Recipe, changes: Sequence[str]) -> Recipe:
@@ -264,38 +264,6 @@ def change_recipe(recipe: Recipe, changes: Sequence[str]) -> Recipe:
             raise RecipeError(f"--set {change!r}: expected KEY=VALUE, for instance cluster.eps=0.5", field=key)
         table[name] = value
     return parse_recipe(recipe.name, {key: value for key, value in values.items() if key != "name"})
-
-
-def _section(kind: type[T], values: Mapping[str, Any], recipe: str) -> T:
-    """Build one dataclass, refusing unknown keys and values of the wrong type."""
-    known = get_type_hints(kind)
-    resolved = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    for key, value in resolved.items():
-        if key not in known:
-            raise RecipeError(f"recipe {recipe!r} has no setting {key!r}{_nearest(key, list(known))}", field=key)
-        if not _fits(value, known[key]):
-            expected = str(known[key]).replace("typing.", "") if get_args(known[key]) else known[key].__name__
-            raise RecipeError(f"recipe {recipe!r}: {key} is {value!r}, expected {expected}", field=key)
-    return kind(**resolved)
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a TOML value matches the type of a setting: a Literal, a number, a list of numbers."""
-    inner = get_args(kind)
-    if get_origin(kind) is Literal:
-        return value in inner
-    if get_origin(kind) is tuple:
-        kinds = inner[:1] * len(value) if isinstance(value, tuple) and inner[-1] is ... else inner
-        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
-    if inner:  # a union
-        return any(_fits(value, one) for one in inner)
-    return isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) <= (kind is bool)
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    """The closest known name as a suggestion, or nothing."""
-    close = difflib.get_close_matches(name, known, 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def views_used(recipe: Recipe) -> int | None:

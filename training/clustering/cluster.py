@@ -9,24 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
+from pydantic.dataclasses import dataclass as validated
 from scipy import sparse
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from resight.arrays import Floats, Ints
 from resight.errors import TrainingError
-from resight.neighbours.jaccard import (
+from resight.neighbours.jaccard import jaccard_graph
+from resight.neighbours.reciprocal import (
     ReciprocalEncoding,
+    camera_list_lengths,
     encode_camera_aware,
     encode_reciprocal,
-    jaccard_graph,
 )
+from resight.neighbours.search import search_neighbours, search_neighbours_by_camera
 from resight.training.clustering.dbscan import OUTLIER, LinkConstraints, dbscan
 from resight.training.store.crops import CropStore
 from resight.training.store.links import Links
+from resight.validation import STRICT
 
 
 def centre_cameras(features: Floats, cameras: Ints) -> Floats:
@@ -72,7 +77,7 @@ EPS_GRID = tuple(round(0.30 + 0.05 * step, 2) for step in range(9))  # 0.30-0.70
 LARGEST_SHARE_LIMIT = 0.5  # one cluster holding half of a site is a collapse, not a person
 
 
-@dataclass(frozen=True)
+@validated(frozen=True, config=STRICT)
 class ClusterSettings:
     """Settings of the clustering; the recipes give the sources of the values.
 
@@ -91,17 +96,17 @@ class ClusterSettings:
         k2_inter: neighbours of other cameras in the query expansion; 4.
     """
 
-    k1: int = 30
-    k2: int = 6
-    eps: float | Literal["auto"] = "auto"
-    min_samples: int = 4
-    local_weight: float = 0.15
+    k1: Annotated[int, Field(ge=2)] = 30
+    k2: Annotated[int, Field(ge=1)] = 6
+    eps: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = "auto"
+    min_samples: Annotated[int, Field(ge=1)] = 4
+    local_weight: Annotated[float, Field(ge=0, lt=0.5)] = 0.15
     centre_cameras: bool = False
     camera_aware: bool = False
-    k1_intra: int = 5
-    k1_inter: int = 20
-    k2_intra: int = 2
-    k2_inter: int = 4
+    k1_intra: Annotated[int, Field(ge=1)] = 5
+    k1_inter: Annotated[int, Field(ge=1)] = 20
+    k2_intra: Annotated[int, Field(ge=1)] = 2
+    k2_inter: Annotated[int, Field(ge=0)] = 4
 
 
 @dataclass(frozen=True)
@@ -203,16 +208,16 @@ def _encode(view: Floats, settings: ClusterSettings, cameras: Ints | None, devic
     if settings.centre_cameras and cameras is not None:
         view = centre_cameras(view, cameras)
     if not settings.camera_aware or cameras is None:
-        return encode_reciprocal(view, k1=settings.k1, k2=settings.k2, device=device)
-    return encode_camera_aware(
-        view,
-        cameras,
-        k1_intra=settings.k1_intra,
-        k1_inter=settings.k1_inter,
-        k2_intra=settings.k2_intra,
-        k2_inter=settings.k2_inter,
-        device=device,
-    )
+        near = search_neighbours(view, settings.k1, device=device)
+        return encode_reciprocal(view, near, k1=settings.k1, k2=settings.k2)
+    lists = {
+        "k1_intra": settings.k1_intra,
+        "k1_inter": settings.k1_inter,
+        "k2_intra": settings.k2_intra,
+        "k2_inter": settings.k2_inter,
+    }
+    intra, inter = search_neighbours_by_camera(view, cameras, *camera_list_lengths(**lists), device=device)
+    return encode_camera_aware(intra, inter, **lists)
 
 
 def _view_weights(count: int, local_weight: float) -> list[float]:

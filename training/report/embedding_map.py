@@ -1,16 +1,10 @@
-"""Two scatter plots of one embedding map as inline SVG: coloured by cluster, and by camera.
-
-A mark is a zero-length stroke with a round or square cap, so that two thousand cost some ten bytes each and take
-their colour, in light and dark, from the page's style sheet. Colour alone tells nothing: shapes differ too.
-
-Letters: M crops shown, C cameras.
-
-Features in the plane: which crops a map shows, and where t-SNE puts them.
+"""Maps of features in the plane: which crops are shown, where t-SNE puts them, and two scatter plots of them.
 
 t-SNE (van der Maaten and Hinton 2008; Barnes-Hut, van der Maaten 2014) by scikit-learn. It keeps neighbours
-together; distances between far groups and their sizes mean nothing.
+together; distances between far groups and their sizes mean nothing. One plot is coloured by cluster, the other by
+camera; shapes differ too, for readers who do not see the colours.
 
-Letters: N crops, M crops shown, D feature size.
+Letters: N crops, M crops shown, C cameras, D feature size.
 """
 
 from __future__ import annotations
@@ -20,34 +14,37 @@ from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from resight.arrays import Floats, Ints
 from resight.neighbours.search import nearest_neighbours
-from resight.training.report.charts import SERIES_COLOURS
+from resight.training.report.svg import SERIES_COLOURS, colour, draw_svg, set_title
 from resight.training.store.crops import CropStore
 
-SIDE, EDGE = 1000, 20  # viewBox units: whole numbers place a mark within half a pixel
+SIDE, EDGE = 400, 0.1  # width of the view box; margins on both sides together, in the units of places
 MARK_SHAPES = ("dot", "square", "ring")
-LABELLED_GROUPS = 20  # groups with a mark of their own; SERIES_COLOURS x len(SHAPES) = 24 marks can be told apart
+LABELLED_GROUPS = 20  # groups with a mark of their own; SERIES_COLOURS x len(MARK_SHAPES) = 24 marks differ
 PASSES = 4  # every group is drawn in turns, so that none lies on top of all others
 NO_CLUSTER = -1
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no truth value to compare by
 class EmbeddingMap:
-    """Where crops lie to one another.
+    """The positions of crops in the plane.
 
     Attributes:
         places: float32 (M, 2) in [0, 1].
         clusters: int64 (M,), -1 for outliers.
         cameras: int64 (M,), 0..C-1.
         camera_names: C names.
-        total: how many crops there are, M of which are shown.
-        own_camera: share in [0, 1] of a crop's nearest neighbours that its own camera saw; None with one camera.
-        own_camera_chance: the same, were cameras shuffled.
+        total: number of all crops, of which M are shown.
+        own_camera: share in [0, 1] of a crop's nearest neighbours from its own camera; None with one camera.
+        own_camera_chance: the same with shuffled cameras.
     """
 
     places: NDArray[np.float32]
@@ -61,7 +58,7 @@ class EmbeddingMap:
 
 @dataclass(frozen=True)
 class MapPanel:
-    """A drawn map and how to read it; the legend holds (colour class, shape, words)."""
+    """A drawn map with an explanation; the legend holds (colour class, shape, text)."""
 
     title: str
     hint: str
@@ -70,13 +67,13 @@ class MapPanel:
 
 
 def map_panels(shown: EmbeddingMap) -> list[MapPanel]:
-    """The map by cluster, and by camera where there are two or more."""
+    """The map coloured by cluster and, with two cameras or more, by camera."""
     sizes = np.bincount(shown.clusters[shown.clusters >= 0], minlength=0)
     biggest = [int(label) for label in np.argsort(-sizes, kind="stable")[:LABELLED_GROUPS] if sizes[label]]
     numbered = [(label, f"cluster {label}", str(label)) for label in biggest]
     marked = "" if len(numbered) == np.count_nonzero(sizes) else f"The {len(numbered)} largest shown are marked. "
     hint = (
-        marked + "A good cluster is an island; one colour in two places may be one person whom the model sees as two."
+        marked + "A good cluster is an island; one colour in two places may be one person that the model takes for two."
     )
     by_cluster = _panel("By cluster", hint, shown, shown.clusters, numbered)
     counts = np.bincount(shown.cameras, minlength=len(shown.camera_names))
@@ -84,7 +81,7 @@ def map_panels(shown: EmbeddingMap) -> list[MapPanel]:
     if len(busiest) < 2:
         return [by_cluster]
     cameras = [(camera, shown.camera_names[camera], "") for camera in sorted(busiest)]
-    hint = "A good island mixes colours: one of a single camera may be a wall, or somebody who never went on. "
+    hint = "A good island mixes colours: one of a single camera may be a wall, or a person who did not move on. "
     if shown.own_camera is not None and shown.own_camera_chance is not None:
         hint += (
             f"Of a crop's nearest neighbours {shown.own_camera:.0%} are of its own camera; shuffled cameras would give "
@@ -97,48 +94,63 @@ def _panel(
     title: str, hint: str, shown: EmbeddingMap, groups: NDArray[np.int64], named: Sequence[tuple[int, str, str]]
 ) -> MapPanel:
     """Draw crops outside the named groups (number, words, text on the map) in grey, the others above them."""
-    places = np.rint(EDGE + (SIDE - 2 * EDGE) * (shown.places - shown.places.min(0))).astype(int)
-    at = {number: np.flatnonzero(groups == number) for number, _, _ in named}
-    nobody = groups == NO_CLUSTER
-    rest = np.flatnonzero(~nobody & ~np.isin(groups, list(at)))
-    head = Markup('<svg class="map" viewBox="0 0 {} {}" role="img" aria-label="{}">')
-    parts = [head.format(SIDE, places[:, 1].max() + EDGE, f"{title}: {len(places)} crops, the nearer the more alike")]
-    legend = []
-    for rows, colour, words in ((np.flatnonzero(nobody), "none", "outliers"), (rest, "other", "all others")):
-        if len(rows):
-            parts.append(_marks(places[rows], colour, "dot", f"{words}, {len(rows)} crops"))
-            legend.append((colour, "dot", f"{words} ({len(rows)})"))
-    looks = [(f"s{i % SERIES_COLOURS}", MARK_SHAPES[i // SERIES_COLOURS]) for i in range(len(named))]
-    for turn in range(PASSES):
-        for (number, words, _), (colour, shape) in zip(named, looks, strict=True):
-            rows = at[number]
-            if len(rows[turn::PASSES]):
-                parts.append(_marks(places[rows[turn::PASSES]], colour, shape, f"{words}, {len(rows)} crops"))
-    for number, _, text in named:
-        if text:
-            x, y = np.median(places[at[number]], axis=0).astype(int)
-            parts.append(Markup('<text x="{}" y="{}">{}</text>').format(x, y, text))
-    named_legend = [
-        (colour, shape, f"{words} ({len(at[number])})")
-        for (number, words, _), (colour, shape) in zip(named, looks, strict=True)
+    rows_of = {number: np.flatnonzero(groups == number) for number, _, _ in named}
+    outliers = np.flatnonzero(groups == NO_CLUSTER)
+    rest = np.flatnonzero((groups != NO_CLUSTER) & ~np.isin(groups, list(rows_of)))
+    unnamed = [
+        (rows, name, words)
+        for rows, name, words in ((outliers, "none", "outliers"), (rest, "other", "all others"))
+        if len(rows)
     ]
-    return MapPanel(title, hint, Markup("").join([*parts, Markup("</svg>")]), [*named_legend, *legend])
+    looks = [(f"s{i % SERIES_COLOURS}", MARK_SHAPES[i // SERIES_COLOURS]) for i in range(len(named))]
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.set_axis_off()
+        low, high = shown.places.min(0) - EDGE / 2, shown.places.max(0) + EDGE / 2
+        axes.set(xlim=(low[0], high[0]), ylim=(high[1], low[1]))
+        for rows, _, words in unnamed:
+            _draw_marks(axes, shown.places[rows], "other", "dot", f"{words}, {len(rows)} crops", size=2.5)
+        for turn in range(PASSES):
+            for (number, words, _), (series, shape) in zip(named, looks, strict=True):
+                rows = rows_of[number]
+                if len(rows[turn::PASSES]):
+                    _draw_marks(axes, shown.places[rows[turn::PASSES]], series, shape, f"{words}, {len(rows)} crops")
+        for number, _, text in named:
+            if text:
+                place = np.median(shown.places[rows_of[number]], axis=0)
+                halo = [patheffects.withStroke(linewidth=2.5, foreground=colour("card"))]
+                axes.text(place[0], place[1], text, ha="center", va="center", weight="bold", path_effects=halo)
+
+    span = np.ptp(shown.places, axis=0)
+    height = SIDE * (EDGE + float(span[1])) / (EDGE + float(span[0]))
+    drawn = draw_svg(f"{title}: {len(groups)} crops, the nearer the more alike", SIDE, height, paint)
+    legend = [
+        (series, shape, f"{words} ({len(rows_of[number])})")
+        for (number, words, _), (series, shape) in zip(named, looks, strict=True)
+    ]
+    return MapPanel(
+        title, hint, drawn, [*legend, *((name, "dot", f"{words} ({len(rows)})") for rows, name, words in unnamed)]
+    )
 
 
-def _marks(places: NDArray[np.int_], colour: str, shape: str, words: str) -> Markup:
-    """All marks of one look as one path; a ring is a dot with the card's colour laid over its middle."""
-    path = "".join(f"M{x} {y}h0" for x, y in places)
-    drawn = Markup('<path class="mark {} {}" d="{}"><title>{}</title></path>').format(colour, shape, path, words)
-    return drawn + Markup('<path class="mark hole" d="{}"/>').format(path) if shape == "ring" else drawn
+def _draw_marks(
+    axes: Axes, places: NDArray[np.float32], series: str, shape: str, words: str, *, size: float = 4.0
+) -> None:
+    """Marks of one look."""
+    fill = "none" if shape == "ring" else colour(series)
+    marker = "s" if shape == "square" else "o"
+    (drawn,) = axes.plot(*places.T, marker, markersize=size, markerfacecolor=fill, markeredgecolor=colour(series))
+    set_title(drawn, words)
 
 
-MAX_CROPS = 2000  # 6 s on one core, and as many marks as a panel can hold apart
-MIN_CROPS = 10  # fewer points are no picture
-COMPONENTS = 50  # before t-SNE, as scikit-learn's manual advises: it takes noise and time away
+MAX_CROPS = 2000  # takes 6 s on one core; more marks would overlap
+MIN_CROPS = 10  # with fewer points there is no map
+COMPONENTS = 50  # PCA before t-SNE, as scikit-learn's manual advises, reduces noise and time
 PERPLEXITY = 30.0  # scikit-learn's default; 5 to 50 in the paper
 SEED = 0
-NEIGHBOURS = 10  # of a crop, asked for their camera
-MIN_SPREAD = 1e-6  # a spread below this is rounding: all crops look the same
+NEIGHBOURS = 10  # of a crop, whose cameras are compared
+MIN_SPREAD = 1e-6  # a smaller spread is rounding: all features are equal
 
 
 def map_features(store: CropStore, labels: Ints, features: Floats) -> EmbeddingMap | None:
@@ -150,7 +162,7 @@ def map_features(store: CropStore, labels: Ints, features: Floats) -> EmbeddingM
         features: float32 (N, D), unit rows.
 
     Returns:
-        None where there is nothing to see: under `MIN_CROPS` crops, or all features the same.
+        None with fewer than `MIN_CROPS` crops, or if all features are equal.
     """
     rows = choose_rows(labels)
     chosen = features[rows]
@@ -164,66 +176,66 @@ def map_features(store: CropStore, labels: Ints, features: Floats) -> EmbeddingM
 
 
 def choose_rows(labels: Ints, at_most: int = MAX_CROPS) -> Ints:
-    """Rows to show, the same each time: whole clusters evenly from the largest to the smallest, and outliers.
+    """Select the rows to show, deterministically: clusters evenly from the largest to the smallest, and outliers.
 
-    Outliers get their share of the places, evenly over the store. Clusters stay whole, so that the map shows them
-    as they are; only one too large for all places is thinned, evenly.
+    Outliers get their share of the rows, evenly over the store. Clusters are kept whole, unless one has more rows than
+    can be shown: then it is sampled evenly.
 
     Args:
         labels: int64 (N,), -1 for outliers.
-        at_most: places.
+        at_most: maximum number of rows.
 
     Returns:
-        int64 (M,), ascending, M at most ``at_most``; every row where N is no more.
+        int64 (M,), ascending, M at most ``at_most``; all rows if N is not larger.
     """
     if len(labels) <= at_most:
         return np.arange(len(labels))
     outliers = _evenly(np.flatnonzero(labels == NO_CLUSTER), round(at_most * float((labels == NO_CLUSTER).mean())))
-    places = at_most - len(outliers)
+    left = at_most - len(outliers)
     sizes = np.bincount(labels[labels != NO_CLUSTER])
     order = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes)]
     inliers = np.empty(0, np.int64)
-    most = 2 * places * len(order) // max(1, int(sizes.sum())) + 1  # as many as fit, were all half the mean size
+    most = 2 * left * len(order) // max(1, int(sizes.sum())) + 1  # an upper bound: as many as fit at half the mean size
     for count in range(min(len(order), most), 0, -1):
         chosen = order[np.linspace(0, len(order) - 1, count).astype(int)]
-        if sizes[chosen].sum() <= places:
+        if sizes[chosen].sum() <= left:
             inliers = np.flatnonzero(np.isin(labels, chosen))
             break
     if not len(inliers):
-        inliers = _evenly(np.flatnonzero(labels != NO_CLUSTER), places)
+        inliers = _evenly(np.flatnonzero(labels != NO_CLUSTER), left)
     return np.sort(np.concatenate([outliers, inliers]))
 
 
 def _evenly(rows: Ints, count: int) -> Ints:
-    """``count`` of the rows, evenly over them."""
+    """``count`` of the rows, evenly spaced."""
     return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))] if len(rows) else rows
 
 
 def project(features: Floats) -> NDArray[np.float32]:
-    """PCA, then t-SNE with cosine distances, started from the first two components.
+    """Project features to the plane: PCA, then t-SNE with cosine distances, initialised with the first two components.
 
     Args:
-        features: float32 (M, D), M at least 4, not all the same.
+        features: float32 (M, D), M at least 4, not all equal.
 
     Returns:
-        float32 (M, 2) in [0, 1], the horizontal side filling it; equal for equal features on one machine.
+        float32 (M, 2) in [0, 1], horizontally from 0 to 1; deterministic on one machine.
     """
     components = min(COMPONENTS, *features.shape)
     reduced = PCA(components, svd_solver="randomized", random_state=SEED).fit_transform(features.astype(np.float64))
     start = np.zeros((len(features), 2))
-    start[:, : min(2, components)] = reduced[:, :2] / reduced[:, 0].std() * 1e-4  # as init="pca" scales it
-    perplexity = min(PERPLEXITY, (len(features) - 1) / 3)  # a point needs three times as many neighbours
+    start[:, : min(2, components)] = reduced[:, :2] / reduced[:, 0].std() * 1e-4  # scaled as by init="pca"
+    perplexity = min(PERPLEXITY, (len(features) - 1) / 3)  # t-SNE needs three times as many neighbours
     placed = TSNE(perplexity=perplexity, metric="cosine", init=start, random_state=SEED).fit_transform(reduced)
     spans = np.ptp(placed, axis=0)
     if spans[1] > spans[0]:
-        placed = placed[:, ::-1]  # wide rather than high
+        placed = placed[:, ::-1]  # landscape
     return np.asarray((placed - placed.min(0)) / max(float(spans.max()), MIN_SPREAD), np.float32)
 
 
 def camera_affinity(features: Floats, cameras: Ints) -> tuple[float, float] | None:
-    """How often nearest neighbours come from one's own camera: found, and were cameras shuffled.
+    """Share of nearest neighbours from a crop's own camera: measured, and expected with shuffled cameras.
 
-    Somebody passing gives several crops to one camera, so even a perfect model is above chance.
+    A passing person gives several crops to one camera, so even a perfect model is above chance.
 
     Args:
         features: float32 (M, D), unit rows.

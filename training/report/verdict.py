@@ -1,13 +1,9 @@
-"""Two drawings of a verdict as inline SVG: differences with their intervals, and similarities of certain pairs.
+"""The page of a verdict: the decision, the figures of both models and the crops behind them, in one file.
 
-Written by hand for the reasons that `curves` gives; colours are classes of the page's style sheet. In both the
-candidate and one person are s0, the active model and two persons s1.
+The forest plot shows each figure's difference with its interval; the histograms show how similar certain pairs are to
+each model. In both, one person is s0 and two persons are s1 of the style sheet.
 
-Letters: F figures, P positive and M negative pairs.
-
-The page of a verdict: decision, figures of both models and the crops behind them, in one file that loads nothing.
-
-Letters: N crops, P positive and M negative pairs.
+Letters: F figures, N crops, P positive and M negative pairs.
 """
 
 from __future__ import annotations
@@ -18,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from resight.arrays import Floats, Ints
 from resight.files import write_atomic
@@ -26,52 +23,42 @@ from resight.training.curation.hygiene import CameraHygiene, Hygiene
 from resight.training.judging.candidate import CandidateResult, ModelComparison, ModelResult
 from resight.training.judging.judge import ModelJudgement
 from resight.training.judging.separation import Estimate, Separation, pair_similarities
-from resight.training.report.charts import format_number, ticks
 from resight.training.report.montage import cluster_groups
 from resight.training.report.page import CropImage, Thumbnails, data_uri, templates
+from resight.training.report.svg import colour, draw_svg, number_axes, set_title
 
-WIDTH, NAMES, EDGE = 680, 215, 14  # viewBox units; room for the figures' names, and at the right
-ROW, HEAD, FOOT = 22, 8, 30  # height of a line, above the first and below the last
-PANEL, BINS = 120, 40  # height of a histogram; bins between the least and the most similar pair
-GAP = 46  # between the histograms: the axis labels of the upper one
+WIDTH = 680  # of a drawing's view box
+LINE_HEIGHT, AXIS_HEIGHT, PANEL_HEIGHT = 22, 45, 165  # of a figure's line, of the axis below, of a histogram
+BINS = 40  # between the least and the most similar pair
 
 
-def draw_forest(changes: Mapping[str, Estimate]) -> str:
+def draw_forest(changes: Mapping[str, Estimate]) -> Markup:
     """A line for each figure: candidate minus active model with its interval, beside a rule at no change.
 
     Args:
         changes: F differences, one or more.
     """
-    assert changes, "a forest plot needs a difference"
-    ends = [value for one in changes.values() for value in (one.low, one.high, 0.0)]
-    marks = ticks(min(ends), max(ends))
-    if len(marks) == 2 and marks[0] == 0 == min(ends):  # one that changed nothing would lie on the edge
-        marks = [-marks[1], *marks]
-    height = HEAD + ROW * len(changes) + FOOT
-    bottom = height - FOOT
 
-    def x(value: float) -> float:
-        return NAMES + (WIDTH - NAMES - EDGE) * (value - marks[0]) / (marks[-1] - marks[0])
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.axvline(0, color=colour("junk"), linestyle=":")
+        for line, (name, change) in enumerate(changes.items()):
+            shown = colour("wrong" if change.high < 0 else "right" if change.low > 0 else "other")
+            axes.plot([change.low, change.high], [line, line], color=shown)
+            (dot,) = axes.plot(change.value, line, "o", color=shown, markersize=7)
+            set_title(dot, f"{name}: {change.value:+.4f}, {change.low:+.4f} to {change.high:+.4f}")
+        axes.set_yticks(range(len(changes)), list(changes))
+        axes.set_ylim(len(changes) - 0.5, -0.5)
+        axes.grid(axis="x")
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("candidate minus active model")
+        number_axes(axes, "x")
 
-    parts = [_open(height, f"Differences of {len(changes)} figures with their intervals")]
-    for mark in marks:
-        rule = Markup('<line class="{}" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>')
-        parts.append(rule.format("grid" if mark else "stage", x(mark), x(mark), HEAD, bottom))
-        parts.append(_text(x(mark), bottom + 13, format_number(mark), "middle"))
-    parts.append(_text((NAMES + WIDTH - EDGE) / 2, bottom + 26, "candidate minus active model", "middle"))
-    for line, (name, change) in enumerate(changes.items()):
-        y = HEAD + ROW * (line + 0.5)
-        colour = "wrong" if change.high < 0 else "right" if change.low > 0 else "none"
-        words = f"{name}: {change.value:+.4f}, {change.low:+.4f} to {change.high:+.4f}"
-        parts.append(_text(NAMES - 10, y + 4, name, "end"))
-        bar = Markup('<polyline class="{}" points="{:.1f},{:.1f} {:.1f},{:.1f}"/>')
-        parts.append(bar.format(colour, x(change.low), y, x(change.high), y))
-        dot = Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="4"><title>{}</title></circle>')
-        parts.append(dot.format(colour, x(change.value), y, words))
-    return _close(parts)
+    height = LINE_HEIGHT * len(changes) + AXIS_HEIGHT
+    return draw_svg(f"Differences of {len(changes)} figures with their intervals", WIDTH, height, paint)
 
 
-def draw_similarities(models: Mapping[str, tuple[Floats, Floats]]) -> str:
+def draw_similarities(models: Mapping[str, tuple[Floats, Floats]]) -> Markup:
     """A panel for each model: how similar pairs of one person and pairs of two are, on one axis for all.
 
     Args:
@@ -79,50 +66,31 @@ def draw_similarities(models: Mapping[str, tuple[Floats, Floats]]) -> str:
             one or more.
     """
     every = np.concatenate([values for pair in models.values() for values in pair])
-    marks = ticks(float(every.min()), float(every.max()))
-    edges = np.linspace(marks[0], marks[-1], BINS + 1)
-    height = HEAD + len(models) * (PANEL + GAP)
+    edges = np.linspace(float(every.min()), max(float(every.max()), float(every.min()) + 1e-6), BINS + 1)
 
-    def x(value: float) -> float:
-        return EDGE + (WIDTH - 2 * EDGE) * (value - marks[0]) / (marks[-1] - marks[0])
+    def paint(figure: Figure) -> None:
+        panels = figure.subplots(len(models), sharex=True, squeeze=False)[:, 0]
+        for axes, (name, pair) in zip(panels, models.items(), strict=True):
+            for values, series, kind in zip(pair, ("s0", "s1"), ("one track", "certainly two persons"), strict=True):
+                shares = np.histogram(values, edges)[0] / len(values)
+                drawn = axes.stairs(shares, edges, color=colour(series), linewidth=1.8)
+                set_title(drawn, f"{name}, pairs of {kind}")
+            axes.set(xlabel=f"{name}: cosine similarity", yticks=[])
+            axes.tick_params(axis="x", labelbottom=True)
+            number_axes(axes, "x")
 
-    parts = [_open(height, f"Similarities of certain pairs for {' and '.join(models)}")]
-    for index, (name, pair) in enumerate(models.items()):
-        base = HEAD + index * (PANEL + GAP) + PANEL
-        line = Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>')
-        parts.append(line.format(EDGE, WIDTH - EDGE, base, base))
-        parts += [_text(x(mark), base + 13, format_number(mark), "middle") for mark in marks]
-        parts.append(_text(WIDTH / 2, base + 27, f"{name}: cosine similarity", "middle"))
-        shares = [np.histogram(values, edges)[0] / len(values) for values in pair]
-        top = max(share.max() for share in shares)
-        for share, colour, kind in zip(shares, ("s0", "s1"), ("one track", "certainly two persons"), strict=True):
-            xs, ys = np.repeat(edges, 2)[1:-1], np.repeat(share / top, 2)
-            points = " ".join(f"{x(a):.1f},{base - (PANEL - 6) * b:.1f}" for a, b in zip(xs, ys, strict=True))
-            steps = Markup('<polyline class="{}" points="{}"><title>{}</title></polyline>')
-            parts.append(steps.format(colour, points, f"{name}, pairs of {kind}"))
-    return _close(parts)
-
-
-def _open(height: float, words: str) -> Markup:
-    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, height, words)
-
-
-def _close(parts: list[Markup]) -> str:
-    return str(Markup("").join([*parts, Markup("</svg>")]))
-
-
-def _text(x: float, y: float, words: str, anchor: str) -> Markup:
-    text = Markup('<text class="tick" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
-    return text.format(x, y, anchor, words)
+    return draw_svg(
+        f"Similarities of certain pairs for {' and '.join(models)}", WIDTH, PANEL_HEIGHT * len(models), paint
+    )
 
 
 WORST_PAIRS = 8  # pairs shown of each kind
-CROPS_SHOWN = 8  # crops of a camera
+CROPS_SHOWN = 8  # crops per camera
 
 
 @dataclass(frozen=True)
 class ShownPair:
-    """Two crops and how similar each model finds them."""
+    """Two crops and their similarity by each model."""
 
     one: CropImage
     other: CropImage
@@ -132,7 +100,7 @@ class ShownPair:
 
 @dataclass(frozen=True)
 class ShownCamera:
-    """A camera's crops, its figures in words, and what is wrong with them."""
+    """A camera's crops, its statistics as text, and the problem with them, if any."""
 
     name: str
     words: str
@@ -141,40 +109,40 @@ class ShownCamera:
 
 
 def write_verdict_page(path: Path, case: CandidateResult, *, names: tuple[str, str]) -> None:
-    """Write the page, replacing it in one step.
+    """Write the page atomically.
 
     Args:
         path: of the page.
-        case: with two models.
+        case: result with two models.
         names: of the candidate and of the active model.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be created or written.
     """
-    site, active, verdict, album = case.site, case.site.active, case.verdict, Thumbnails()
-    assert active is not None and verdict is not None, "a verdict is on two models"
+    site, active, verdict, thumbnails = case.site, case.site.active, case.verdict, Thumbnails()
+    assert active is not None and verdict is not None, "a verdict needs two models"
     clustering = site.candidate.clustering
     labels = clustering.labels if isinstance(clustering, Clustering) else None
     environment = templates()
     environment.filters["uri"] = data_uri
     page = environment.get_template("verdict.html.j2").render(
-        title=f"{Path(names[0]).name} in the place of {Path(names[1]).name}?",
+        title=f"{Path(names[0]).name} instead of {Path(names[1]).name}?",
         summary=f"Candidate {names[0]}, active model {names[1]}.",
         verdict=verdict,
-        forest=Markup(draw_forest(verdict.differences)) if verdict.differences else "",
+        forest=draw_forest(verdict.differences) if verdict.differences else "",
         tables=_tables(case),
         similarities=_histograms(site, active),
-        mistakes=_mistakes(site, active, album),
-        groups=[] if labels is None else cluster_groups(site.store, labels, site.candidate.features, album),
-        cameras=_cameras(site, next(iter(case.hygiene.values())), album),
-        notes=album.notes,
+        mistakes=_mistakes(site, active, thumbnails),
+        groups=[] if labels is None else cluster_groups(site.store, labels, site.candidate.features, thumbnails),
+        cameras=_cameras(site, next(iter(case.hygiene.values())), thumbnails),
+        notes=thumbnails.notes,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, page.encode())
 
 
 def _tables(case: CandidateResult) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Headings with every figure of both models."""
+    """Tables of all metrics of both models, with headings."""
     columns = ["", "candidate", "active model"]
     found, latency = [], case.latency
     parts = {
@@ -182,11 +150,11 @@ def _tables(case: CandidateResult) -> list[tuple[str, list[str], list[list[str]]
         "crops of earlier nights": case.reference,
         "the crops adapted to": case.adapted,
     }
-    for words, trial in parts.items():
-        if trial is not None and trial.active is not None:
-            after, before = (_figures(look.judgement) for look in (trial.candidate, trial.active))
+    for words, comparison in parts.items():
+        if comparison is not None and comparison.active is not None:
+            after, before = (_figures(one.judgement) for one in (comparison.candidate, comparison.active))
             rows = [[name, after.get(name, "–"), before.get(name, "–")] for name in {**after, **before}]
-            found.append((f"Figures on {words} ({len(trial.store):,})", columns, rows))
+            found.append((f"Figures on {words} ({len(comparison.store):,})", columns, rows))
     if latency is not None:
         timed = [f"{1000 * seconds:.1f} ms" for seconds in (latency.after_s, latency.before_s)]
         ratio = f"{latency.ratio:.2f} [{latency.low:.2f}, {latency.high:.2f}]"
@@ -195,23 +163,23 @@ def _tables(case: CandidateResult) -> list[tuple[str, list[str], list[list[str]]
 
 
 def _figures(judged: ModelJudgement) -> dict[str, str]:
-    """Every figure that could be measured, in words."""
-    told = _estimates("", judged.separation) | _estimates("searches.", judged.searches)
+    """All measured metrics as text."""
+    values = _estimates("", judged.separation) | _estimates("searches.", judged.searches)
     for name, found in judged.cameras.items():
-        told |= _estimates(f"cameras.{name}.", found)
+        values |= _estimates(f"cameras.{name}.", found)
     if judged.links is not None:
-        told |= _estimates("links.", judged.links)
+        values |= _estimates("links.", judged.links)
     plain: dict[str, float | None] = {"variance": judged.variance}
     if judged.clusters is not None:
         clusters = judged.clusters
         plain |= {"clusters": clusters.clusters, "outliers": clusters.outlier_share, "silhouette": clusters.silhouette}
         plain["largest cluster"] = clusters.largest_share
         if clusters.cameras is not None:
-            plain["cameras a cluster"] = clusters.cameras.cameras_per_cluster
+            plain["cameras per cluster"] = clusters.cameras.cameras_per_cluster
             plain["the same by chance"] = clusters.cameras.chance_cameras_per_cluster
         plain["tracks in one cluster"] = clusters.tracks.whole_share
         plain["two persons in one cluster"] = clusters.tracks.confused_share
-    return told | {name: f"{value:.4g}" for name, value in plain.items() if value is not None}
+    return values | {name: f"{value:.4g}" for name, value in plain.items() if value is not None}
 
 
 def _estimates(prefix: str, found: Separation) -> dict[str, str]:
@@ -219,7 +187,7 @@ def _estimates(prefix: str, found: Separation) -> dict[str, str]:
 
 
 def _histograms(site: ModelComparison, active: ModelResult) -> Markup | str:
-    """Similarities of certain pairs by both models; empty where features or pairs are missing."""
+    """Histograms of the similarities of certain pairs by both models; empty without features or pairs."""
     if site.candidate.judgement.problem or active.judgement.problem:
         return ""
     if not len(site.pairs.positives) or not len(site.pairs.negatives):
@@ -227,16 +195,18 @@ def _histograms(site: ModelComparison, active: ModelResult) -> Markup | str:
     sides = {"candidate": site.candidate, "active model": active}
     rows = (site.pairs.positives, site.pairs.negatives)
     drawn = {name: tuple(pair_similarities(look.features, pairs) for pairs in rows) for name, look in sides.items()}
-    return Markup(draw_similarities({name: (pair[0], pair[1]) for name, pair in drawn.items()}))
+    return draw_similarities({name: (pair[0], pair[1]) for name, pair in drawn.items()})
 
 
-def _mistakes(site: ModelComparison, active: ModelResult, album: Thumbnails) -> list[tuple[str, str, list[ShownPair]]]:
-    """The candidate's worst certain pairs, each track or pair of tracks once."""
+def _mistakes(
+    site: ModelComparison, active: ModelResult, thumbnails: Thumbnails
+) -> list[tuple[str, str, list[ShownPair]]]:
+    """The candidate's worst errors on certain pairs, at most one per track or pair of tracks."""
     if site.candidate.judgement.problem:
         return []
     pairs = site.pairs
-    alike = "Two persons it finds most alike", "Certainly two: both were in one camera's picture at once."
-    apart = "One track it finds least alike", "One passage of one person, unless the tracker jumped to another."
+    alike = "Two persons it finds most similar", "Certainly two: both were in one camera's image at the same time."
+    apart = "One track it finds least similar", "One person, unless the tracker switched to another."
     kinds = (
         (*alike, pairs.negatives, np.unique(pairs.negative_tracks, axis=0, return_inverse=True)[1].reshape(-1), -1),
         (*apart, pairs.positives, pairs.positive_tracks, 1),
@@ -246,31 +216,31 @@ def _mistakes(site: ModelComparison, active: ModelResult, album: Thumbnails) -> 
         found = pair_similarities(site.candidate.features, rows)
         order = np.argsort(sign * found, kind="stable")
         first = np.sort(np.unique(owners[order], return_index=True)[1])[:WORST_PAIRS]
-        chosen = _shown(site, active, rows[order[first]], album)
+        chosen = _shown(site, active, rows[order[first]], thumbnails)
         if chosen:
             shown.append((heading, hint, chosen))
     return shown
 
 
-def _shown(site: ModelComparison, active: ModelResult, rows: Ints, album: Thumbnails) -> list[ShownPair]:
-    """Pairs with their crops; one whose crop cannot be read is left out."""
-    after, before = (pair_similarities(look.features, rows) for look in (site.candidate, active))
+def _shown(site: ModelComparison, active: ModelResult, rows: Ints, thumbnails: Thumbnails) -> list[ShownPair]:
+    """Pairs with their crops; pairs with an unreadable crop are omitted."""
+    after, before = (pair_similarities(side.features, rows) for side in (site.candidate, active))
     found = []
     for (one, other), new, old in zip(rows, after, before, strict=True):
-        first, second = (album.crop(site.store, int(row)) for row in (one, other))
+        first, second = (thumbnails.crop(site.store, int(row)) for row in (one, other))
         if first is not None and second is not None:
             found.append(ShownPair(first, second, before=float(old), after=float(new)))
     return found
 
 
-def _cameras(site: ModelComparison, hygiene: Hygiene, album: Thumbnails) -> list[ShownCamera]:
-    """Every camera of the crops judged on."""
+def _cameras(site: ModelComparison, hygiene: Hygiene, thumbnails: Thumbnails) -> list[ShownCamera]:
+    """All cameras of the crops judged on."""
     shown = []
     for name, figures in hygiene.figures.items():
         rows = np.flatnonzero(site.store.cameras == site.store.camera_names.index(name))
         chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(CROPS_SHOWN, len(rows))).astype(int))]
         problem = hygiene.problems_by_camera.get(name, "")
-        shown.append(ShownCamera(name, _camera_words(figures), problem, album.crops(site.store, chosen)))
+        shown.append(ShownCamera(name, _camera_words(figures), problem, thumbnails.crops(site.store, chosen)))
     return shown
 
 
@@ -278,6 +248,6 @@ def _camera_words(figures: CameraHygiene) -> str:
     correlation = "none" if figures.correlation is None else f"{figures.correlation:.2f}"
     return (
         f"{figures.crops:,} crops, {figures.tracks:,} tracks; contrast {figures.contrast:.0f} grey levels, "
-        f"neighbouring pixels correlate by {correlation}; {figures.blank_share:.0%} without a picture, "
+        f"neighbouring pixels correlate by {correlation}; {figures.blank_share:.0%} blank, "
         f"{figures.clipped_share:.0%} black or white, {figures.repeated_share:.0%} repeated"
     )

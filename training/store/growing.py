@@ -11,10 +11,8 @@ links of these crops.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
-import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -25,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from resight.errors import StorageFullError, StoreError
@@ -47,16 +46,8 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Alone with what a lock file stands for; waits for the others, whose turns take a moment."""
-    with _lock_file(path) as descriptor:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
 def exclusive_lock(path: Path, does: str) -> Iterator[None]:
-    """Alone with work that takes long; the lock file goes when it is done.
+    """Alone with work that takes long; the lock file is removed when it is done.
 
     Args:
         path: of the lock file.
@@ -65,23 +56,13 @@ def exclusive_lock(path: Path, does: str) -> Iterator[None]:
     Raises:
         StoreError: another process has it.
     """
-    with _lock_file(path) as descriptor:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StoreError(f"another process {does}: wait until it is done") from error
-        yield
-        path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _lock_file(path: Path) -> Iterator[int]:
-    """A lock file's descriptor, which no child process inherits: the kernel frees the lock however this one ends."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    lock = FileLock(path, timeout=0)
     try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+        with lock:
+            yield
+            path.unlink(missing_ok=True)
+    except Timeout as error:
+        raise StoreError(f"another process {does}: wait until it is done") from error
 
 
 @contextmanager
@@ -239,8 +220,8 @@ class GrowingStore:
         """Lock one source of crops for this process; raises StoreError if another one holds the lock."""
         return exclusive_lock(self.root / f".{key}.lock", f"adds the same to {self.root}")
 
-    def _locked(self) -> AbstractContextManager[None]:
-        return locked(self.root / LOCK_FILE)
+    def _locked(self) -> AbstractContextManager[object]:
+        return FileLock(self.root / LOCK_FILE)
 
     def _read(self) -> pa.Table:
         if not is_store(self.root):

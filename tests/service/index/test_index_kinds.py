@@ -24,24 +24,24 @@ def unit(count, seed=0, dim=DIM):
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def truth_of(keys, rows):
-    def truth(asked):
-        there = np.isin(keys, asked)
+def lookup_of(keys, rows):
+    def lookup(requested):
+        there = np.isin(keys, requested)
         return keys[there], rows[there]
 
-    return truth
+    return lookup
 
 
 def test_size_decides_and_shrinking_takes_half():
     rules = IndexPolicy(flat_max=100, half_max=1000)
-    assert [rules.wanted(count) for count in (0, 100, 101, 1000, 1001)] == [
+    assert [rules.kind_for(count) for count in (0, 100, 101, 1000, 1001)] == [
         "flat", "flat", "flat-fp16", "flat-fp16", "hnsw"
     ]  # fmt: skip
-    assert rules.wanted(60, held="flat-fp16") == "flat-fp16" and rules.wanted(50, held="flat-fp16") == "flat"
-    assert rules.wanted(501, held="hnsw") == "hnsw" and rules.wanted(500, held="hnsw") == "flat-fp16"
-    assert rules.wanted(5, asked="hnsw") == "hnsw" and rules.wanted(5, asked="auto") == "flat"
-    assert IndexPolicy(kind="hnsw").wanted(5) == "hnsw"
-    assert rules.few(100) == 40_000 and rules.few(10**6) == 150_000
+    assert rules.kind_for(60, current="flat-fp16") == "flat-fp16" and rules.kind_for(50, current="flat-fp16") == "flat"
+    assert rules.kind_for(501, current="hnsw") == "hnsw" and rules.kind_for(500, current="hnsw") == "flat-fp16"
+    assert rules.kind_for(5, requested="hnsw") == "hnsw" and rules.kind_for(5, requested="auto") == "flat"
+    assert IndexPolicy(kind="hnsw").kind_for(5) == "hnsw"
+    assert rules.exact_limit(100) == 40_000 and rules.exact_limit(10**6) == 150_000
 
 
 def test_float16_is_never_further_off_than_its_bound():
@@ -51,7 +51,7 @@ def test_float16_is_never_further_off_than_its_bound():
         rows[:50] **= 5
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         keys = np.arange(len(rows))
-        half = HalfIndex(dim, truth_of(keys, rows))
+        half = HalfIndex(dim, lookup_of(keys, rows))
         half.add(keys, rows)
         rounded, found = half.codes.search(rows, len(rows))
         assert np.abs(rounded - np.take_along_axis(rows @ rows.T, found, axis=1)).max() < ROUNDING
@@ -63,7 +63,7 @@ def test_a_float16_index_settles_what_rounding_leaves_open():
     rows = base + 3e-5 * np.random.default_rng(2).normal(size=(600, DIM)).astype(np.float32)
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     keys = np.arange(600) * 2
-    half = HalfIndex(DIM, truth_of(keys, rows))
+    half = HalfIndex(DIM, lookup_of(keys, rows))
     half.add(keys, rows)
     wanted = best_candidates(rows[9], keys, rows, 10)
     (found,) = half.search(rows[9:10], 10)
@@ -77,7 +77,7 @@ def test_a_float16_index_settles_what_rounding_leaves_open():
 @pytest.mark.parametrize("step", [None, 1, 7])
 def test_scanning_blocks_equals_scanning_rows(count, step):
     rows, keys = unit(count), np.arange(count)
-    half = HalfIndex(DIM, truth_of(keys, rows))
+    half = HalfIndex(DIM, lookup_of(keys, rows))
     half.add(keys, rows)
     half.remove(keys[: count // 3])
     among = None if step is None else keys[::step]
@@ -109,7 +109,7 @@ def test_the_gpu_follows_the_rows_and_is_asked_only_what_it_can_be_trusted_with(
             return super().search(queries, k, params=params)
 
     rows, keys = unit(300), np.arange(300)
-    plain, half = HalfIndex(DIM, truth_of(keys, rows)), HalfIndex(DIM, truth_of(keys, rows))
+    plain, half = HalfIndex(DIM, lookup_of(keys, rows)), HalfIndex(DIM, lookup_of(keys, rows))
     half.gpu = GpuScan(half.codes, Counted, filters=False)
     for part in (slice(0, 200), slice(200, 300)):
         plain.add(keys[part], rows[part])
@@ -158,10 +158,10 @@ def test_a_kept_graph_comes_back_without_a_byte_of_a_feature(kept):
     data = path.read_bytes()
     assert not [row for row in rows if row[:4].tobytes() in data or row[:6].astype(np.float16).tobytes() in data]
     assert path.stat().st_mode & 0o077 == 0 and path.parent.stat().st_mode & 0o077 == 0
-    codes = HalfIndex(DIM, truth_of(keys, rows)).codes
+    codes = HalfIndex(DIM, lookup_of(keys, rows)).codes
     codes.add(rows)
     found.graph.storage, found.graph.own_fields = codes, False
-    index = GraphIndex(found.graph, found.keys, keys[:2], truth_of(keys, rows))
+    index = GraphIndex(found.graph, found.keys, keys[:2], lookup_of(keys, rows))
     assert index.search(rows[5:6], 1)[0][0].tolist() == [15] and len(index) == 398
 
 
@@ -198,4 +198,4 @@ def test_a_link_is_not_followed_and_a_folder_that_cannot_be_made_costs_nothing(k
     graph.add(rows)
     (tmp_path / "file").write_text("")
     GraphFiles(tmp_path / "file").save(LOBBY, SPACE, GraphSegment(keys, graph, 1))
-    assert "is not kept" in caplog.text
+    assert "is not saved" in caplog.text

@@ -2,12 +2,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from reciprocal_encodings import camera_encoding_of, encoding_of
 from references import dense_camera_jaccard, dense_jaccard, dense_silhouette
 from scipy import sparse
 from sklearn.cluster import DBSCAN
 
 from resight.errors import TrainingError
-from resight.neighbours.jaccard import encode_camera_aware, encode_reciprocal, jaccard_graph
+from resight.neighbours.jaccard import jaccard_graph
 from resight.training.clustering.cluster import (
     Clustering,
     ClusterSettings,
@@ -26,7 +27,7 @@ def people(count: int, each: int, *, spread: float, seed: int = 0) -> tuple[np.n
 
 
 def graph_of(rows: np.ndarray, max_distance: float = 0.7):
-    return jaccard_graph([encode_reciprocal(rows, k1=12, k2=3)], [1.0], max_distance=max_distance)
+    return jaccard_graph([encoding_of(rows, k1=12, k2=3)], [1.0], max_distance=max_distance)
 
 
 @pytest.mark.parametrize("eps", [0.3, 0.4, 0.5, 0.6])
@@ -68,7 +69,7 @@ def test_camera_aware_labels_equal_those_of_the_dense_matrix(eps: float) -> None
     cameras = np.random.default_rng(3).integers(0, 3, len(rows))
     dense = dense_camera_jaccard(rows, cameras, (5, 20), (2, 4))
     expected = DBSCAN(eps=eps, min_samples=4, metric="precomputed").fit_predict(dense)
-    encoded = encode_camera_aware(rows, cameras, k1_intra=5, k1_inter=20, k2_intra=2, k2_inter=4)
+    encoded = camera_encoding_of(rows, cameras, k1_intra=5, k1_inter=20, k2_intra=2, k2_inter=4)
     assert np.array_equal(dbscan(jaccard_graph([encoded], [1.0], max_distance=0.7), eps, 4), expected)
     if eps == 0.5:
         found = cluster([rows], ClusterSettings(eps=eps, camera_aware=True), cameras=cameras)

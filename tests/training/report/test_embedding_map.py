@@ -1,4 +1,4 @@
-"""The map: which crops, where they lie, how they are drawn, and colours that everybody can see."""
+"""The map: selection of crops, projection, drawing, and contrast of the colours."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drawings import marks, theme_colours, titled_groups
 from tiny import without_persons
 
 import resight.training.report.adaptation
@@ -25,19 +26,19 @@ from resight.training.store.datasets import Site
 
 
 def groups(count: int, each: int, *, dim: int = 24, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Features of well-separated groups, and whose each is."""
+    """Features of well-separated groups, and the group of each."""
     rng = np.random.default_rng(seed)
     owner = np.repeat(np.arange(count), each)
     features = rng.normal(size=(count, dim))[owner] + 0.1 * rng.normal(size=(count * each, dim))
     return (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32), owner
 
 
-def test_small_stores_are_shown_whole() -> None:
+def test_small_stores_are_shown_completely() -> None:
     assert choose_rows(np.array([0, -1, 1]), 3).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_chosen_clusters_are_whole_and_of_all_sizes(seed: int) -> None:
+def test_selected_clusters_are_whole_and_of_all_sizes(seed: int) -> None:
     rng = np.random.default_rng(seed)
     sizes = rng.integers(2, 60, 150)
     labels = np.concatenate([np.repeat(np.arange(150), sizes), np.full(900, -1)])
@@ -52,7 +53,7 @@ def test_chosen_clusters_are_whole_and_of_all_sizes(seed: int) -> None:
     assert len(rows) > 400
 
 
-def test_one_giant_cluster_is_thinned() -> None:
+def test_one_giant_cluster_is_subsampled() -> None:
     labels = np.zeros(5000, np.int64)
     labels[:1000] = -1
     rows = choose_rows(labels, 200)
@@ -60,7 +61,7 @@ def test_one_giant_cluster_is_thinned() -> None:
     assert len(choose_rows(np.full(5000, -1), 200)) == 200
 
 
-def test_neighbours_stay_neighbours_and_the_same_features_give_the_same_map() -> None:
+def test_the_map_keeps_neighbours_and_is_deterministic() -> None:
     features, owner = groups(6, 20)
     places = project(features)
     assert places.dtype == np.float32 and places.shape == (120, 2)
@@ -72,7 +73,7 @@ def test_neighbours_stay_neighbours_and_the_same_features_give_the_same_map() ->
 
 
 @pytest.mark.parametrize("count, dim", [(MIN_CROPS, 1), (MIN_CROPS, 3), (31, 2), (12, 200)])
-def test_awkward_sizes_are_laid_out(count: int, dim: int) -> None:
+def test_unusual_sizes_are_projected(count: int, dim: int) -> None:
     features, _ = groups(count, 1, dim=dim)
     if dim == 1:
         features = np.where(np.arange(count)[:, None] % 2, 1, -1).astype(np.float32)
@@ -80,7 +81,7 @@ def test_awkward_sizes_are_laid_out(count: int, dim: int) -> None:
     assert places.shape == (count, 2) and np.isfinite(places).all()
 
 
-def test_nothing_to_see_gives_no_map(tiny_site: Site) -> None:
+def test_too_few_or_equal_features_give_no_map(tiny_site: Site) -> None:
     store = without_persons(tiny_site.train)
     same = np.tile(np.eye(1, 8, dtype=np.float32), (len(store), 1))
     assert map_features(store, np.zeros(len(store), np.int64), same) is None
@@ -88,10 +89,10 @@ def test_nothing_to_see_gives_no_map(tiny_site: Site) -> None:
     assert map_features(few, np.zeros(MIN_CROPS - 1, np.int64), groups(MIN_CROPS - 1, 1)[0]) is None
 
 
-def test_camera_affinity_tells_bias_from_none() -> None:
+def test_camera_affinity_detects_bias() -> None:
     features, owner = groups(8, 30)
     rng = np.random.default_rng(2)
-    biased = camera_affinity(features, owner % 4)  # each island is of one camera
+    biased = camera_affinity(features, owner % 4)  # each group is from one camera
     mixed = camera_affinity(features, rng.integers(0, 4, len(owner)))
     assert biased is not None and mixed is not None
     assert biased[0] > 0.99 and mixed[0] == pytest.approx(mixed[1], abs=0.05)
@@ -103,33 +104,30 @@ def shown(clusters: np.ndarray, cameras: np.ndarray, names: list[str]) -> Embedd
     return EmbeddingMap(places, clusters, cameras, names, len(clusters), 0.4, 0.2)
 
 
-def marks(svg: str) -> dict[str, int]:
-    """Class of the marks -> how many."""
-    found: dict[str, int] = {}
-    for name, path in re.findall(r'<path class="mark ([^"]*)" d="([^"]*)"', svg):
-        found[name] = found.get(name, 0) + path.count("M")
-    return found
-
-
 def test_every_crop_is_marked_once_in_each_panel() -> None:
     rng = np.random.default_rng(0)
     clusters, cameras = rng.integers(-1, 30, 700), rng.integers(0, 3, 700)
     by_cluster, by_camera = map_panels(shown(clusters, cameras, ["<a>", "b", "c"]))
     found = marks(by_cluster.svg)
-    assert found["none dot"] == (clusters == -1).sum()
-    assert sum(count for name, count in found.items() if name != "hole") == 700
+    outliers, sizes = int((clusters == -1).sum()), np.bincount(clusters[clusters >= 0])
+    assert found[f"outliers, {outliers} crops"] == outliers
+    assert sum(found.values()) == 700
     looks = [(colour, shape) for colour, shape, _ in by_cluster.legend]
     assert len(set(looks)) == len(looks) == LABELLED_GROUPS + 2
-    assert found["s0 dot"] == np.bincount(clusters[clusters >= 0]).max()
-    assert marks(by_camera.svg) == {f"s{c} dot": int((cameras == c).sum()) for c in range(3)}
-    assert by_camera.legend[0][2] == f"<a> ({(cameras == 0).sum()})" and "<a>" not in by_camera.svg
+    assert found[f"cluster {sizes.argmax()}, {sizes.max()} crops"] == sizes.max()
+    counts = np.bincount(cameras)
+    assert marks(by_camera.svg) == {
+        f"{name}, {count} crops": count for name, count in zip(["<a>", "b", "c"], counts, strict=True)
+    }
+    assert [theme_colours(group) for group in titled_groups(by_camera.svg).values()] == [{"s0"}, {"s1"}, {"s2"}]
+    assert by_camera.legend[0][2] == f"<a> ({counts[0]})" and "<a>" not in by_camera.svg
     assert "40%" in by_camera.hint
 
 
-def test_one_camera_or_outliers_alone_can_be_drawn() -> None:
+def test_a_map_of_one_camera_or_only_outliers_is_drawn() -> None:
     alone = shown(np.full(20, -1), np.zeros(20, np.int64), ["door"])
     [panel] = map_panels(replace(alone, own_camera=None, own_camera_chance=None))
-    assert marks(panel.svg) == {"none dot": 20}
+    assert marks(panel.svg) == {"outliers, 20 crops": 20}
 
 
 def luminance(colour: str) -> float:
@@ -142,7 +140,7 @@ def bytes_of(colour: str) -> list[float]:
     return [value / 255 for value in bytes.fromhex(colour)]
 
 
-def test_marks_stand_out_from_the_card_in_light_and_dark() -> None:
+def test_marks_have_enough_contrast_in_light_and_dark() -> None:
     style = Path(resight.training.report.adaptation.__file__).with_name("page.css.j2").read_text()
     blocks = re.findall(r":root \{(.*?)\n *\}", style, re.DOTALL)
     assert len(blocks) == 2
