@@ -30,8 +30,9 @@ import torch
 from numpy.typing import NDArray
 from sklearn.cluster import DBSCAN
 
-from resight.neighbours.jaccard import encode_neighbours, jaccard_graph
-from resight.neighbours.search import Neighbours, search_neighbours
+from resight.neighbours.jaccard import jaccard_graph
+from resight.neighbours.reciprocal import Neighbours, encode_reciprocal
+from resight.neighbours.search import search_neighbours
 from resight.training.clustering.dbscan import dbscan
 
 K1, K2, EPS, MIN_SAMPLES = 30, 6, 0.6, 4  # LP on Market-1501
@@ -72,7 +73,7 @@ def people(crops: int, dim: int) -> Floats:
 
 def sparse_rest(features: Floats, near: Neighbours) -> Ints:
     """What `resight adapt` does once neighbours are found."""
-    graph = jaccard_graph([encode_neighbours(features, near, k1=K1, k2=K2)], [1.0], max_distance=EPS)
+    graph = jaccard_graph([encode_reciprocal(features, near, k1=K1, k2=K2)], [1.0], max_distance=EPS)
     return dbscan(graph, EPS, MIN_SAMPLES)
 
 

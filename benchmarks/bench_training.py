@@ -30,7 +30,7 @@ from resight.training.adaptation.distill import Teacher
 from resight.training.adaptation.epoch import draw_batches
 from resight.training.adaptation.ghost_batch_norm import group_batch_norm
 from resight.training.adaptation.recipe import load_recipe, views_used
-from resight.training.adaptation.run import EpochState, RunLog, Stage, TrainingRun, TrainState, make_optimizer
+from resight.training.adaptation.run import RunLog, Stage, StageState, TrainingRun, make_optimizer
 from resight.training.features.extract import autocast, read_batches, to_input
 from resight.training.synthetic.site import SiteSettings, render_site
 
@@ -40,31 +40,31 @@ SITE = SiteSettings(train_persons=32, test_persons=2, strangers=0)  # crops of 1
 def same_batches(run: TrainingRun, stage: Stage, encoder: Encoder) -> list[Tensor]:
     """The inputs of `train_epoch`'s epoch 0, drawn with the same chance and ready in memory."""
     recipe, store = run.recipe, run.store
-    sampling, moving, erasing, *_ = run.chance(stage, 0)
+    sampling, moving, erasing, *_ = run.random_streams(stage, 0)
     rows = draw_batches(run, store.persons, sampling)
     read = read_batches(
         store,
         itertools.islice(rows, recipe.iters),
         encoder.config.image,
-        then=lambda pixels: shift_and_flip(pixels, recipe.augment, moving),
+        transform=lambda pixels: shift_and_flip(pixels, recipe.augment, moving),
     )
     return [erase(to_input(encoder, pixels, run.device), recipe.augment, erasing) for _, pixels in read]
 
 
-def bare_steps(run: TrainingRun, trainee: TrainState, batches: list[Tensor]) -> float:
+def bare_steps(run: TrainingRun, state: StageState, batches: list[Tensor]) -> float:
     """Seconds of forward, backward and step over all batches, for a loss that costs nothing."""
-    trainee.encoder.train()
-    if trainee.guide is not None:
-        trainee.guide.encoder.train(run.recipe.teacher_batch_norm == "batch")
+    state.encoder.train()
+    if state.teacher is not None:
+        state.teacher.encoder.train(run.recipe.teacher_batch_norm == "batch")
     started = time.perf_counter()
     for images in batches:
         with autocast(run.device, run.recipe.precision):
-            views = trainee.encoder(images)
-            if trainee.guide is not None:
-                trainee.guide.look(images)
-        trainee.optimizer.zero_grad(set_to_none=True)
+            views = state.encoder(images)
+            if state.teacher is not None:
+                state.teacher.views(images)
+        state.optimizer.zero_grad(set_to_none=True)
         torch.stack([view[:, 0].sum() for view in views[: views_used(run.recipe)]]).sum().backward()
-        trainee.optimizer.step()
+        state.optimizer.step()
     if run.device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter() - started
@@ -74,18 +74,18 @@ def compare(run: TrainingRun, stage: Stage, repeats: int) -> tuple[float, float]
     """Images a second of the loop and of bare steps, in turns."""
     initial = load_weights("builtin").encoder.to(memory_format=torch.channels_last).to(run.device)
     group_batch_norm(initial, run.recipe.samples_per_bn)
-    guide = Teacher(copy.deepcopy(initial)) if stage == "student" else None
-    trainees = []
+    teacher = Teacher(copy.deepcopy(initial)) if stage == "student" else None
+    states = []
     for _ in range(2):
         encoder = copy.deepcopy(initial)
-        trainees.append(TrainState(encoder, make_optimizer(encoder, run.recipe), guide))
+        states.append(StageState(stage, encoder, make_optimizer(encoder, run.recipe), teacher))
     batches = same_batches(run, stage, initial)
     images = repeats * run.recipe.iters * run.recipe.batch
     seconds = {"loop": 0.0, "bare": 0.0}
-    bare_steps(run, trainees[1], batches[:2])  # both sides find warm caches
+    bare_steps(run, states[1], batches[:2])  # both sides find warm caches
     for _ in range(repeats):
-        seconds["loop"] += train_epoch(run, EpochState(stage, 0), trainees[0])["train_s"]
-        seconds["bare"] += bare_steps(run, trainees[1], batches)
+        seconds["loop"] += train_epoch(run, states[0])["train_s"]
+        seconds["bare"] += bare_steps(run, states[1], batches)
     return images / seconds["loop"], images / seconds["bare"]
 
 

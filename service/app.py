@@ -1,10 +1,10 @@
-"""The server: it wires the components, listens, becomes ready, and drains at the end.
+"""The gRPC server: wiring of the components, start-up, readiness and drain.
 
-The data folder is locked and the port taken before the model is loaded, so that a mistake shows at once; no call is
-answered before the model has been verified and the indexes are loaded.
+The data folder is locked and the port is bound before the model is loaded, so that configuration errors show at once.
+No call is served before the model is verified and the indexes are loaded.
 
-Health and reflection are served under both names of reflection: grpcurl asks for ``grpc.reflection.v1`` first and
-grpcio-reflection has ``v1alpha`` only; the messages differ in the package name alone, so one servicer answers both.
+Reflection is served as ``grpc.reflection.v1``, which grpcurl tries first, and as ``v1alpha``, the only version in
+grpcio-reflection. The messages differ only in the package name, so one servicer handles both.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ from resight.v1 import (
 )
 
 STREAMS_PER_CONNECTION = 100
-MAX_ANSWER_BYTES = 64 * 1024 * 1024  # 64 searches of 1000 hits without features take 10 MiB
-MAX_METADATA_BYTES = 16 * 1024  # gRPC's own hard limit; set as the soft one too, so that none is refused by chance
-KEEPALIVE_MS, MIN_CLIENT_PING_MS = 60_000, 30_000  # gRPC's own 5 minutes send eager clients away
-CONNECTION_AGE_MS, CONNECTION_GRACE_MS = 30 * 60_000, 30_000  # lets DNS load balancing work
+MAX_RESPONSE_BYTES = 64 * 1024 * 1024  # 64 searches of 1000 hits without features take 10 MiB
+MAX_METADATA_BYTES = 16 * 1024  # gRPC's default hard limit; between soft and hard limit calls are rejected at random
+KEEPALIVE_MS, MIN_CLIENT_PING_MS = 60_000, 30_000  # gRPC's default, 5 minutes, disconnects eager clients
+CONNECTION_AGE_MS, CONNECTION_GRACE_MS = 30 * 60_000, 30_000  # clients reconnect, and so see new DNS records
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
+    """Whether a host is a loopback address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -84,33 +84,32 @@ def is_loopback(host: str) -> bool:
 
 
 def check_listen(settings: Settings) -> None:
-    """Refuse addresses that other machines can reach, unless callers are authenticated and the way is encrypted.
+    """Refuse a non-loopback address unless callers are authenticated and the connection is encrypted.
 
     Raises:
-        StartupError: authentication or encryption is missing.
+        StartupError: authentication or encryption is not configured.
     """
     for address in (settings.listen, settings.metrics_listen):
         if address is not None and not is_loopback(address.rpartition(":")[0].strip("[]")):
-            _check_open(address, settings)
+            _check_exposed(address, settings)
 
 
-def _check_open(address: str, settings: Settings) -> None:
-    told = f"{address} can be reached from other machines"
+def _check_exposed(address: str, settings: Settings) -> None:
+    exposed = f"{address} can be reached from other machines"
     if settings.auth != "tokens" and not TokenFile(settings.data).exists():
         raise StartupError(
-            f"{told}, and nobody would be authenticated: make a token with `resight token create NAME --role admin "
+            f"{exposed}, but authentication is off: create a token with `resight token create NAME --role admin "
             f"--data {settings.data}`, or listen on 127.0.0.1"
         )
     if settings.tls_cert is None and not settings.behind_tls_proxy:
         raise StartupError(
-            f"{told}, and crops and tokens would travel in clear: give --tls-cert and --tls-key, say "
-            "--behind-tls-proxy where a proxy with TLS stands before this port and nothing else reaches it, or listen "
-            "on 127.0.0.1"
+            f"{exposed}, but crops and tokens would be sent unencrypted: pass --tls-cert and --tls-key, or "
+            "--behind-tls-proxy if a TLS proxy is the only client of this port, or listen on 127.0.0.1"
         )
 
 
 def certificates(settings: Settings) -> Certificates | None:
-    """The certificate to serve with; None = plaintext.
+    """The TLS certificates to serve with; None = plaintext.
 
     Raises:
         StartupError: a file cannot be used.
@@ -120,16 +119,16 @@ def certificates(settings: Settings) -> Certificates | None:
     return Certificates(TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca))
 
 
-def bind(settings: Settings, guard: InterceptorChain, tls: Certificates | None) -> tuple[grpc.aio.Server, int]:
-    """A server that holds its port, not yet answering.
+def bind(settings: Settings, interceptors: InterceptorChain, tls: Certificates | None) -> tuple[grpc.aio.Server, int]:
+    """Create a server, bound to its port but not started; returns it and the port.
 
     Raises:
-        StartupError: the address is taken or not ours.
+        StartupError: the address is in use or not local.
     """
     options = [
-        ("grpc.so_reuseport", 0),  # or a second server would share the port instead of being refused
+        ("grpc.so_reuseport", 0),  # otherwise a second server could bind the same port
         ("grpc.max_receive_message_length", settings.max_message_bytes),
-        ("grpc.max_send_message_length", MAX_ANSWER_BYTES),
+        ("grpc.max_send_message_length", MAX_RESPONSE_BYTES),
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION),
@@ -138,7 +137,7 @@ def bind(settings: Settings, guard: InterceptorChain, tls: Certificates | None) 
         ("grpc.max_connection_age_ms", CONNECTION_AGE_MS),
         ("grpc.max_connection_age_grace_ms", CONNECTION_GRACE_MS),
     ]
-    server = grpc.aio.server(interceptors=[guard], options=options, maximum_concurrent_rpcs=settings.max_rpcs)
+    server = grpc.aio.server(interceptors=[interceptors], options=options, maximum_concurrent_rpcs=settings.max_rpcs)
     try:
         if tls is None:
             port = server.add_insecure_port(settings.listen)
@@ -146,8 +145,8 @@ def bind(settings: Settings, guard: InterceptorChain, tls: Certificates | None) 
             port = server.add_secure_port(settings.listen, tls.credentials())
     except RuntimeError as error:
         raise StartupError(
-            f"cannot listen on {settings.listen}: the port is taken or the address is not this machine's: stop the "
-            "other server or choose another --listen (port 0 takes a free one)",
+            f"cannot listen on {settings.listen}: the port is in use or the address is not local: stop the other "
+            "server or choose another --listen (port 0 selects a free port)",
             listen=settings.listen,
         ) from error
     return server, port
@@ -159,7 +158,7 @@ REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 async def add_standard_services(
     server: grpc.aio.Server, services: Sequence[str], settings: Settings
 ) -> health.HealthServicer:
-    """Health for the whole and for each service; reflection where it is wanted, on loopback unless told."""
+    """Add health (for the server and each service), and reflection if enabled (by default only on loopback)."""
     status = health.HealthServicer()
     for name in ("", *services):
         await status.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -170,7 +169,7 @@ async def add_standard_services(
 
 
 def _add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
-    _describe_v1()
+    _register_v1_descriptor()
     names = (*services, REFLECTION_V1, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     servicer = ReflectionServicer(names)
@@ -183,8 +182,8 @@ def _add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(REFLECTION_V1, methods),))
 
 
-def _describe_v1() -> None:
-    """Put the description of v1, v1alpha's under its other name, where reflection looks services up."""
+def _register_v1_descriptor() -> None:
+    """Register the descriptor of v1, a renamed copy of v1alpha, in the pool in which reflection looks up services."""
     pool = descriptor_pool.Default()
     try:
         pool.FindServiceByName(REFLECTION_V1)
@@ -211,42 +210,43 @@ SERVICES = tuple(
 
 
 async def run(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, then drain; a second signal ends the drain at once.
+    """Serve until SIGTERM or SIGINT, then drain; a second signal aborts the drain.
 
     Raises:
-        StartupError: the folder is held, the port taken, a TLS file unusable, or the address open to others.
+        StartupError: the folder is locked, the port in use, a TLS file unusable, or the address exposed without TLS
+            or authentication.
         BundleError: the model is damaged or fails its probes.
         StoreError: the gallery's database is damaged or of another version.
-        FormatError: the tokens are damaged, or open to others.
+        FormatError: the token file is damaged, or other users can read it.
     """
     stopping = asyncio.Event()
-    impatient = asyncio.Event()
+    drain_aborted = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: (impatient if stopping.is_set() else stopping).set())
+        loop.add_signal_handler(number, lambda: (drain_aborted if stopping.is_set() else stopping).set())
     async with running_server(settings) as server:
         await stopping.wait()
         log.info("draining")
-        await server.drain(settings, impatient)
+        await server.drain(settings, drain_aborted)
     log.info("stopped")
 
 
 class Server:
-    """A server that answers at ``address``."""
+    """A running server, which listens on ``address``."""
 
     def __init__(self, grpc_server: grpc.aio.Server, status: health.HealthServicer, address: str) -> None:
         self.address = address
         self._server, self._status = grpc_server, status
 
-    async def drain(self, settings: Settings, impatient: asyncio.Event) -> None:
-        """Turn NOT_SERVING, let balancers notice, refuse new calls and let those in flight end."""
+    async def drain(self, settings: Settings, drain_aborted: asyncio.Event) -> None:
+        """Report NOT_SERVING, give load balancers time to notice, then refuse new calls and finish those in flight."""
         await self._status.enter_graceful_shutdown()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(impatient.wait(), settings.drain_delay_s)
+            await asyncio.wait_for(drain_aborted.wait(), settings.drain_delay_s)
         stopped = asyncio.create_task(self._server.stop(settings.drain_grace_s))
-        hurried = asyncio.create_task(impatient.wait())
-        await asyncio.wait((stopped, hurried), return_when=asyncio.FIRST_COMPLETED)
-        hurried.cancel()
+        aborted = asyncio.create_task(drain_aborted.wait())
+        await asyncio.wait((stopped, aborted), return_when=asyncio.FIRST_COMPLETED)
+        aborted.cancel()
         if not stopped.done():
             await self._server.stop(0)
         await stopped
@@ -254,15 +254,16 @@ class Server:
 
 @contextlib.asynccontextmanager
 async def running_server(settings: Settings) -> AsyncIterator[Server]:
-    """A ready server for the time of the block; leaving it stops everything and flushes the store."""
+    """Start a server and yield it when it is ready; on exit, stop all components and flush the store."""
     check_listen(settings)
     tls = certificates(settings)
     async with contextlib.AsyncExitStack() as stack:
         folder = stack.enter_context(DataFolder(settings.data))
-        book = TokenLookup(TokenFile(settings.data))
-        watchers = Monitoring(settings, book)
-        server, port = bind(settings, InterceptorChain(_interceptors(settings, book, watchers.stages)), tls)
-        metrics_url = stack.enter_context(watchers.answering())
+        tokens = TokenLookup(TokenFile(settings.data))
+        monitoring = Monitoring(settings, tokens)
+        interceptors = InterceptorChain(_interceptors(settings, tokens, monitoring.stages))
+        server, port = bind(settings, interceptors, tls)
+        metrics_url = stack.enter_context(monitoring.answering())
         stack.push_async_callback(server.stop, 0)
         embedder = Embedder(settings)
         embedder.start()
@@ -273,16 +274,16 @@ async def running_server(settings: Settings) -> AsyncIterator[Server]:
         tenants = Tenants(settings.data, settings, dim=dim, make=lambda store: Gallery(store, models, settings))
         stack.push_async_callback(tenants.stop)
         await tenants.start()
-        work = JobRunner()
-        stack.push_async_callback(work.stop)
-        shadows = ShadowManager(models, embedder.waiting, work)
+        jobs = JobRunner()
+        stack.push_async_callback(jobs.stop)
+        shadows = ShadowManager(models, embedder.waiting, jobs)
         embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(EmbeddingServicer(models, settings), server)
         search_pb2_grpc.add_SearchServiceServicer_to_server(SearchServicer(tenants, settings, shadows), server)
         gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryServicer(tenants, settings), server)
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(tenants, models, work, settings), server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(tenants, models, jobs, settings), server)
         migrations = Migrations(models)
         stack.push_async_callback(migrations.stop)
-        model_servicer = ModelServicer(models, migrations, shadows, tenants, work)
+        model_servicer = ModelServicer(models, migrations, shadows, tenants, jobs)
         model_pb2_grpc.add_ModelServiceServicer_to_server(model_servicer, server)
         operation_pb2_grpc.add_OperationServiceServicer_to_server(OperationServicer(tenants), server)
         status = await add_standard_services(server, SERVICES, settings)
@@ -290,7 +291,7 @@ async def running_server(settings: Settings) -> AsyncIterator[Server]:
         stack.push_async_callback(canary.stop)
         await canary.fly()
         await server.start()
-        watchers.know(embedder, models, tenants, shadows, status)
+        monitoring.know(embedder, models, tenants, shadows, status)
         await migrations.resume_all(tenants)
         stack.push_async_callback(server.stop, 0)
         address = f"{settings.listen.rpartition(':')[0]}:{port}"
@@ -302,11 +303,14 @@ async def running_server(settings: Settings) -> AsyncIterator[Server]:
 
 
 def _interceptors(
-    settings: Settings, tokens: TokenLookup, watchers: tuple[CallInterceptor, ...]
+    settings: Settings, tokens: TokenLookup, monitoring: tuple[CallInterceptor, ...]
 ) -> tuple[CallInterceptor, ...]:
-    """What a call passes through, outermost first: what refuses it is told like any error, and has an id."""
+    """The interceptors of a call, outermost first.
+
+    The request id and error reporting come before the checks, so that a rejected call has an id and a rich status too.
+    """
     limits: tuple[CallInterceptor, ...] = (
         (RateLimit(settings.rate_limit, settings.rate_burst),) if settings.rate_limit else ()
     )
-    gate = Authentication(tokens, always=settings.auth == "tokens")
-    return (assign_request_id, *watchers, report_errors, gate, *limits, Deadlines(settings))
+    authentication = Authentication(tokens, always=settings.auth == "tokens")
+    return (assign_request_id, *monitoring, report_errors, authentication, *limits, Deadlines(settings))

@@ -1,8 +1,8 @@
-"""What a call tells those who watch it: where its time went, what was refused, what its best hit is taken for.
+"""Events of a call for metrics and traces: time of each stage, errors, decisions.
 
-Whoever does the work says so once, here, and knows of no metric and no trace. A stage of the guard listens for the
-time of a call (`resight.service.monitoring.metrics`, `resight.service.monitoring.tracing`); work outside of calls, such
-as a migration's, is heard by nobody.
+The code that does the work reports an event once, here, and does not depend on metrics or tracing. The interceptors of
+`resight.service.monitoring.metrics` and `resight.service.monitoring.tracing` register a listener for the duration of a
+call. Work outside of calls, such as a migration's, has no listener.
 """
 
 from __future__ import annotations
@@ -23,24 +23,29 @@ Stage = Literal["decode", "queue", "infer", "search", "rerank"]
 
 
 class CallListener(Protocol):
-    """Is told in the thread of the event loop."""
+    """Receives the events of a call, in the event loop's thread."""
 
-    def spent(self, stage: Stage, started_ns: int, ended_ns: int) -> None:
-        """A part of the call is done; `time.perf_counter_ns` at its ends."""
+    def stage_ended(self, stage: Stage, started_ns: int, ended_ns: int) -> None:
+        """A stage of the call has ended; times as of `time.perf_counter_ns`."""
 
-    def refused(self, error: ReIDError) -> None:
-        """The call, or one item of it, was answered with an error."""
+    def failed(self, error: ReIDError) -> None:
+        """The call, or one of its items, failed with an error."""
 
-    def searched(self, decisions: Sequence[Decision | None]) -> None:
-        """Queries were searched; what each one's best hit is taken for, None = nothing was fitted."""
+    def decided(self, decisions: Sequence[Decision | None]) -> None:
+        """Queries were searched; the decision on each one's best hit, None = the space has no calibration."""
 
 
 _listeners: ContextVar[tuple[CallListener, ...]] = ContextVar("resight_listeners", default=())
 
 
+def has_listeners() -> bool:
+    """Whether any listener is registered, so that events need to be computed."""
+    return bool(_listeners.get())
+
+
 @contextlib.contextmanager
 def listen_to_call(listener: CallListener) -> Iterator[None]:
-    """Tell a listener what the calls within the block tell."""
+    """Send the events of calls within the block to a listener."""
     token = _listeners.set((*_listeners.get(), listener))
     try:
         yield
@@ -49,27 +54,27 @@ def listen_to_call(listener: CallListener) -> Iterator[None]:
 
 
 def record_stage(stage: Stage, started_ns: int, ended_ns: int) -> None:
-    """Tell that a part of the call is done; `time.perf_counter_ns` at its ends."""
+    """Report that a stage has ended; times as of `time.perf_counter_ns`."""
     for listener in _listeners.get():
-        listener.spent(stage, started_ns, ended_ns)
+        listener.stage_ended(stage, started_ns, ended_ns)
 
 
 @contextlib.contextmanager
 def timed_stage(stage: Stage) -> Iterator[None]:
-    """Tell how long the block took, if it ends well."""
+    """Report the time of the block as a stage, unless it raises."""
     started_ns = time.perf_counter_ns()
     yield
     record_stage(stage, started_ns, time.perf_counter_ns())
 
 
 def record_decisions(decisions: Sequence[Decision | None]) -> None:
-    """Tell what the best hits of some queries are taken for."""
+    """Report the decisions on the best hits of some queries."""
     for listener in _listeners.get():
-        listener.searched(decisions)
+        listener.decided(decisions)
 
 
 def record_error(error: ReIDError, *, field: str = "") -> status_pb2.Status:
-    """An error as the other side is told it, as `resight.status.to_status`, and those who watch."""
+    """Report an error and return its status for the client, as `resight.status.to_status`."""
     for listener in _listeners.get():
-        listener.refused(error)
+        listener.failed(error)
     return to_status(error, field=field)

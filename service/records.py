@@ -1,4 +1,4 @@
-"""What a gallery holds and is asked for, as plain values. Times are microseconds since 1970, UTC."""
+"""Value types of the gallery: spaces, collections, entries, filters, hits. Times are microseconds since 1970, UTC."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from resight.calibration import Calibration
 
 
 def now_us() -> int:
-    """The wall clock. Only expiry and creation times read it; order comes from revisions."""
+    """The wall clock, for expiry and creation times only; writes are ordered by revisions."""
     return time.time_ns() // 1000
 
 
 @dataclass(frozen=True)
 class Space:
-    """Names where features came from; they compare only when ``space_id`` is equal.
+    """An embedding space; features are comparable only if their ``space_id`` is equal.
 
     Attributes:
-        model_version: when the bundle was made, ISO 8601.
-        calibration: what a similarity means there; None = nothing was fitted.
+        model_version: creation time of the bundle, ISO 8601.
+        calibration: maps similarities to probabilities; None = the bundle has none.
     """
 
     space_id: str
@@ -32,19 +32,19 @@ class Space:
 
 @dataclass(frozen=True)
 class Collection:
-    """A gallery, searched in one space.
+    """A named set of entries, searched in one space.
 
     Attributes:
         ttl_us: None = entries never expire.
-        key: its row in the store.
-        revision: the last committed write.
+        key: of its row in the database.
+        revision: of the last committed write.
         max_entries: 0 = no limit.
-        accept_probability: from here on a match; 0 = the calibration's own.
-        reject_probability: below it unknown; 0 = the calibration's own.
-        min_quality: crops below it are refused at enrolment.
-        previous_space_id: the one searched before; empty = there was none.
-        other_space_ids: spaces that new entries are written to besides ``space``.
-        version: counts changes of these settings and of the space.
+        accept_probability: a match at or above it; 0 = the calibration's threshold.
+        reject_probability: unknown below it; 0 = the calibration's threshold.
+        min_quality: enrolment rejects crops below it.
+        previous_space_id: the space searched before; empty = none.
+        other_space_ids: spaces in which new entries also get a feature.
+        version: incremented by every change of these settings or of the space.
     """
 
     name: str
@@ -63,18 +63,18 @@ class Collection:
 
     @property
     def etag(self) -> str:
-        """Differs after every change of the settings or the space, and for another collection of the same name."""
+        """Changes with the settings and the space, and differs for a recreated collection of the same name."""
         return f"{self.key:x}.{self.version:x}"
 
 
 @dataclass(frozen=True)
 class EntryRecord:
-    """One enrolled feature's description. Empty strings and None stand for what the caller did not tell.
+    """The metadata of an enrolled feature. Empty strings and None are fields that the caller did not set.
 
     Attributes:
         quality: 0..1, of the crops.
-        shot_count: crops averaged into the feature; 0 = the caller's own feature.
-        etag: differs after every change, and for another entry of the same id.
+        shot_count: crops averaged into the feature; 0 = the caller sent a feature.
+        etag: changes with every update, and differs for a replaced entry of the same id.
     """
 
     entry_id: str
@@ -92,15 +92,15 @@ class EntryRecord:
 
 @dataclass(frozen=True)
 class Enrolment:
-    """An entry on its way into the store.
+    """A new entry, ready to be stored.
 
     Attributes:
         feature: float32 (D,), unit length, in the collection's space.
-        crops: image bytes as they came; kept only where the collection says so.
-        replace: an entry of the same id gives way.
-        request_id: makes a replay answer what the first call did; empty = none.
-        digest: of the whole request, to notice a request_id used for another one.
-        others: features in the collection's other spaces, by space id.
+        crops: the image files as received; stored only if the collection keeps crops.
+        replace: overwrite an existing entry of the same id.
+        request_id: idempotency key: a retry returns the result of the first call; empty = none.
+        digest: of the whole request, to detect a request_id that is reused for a different one.
+        others: (space id, feature) for the collection's other spaces.
     """
 
     entry: EntryRecord
@@ -114,7 +114,7 @@ class Enrolment:
 
 @dataclass(frozen=True)
 class Enrolled:
-    """The answer to an enrolment that is on disk."""
+    """A committed enrolment."""
 
     entry: EntryRecord
     revision: int
@@ -123,7 +123,7 @@ class Enrolled:
 
 @dataclass(frozen=True)
 class Filter:
-    """AND of what is set, OR within a list; the meaning of each is told in ``gallery.proto``."""
+    """AND of the set fields, OR within a list; ``gallery.proto`` describes each field."""
 
     camera_ids: tuple[str, ...] = ()
     exclude_camera_ids: tuple[str, ...] = ()
@@ -139,7 +139,7 @@ class Filter:
 
     @property
     def selective(self) -> bool:
-        """It names what to keep, so that few entries pass; the others name what to leave out."""
+        """Whether it includes by value, so that few entries pass, rather than only excludes."""
         return bool(self.camera_ids or self.track_ids or self.subject_ids or self.labels) or (
             self.start_us is not None or self.end_us is not None
         )
@@ -147,7 +147,7 @@ class Filter:
 
 @dataclass(frozen=True)
 class Hit:
-    """An entry found, with its cosine similarity, -1..1, and, where asked for, its feature."""
+    """A found entry with its cosine similarity, -1..1, and its feature if requested."""
 
     entry: EntryRecord
     similarity: float

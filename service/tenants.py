@@ -1,12 +1,12 @@
-"""The galleries of a data folder, one database for each tenant, opened on first use, and their retention.
+"""The tenants of a data folder, each with its own database, opened on first use; and data retention.
 
 An erasure, a snapshot or a full disk of one tenant does not affect another. The tenant comes from the credential
 (`resight.service.access.auth`), never from a request. The default tenant's database is in the data folder itself, the
-others' in ``tenants/NAME/``; the folder's one lock covers all.
+others' in ``tenants/NAME/``; the lock of the data folder covers all of them.
 
-Retention removes expired entries, old requests, audit rows and statistics, retired spaces and erased subjects from the
-disk. It works on the database alone, so it runs for every tenant whether its gallery is in use or not. Answers leave
-expired entries out from the instant they expire.
+Retention deletes expired entries, old request ids, audit rows and statistics, retired spaces, and erased subjects from
+snapshots. It uses only the database, so it also runs for tenants that are not open. Search results exclude entries from
+the moment they expire.
 """
 
 from __future__ import annotations
@@ -41,135 +41,137 @@ from resight.service.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-IDLE_S = 120.0  # since it was last asked for; longer than any call may take that does not hold it
+IDLE_S = 120.0  # since the last use; longer than any call that does not hold a lease may take
 
 
 @dataclass
 class Tenant:
-    """One tenant's open gallery and what is kept about it."""
+    """An open tenant.
+
+    Attributes:
+        last_used_s: in `time.monotonic` seconds.
+        users: leases held, by calls that may take longer than `IDLE_S`.
+    """
 
     name: str
     store: Store
     gallery: Gallery
     audit: AuditLog
     operations: Operations
-    asked_s: float = field(default_factory=time.monotonic)
-    users: int = 0  # calls that may take longer than `IDLE_S`
+    last_used_s: float = field(default_factory=time.monotonic)
+    users: int = 0
 
 
 class Tenants:
-    """The tenants of a data folder, whose lock the caller holds. `start` and `stop` it in the event loop.
+    """The tenants of a data folder; the caller holds its lock. `start` and `stop` it in the event loop.
 
     Args:
         folder: the data folder.
         settings: of the server.
-        dim: of the features to come; see `resight.service.storage.store.Store`.
-        make: a gallery over a tenant's store, not yet started.
+        dim: feature dimension of new databases; see `resight.service.storage.store.Store`.
+        make: creates the gallery of a tenant's store, not yet started.
 
     Attributes:
-        purged_s: when a purge last ended well, in `time.monotonic` seconds; before the first, the start.
+        purged_s: end of the last successful purge, in `time.monotonic` seconds; initially the start.
     """
 
     def __init__(self, folder: Path, settings: Settings, *, dim: int, make: Callable[[Store], Gallery]) -> None:
         self._folder, self._settings, self._dim, self._make = folder, settings, dim, make
-        self._kept = RetentionPeriods(audit_s=settings.audit_retention_s, space_s=settings.keep_retired_space_s)
+        self._retention = RetentionPeriods(audit_s=settings.audit_retention_s, space_s=settings.keep_retired_space_s)
         self._open: dict[str, Tenant] = {}
-        self._turn = asyncio.Lock()
-        self._purging: asyncio.Task[None] | None = None
+        self._lock = asyncio.Lock()
+        self._purge_task: asyncio.Task[None] | None = None
         self.purged_s = time.monotonic()
 
     async def start(self) -> None:
-        """Open the default tenant, so that a mistake shows at once, and begin to purge.
+        """Open the default tenant, so that an unusable database shows at once, and start to purge.
 
         Raises:
             StoreError: its database is damaged or newer than this program.
-            StorageFullError: it cannot be made.
+            StorageFullError: its folder cannot be created.
         """
         await self.tenant(DEFAULT_TENANT)
-        self._purging = asyncio.create_task(self._purge_forever(), name="purge")
+        self._purge_task = asyncio.create_task(self._purge_forever(), name="purge")
 
     async def stop(self) -> None:
-        """Close all; what was answered is on the disk."""
-        if self._purging is not None:
-            self._purging.cancel()
+        """Close all tenants. Acknowledged writes are already on disk."""
+        if self._purge_task is not None:
+            self._purge_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._purging
+                await self._purge_task
         for tenant in list(self._open.values()):
             await self._close(tenant)
 
     async def gallery(self, name: str) -> Gallery:
-        """A tenant's gallery; see `tenant`. Ask for it in every call anew, and keep it no longer than the call."""
+        """A tenant's gallery; see `tenant`. It is valid for the current call only: get it again in every call."""
         return (await self.tenant(name)).gallery
 
     async def tenant(self, name: str) -> Tenant:
-        """A tenant, opened if need be; one that is new gets an empty gallery.
+        """A tenant, opened if necessary; a new tenant gets an empty gallery.
 
         Raises:
-            InputError: no name of a tenant.
-            OverloadedError: as many are in use as may be open.
+            InputError: the name is not valid.
+            OverloadedError: ``max_tenants_open`` tenants are in use.
             StoreError: the database is damaged or newer than this program.
-            StorageFullError: it cannot be made.
+            StorageFullError: its folder cannot be created.
         """
         found = self._open.get(name)
         if found is None:
-            async with self._turn:  # opening takes a while; asked for twice, it is opened once
-                found = self._open.get(name) or await self._opened(name)
-        found.asked_s = time.monotonic()
+            async with self._lock:  # concurrent calls open it only once
+                found = self._open.get(name) or await self._open_tenant(name)
+        found.last_used_s = time.monotonic()
         return found
 
     @contextlib.asynccontextmanager
-    async def held(self, name: str) -> AsyncIterator[Tenant]:
-        """A tenant that stays open for the time of the block, for calls without an end of their own; see `tenant`."""
+    async def lease(self, name: str) -> AsyncIterator[Tenant]:
+        """A tenant that stays open within the block, for calls of unbounded duration; see `tenant`."""
         found = await self.tenant(name)
         found.users += 1
         try:
             yield found
         finally:
             found.users -= 1
-            found.asked_s = time.monotonic()
+            found.last_used_s = time.monotonic()
 
-    def opened(self) -> list[Tenant]:
-        """Those whose gallery is in memory, by name."""
+    def open_tenants(self) -> list[Tenant]:
+        """The tenants that are open, sorted by name."""
         return [self._open[name] for name in sorted(self._open)]
 
     def names(self) -> Iterator[str]:
-        """All tenants with a database, open or not."""
+        """Names of all tenants with a database, open or not."""
         yield DEFAULT_TENANT
         for path in sorted((self._folder / TENANTS_FOLDER).glob("*")):
             if TENANT_NAME.fullmatch(path.name) and not path.is_symlink() and (path / DATABASE_FILE).is_file():
                 yield path.name
 
     async def unfinished(self, kind: str) -> list[str]:
-        """Tenants, open or not, with a long operation that the end of a process interrupted."""
+        """Names of tenants, open or not, with an unfinished operation of a kind, from before a restart."""
         return [name for name in self.names() if await asyncio.to_thread(self._unfinished, name, kind)]
 
     def _unfinished(self, name: str, kind: str) -> bool:
-        """Read beside the store: opening a tenant builds its indexes, which most need not."""
+        """Read the database directly: opening the tenant would build its indexes."""
         with contextlib.closing(connect(tenant_folder(self._folder, name) / DATABASE_FILE, read_only=True)) as database:
-            states = [
-                OperationState.PENDING,
-                OperationState.RUNNING,
-                OperationState.INTERRUPTED,
-            ]  # the first two until its gallery is opened
+            # Opening a tenant turns PENDING and RUNNING into INTERRUPTED.
+            states = [OperationState.PENDING, OperationState.RUNNING, OperationState.INTERRUPTED]
             marks = ", ".join("?" * len(states))
             sql = f"SELECT 1 FROM operation WHERE kind = ? AND state IN ({marks}) LIMIT 1"
             try:
                 return database.execute(sql, (kind, *states)).fetchone() is not None
-            except sqlite3.Error as error:  # of an older schema, or damaged: told when somebody opens it
+            except sqlite3.Error as error:  # older schema or damaged: opening it reports the error
                 log.warning("the operations of tenant %s cannot be read: %s", name, error)
                 return False
 
     async def purge(self) -> None:
-        """Remove what has had its time, also of tenants whose gallery nobody uses; one that fails stops no other."""
-        good = True
+        """Run retention for every tenant, open or not; a failure of one does not stop the others."""
+        succeeded = True
         for name in list(self.names()):
             try:
-                async with self._turn:
+                async with self._lock:
                     await self._purge(name)
             except ReIDError:
-                good = False
-                log.exception("the purge of tenant %s failed and is tried again", name)
-        if good:
+                succeeded = False
+                log.exception("purge of tenant %s failed, it will be retried", name)
+        if succeeded:
             self.purged_s = time.monotonic()
 
     async def _purge(self, name: str) -> None:
@@ -177,11 +179,11 @@ class Tenants:
         if tenant is not None:
             for collection in await tenant.store.read(reads.collections, limit=-1):
                 tenant.gallery.searcher.follow(collection)
-            await purge_expired(tenant.store, self._kept, taken_in=tenant.gallery.searcher.revisions())
+            await purge_expired(tenant.store, self._retention, indexed=tenant.gallery.searcher.revisions())
             return
         store = await asyncio.to_thread(self._store, name)
         try:
-            await purge_expired(store, self._kept)
+            await purge_expired(store, self._retention)
         finally:
             await asyncio.to_thread(store.close)
 
@@ -190,22 +192,22 @@ class Tenants:
             await asyncio.sleep(self._settings.purge_interval_s)
             await self.purge()
 
-    async def _opened(self, name: str) -> Tenant:
-        place = tenant_folder(self._folder, name)
+    async def _open_tenant(self, name: str) -> Tenant:
+        path = tenant_folder(self._folder, name)
         if len(self._open) >= self._settings.max_tenants_open:
             await self._close_idle()
         try:
-            place.parent.mkdir(mode=0o700, exist_ok=True)
-            place.mkdir(mode=0o700, exist_ok=True)
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            path.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
-            raise StorageFullError(f"the folder of tenant {name} cannot be made: {error.strerror}") from error
-        if place.is_symlink():
-            raise InputError(f"the folder of tenant {name} is a link: put the folder itself there")
+            raise StorageFullError(f"cannot create the folder of tenant {name}: {error.strerror}") from error
+        if path.is_symlink():
+            raise InputError(f"the folder of tenant {name} is a symbolic link: replace it by a real folder")
         store = await asyncio.to_thread(self._store, name)
         try:
             gallery = self._make(store)
             operations = Operations(store)
-            await operations.recover()
+            await operations.interrupt_unfinished()
             await gallery.start()
         except BaseException:
             await asyncio.to_thread(store.close)
@@ -218,13 +220,13 @@ class Tenants:
 
     def _store(self, name: str) -> Store:
         path, settings = tenant_folder(self._folder, name) / DATABASE_FILE, self._settings
-        mark = DiskWatermark(path.parent, low_bytes=settings.disk_low_bytes, low_percent=settings.disk_low_percent)
-        return Store(path, dim=self._dim, quick_check_s=settings.quick_check_s, watermark=mark)
+        watermark = DiskWatermark(path.parent, low_bytes=settings.disk_low_bytes, low_percent=settings.disk_low_percent)
+        return Store(path, dim=self._dim, quick_check_s=settings.quick_check_s, watermark=watermark)
 
     async def _close_idle(self) -> None:
-        """Close the one that was not asked for longest, if nobody can still use it."""
-        for tenant in sorted(self._open.values(), key=lambda one: one.asked_s):
-            idle = time.monotonic() - tenant.asked_s >= IDLE_S and not tenant.users
+        """Close the least recently used tenant that is idle, or raise OverloadedError."""
+        for tenant in sorted(self._open.values(), key=lambda one: one.last_used_s):
+            idle = time.monotonic() - tenant.last_used_s >= IDLE_S and not tenant.users
             if tenant.name != DEFAULT_TENANT and idle and not await tenant.operations.any_running():
                 await self._close(tenant)
                 return
@@ -244,36 +246,36 @@ class Tenants:
 
 @dataclass(frozen=True)
 class RetentionPeriods:
-    """How long is kept what nobody needs any more, in seconds.
+    """How long data is kept, in seconds.
 
     Attributes:
-        audit_s: rows of the audit; a day at least.
-        space_s: features of a space that another one has taken the place of, for the way back.
+        audit_s: audit rows; at least a day.
+        space_s: features of a previous space, for switching back.
     """
 
     audit_s: float
     space_s: float
 
 
-async def purge_expired(store: Store, kept: RetentionPeriods, *, taken_in: Sequence[tuple[int, int]] = ()) -> None:
-    """Remove what has had its time; each step by itself, and in parts, so that enrolments do not wait.
+async def purge_expired(store: Store, retention: RetentionPeriods, *, indexed: Sequence[tuple[int, int]] = ()) -> None:
+    """Delete data whose retention period has ended, in small transactions so that enrolments are not blocked.
 
     Args:
-        store: whose.
-        kept: how long.
-        taken_in: (collection key, revision) that indexes have reached: the change log up to there goes.
+        store: of the tenant.
+        retention: the periods.
+        indexed: (collection key, revision) reached by the indexes; the change log up to there is deleted.
 
     Raises:
-        StorageFullError: the disk takes nothing, not even a deletion.
+        StorageFullError: the disk is full even for a deletion.
         StoreError: the database is damaged.
     """
     while await store.read(reads.any_expired):
         await store.erase(writes.purge)
-    retired_us = now_us() - int(kept.space_s * 1e6)
+    retired_us = now_us() - int(retention.space_s * 1e6)
     for name, space_id in await store.read(spaces.spaces_retired_before, retired_us):
         dropped = await store.erase(spaces.drop_retired_space, name, space_id, retired_us)
         log.info("space dropped collection=%s space=%s features=%d", name, space_id, dropped)
-    await audit.purge_older_events(store, kept.audit_s)
-    await store.book(statistics.purge_counts)
-    await store.book(writes.purge_requests, taken_in)
+    await audit.purge_older_events(store, retention.audit_s)
+    await store.write_unchecked(statistics.purge_counts)
+    await store.write_unchecked(writes.purge_requests, indexed)
     await erase_from_snapshots(store)

@@ -1,4 +1,4 @@
-"""Slow, loop-written versions of what links between crops mean for labels."""
+"""Loop implementations of links as constraints on labels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 Link = tuple[int, int, bool]
 
 
-def closed(links: Sequence[Link], count: int) -> list[int]:
+def link_groups(links: Sequence[Link], count: int) -> list[int]:
     """Group of each crop by its must-links, numbered by first crop."""
     group = list(range(count))
     changed = True
@@ -19,24 +19,24 @@ def closed(links: Sequence[Link], count: int) -> list[int]:
             if same and group[one] != group[other]:
                 group[one] = group[other] = min(group[one], group[other])
                 changed = True
-    return renumbered(group)
+    return renumber(group)
 
 
-def renumbered(labels: Sequence[int]) -> list[int]:
-    """0, 1, ... in the order of first appearance; -1 stays."""
+def renumber(labels: Sequence[int]) -> list[int]:
+    """Labels 0, 1, ... in the order of first appearance; -1 is unchanged."""
     numbers: dict[int, int] = {}
     return [-1 if label == -1 else numbers.setdefault(label, len(numbers)) for label in labels]
 
 
 def contradicted(links: Sequence[Link], count: int) -> set[int]:
     """Groups whose must-links join two crops with a cannot-link."""
-    group = closed(links, count)
+    group = link_groups(links, count)
     return {group[one] for one, other, same in links if not same and group[one] == group[other]}
 
 
-def bent(distance: np.ndarray, links: Sequence[Link]) -> np.ndarray:
-    """Must-linked pairs 0 apart; cannot-linked groups 1, every crop of one from every crop of the other."""
-    out, group = distance.copy(), closed(links, len(distance))
+def adjusted_distances(distance: np.ndarray, links: Sequence[Link]) -> np.ndarray:
+    """Distances with 0 for must-links and 1 between all crops of cannot-linked groups."""
+    out, group = distance.copy(), link_groups(links, len(distance))
     for one, other, same in links:
         if same:
             out[one, other] = out[other, one] = 0
@@ -49,42 +49,42 @@ def bent(distance: np.ndarray, links: Sequence[Link]) -> np.ndarray:
     return out
 
 
-def forced(labels: Sequence[int], links: Sequence[Link], distance: np.ndarray) -> list[int]:
-    """Labels that obey the links: must-linked crops united, clusters with a cannot-link built up again.
+def repaired_labels(labels: Sequence[int], links: Sequence[Link], distance: np.ndarray) -> list[int]:
+    """Labels that satisfy the links: must-linked crops merged, clusters with a cannot-link rebuilt.
 
-    Distances are `bent` already; those of 1 are no edges.
+    Distances are those of `adjusted_distances`; a distance of 1 is no edge.
     """
     found, n = list(labels), len(labels)
-    group = closed(links, n)
+    group = link_groups(links, n)
     fresh = max([*found, -1]) + 1
-    for i in range(n):  # linked outliers become clusters of their own, to be united
+    for i in range(n):  # linked outliers become separate clusters that are merged below
         if found[i] == -1 and group.count(group[i]) > 1:
             found[i], fresh = fresh, fresh + 1
     for one, other, same in links:
         if same:
-            lost, kept = found[other], found[one]
-            found = [kept if label == lost else label for label in found]
+            old, new = found[other], found[one]
+            found = [new if label == old else label for label in found]
     for label in sorted(set(found) - {-1}):
-        foes = {frozenset((group[a], group[b])) for a, b, same in links if not same and found[a] == found[b] == label}
-        if foes:
+        cannot = {frozenset((group[a], group[b])) for a, b, same in links if not same and found[a] == found[b] == label}
+        if cannot:
             members = [i for i in range(n) if found[i] == label]
-            for part in agglomerated(members, group, foes, distance):
+            for part in agglomerated(members, group, cannot, distance):
                 for i in part:
                     found[i] = fresh if len(part) > 1 else -1
                 fresh += 1
-    return renumbered(found)
+    return renumber(found)
 
 
 def agglomerated(
-    members: Sequence[int], group: Sequence[int], foes: set[frozenset[int]], distance: np.ndarray
+    members: Sequence[int], group: Sequence[int], cannot: set[frozenset[int]], distance: np.ndarray
 ) -> list[list[int]]:
-    """Single linkage from groups on, the nearest two parts first that are not two persons."""
+    """Single linkage of groups, nearest parts first, without joining cannot-linked groups."""
     parts = [[i for i in members if group[i] == g] for g in sorted({group[i] for i in members})]
     while True:
         tried = []
         for a in range(len(parts)):
             for b in range(a + 1, len(parts)):
-                if not any(frozenset((group[i], group[j])) in foes for i in parts[a] for j in parts[b]):
+                if not any(frozenset((group[i], group[j])) in cannot for i in parts[a] for j in parts[b]):
                     tried.append((min(distance[i, j] for i in parts[a] for j in parts[b]), a, b))
         if not tried or min(tried)[0] >= 1:
             return parts

@@ -147,8 +147,8 @@ async def erase(worker: Worker) -> None:
 
 
 async def purge(worker: Worker) -> None:
-    await worker.store.book(writes.purge_requests, worker.searcher.revisions())
-    worker.audit.note(AuditEvent("storm", "SearchService.Search"))
+    await worker.store.write_unchecked(writes.purge_requests, worker.searcher.revisions())
+    worker.audit.add(AuditEvent("storm", "SearchService.Search"))
     await worker.audit.flush()
 
 

@@ -63,7 +63,7 @@ ALLOWED = {
     "service.monitoring": "core bundle runtime client v1 service service.storage service.access service.inference "
     "service.index service.search service.jobs",
 }
-TORCH_PACKAGES = ("resight.encoder", "resight.neighbours", "resight.training", "resight.exporters")
+TORCH_PACKAGES = ("resight.encoder", "resight.neighbours.search", "resight.training", "resight.exporters")
 HEAVY = ("torch", "torchvision", "faiss", "onnx", "onnxruntime", "sklearn", "scipy")
 MAX_MODULES, MAX_LINES, MIN_LINES, MAX_FUNCTION_LINES = 15, 800, 30, 60
 SMALL_ON_PURPOSE = {

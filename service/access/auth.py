@@ -1,11 +1,11 @@
-"""Roles, principals, API tokens, and the least role of every method.
+"""Roles, principals, API tokens, and the role that each method requires.
 
-`resight.service.access.interceptors` sets the principal of a call; servicers ask `current` for it, before they hand
-work to another task or thread that serves several callers.
+`resight.service.access.interceptors` sets the principal of a call. Servicers read it with `current`, before they pass
+work to a task or thread that serves several callers.
 
-Tokens have 256 random bits, are shown once, when they are made, and are kept as SHA-256 in ``DATA/tokens.json``; a fast
-hash is enough, since they cannot be guessed. `resight token` writes the file while a server runs, and the server reads
-it again within half a second.
+Tokens have 256 random bits, are shown once at creation, and are stored as SHA-256 in ``DATA/tokens.json``; a fast hash
+is sufficient, since tokens cannot be guessed. `resight token` may change the file while a server runs; the server
+reloads it within half a second.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import enum
-import fcntl
 import hashlib
 import hmac
 import json
@@ -29,13 +28,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from filelock import FileLock
+
 from resight.errors import FormatError, InputError, NotFoundError
 from resight.files import write_atomic
+from resight.locks import OWNER_ONLY
 from resight.service.records import DEFAULT_TENANT
 
 
 class Role(enum.IntEnum):
-    """What a principal may do; each role may do all that the ones below it may."""
+    """The permissions of a principal; each role includes the ones below it."""
 
     READER = 1
     ENROLLER = 2
@@ -44,18 +46,18 @@ class Role(enum.IntEnum):
 
     @property
     def word(self) -> str:
-        """The name as it stands in files, flags and messages."""
+        """The name used in files, flags and messages."""
         return self.name.lower()
 
 
 @dataclass(frozen=True)
 class Principal:
-    """Who calls.
+    """The authenticated caller.
 
     Attributes:
-        name: of the credential, for the audit log and the limits on rate.
-        tenant: whose galleries they see; never taken from a request.
-        role: what they may do.
+        name: of the credential, for the audit and the rate limit.
+        tenant: the tenant whose gallery they use; never taken from a request.
+        role: their permissions.
     """
 
     name: str
@@ -68,13 +70,13 @@ _principal: ContextVar[Principal] = ContextVar("resight_principal", default=ANON
 
 
 def current() -> Principal:
-    """Who makes the call that this code serves; ``anonymous``, an admin, where authentication is off."""
+    """The principal of the current call; `ANONYMOUS_ADMIN` if authentication is off."""
     return _principal.get()
 
 
 @contextlib.contextmanager
 def acting_as(principal: Principal) -> Iterator[None]:
-    """Make a principal the `current` one within the block."""
+    """Set the `current` principal within the block."""
     token = _principal.set(principal)
     try:
         yield
@@ -86,7 +88,7 @@ def _methods(service: str, role: Role | None, *names: str) -> dict[str, Role | N
     return {f"/{service}/{name}": role for name in names}
 
 
-# None = anybody: a balancer's health check carries no credential.
+# None = no authentication: a load balancer's health check carries no credential.
 REQUIRED_ROLES = MappingProxyType(
     _methods("resight.v1.EmbeddingService", Role.READER, "Embed", "BatchEmbed", "StreamEmbed")
     | _methods("resight.v1.SearchService", Role.READER, "Search", "BatchSearch", "StreamSearch", "Verify")
@@ -112,34 +114,34 @@ REQUIRED_ROLES = MappingProxyType(
 
 
 def required_role(method: str) -> Role | None:
-    """The least role for a method, by its full name (``/resight.v1.SearchService/Search``).
+    """The minimum role for a method, by its full name (``/resight.v1.SearchService/Search``).
 
-    A method that the table does not know is for admins: nothing opens by being forgotten.
+    Methods that are missing in the table require ADMIN, so that an omission grants no access.
     """
     return REQUIRED_ROLES.get(method, Role.ADMIN)
 
 
 TOKENS_FILE = "tokens.json"
-TOKEN_PREFIX = "rst_"  # lets scanners of repositories and logs find a leaked one
+TOKEN_PREFIX = "rst_"  # lets secret scanners recognise a leaked token
 RANDOM_BYTES = 32
-RELOAD_EVERY_S = 0.5  # a revocation counts within a second
+RELOAD_EVERY_S = 0.5  # a revocation takes effect within a second
 TOKENS_SCHEMA_VERSION = 1
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")  # tenants become folders
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")  # also a tenant's folder name
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FIELDS = {"name", "tenant", "role", "sha256", "created", "expires"}
 
 
 @dataclass(frozen=True)
 class Token:
-    """What is kept of a token.
+    """A stored token: its hash and permissions.
 
     Attributes:
-        name: whose it is; several of one name may be active, so that one can replace another.
-        tenant: whose galleries it opens.
-        role: what it allows.
+        name: of the principal; several tokens of one name may be active, which allows rotation.
+        tenant: whose gallery it gives access to.
+        role: the permissions it grants.
         sha256: of the token's text, hexadecimal.
-        created: when it was made, UTC.
-        expires: when it stops to count, UTC; None = never.
+        created: creation time, UTC.
+        expires: end of validity, UTC; None = never.
     """
 
     name: str
@@ -151,29 +153,29 @@ class Token:
 
     @property
     def token_id(self) -> str:
-        """Names this one among tokens of a name; tells nothing of its text."""
+        """Distinguishes tokens of one name; a prefix of the hash, which reveals nothing of the text."""
         return self.sha256[:8]
 
     def active(self, now: datetime) -> bool:
-        """Whether it counts at a moment."""
+        """Whether it is valid at a time."""
         return self.expires is None or now < self.expires
 
 
 class TokenFile:
-    """The tokens of a data folder."""
+    """The token file of a data folder."""
 
     def __init__(self, data: Path) -> None:
         self.path = data / TOKENS_FILE
 
     def exists(self) -> bool:
-        """Whether a token was ever made here; an empty file still asks for one."""
+        """Whether a token was ever created here; the file remains when all tokens are revoked."""
         return self.path.exists()
 
     def read(self) -> list[Token]:
-        """All tokens, expired ones too; none where there is no file.
+        """All tokens, including expired ones; empty if there is no file.
 
         Raises:
-            FormatError: the file is damaged, or others may write or read it.
+            FormatError: the file is damaged, or other users can read or write it.
         """
         try:
             with self.path.open("rb") as file:
@@ -182,122 +184,127 @@ class TokenFile:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise FormatError(f"{self.path} cannot be read: {error.strerror}: let the server's user read it") from error
+            raise FormatError(
+                f"{self.path} cannot be read: {error.strerror}: give the server's user read access"
+            ) from error
         if mode & 0o077:
-            raise FormatError(f"{self.path} is open to others (mode {mode & 0o777:04o}): chmod 600 it")
+            raise FormatError(f"{self.path} is accessible to other users (mode {mode & 0o777:04o}): chmod 600 it")
         try:
-            whole = json.loads(text)
-            if not isinstance(whole, dict) or whole.keys() != {"schema_version", "tokens"}:
-                raise ValueError("an object with schema_version and tokens is expected")
-            if whole["schema_version"] != TOKENS_SCHEMA_VERSION:
+            content = json.loads(text)
+            if not isinstance(content, dict) or content.keys() != {"schema_version", "tokens"}:
+                raise ValueError("expected an object with schema_version and tokens")
+            if content["schema_version"] != TOKENS_SCHEMA_VERSION:
                 raise ValueError(
-                    f"schema_version {TOKENS_SCHEMA_VERSION} is expected, found {whole['schema_version']!r}"
+                    f"expected schema_version {TOKENS_SCHEMA_VERSION}, found {content['schema_version']!r}"
                 )
-            return [_parse_token(one) for one in whole["tokens"]]
+            return [_parse_token(one) for one in content["tokens"]]
         except (ValueError, TypeError) as error:
-            raise FormatError(f"{self.path} is damaged ({error}): restore it, or make the tokens anew") from error
+            raise FormatError(
+                f"{self.path} is damaged ({error}): restore it, or delete it and create new tokens"
+            ) from error
 
     def create(
-        self, name: str, role: Role, *, tenant: str = DEFAULT_TENANT, lives: timedelta | None = None
+        self, name: str, role: Role, *, tenant: str = DEFAULT_TENANT, lifetime: timedelta | None = None
     ) -> tuple[str, Token]:
-        """Make a token and keep its hash.
+        """Create a token and store its hash.
 
         Returns:
-            The token's text, which nothing can tell again, and what is kept.
+            The token's text, which cannot be recovered later, and the stored token.
 
         Raises:
-            InputError: a name or tenant that is not 1-63 of ``a-z 0-9 . _ -``.
+            InputError: a name or tenant that is not 1-63 characters of ``a-z 0-9 . _ -``.
         """
         for what, text in (("name", name), ("tenant", tenant)):
             if not _NAME.fullmatch(text):
-                raise InputError(f"a {what} is 1-63 of a-z 0-9 . _ -, not . _ or - first; found {text!r}")
+                raise InputError(
+                    f"a {what} has 1-63 characters a-z 0-9 . _ - and starts with a letter or digit; found {text!r}"
+                )
         now = datetime.now(UTC).replace(microsecond=0)
         secret = TOKEN_PREFIX + base64.b32encode(secrets.token_bytes(RANDOM_BYTES)).decode().rstrip("=").lower()
-        token = Token(name, tenant, role, token_digest(secret), now, None if lives is None else now + lives)
-        with self._changing() as tokens:
+        token = Token(name, tenant, role, token_digest(secret), now, None if lifetime is None else now + lifetime)
+        with self._update() as tokens:
             tokens.append(token)
         return secret, token
 
     def revoke(self, name: str, *, token_id: str | None = None) -> int:
-        """Take tokens away: all of a name, or the one of an id; returns how many.
+        """Revoke all tokens of a name, or the one with an id; returns how many.
 
         Raises:
             NotFoundError: there is none.
         """
-        with self._changing() as tokens:
+        with self._update() as tokens:
             kept = [one for one in tokens if one.name != name or token_id not in (None, one.token_id)]
-            gone = len(tokens) - len(kept)
-            if not gone:
-                raise NotFoundError(f"there is no such token of {name}: see `resight token list`")
+            revoked = len(tokens) - len(kept)
+            if not revoked:
+                raise NotFoundError(f"{name} has no such token: see `resight token list`")
             tokens[:] = kept
-        return gone
+        return revoked
 
     @contextlib.contextmanager
-    def _changing(self) -> Iterator[list[Token]]:
-        """The list, written back at the end; one process at a time changes it."""
+    def _update(self) -> Iterator[list[Token]]:
+        """The list of tokens, written back on exit; locked against concurrent changes."""
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(self.path.with_suffix(".lock"), mode=OWNER_ONLY):
             tokens = self.read()
             yield tokens
-            written = {"schema_version": TOKENS_SCHEMA_VERSION, "tokens": [_token_fields(one) for one in tokens]}
-            write_atomic(self.path, (json.dumps(written, indent=1) + "\n").encode(), mode=0o600)
-        finally:
-            os.close(lock)
+            content = {"schema_version": TOKENS_SCHEMA_VERSION, "tokens": [_token_fields(one) for one in tokens]}
+            write_atomic(self.path, (json.dumps(content, indent=1) + "\n").encode(), mode=0o600)
 
 
 class TokenLookup:
-    """The tokens of a running server: follows the file, and finds whose a token is.
+    """Looks up tokens for a running server, and reloads the file when it changes.
 
     Args:
         file: of the data folder.
 
     Raises:
         FormatError: the file is damaged.
+
+    Attributes:
+        required: whether a token was ever created, so that authentication is on.
     """
 
     def __init__(self, file: TokenFile) -> None:
         self._file = file
         self._seen = self._stamp()
         self._tokens: Sequence[tuple[bytes, Token]] = _hashed(file.read())
-        self._look_again = time.monotonic() + RELOAD_EVERY_S
-        self.asked = self._seen is not None  # stays true when the file goes: revoking all must not open the door
+        self._next_check = time.monotonic() + RELOAD_EVERY_S
+        self.required = self._seen is not None  # remains True if the file is deleted
 
     def find(self, secret: str) -> Principal | None:
-        """Whose token this is; None for one that is unknown, expired or revoked.
+        """The principal of a token; None if it is unknown, expired or revoked.
 
-        Every token is compared, in constant time, whatever is found.
+        All tokens are compared, each in constant time.
 
         Raises:
-            FormatError: the file was changed into something unreadable; nobody gets in until it is mended.
+            FormatError: the changed file is damaged; no token is accepted until it is repaired.
         """
-        self.follow()
+        self.reload()
         given, found = hashlib.sha256(secret.encode()).digest(), None
-        for kept, token in self._tokens:
-            if hmac.compare_digest(given, kept):
+        for digest, token in self._tokens:
+            if hmac.compare_digest(given, digest):
                 found = token
         if found is None or not found.active(datetime.now(UTC)):
             return None
         return Principal(found.name, found.tenant, found.role)
 
-    def follow(self) -> None:
-        """Read the file again if it changed; it is looked at twice a second at most.
+    def reload(self) -> None:
+        """Reload the file if it changed; checked at most twice a second.
 
         Raises:
-            FormatError: it is damaged; it is read again at the next call.
+            FormatError: it is damaged; the next call tries again.
         """
-        if time.monotonic() < self._look_again:
+        if time.monotonic() < self._next_check:
             return
         stamp = self._stamp()
         if stamp != self._seen:
             self._tokens = _hashed(self._file.read())
             self._seen = stamp
-            self.asked = True
-        self._look_again = time.monotonic() + RELOAD_EVERY_S
+            self.required = True
+        self._next_check = time.monotonic() + RELOAD_EVERY_S
 
     def _stamp(self) -> tuple[int, int, int, int] | None:
-        """What changes when the file does; its inode does, for each write replaces the file."""
+        """Identifies a version of the file; every write replaces the file, so its inode changes."""
         try:
             found = self._file.path.stat()
         except FileNotFoundError:
@@ -320,14 +327,14 @@ def _token_fields(token: Token) -> dict[str, Any]:
 
 
 def _parse_token(raw: Any) -> Token:
-    """One token of the file; ValueError or TypeError for anything else."""
+    """Parse one token of the file; raises ValueError or TypeError."""
     if not isinstance(raw, dict) or raw.keys() != _FIELDS:
-        raise ValueError(f"each token has {', '.join(sorted(_FIELDS))}")
+        raise ValueError(f"expected a token with {', '.join(sorted(_FIELDS))}")
     if not (_NAME.fullmatch(raw["name"]) and _NAME.fullmatch(raw["tenant"]) and _SHA256.fullmatch(raw["sha256"])):
-        raise ValueError("a name, tenant or sha256 is not well formed")
+        raise ValueError("invalid name, tenant or sha256")
     roles = {role.word: role for role in Role}
     if raw["role"] not in roles:
-        raise ValueError(f"a role is one of {', '.join(roles)}, found {raw['role']!r}")
+        raise ValueError(f"expected a role of {', '.join(roles)}, found {raw['role']!r}")
     expires = None if raw["expires"] is None else _parse_time(raw["expires"])
     return Token(raw["name"], raw["tenant"], roles[raw["role"]], raw["sha256"], _parse_time(raw["created"]), expires)
 
@@ -335,5 +342,5 @@ def _parse_token(raw: Any) -> Token:
 def _parse_time(text: str) -> datetime:
     found = datetime.fromisoformat(text)
     if found.tzinfo is None:
-        raise ValueError(f"a time has a zone, found {text!r}")
+        raise ValueError(f"expected a time with a zone, found {text!r}")
     return found

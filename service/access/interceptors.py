@@ -1,11 +1,11 @@
-"""The stages every call passes: request id, errors, authentication with role, rate limit, deadline.
+"""Call interceptors: request id, error conversion, authentication and authorisation, rate limit, deadline.
 
-A stage is an asynchronous context manager around the servicer's method: an exception before the method runs refuses
-the call. `resight.service.app` names the stages in their order, outermost first. Errors are converted outside the
-checks, so that a refusal is a rich status too.
+An interceptor is an asynchronous context manager around the servicer's method; raising before the method runs rejects
+the call. `resight.service.app` lists the interceptors in order, outermost first. Error conversion wraps the checks, so
+that a rejected call also gets a rich status.
 
-The request id comes from the client's ``x-request-id`` or is made here; it is in every log line and in the trailers.
-The rate limit is a token bucket for each principal, so that one camera's loop cannot starve the rest.
+The request id is the client's ``x-request-id`` or generated here; it is in every log line and in the trailers. The rate
+limit is a token bucket for each principal, so that one client in a loop cannot starve the others.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 @dataclass(slots=True)
 class ServerCall:
-    """One call on its way in.
+    """A call as interceptors see it.
 
     Attributes:
         method: full name, ``/resight.v1.SearchService/Search``.
-        context: of gRPC.
-        streaming: the answer is a stream, or the request.
-        trailers: metadata that goes out with the status, whatever it is.
+        context: gRPC's servicer context.
+        streaming: whether the request or the response is a stream.
+        trailers: trailing metadata, sent with every status.
     """
 
     method: str
@@ -75,7 +75,7 @@ class ServerCall:
     trailers: tuple[tuple[str, str | bytes], ...] = ()
 
     def code(self) -> grpc.StatusCode:
-        """What it was aborted with; gRPC keeps its number."""
+        """The status code it was aborted with; gRPC stores it as a number."""
         number = self.context.code()
         return next((code for code in grpc.StatusCode if number in (code, code.value[0])), grpc.StatusCode.UNKNOWN)
 
@@ -84,90 +84,89 @@ CallInterceptor = Callable[[ServerCall], AbstractAsyncContextManager[None]]
 
 
 def deadline_of(context: grpc.aio.ServicerContext[Any, Any], default_s: float) -> float:
-    """When the answer must be there, in `time.monotonic` seconds; the client's deadline or ours."""
+    """The deadline of a call in `time.monotonic` seconds: the client's, or ``default_s`` from now."""
     remaining_s = context.time_remaining()
     return time.monotonic() + (default_s if remaining_s is None else remaining_s)
 
 
 def check_batch(count: int, settings: Settings, field: str) -> None:
-    """Refuse an empty batch and one that is too large.
+    """Check the size of a batch.
 
     Raises:
         LimitError: outside 1..max_batch_items.
     """
     if not 1 <= count <= settings.max_batch_items:
         raise LimitError(
-            f"a batch has 1 to {settings.max_batch_items} items, found {count}: send it in parts",
+            f"a batch has 1 to {settings.max_batch_items} items, found {count}: split it",
             field=field,
             max_batch_items=settings.max_batch_items,
         )
 
 
 class InterceptorChain(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
-    """Leads every call, unary or streaming, through the stages to its method."""
+    """Runs every call, unary or streaming, inside the interceptors."""
 
-    def __init__(self, stages: Sequence[CallInterceptor]) -> None:
-        self._stages = tuple(stages)
+    def __init__(self, interceptors: Sequence[CallInterceptor]) -> None:
+        self._interceptors = tuple(interceptors)
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """Wrap a method of any of the four kinds; None, for a method nobody serves, stays None."""
+        """Wrap a method of any of the four kinds; returns None for an unknown method."""
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
         method, coders = str(handler_call_details.method), (handler.request_deserializer, handler.response_serializer)
         if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(self._guarded(method, handler.unary_unary), *coders)
+            return grpc.unary_unary_rpc_method_handler(self._wrap(method, handler.unary_unary), *coders)
         if handler.stream_unary is not None:
-            guarded = self._guarded(method, handler.stream_unary, streaming=True)
-            return grpc.stream_unary_rpc_method_handler(guarded, *coders)
+            wrapped = self._wrap(method, handler.stream_unary, streaming=True)
+            return grpc.stream_unary_rpc_method_handler(wrapped, *coders)
         if handler.unary_stream is not None:
-            guarded = self._guarded(method, _as_writer(handler.unary_stream), streaming=True)
-            return grpc.unary_stream_rpc_method_handler(guarded, *coders)
-        guarded = self._guarded(method, _as_writer(handler.stream_stream), streaming=True)
-        return grpc.stream_stream_rpc_method_handler(guarded, *coders)
+            wrapped = self._wrap(method, _write_stream(handler.unary_stream), streaming=True)
+            return grpc.unary_stream_rpc_method_handler(wrapped, *coders)
+        wrapped = self._wrap(method, _write_stream(handler.stream_stream), streaming=True)
+        return grpc.stream_stream_rpc_method_handler(wrapped, *coders)
 
-    def _guarded(self, method: str, inner: Any, *, streaming: bool = False) -> Any:
-        stages = self._stages
+    def _wrap(self, method: str, inner: Any, *, streaming: bool = False) -> Any:
+        interceptors = self._interceptors
 
-        async def through(request: Any, context: Context) -> Any:
+        async def handle(request: Any, context: Context) -> Any:
             call = ServerCall(method, context, streaming)
 
             async def step(number: int) -> Any:
-                if number == len(stages):
+                if number == len(interceptors):
                     return await inner(request, context)
-                async with stages[number](call):
+                async with interceptors[number](call):
                     return await step(number + 1)
 
             return await step(0)
 
-        return through
+        return handle
 
 
-def _as_writer(behaviour: Any) -> Any:
-    """A method with a stream of answers as one that writes them itself, so that one frame holds it to its end."""
+def _write_stream(behaviour: Any) -> Any:
+    """Turn a method that yields responses into one that writes them, so that the interceptors wrap the whole stream."""
 
     async def written(request: Any, context: Context) -> None:
-        answers = behaviour(request, context)
-        if not hasattr(answers, "__aiter__"):
-            await answers  # it writes them itself, as health's Watch does
+        responses = behaviour(request, context)
+        if not hasattr(responses, "__aiter__"):
+            await responses  # it writes them itself, like Watch of the health service
             return
-        async with contextlib.aclosing(answers):
-            async for answer in answers:
-                await context.write(answer)
+        async with contextlib.aclosing(responses):
+            async for response in responses:
+                await context.write(response)
 
     return written
 
 
 @contextlib.asynccontextmanager
 async def report_errors(call: ServerCall) -> AsyncIterator[None]:
-    """Answer every error as ``google.rpc.Status``.
+    """Convert every error into a ``google.rpc.Status``.
 
-    What nobody foresaw becomes INTERNAL with a correlation id that the log has too, and nothing else:
-    no path, no trace.
+    An unexpected error becomes INTERNAL with a correlation id that is also logged, without paths or stack traces.
     """
     try:
         yield
@@ -178,19 +177,19 @@ async def report_errors(call: ServerCall) -> AsyncIterator[None]:
         raise
     except Exception:
         status = internal_error_status(call.method)
-    answer = rpc_status.to_status(status)
-    await call.context.abort(answer.code, answer.details, (*answer.trailing_metadata, *call.trailers))
+    rich = rpc_status.to_status(status)
+    await call.context.abort(rich.code, rich.details, (*rich.trailing_metadata, *call.trailers))
 
 
 class Deadlines:
-    """Ends calls after their deadline, which is ours where the client set none; streams have only the client's."""
+    """Ends calls at the client's deadline, or at the default one; streams have no default deadline."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
     @contextlib.asynccontextmanager
     async def __call__(self, call: ServerCall) -> AsyncIterator[None]:
-        """Let the call run until its deadline."""
+        """Run the call until its deadline."""
         remaining_s: float | None = call.context.time_remaining()
         if remaining_s is None and not call.streaming:
             batch = call.method.rpartition("/")[2].startswith("Batch")
@@ -199,19 +198,19 @@ class Deadlines:
             async with asyncio.timeout(remaining_s) as timer:
                 yield
         except TimeoutError as error:
-            if not timer.expired():  # somebody else's timeout, which nobody foresaw
+            if not timer.expired():  # raised by the method itself: an unexpected error
                 raise
             raise DeadlineError(
-                "the deadline passed before the answer was ready: allow more time or send less"
+                "the deadline passed before the response was ready: allow more time or send less"
             ) from error
 
 
 def internal_error_status(method: str) -> status_pb2.Status:
-    """The status of an error that nobody foresaw, which the log tells in full; call it where it is handled."""
+    """Log the exception being handled, and return an INTERNAL status with a correlation id."""
     correlation = secrets.token_hex(8)
     log.exception("internal error method=%s correlation=%s", method, correlation)
     status = status_pb2.Status(
-        code=code_pb2.INTERNAL, message=f"internal error {correlation}: report it with this number and the server's log"
+        code=code_pb2.INTERNAL, message=f"internal error {correlation}: report it with this id and the server's log"
     )
     packed = any_pb2.Any()
     packed.Pack(error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN, metadata={"correlation": correlation}))
@@ -220,18 +219,18 @@ def internal_error_status(method: str) -> status_pb2.Status:
 
 
 REQUEST_ID_HEADER = "x-request-id"
-_WELL_FORMED = re.compile(r"[A-Za-z0-9._-]{1,64}")  # a UUID has 36; nothing that could forge a line of the log
+_WELL_FORMED = re.compile(r"[A-Za-z0-9._-]{1,64}")  # a UUID has 36; no character that could forge a log line
 _request_id: ContextVar[str] = ContextVar("resight_request_id", default="-")
 
 
 def request_id() -> str:
-    """The id of the call that this code serves; ``-`` outside of calls."""
+    """The id of the current call; ``-`` outside of calls."""
     return _request_id.get()
 
 
 @contextlib.asynccontextmanager
 async def assign_request_id(call: ServerCall) -> AsyncIterator[None]:
-    """The stage that gives a call its id; one that is not well formed is replaced."""
+    """Assign the call its request id; a malformed one from the client is replaced."""
     given = next((value for name, value in call.context.invocation_metadata() or () if name == REQUEST_ID_HEADER), "")
     text = given if isinstance(given, str) and _WELL_FORMED.fullmatch(given) else f"{random.getrandbits(64):016x}"
     call.trailers = (*call.trailers, (REQUEST_ID_HEADER, text))
@@ -244,118 +243,123 @@ async def assign_request_id(call: ServerCall) -> AsyncIterator[None]:
 
 
 class RequestIdFilter(logging.Filter):
-    """Gives every line of a log handler a ``request_id``, for its format."""
+    """Adds ``request_id`` to every record of a log handler."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Let the line through, with its id."""
+        """Set the id; accepts every record."""
         record.request_id = request_id()
         return True
 
 
 HEADER, SCHEME = "authorization", "bearer"
-ANONYMOUS_READER = Principal("anonymous", DEFAULT_TENANT, Role.READER)  # of a method that asks for no credential
-LOG_EVERY_S = 1.0  # a guesser must not fill the disk
+ANONYMOUS_READER = Principal("anonymous", DEFAULT_TENANT, Role.READER)  # for methods that require no credential
+LOG_EVERY_S = 1.0  # so that brute-force attempts do not fill the log
 
 
 class Authentication:
-    """Asks for a token where authentication is on.
+    """Authenticates callers by token and checks their role.
 
     Args:
-        book: the tokens.
-        always: on although no token was ever made: nobody gets in until one is.
+        tokens: of the data folder.
+        always: require a token even before the first one is created.
     """
 
-    def __init__(self, book: TokenLookup, *, always: bool) -> None:
-        self._book, self._always = book, always
-        self._refused, self._log_at = 0, 0.0
+    def __init__(self, tokens: TokenLookup, *, always: bool) -> None:
+        self._tokens, self._always = tokens, always
+        self._rejected, self._log_at = 0, 0.0
 
     @contextlib.asynccontextmanager
     async def __call__(self, call: ServerCall) -> AsyncIterator[None]:
-        """Let the call act as its principal."""
-        with acting_as(self._admit(call)):
+        """Run the call as its principal."""
+        with acting_as(self._authenticate(call)):
             yield
 
-    def _admit(self, call: ServerCall) -> Principal:
-        """Who calls.
+    def _authenticate(self, call: ServerCall) -> Principal:
+        """The principal of a call.
 
         Raises:
-            UnauthenticatedError: no token, or not a good one.
-            PermissionDeniedError: the role is too small.
+            UnauthenticatedError: no token, or an invalid one.
+            PermissionDeniedError: the role is not sufficient.
             UnavailableError: the tokens cannot be read.
         """
         least = required_role(call.method)
         if least is None:
             return ANONYMOUS_READER
         try:
-            self._book.follow()
-            if not (self._always or self._book.asked):
+            self._tokens.reload()
+            if not (self._always or self._tokens.required):
                 return ANONYMOUS_ADMIN
-            principal = self._book.find(_bearer(call))
+            principal = self._tokens.find(_bearer(call))
         except FormatError as error:
-            log.error("nobody gets in: %s", error)
-            raise UnavailableError("the server cannot read its tokens: its log says why") from error
+            log.error("all calls are rejected: %s", error)
+            raise UnavailableError("the server cannot read its token file: see its log") from error
         except UnauthenticatedError:
-            self._told(call, "no token")
+            self._log_rejection(call, "no token")
             raise
         if principal is None:
-            self._told(call, "unknown token")
+            self._log_rejection(call, "unknown token")
             raise UnauthenticatedError(
-                "the token is unknown, expired or revoked: `resight token create` makes a new one"
+                "the token is unknown, expired or revoked: create a new one with `resight token create`"
             )
         if principal.role < least:
-            self._told(call, f"role {principal.role.word}, name {principal.name}")
+            self._log_rejection(call, f"role {principal.role.word}, name {principal.name}")
             raise PermissionDeniedError(
-                f"this call needs the role {least.word}, and {principal.name} is {principal.role.word}: "
-                "use another token, or have one made with that role",
+                f"this call requires the role {least.word}, and {principal.name} has {principal.role.word}: "
+                "use another token, or have one created with that role",
                 role=principal.role.word,
                 needed=least.word,
             )
         return principal
 
-    def _told(self, call: ServerCall, why: str) -> None:
-        """A line for a refusal; those of the same second are counted in the next."""
-        self._refused += 1
+    def _log_rejection(self, call: ServerCall, why: str) -> None:
+        """Log a rejected call, at most once a second; the line counts those since the previous one."""
+        self._rejected += 1
         if time.monotonic() >= self._log_at:
             log.warning(
-                "refused %s from %s: %s (%d since last told)", call.method, call.context.peer(), why, self._refused
+                "rejected %s from %s: %s (%d since the last line)",
+                call.method,
+                call.context.peer(),
+                why,
+                self._rejected,
             )
-            self._refused, self._log_at = 0, time.monotonic() + LOG_EVERY_S
+            self._rejected, self._log_at = 0, time.monotonic() + LOG_EVERY_S
 
 
 def _bearer(call: ServerCall) -> str:
-    """The token that a call carries.
+    """The bearer token of a call.
 
     Raises:
-        UnauthenticatedError: none, two, or another scheme.
+        UnauthenticatedError: no token, several, or another scheme.
     """
     found = [value for name, value in call.context.invocation_metadata() or () if name == HEADER]
     scheme, _, secret = str(found[0]).partition(" ") if len(found) == 1 else ("", "", "")
     if scheme.lower() != SCHEME or not secret:
         raise UnauthenticatedError(
-            "a token is needed: send `authorization: Bearer TOKEN` once, or set RESIGHT_TOKEN for the command line"
+            "a token is required: send one `authorization: Bearer TOKEN` header, or set RESIGHT_TOKEN for the command "
+            "line"
         )
     return secret.strip()
 
 
-MAX_PRINCIPALS = 10_000  # names come from our own credentials; the fence is for an operator who makes one a day
+MAX_PRINCIPALS = 10_000  # only a bound on memory: names come from our own credentials
 
 
 class RateLimit:
-    """The stage that lets each principal make ``rate`` calls a second, and ``burst`` at once after a rest.
+    """Token-bucket rate limit for each principal: ``rate`` calls per second, bursts of ``burst``.
 
     Args:
-        rate: calls a second, > 0.
-        burst: calls, >= 1.
-        clock: seconds, never backwards.
+        rate: calls per second, > 0.
+        burst: capacity of the bucket in calls, >= 1.
+        clock: monotonic seconds.
     """
 
     def __init__(self, rate: float, burst: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate, self._burst, self._clock = rate, float(burst), clock
-        self._buckets: OrderedDict[tuple[str, str], tuple[float, float]] = OrderedDict()  # calls left, at what time
+        self._buckets: OrderedDict[tuple[str, str], tuple[float, float]] = OrderedDict()  # (calls left, as of)
 
     @contextlib.asynccontextmanager
     async def __call__(self, call: ServerCall) -> AsyncIterator[None]:
-        """Take one call from the caller's bucket; health checks are free."""
+        """Take one call from the caller's bucket; methods without authentication are not limited."""
         if required_role(call.method) is not None:
             self.take(current())
         yield
@@ -364,7 +368,7 @@ class RateLimit:
         """Take one call.
 
         Raises:
-            RateLimitedError: the bucket is empty; it says when the next call fits.
+            RateLimitedError: the bucket is empty; ``retry_after_s`` says when the next call is allowed.
         """
         key, now = (principal.tenant, principal.name), self._clock()
         left, then = self._buckets.pop(key, (self._burst, now))
@@ -372,11 +376,11 @@ class RateLimit:
         allowed = left >= 1.0
         self._buckets[key] = (left - 1.0 if allowed else left, now)
         while len(self._buckets) > MAX_PRINCIPALS:
-            self._buckets.popitem(last=False)  # the one that rested longest, whose bucket is full again soonest
+            self._buckets.popitem(last=False)  # the least recently active, whose bucket is the fullest
         if not allowed:
             raise RateLimitedError(
-                f"{principal.name} may make {self._rate:g} calls a second, and {self._burst:g} at once: "
-                "wait, send crops in batches, or ask the operator for more",
+                f"{principal.name} may make {self._rate:g} calls per second, with bursts of {self._burst:g}: "
+                "retry later, send crops in batches, or ask the operator for a higher limit",
                 retry_after_s=(1.0 - left) / self._rate,
                 principal=principal.name,
                 rate_limit=self._rate,

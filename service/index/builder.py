@@ -175,7 +175,7 @@ def measure_recall(index: GraphIndex, ladder: IndexPolicy, stop: Event) -> str:
     Returns:
         Why the graph is refused, or nothing.
     """
-    chosen = np.sort(np.random.default_rng(0).permutation(index.recent.rows.living)[:JUDGES])
+    chosen = np.sort(np.random.default_rng(0).permutation(index.recent.rows.live_keys)[:JUDGES])
     recall = 1.0
     for ef in EF_SEARCH:
         index.ef, hits, wanted = ef, 0, 0

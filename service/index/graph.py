@@ -94,7 +94,7 @@ class GraphIndex:
     def add(self, keys: Keys, features: Feature) -> bool:
         """Append to the tail; see `resight.service.index.base.VectorIndex.add`."""
         new = keys > (self.sealed.rows.keys[-1] if self.sealed.rows.filled else -1)
-        return self.sealed.rows.holds(keys[~new]) and self.recent.add(keys[new], features[new])
+        return self.sealed.rows.contains(keys[~new]) and self.recent.add(keys[new], features[new])
 
     def remove(self, keys: Keys) -> None:
         """Bury entries; keys not held are no error."""

@@ -200,14 +200,14 @@ class Rows:
         return self._keys[: self.filled]
 
     @property
-    def alive(self) -> NDArray[np.bool_]:
+    def live_mask(self) -> NDArray[np.bool_]:
         """Which rows are not dead."""
         return ~self._dead[: self.filled]
 
     @property
-    def living(self) -> Keys:
+    def live_keys(self) -> Keys:
         """A copy of the keys that are not dead."""
-        return self.keys[self.alive]
+        return self.keys[self.live_mask]
 
     @property
     def nbytes(self) -> int:
@@ -230,11 +230,11 @@ class Rows:
         rows = rows[np.isin(self.keys[rows], keys)]
         return rows[~self._dead[rows]]
 
-    def holds(self, keys: Keys) -> bool:
+    def contains(self, keys: Keys) -> bool:
         """Whether each key has, or had, a row."""
         return bool(np.isin(keys, self.keys).all())
 
-    def kill(self, rows: NDArray[np.int64]) -> None:
+    def mark_deleted(self, rows: NDArray[np.int64]) -> None:
         """Bury rows that `find` gave."""
         rows = np.unique(rows)
         self._dead[rows] = True
@@ -244,7 +244,7 @@ class Rows:
         """One bit a row: these rows, or all that live; None when that is every row."""
         if rows is None and not self.dead:
             return None
-        chosen = np.zeros(self.filled, bool) if rows is not None else self.alive
+        chosen = np.zeros(self.filled, bool) if rows is not None else self.live_mask
         if rows is not None:
             chosen[rows] = True
         bits = np.packbits(chosen, bitorder="little")
@@ -285,7 +285,7 @@ class HalfIndex:
     def add(self, keys: Keys, features: Feature) -> bool:
         """Append features; see `resight.service.index.base.VectorIndex.add`."""
         new = keys > (self.rows.keys[-1] if self.rows.filled else -1)
-        if not self.rows.holds(keys[~new]):
+        if not self.rows.contains(keys[~new]):
             return False
         if new.any():
             self.codes.add(np.ascontiguousarray(features[new]))
@@ -294,7 +294,7 @@ class HalfIndex:
 
     def remove(self, keys: Keys) -> None:
         """Bury entries; keys not held are no error."""
-        self.rows.kill(self.rows.find(keys))
+        self.rows.mark_deleted(self.rows.find(keys))
 
     def vectors(self, keys: Keys) -> tuple[Keys, Feature]:
         """From the store, whole."""
@@ -328,6 +328,6 @@ class HalfIndex:
         if self.gpu is not None and (selector is None or self.gpu.filters):
             return (*self.gpu.search(queries, fetch, params=parameters), self.gpu.rounding)
         if blocks_are_faster(len(queries), fetch):
-            chosen = np.flatnonzero(self.rows.alive) if rows is None and self.rows.dead else rows
+            chosen = np.flatnonzero(self.rows.live_mask) if rows is None and self.rows.dead else rows
             return (*scan_blocks(self.codes, queries, fetch, chosen), ROUNDING)
         return (*self.codes.search(queries, fetch, params=parameters), ROUNDING)

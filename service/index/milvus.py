@@ -164,7 +164,7 @@ class MilvusIndex:
     def add(self, keys: Keys, features: Feature) -> bool:
         """Send features there; see `resight.service.index.base.VectorIndex.add`."""
         new = keys > (self._rows.keys[-1] if self._rows.filled else -1)
-        if not self._rows.holds(keys[~new]):
+        if not self._rows.contains(keys[~new]):
             return False
         self._upsert(keys[new], features[new])
         self._rows.append(keys[new])
@@ -174,7 +174,7 @@ class MilvusIndex:
         """Take entries out there; Milvus frees their room when it compacts."""
         rows = self._rows.find(keys)
         self._delete(self._rows.keys[rows])
-        self._rows.kill(rows)
+        self._rows.mark_deleted(rows)
 
     def _upsert(self, keys: Keys, features: Feature) -> None:
         with _translate_errors():
@@ -200,9 +200,9 @@ class MilvusIndex:
     def search(self, queries: Feature, k: int, *, among: Keys | None = None, exact: bool = False) -> list[Candidates]:
         """The k nearest of each query; see `resight.service.index.base.VectorIndex.search`."""
         if among is not None:
-            return self._compared(queries, k, among[np.isin(among, self._rows.living)])
+            return self._compared(queries, k, among[np.isin(among, self._rows.live_keys)])
         if exact or OVERFETCH * k + SPARE_CANDIDATES > MAX_LIMIT:
-            return self._compared(queries, k, self._rows.living)
+            return self._compared(queries, k, self._rows.live_keys)
         if not len(self):
             return no_candidates(queries)
         with _translate_errors():

@@ -1,12 +1,10 @@
-"""Image bytes to a unit feature: admitted, decoded and fitted in threads, embedded in batches.
+"""Embedding of image files: admission, decoding and resizing in threads, inference in batches.
 
-One future stands for a call, however many crops it has: they come back to the event loop with their batch.
+A call waits on one future for all its crops; finished crops return to the event loop batch by batch.
 
-Image bytes to fitted pixels, in threads: what decides how much memory decoding may take.
-
-A thread takes a crop, decodes it, fits it, judges it and hands it on without a way through the event loop. However
-many crops come, no more than a budget of pixels is full-size at any time: a crop waits, after its header was read and
-before a pixel is decoded, until there is room for it.
+A decoder thread decodes a crop, resizes it, scores its quality and passes it to the batcher without going through the
+event loop. A budget limits the pixels of full-size images in memory: after reading its header and before decoding, a
+crop waits until its pixels fit into the budget.
 """
 
 from __future__ import annotations
@@ -31,49 +29,50 @@ from resight.errors import (
 )
 from resight.image import decode, fit, quality
 from resight.runtime.base import Runtime
-from resight.service.call_events import _listeners, record_stage
-from resight.service.inference.batcher import Batcher, deadline_error
+from resight.service.call_events import has_listeners, record_stage
+from resight.service.inference.admission import deadline_error
+from resight.service.inference.batcher import Batcher
 from resight.service.inference.priority_queue import CropJob, Priority
 from resight.service.settings import Settings
 
-CALLER_LEFT = UnavailableError("the caller left")  # nobody reads it
-_Entry = tuple[int, int, CropJob | None]
-"""Place in the line, number of arrival, and the job; None = stop. Ordered by the first two, which no two share."""
+CALLER_LEFT = UnavailableError("the caller left")  # never delivered
+_QueueEntry = tuple[int, int, CropJob | None]
+"""Position, arrival number and job (None = stop). Sorted by the first two, as arrival numbers are unique."""
 PRIORITY_DELAY = {Priority.INTERACTIVE: 0, Priority.ENROL: 16, Priority.REEMBED: 128}
-"""So many later callers' crops overtake one, and no more; how many of each are embedded is the lanes' business."""
+"""How many later interactive crops may overtake a crop of each priority; `CropQueue` shares the model's time."""
 
 
 class PixelBudget:
-    """Pixels that may be full-size at once.
+    """Limit on the pixels of full-size images in memory.
 
     Args:
-        most: of all images together; a single image is let in alone however large.
+        max_pixels: of all images together; a larger image is admitted when no other one is in memory.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most, self._taken, self._changed = most, 0, threading.Condition()
+    def __init__(self, max_pixels: int) -> None:
+        self._max_pixels, self._used, self._changed = max_pixels, 0, threading.Condition()
 
-    def take(self, pixels: int) -> None:
-        """Wait until there is room."""
+    def acquire(self, pixels: int) -> None:
+        """Wait until the pixels fit into the budget, and reserve them."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._taken or self._taken + pixels <= self._most)
-            self._taken += pixels
+            self._changed.wait_for(lambda: not self._used or self._used + pixels <= self._max_pixels)
+            self._used += pixels
 
-    def give(self, pixels: int) -> None:
-        """Make room again."""
+    def release(self, pixels: int) -> None:
+        """Return reserved pixels to the budget."""
         with self._changed:
-            self._taken -= pixels
+            self._used -= pixels
             self._changed.notify_all()
 
 
 class Decoders:
-    """Threads that decode, callers' crops before enrolments' before a migration's, none of which is starved.
+    """Decoder threads: interactive crops first, then enrolments, then migrations, without starvation.
 
     Args:
-        decoded: is given each job that has pixels.
-        failed: is given each job whose ``outcome`` is an error.
-        check: raises for a crop that must not be embedded.
-        settings: limits, number of threads and budget of pixels.
+        decoded: called with each job that has pixels.
+        failed: called with each job whose ``outcome`` is an error.
+        check: raises ReIDError for a crop that must not be embedded.
+        settings: limits, number of threads and pixel budget.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class Decoders:
     ) -> None:
         self._decoded, self._failed, self._check, self._settings = decoded, failed, check, settings
         self._budget = PixelBudget(settings.decode_pixels)
-        self._jobs: queue.PriorityQueue[_Entry] = queue.PriorityQueue()
+        self._jobs: queue.PriorityQueue[_QueueEntry] = queue.PriorityQueue()
         self._number = 0
         self._closing = False
         self._threads = [
@@ -94,12 +93,12 @@ class Decoders:
         ]
 
     def start(self) -> None:
-        """Begin to decode."""
+        """Start the threads."""
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """End after the crops that are being decoded; the others are told so."""
+        """Stop after the crops being decoded; waiting ones fail with DrainingError."""
         self._closing = True
         for _ in self._threads:
             self._jobs.put((-1, self._next_number(), None))
@@ -109,11 +108,11 @@ class Decoders:
         while not self._jobs.empty():
             job = self._jobs.get()[2]
             if job is not None:
-                job.outcome = DrainingError("the server is going down: try again when it is back")
+                job.outcome = DrainingError("the server is shutting down: retry when it is back")
                 self._failed(job)
 
     def put(self, job: CropJob) -> None:
-        """Let a job wait for its decoding. Only the event loop's thread calls it."""
+        """Queue a job for decoding; called from the event loop's thread only."""
         number = self._next_number()
         self._jobs.put((number + PRIORITY_DELAY[job.priority], number, job))
 
@@ -129,50 +128,50 @@ class Decoders:
             (self._decoded if job.outcome is None else self._failed)(job)
 
     def _prepare(self, job: CropJob) -> None:
-        started_ns, taken, limits = time.perf_counter_ns(), 0, self._settings
+        started_ns, acquired, limits = time.perf_counter_ns(), 0, self._settings
 
-        def room(pixels: int) -> None:
-            nonlocal taken
-            self._budget.take(pixels)
-            taken = pixels
+        def acquire(pixels: int) -> None:
+            nonlocal acquired
+            self._budget.acquire(pixels)
+            acquired = pixels
 
         try:
             self._check(job.crop)
             image = decode(
-                job.crop, max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels, on_header=room
+                job.crop, max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels, on_header=acquire
             )
             job.pixels = fit(image, job.runtime.image)
             job.quality = quality(job.pixels, image.shape[:2])
         except ReIDError as error:
             job.outcome = error
-        except Exception as error:  # a decoder's own fault on hostile bytes, or no memory: this crop's alone
+        except Exception as error:  # decoder bug on malformed bytes, or out of memory: only this crop fails
             job.outcome = ImageUndecodableError(
-                f"the image could not be brought to the encoder's size ({type(error).__name__}): send the file again"
+                f"the image could not be decoded and resized ({type(error).__name__}): send the file again"
             )
         finally:
-            if taken:
-                self._budget.give(taken)
+            if acquired:
+                self._budget.release(acquired)
         job.decode_ns = time.perf_counter_ns() - started_ns
 
 
 def _record_crop_stages(jobs: Sequence[CropJob]) -> None:
-    """Tell where the time of crops that were embedded went, from the first one's begin to the last one's end.
+    """Report the stages of a call's embedded crops, each from the first crop's start to the last crop's end.
 
-    The stages of different crops overlap; of one crop they follow one another.
+    The stages of one crop are sequential; those of different crops overlap.
     """
     done = [job for job in jobs if job.queue_ns or job.infer_ns]
-    if not done or not _listeners.get():
+    if not done or not has_listeners():
         return
     ready = [job.queued_ns for job in done]
-    begun = [job.queued_ns + job.queue_ns for job in done]
+    started = [job.queued_ns + job.queue_ns for job in done]
     record_stage("decode", min(job.queued_ns - job.decode_ns for job in done), max(ready))
-    record_stage("queue", min(ready), max(begun))
-    record_stage("infer", min(begun), time.perf_counter_ns())
+    record_stage("queue", min(ready), max(started))
+    record_stage("infer", min(started), time.perf_counter_ns())
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Where the time went, in nanoseconds. Sums over crops, but for the queue, which is the longest wait."""
+    """Time per stage in nanoseconds: sums over crops, except ``queue_ns``, which is the longest wait."""
 
     decode_ns: int = 0
     queue_ns: int = 0
@@ -186,7 +185,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Embedded:
-    """A feature, float32 (D,) of unit length, and the quality, 0..1, of what it was made from."""
+    """A feature, float32 (D,) of unit length, and the quality, 0..1, of its crop or crops."""
 
     feature: Feature
     quality: float
@@ -194,7 +193,7 @@ class Embedded:
 
 
 class Embedder:
-    """Embeds crops with whatever model a call names; all share the threads and the queue.
+    """Embeds crops with the model of each call; all models share the threads and the queue.
 
     `start` and `stop` it in the event loop that calls it.
     """
@@ -208,26 +207,26 @@ class Embedder:
             workers=settings.batches_at_once,
             gains=settings.provider != "cpu",
         )
-        self._decoders = Decoders(self._batcher.put, self._missed, self._batcher.check, settings)
-        self._left: dict[asyncio.Future[None], int] = {}
+        self._decoders = Decoders(self._batcher.put, self._discard, self._batcher.check, settings)
+        self._remaining: dict[asyncio.Future[None], int] = {}
 
     def start(self) -> None:
-        """Begin to serve."""
+        """Start the threads."""
         self._loop = asyncio.get_running_loop()
         self._batcher.start()
         self._decoders.start()
 
     async def stop(self) -> None:
-        """End after the running batch."""
+        """Stop after the running batches."""
         await asyncio.to_thread(self._decoders.stop)
         await asyncio.to_thread(self._batcher.stop)
 
     def waiting(self) -> dict[Priority, int]:
-        """Crops admitted and not yet answered, of each priority."""
+        """Crops admitted and not yet finished, by priority."""
         return self._batcher.waiting()
 
     def batch_sizes(self) -> dict[int, int]:
-        """How many batches ran, by their number of crops."""
+        """Number of batches run, by batch size."""
         return self._batcher.sizes()
 
     async def embed(
@@ -238,49 +237,49 @@ class Embedder:
         *,
         priority: Priority = Priority.INTERACTIVE,
     ) -> list[Embedded | ReIDError]:
-        """Embed crops; what is wrong with one is that one's outcome.
+        """Embed crops; an error of one crop is its outcome.
 
         Args:
             runtime: the model.
             crops: JPEG, PNG or WebP files.
             deadline: in `time.monotonic` seconds.
-            priority: who waits for it.
+            priority: of the call.
 
         Raises:
-            OverloadedError: the queue has no room for all of them; none was decoded.
-            DeadlineError: it has passed already.
+            OverloadedError: the queue has no room for all crops; none was decoded.
+            DeadlineError: it has already passed.
         """
         with self._batcher.admit(len(crops), deadline, priority):
-            answer = self._loop.create_future()
-            jobs = [CropJob(crop, runtime, priority, deadline, answer) for crop in crops]
+            done = self._loop.create_future()
+            jobs = [CropJob(crop, runtime, priority, deadline, done) for crop in crops]
             if not jobs:
                 return []
-            self._left[answer] = len(jobs)
+            self._remaining[done] = len(jobs)
             try:
                 self._batcher.expect(jobs)
                 for job in jobs:
                     self._decoders.put(job)
-                await answer
+                await done
             finally:
-                del self._left[answer]
+                del self._remaining[done]
         _record_crop_stages(jobs)
         return [_outcome(job) for job in jobs]
 
-    def _missed(self, job: CropJob) -> None:
-        self._batcher.missed(job)
+    def _discard(self, job: CropJob) -> None:
+        self._batcher.discard(job)
         self._finished((job,))
 
     def _finished(self, jobs: Sequence[CropJob]) -> None:
-        """From any thread: hand jobs back to the event loop, all at once."""
+        """Pass finished jobs to the event loop in one callback; called from any thread."""
         if jobs and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._deliver, jobs)
 
     def _deliver(self, jobs: Sequence[CropJob]) -> None:
         for job in jobs:
-            if job.answer not in self._left:  # its caller left
+            if job.answer not in self._remaining:  # the caller was cancelled
                 continue
-            self._left[job.answer] -= 1
-            if not self._left[job.answer] and not job.answer.done():
+            self._remaining[job.answer] -= 1
+            if not self._remaining[job.answer] and not job.answer.done():
                 job.answer.set_result(None)
 
 
@@ -292,12 +291,12 @@ def _outcome(job: CropJob) -> Embedded | ReIDError:
 
 
 def combine_crops(shots: Sequence[Embedded]) -> Embedded:
-    """One feature of several crops of one person: the mean weighted by quality, of unit length.
+    """Combine several crops of one person: the quality-weighted mean feature, scaled to unit length.
 
-    Its quality is the mean of theirs. Crops that are all of quality 0 weigh the same.
+    The quality is the mean quality. If all qualities are 0, the weights are equal.
 
     Raises:
-        InputError: the features cancel out, which crops of one person never do.
+        InputError: the features cancel out, which does not happen for crops of one person.
     """
     weights = np.array([shot.quality for shot in shots], np.float32)
     if not weights.any():
@@ -311,10 +310,10 @@ def combine_crops(shots: Sequence[Embedded]) -> Embedded:
 
 
 def require_embedded(outcomes: Sequence[Embedded | ReIDError], fields: Sequence[str]) -> list[Embedded]:
-    """The outcomes, when all went well.
+    """The outcomes if all crops were embedded.
 
     Raises:
-        ReIDError: the first that did not, with its field.
+        ReIDError: the first error, with the field of its crop.
     """
     good: list[Embedded] = []
     for outcome, field in zip(outcomes, fields, strict=True):

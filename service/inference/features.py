@@ -1,17 +1,16 @@
-"""What a request brings, crops of one person or a feature, made into a feature of a collection's space.
+"""Extraction of the feature of a request: from crops of one person, or a feature sent by the caller.
 
-Crops of one track become one feature; a crop of somebody else, a tracker's mistake, is left out.
+The crops (shots) of a track are combined into one feature. Shots of another person, which tracker errors cause, are
+rejected: the medoid is the shot most similar to all others, and a shot is rejected if its similarity to the medoid is
 
-The shot that is most similar to all is the medoid. Another is left out when its similarity to the medoid is
+- below the reject threshold of the calibration, if the space has one; or
+- an outlier among the shots' similarities to the medoid, and no match by the calibration, if there is one: its modified
+  z-score is below -3.5 (Iglewicz and Hoaglin, "How to Detect and Handle Outliers", 1993). The spread is at least
+  `MIN_SPREAD`; otherwise the next frame after a series of near-duplicates would be an outlier.
 
-- below the calibration's reject threshold, where the space has a calibration: as two persons are; or
-- an outlier among the shots' similarities to the medoid, and not a match by the calibration, where there is one:
-  their modified z-score is below -3.5 (Iglewicz and Hoaglin, "How to Detect and Handle Outliers", 1993), with a
-  spread of at least `MIN_SPREAD`, or near-copies in a row would turn away the next step of their own person.
-
-On tracks of Market-1501 (OSNet x0.25 of MSMT17, one foreign crop of the same camera added to each) this leaves out
-82 % of the foreign crops of tracks of 3, 89 % of 5 and 91 % of 8, and at most 1.5 % of the person's own. Fewer than
-three shots have no majority: all are kept.
+On tracks of Market-1501 (OSNet x0.25 trained on MSMT17, one crop of another person from the same camera added to each)
+this rejects 82 % of the foreign crops in tracks of 3, 89 % of 5 and 91 % of 8, and at most 1.5 % of the person's own.
+With fewer than three shots there is no majority, and all are kept.
 """
 
 from __future__ import annotations
@@ -32,20 +31,20 @@ from resight.service.records import Collection, Space
 from resight.service.settings import Settings
 
 MIN_SHOTS = 3
-OUTLIER = 3.5  # modified z-score, as recommended there
+OUTLIER = 3.5  # modified z-score recommended by Iglewicz and Hoaglin
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
-MIN_SPREAD = 0.05  # of a cosine; with 0.02 twice as many own shots of tracks of 5 and 12 were left out
+MIN_SPREAD = 0.05  # of a cosine; 0.02 rejects twice as many of the person's own shots in tracks of 5 and 12
 
 
 def same_person_shots(features: Feature, calibration: Calibration | None) -> NDArray[np.bool_]:
-    """Which shots show the person that most of them show.
+    """Select the shots that show the same person as most of them.
 
     Args:
         features: float32 (N, D), unit rows.
-        calibration: of their space.
+        calibration: of their space; None = it has none.
 
     Returns:
-        bool (N,), at least one of them true.
+        bool (N,), at least one of them True.
     """
     if len(features) < MIN_SHOTS:
         return np.ones(len(features), np.bool_)
@@ -65,7 +64,7 @@ def same_person_shots(features: Feature, calibration: Calibration | None) -> NDA
 
 @dataclass(frozen=True)
 class CropSource:
-    """A source of a feature: one or more crops of one person, what the request calls each, and all of them."""
+    """One or more crops of one person; with the request's field name of each crop, and of all (``within``)."""
 
     images: tuple[bytes, ...]
     fields: tuple[str, ...]
@@ -74,7 +73,7 @@ class CropSource:
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """A source of a feature: the caller's own, as little-endian float32 bytes."""
+    """A feature sent by the caller, as little-endian float32 bytes."""
 
     float32_le: bytes
     space_id: str
@@ -82,12 +81,12 @@ class FeatureSource:
 
 @dataclass(frozen=True)
 class FeatureResult:
-    """A feature, float32 (D,) of unit length, and what it was made from.
+    """An extracted feature, float32 (D,) of unit length.
 
     Attributes:
-        quality: 0..1, the mean of the crops used; 0 where the source was no crop.
-        used: crops that made it.
-        rejected: crops left out, as of another person or undecodable.
+        quality: 0..1, mean of the crops used; 0 for a `FeatureSource`.
+        used: number of crops used.
+        rejected: number of crops rejected, as undecodable or of another person.
     """
 
     feature: Feature
@@ -98,19 +97,19 @@ class FeatureResult:
 
 
 class FeatureExtractor:
-    """Makes features with the loaded models.
+    """Extracts features with the loaded models.
 
     Args:
         models: of the server.
-        settings: has the limit on shots.
+        settings: for the limit on shots.
     """
 
     def __init__(self, models: ModelHost, settings: Settings) -> None:
         self._models, self._settings = models, settings
 
-    async def made(
+    async def extract(
         self,
-        of: Collection,
+        collection: Collection,
         source: CropSource | FeatureSource,
         deadline: float,
         *,
@@ -118,58 +117,60 @@ class FeatureExtractor:
         space: Space | None = None,
         priority: Priority = Priority.INTERACTIVE,
     ) -> FeatureResult:
-        """The feature of a source, in a collection's space or another one.
+        """The feature of a source, in the collection's space or another one.
 
         Args:
-            of: the collection.
-            source: one crop, some shots of one person, or a feature.
+            collection: the collection.
+            source: one crop, several shots of one person, or a feature.
             deadline: in `time.monotonic` seconds.
-            every: a shot that cannot be decoded is an error, not left out: what is enrolled should be as it was sent.
+            every: an undecodable shot is an error instead of rejected; for enrolment, which must use all crops.
             space: None = the collection's.
-            priority: who waits for it.
+            priority: of the call.
 
         Raises:
-            SpaceMismatchError: no model of the space is loaded, or the given feature is of another one.
-            InputError: a bad feature or image.
+            SpaceMismatchError: no model of the space is loaded, or the feature is of another space.
+            InputError: an invalid feature or image.
             LimitError: too many shots.
         """
         if isinstance(source, FeatureSource):
-            return FeatureResult(check_feature(source, of), 0.0, Timings())
+            return FeatureResult(check_feature(source, collection), 0.0, Timings())
         if not 1 <= len(source.images) <= self._settings.max_shots:
             raise LimitError(
-                f"1 to {self._settings.max_shots} shots make a feature, found {len(source.images)}: send the best ones",
+                f"expected 1 to {self._settings.max_shots} shots, found {len(source.images)}: send the best ones",
                 field=source.within,
                 max_shots=self._settings.max_shots,
             )
-        with self._models.lease_space(space or of.space, collection=of.name) as model:
+        with self._models.lease_space(space or collection.space, collection=collection.name) as model:
             outcomes = await model.embed(source.images, deadline, priority=priority)
-        return combine_shots(outcomes, source.fields, (space or of.space).calibration, every=every)
+        return combine_shots(outcomes, source.fields, (space or collection.space).calibration, every=every)
 
-    async def others(
-        self, into: Collection, source: CropSource | FeatureSource, deadline: float
+    async def extract_other_spaces(
+        self, collection: Collection, source: CropSource | FeatureSource, deadline: float
     ) -> tuple[tuple[str, Feature], ...]:
-        """Features in the collection's other spaces, by space id, as far as their models are loaded.
+        """Features in the collection's other spaces whose models are loaded, by space id.
 
-        What is left out a migration fills in, or the switch back refuses.
+        A migration fills in missing ones, and activating a space with missing features is refused.
         """
         if isinstance(source, FeatureSource):
             return ()
-        made = []
-        for space_id in into.other_space_ids:
-            if model := self._models.in_space(space_id):
-                one = await self.made(into, source, deadline, every=True, space=model.space, priority=Priority.ENROL)
-                made.append((space_id, one.feature))
-        return tuple(made)
+        found = []
+        for space_id in collection.other_space_ids:
+            if model := self._models.model_of_space(space_id):
+                one = await self.extract(
+                    collection, source, deadline, every=True, space=model.space, priority=Priority.ENROL
+                )
+                found.append((space_id, one.feature))
+        return tuple(found)
 
 
 def combine_shots(
     outcomes: Sequence[Embedded | ReIDError], fields: Sequence[str], calibration: Calibration | None, *, every: bool
 ) -> FeatureResult:
-    """One feature of the shots that show the person most of them show: their mean weighted by quality.
+    """The quality-weighted mean feature of the shots that show the same person; see `same_person_shots`.
 
     Raises:
-        ReIDError: of the first shot, where none can be used or ``every`` must be; one that no other shot's success
-            could mend (a deadline, a failed model) always.
+        ReIDError: the first error, if no shot can be used, if ``every`` is set, or if any error is not about an image
+            (a deadline, a failed model).
     """
     if len(outcomes) == 1:
         (only,) = require_embedded(outcomes, fields)
@@ -188,57 +189,57 @@ def combine_shots(
     return FeatureResult(mean.feature, mean.quality, timings, len(kept), len(outcomes) - len(kept))
 
 
-def check_feature(source: FeatureSource, of: Collection) -> Feature:
-    """Check a caller's feature and bring it to unit length: float32 (D,); raises what `check_features` answers."""
-    (found,) = check_features([source], of)
+def check_feature(source: FeatureSource, collection: Collection) -> Feature:
+    """Check and normalise a caller's feature: float32 (D,); raises the error that `check_features` returns."""
+    (found,) = check_features([source], collection)
     if isinstance(found, ReIDError):
         raise found
     return found
 
 
-def check_features(sources: Sequence[FeatureSource], of: Collection) -> list[Feature | ReIDError]:
-    """Check callers' features and bring them to unit length, all at once: one by one numpy's calls cost the most.
+def check_features(sources: Sequence[FeatureSource], collection: Collection) -> list[Feature | ReIDError]:
+    """Check and normalise callers' features, all at once since the overhead of numpy calls dominates.
 
     Returns:
-        For each float32 (D,), or SpaceMismatchError (of another space than the collection) or InputError (wrong
-        length, not finite, or zero).
+        For each: float32 (D,) of unit length, or SpaceMismatchError (another space than the collection's), or
+        InputError (wrong length, not finite, or zero).
     """
-    found: list[Feature | ReIDError | None] = [_source_error(source, of) for source in sources]
-    fit = [number for number, misfit in enumerate(found) if misfit is None]
-    packed = b"".join(sources[number].float32_le for number in fit)
-    features = np.frombuffer(packed, "<f4").astype(np.float32).reshape(len(fit), of.space.dim)
+    found: list[Feature | ReIDError | None] = [_source_error(source, collection) for source in sources]
+    valid = [number for number, error in enumerate(found) if error is None]
+    packed = b"".join(sources[number].float32_le for number in valid)
+    features = np.frombuffer(packed, "<f4").astype(np.float32).reshape(len(valid), collection.space.dim)
     with np.errstate(over="ignore", invalid="ignore"):
         lengths = np.linalg.norm(features.astype(np.float64), axis=1)
     good = np.isfinite(lengths) & (lengths >= 1e-12)
     units = features / np.where(good, lengths, 1.0).astype(np.float32)[:, None]
-    for number, length, usable, unit in zip(fit, lengths.tolist(), good.tolist(), units, strict=True):
+    for number, length, usable, unit in zip(valid, lengths.tolist(), good.tolist(), units, strict=True):
         found[number] = (
             unit
             if usable
             else InputError(
-                f"a feature needs finite numbers and a length above 0, found length {length}",
+                f"a feature must be finite and not zero, found length {length}",
                 field="embedding.float32_le",
             )
         )
     return [outcome for outcome in found if outcome is not None]
 
 
-def _source_error(source: FeatureSource, of: Collection) -> ReIDError | None:
-    """What is wrong with a feature before its numbers are looked at."""
-    if source.space_id != of.space.space_id:
+def _source_error(source: FeatureSource, collection: Collection) -> ReIDError | None:
+    """The error of a feature's space or size, if any; does not check its values."""
+    if source.space_id != collection.space.space_id:
         return SpaceMismatchError(
-            f"collection {of.name} holds features of space {of.space.space_id}, the given one says "
-            f"{source.space_id or 'nothing'}: embed the crop with that model",
+            f"collection {collection.name} is searched in space {collection.space.space_id}, the feature is of space "
+            f"{source.space_id or '(none)'}: embed the crop with that model",
             field="embedding.space_id",
-            expected_space_id=of.space.space_id,
+            expected_space_id=collection.space.space_id,
             found_space_id=source.space_id,
         )
-    if len(source.float32_le) != 4 * of.space.dim:
+    if len(source.float32_le) != 4 * collection.space.dim:
         return InputError(
-            f"a feature of this space is {of.space.dim} float32 in {4 * of.space.dim} bytes, found "
-            f"{len(source.float32_le)} bytes: send all of it, little-endian",
+            f"a feature of this space has {collection.space.dim} float32 in {4 * collection.space.dim} bytes, found "
+            f"{len(source.float32_le)} bytes: send all values, little-endian",
             field="embedding.float32_le",
-            expected_bytes=4 * of.space.dim,
+            expected_bytes=4 * collection.space.dim,
             found_bytes=len(source.float32_le),
         )
     return None

@@ -1,9 +1,9 @@
-"""Who goes first: crops wait in lanes, one for each priority and model, and leave them in batches.
+"""Priority queue of crops waiting for inference: one queue per priority and model, emptied in batches.
 
-A caller who waits goes before an enrolment, that before a migration's crops, and none is starved: a lower priority
+Interactive crops come before enrolments, and those before a migration's crops, without starvation: a lower priority
 whose batch takes a time ``t`` waits for at most ``t x (1 / share - 1)``, however busy the higher ones are. So that
-a lone caller after caller is not held up by what fills the gaps between them, crops of a migration also wait
-`QUIET_S` after the last higher one, and go in small batches meanwhile.
+migrations do not delay single calls in sequence, their crops wait until `QUIET_S` after the last crop of a higher
+priority, and run in small batches.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ PRIORITY_SHARES = {
     Priority.INTERACTIVE: 1.0,
     Priority.ENROL: 0.25,
     Priority.REEMBED: 1 / 16,
-}  # of the model's time, at least
-QUIET_S = 0.05  # after a caller's crop; one who calls in a loop is back in less
-CALLERS_GONE_S = 1.0  # after the last caller's crop; one who comes later waits for a batch once
-REEMBED_S = 0.005  # a caller who comes waits for the batch that runs: a migration's may take so long, by the last one
+}  # minimum share of the model's time
+QUIET_S = 0.05  # after the last urgent crop; a client that calls in a loop returns sooner
+CALLERS_GONE_S = 1.0  # after the last urgent crop; then migrations may use all workers
+REEMBED_S = 0.005  # target time of a migration's batch, for which a new call may have to wait
 
 
 @dataclass(slots=True, eq=False)
 class CropJob:
-    """One crop on its way from bytes to a feature.
+    """One crop from image file to feature.
 
     Attributes:
         crop: the image file.
-        runtime: embeds it.
+        runtime: the model.
         deadline: in `time.monotonic` seconds.
-        answer: of the call it belongs to; done when the caller left.
-        pixels: uint8 (H, W, 3) once decoded and fitted.
+        answer: future of its call; done if the caller was cancelled.
+        pixels: uint8 (H, W, 3) once decoded and resized.
         quality: 0..1, once decoded.
-        outcome: float32 (D,), or what went wrong; None while under way.
-        queued_ns: when it began to wait for the model.
+        outcome: float32 (D,) or an error; None while in progress.
+        queued_ns: when it was queued for inference.
     """
 
     crop: bytes
@@ -69,15 +69,15 @@ class CropJob:
 
 @dataclass
 class _PriorityLine:
-    """Jobs of one priority, by model in the order in which the models came to wait."""
+    """Jobs of one priority by model, in the order in which the models are served."""
 
     of: dict[int, deque[CropJob]] = field(default_factory=dict)
-    next_at: float = 0.0  # when it has its turn although others wait
-    took_s: float = 0.01  # its last batch; before the first, a guess
-    each_s: float = REEMBED_S / 4  # of its crops, likewise
+    next_at: float = 0.0  # when it is served although higher priorities wait
+    took_s: float = 0.01  # duration of its last batch; initially a guess
+    each_s: float = REEMBED_S / 4  # per crop of its last batch; initially a guess
 
     def take(self, runtime: Runtime, most: int, batch: list[CropJob]) -> None:
-        """Move jobs of one model to ``batch``; the model goes to the end of the line."""
+        """Move up to ``most`` jobs of one model to ``batch``; the model is then served last."""
         waiting = self.of.pop(id(runtime), None)
         while waiting and len(batch) < most:
             batch.append(waiting.popleft())
@@ -86,10 +86,10 @@ class _PriorityLine:
 
 
 class CropQueue:
-    """What waits for the model. One lock's owner uses it at a time.
+    """Jobs waiting for inference. Not thread-safe: callers hold a lock.
 
     Args:
-        clock: `time.monotonic` seconds.
+        clock: monotonic seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -97,23 +97,25 @@ class CropQueue:
         self._lanes = {priority: _PriorityLine() for priority in Priority}
         self._count = dict.fromkeys(Priority, 0)
         self._busy_until = 0.0
-        self._reembedding = 0  # batches of a migration that run: one, unless callers are long gone
+        self._reembedding = (
+            0  # running batches of a migration: at most one, unless there were no calls for `CALLERS_GONE_S`
+        )
 
     def put(self, job: CropJob) -> None:
-        """Let a job wait."""
+        """Add a job."""
         lane = self._lanes[job.priority]
         if not lane.of:
             lane.next_at = max(lane.next_at, self._clock() + lane.took_s * (1 / PRIORITY_SHARES[job.priority] - 1))
         lane.of.setdefault(id(job.runtime), deque()).append(job)
         self._count[job.priority] += 1
 
-    def hold_back(self, seconds: float = QUIET_S) -> None:
-        """Note that a caller is here: crops of a migration wait a moment longer."""
+    def defer_background(self, seconds: float = QUIET_S) -> None:
+        """Delay a migration's crops, since there are urgent ones."""
         self._busy_until = self._clock() + seconds
 
     def wait_s(self) -> float | None:
-        """Seconds until `take` has something; 0 = now, None = nothing waits."""
-        if self.pressing():
+        """Seconds until `take` returns a batch; 0 = now, None = the queue is empty."""
+        if self.urgent_count():
             return 0.0
         lane = self._lanes[Priority.REEMBED]
         if not lane.of:
@@ -122,10 +124,10 @@ class CropQueue:
         return max(0.0, begins - self._clock())
 
     def take(self, most: int) -> list[CropJob]:
-        """The next batch: of one model, of the priority whose turn it is; an enrolment fills up callers' batches.
+        """The next batch, of one model and priority; enrolments and interactive crops fill up each other's batches.
 
         Args:
-            most: crops of callers and enrolments, if the model takes as many.
+            most: maximum number of urgent crops, also limited by the model.
         """
         if not (priority := self._turn()):
             return []
@@ -141,24 +143,24 @@ class CropQueue:
             self._count[job.priority] -= 1
         return batch
 
-    def pressing(self) -> int:
-        """Jobs that wait, but for a migration's."""
+    def urgent_count(self) -> int:
+        """Number of waiting jobs that are not a migration's."""
         return self._count[Priority.INTERACTIVE] + self._count[Priority.ENROL]
 
-    def ran(self, priority: Priority, seconds: float, crops: int = 1) -> None:
-        """Note how long a batch of a priority took, which decides when its next turn is and how large it may be."""
+    def record_batch_time(self, priority: Priority, seconds: float, crops: int = 1) -> None:
+        """Record the duration of a batch, which determines the time and size of the next one of its priority."""
         lane = self._lanes[priority]
         lane.took_s, lane.each_s = seconds, max(1e-6, seconds / crops)
         lane.next_at = self._clock() + seconds * (1 / PRIORITY_SHARES[priority] - 1)
         if priority is not Priority.REEMBED:
-            self.hold_back()
+            self.defer_background()
 
-    def ended(self, batch: Sequence[CropJob]) -> None:
-        """Note that a batch is done with, whether or not it ran."""
+    def finish_batch(self, batch: Sequence[CropJob]) -> None:
+        """Mark a batch from `take` as finished, whether or not it ran."""
         self._reembedding -= batch[0].priority is Priority.REEMBED
 
     def drain(self) -> list[CropJob]:
-        """Take everything."""
+        """Remove and return all jobs."""
         jobs = [job for lane in self._lanes.values() for waiting in lane.of.values() for job in waiting]
         for lane in self._lanes.values():
             lane.of.clear()
@@ -167,11 +169,11 @@ class CropQueue:
 
     @property
     def _all_cores_at(self) -> float:
-        """When a migration may have every core: until then one is free for a caller who comes."""
+        """When a migration may use all workers; until then one is kept free for calls."""
         return self._busy_until - QUIET_S + CALLERS_GONE_S
 
     def _turn(self) -> tuple[Priority, ...]:
-        """Whose turn it is, and who may fill up the batch."""
+        """The priority to serve next, followed by the one that may fill up its batch."""
         now = self._clock()
         waiting = {priority for priority, lane in self._lanes.items() if lane.of}
         if self._reembedding and now < self._all_cores_at:

@@ -242,7 +242,7 @@ class Migrations:
     async def resume(self, tenant: Tenant) -> None:
         """At start: go on with what the end of the process interrupted, the newest of each collection."""
         seen: set[str] = set()
-        for old in await tenant.operations.listed(kind=MIGRATION_KIND, limit=MAX_KEPT):
+        for old in await tenant.operations.list_operations(kind=MIGRATION_KIND, limit=MAX_KEPT):
             name = str(old.details.get("collection", ""))
             if name in seen:
                 continue
@@ -325,7 +325,7 @@ class _Migration:
             made = await self._made(collection, fresh)
             given_up |= set(fresh) - {key for key, _ in made}
             there = await self._tenant.store.write(store_features, collection.key, self._space.space_id, made)
-            if not there or (await self._tell(collection)).cancel_asked:
+            if not there or (await self._tell(collection)).cancel_requested:
                 await self._drop(collection)
                 return False
 

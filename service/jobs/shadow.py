@@ -225,7 +225,7 @@ class ShadowRun:
             pass
         if self.bounds.expire_us is not None and now_us() >= self.bounds.expire_us:
             self.end(ShadowState.EXPIRED)
-        if (await self._note()).cancel_asked:
+        if (await self._note()).cancel_requested:
             self.end(ShadowState.STOPPED)
         try:
             self.fits(await self._tenant.store.read(reads.collection, self._begun.collection))
@@ -279,7 +279,7 @@ class ShadowRun:
         made = await gallery.feature(
             collection, sample.source, deadline, space=collection.space, priority=Priority.REEMBED
         )
-        (answer,) = await run_search(gallery.searcher, collection, [sample.wanted.of(made.feature)], deadline)
+        (answer,) = await run_search(gallery.searcher, collection, [sample.wanted.with_feature(made.feature)], deadline)
         self._worked_s += (made.timings.decode_ns + made.timings.infer_ns + answer.search_ns + answer.rerank_ns) / 1e9
         return answer, made.timings.infer_ns // len(sample.source.images)
 
@@ -352,7 +352,7 @@ class ShadowManager:
     async def _begin(
         self, tenant: Tenant, of: Collection, model_id: str, space: Space, bounds: ShadowLimits
     ) -> ShadowStatus:
-        active = self._models.in_space(of.space.space_id)
+        active = self._models.model_of_space(of.space.space_id)
         names = (model_id, space.space_id, active.model_id if active else of.space.model_id, of.space.space_id)
         begun = ShadowStatus(of.name, *names, ShadowState.RUNNING, bounds, now_us())
         shadow = ShadowRun(tenant, begun, space, self._under_way)
@@ -374,7 +374,7 @@ class ShadowManager:
         shadow.operation_id = operation.operation_id  # before its work begins
         self._shadows[place] = shadow
         row = AuditEvent(current().name, "ModelService.StartShadow", of.name, reason=f"model {model_id}")
-        tenant.audit.note(row)  # of a beginning; who asks again to look at it begins nothing
+        tenant.audit.add(row)  # of a beginning; who asks again to look at it begins nothing
         tenant.gallery.searcher.follow(replace(of, space=space))  # its index, should the server have started since
         return shadow.told()
 
@@ -393,7 +393,7 @@ class ShadowManager:
         if (held := self._shadows.get((tenant.name, of.key))) is not None:
             held.fits(of)
             return held.told()
-        for old in await tenant.operations.listed(limit=MAX_LISTED, kind=SHADOW_KIND):
+        for old in await tenant.operations.list_operations(limit=MAX_LISTED, kind=SHADOW_KIND):
             if old.details["key"] == of.key:
                 told = replace(ShadowStatus.of(old.details["shadow"]), operation_id=old.operation_id)
                 if told.state is ShadowState.RUNNING:  # as it was noted when it began

@@ -7,7 +7,6 @@ read whole: SQLite's own check, the checksum of each feature, the stored graphs 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import platform
 import resource
@@ -28,6 +27,7 @@ from resight.bundle.bundle import open_bundle
 from resight.client import Client
 from resight.errors import ReIDError
 from resight.files import files_below
+from resight.locks import lock_holder
 from resight.machine import cores
 from resight.runtime.onnx import OnnxRuntime
 from resight.runtime.providers import open_runtime
@@ -211,20 +211,14 @@ def _tenant_folders(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def _check_lock(folder: Path) -> Check:
     """Whether a server holds the folder; asked for and given back at once."""
+    path = folder / LOCK_FILE
     try:
-        lock = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return Check("data", "lock", "ok", "no server has used it yet")
+        holder = lock_holder(path)
     except OSError as error:
         return Check("data", "lock", "fail", str(error), "run the doctor as the server's user")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(lock, 32).decode(errors="replace").strip()
+    if holder is not None:
         return Check("data", "lock", "ok", f"held by process {holder}")
-    finally:
-        os.close(lock)
-    return Check("data", "lock", "ok", "free")
+    return Check("data", "lock", "ok", "free" if path.exists() else "no server has used it yet")
 
 
 def _check_permissions(folder: Path) -> Iterator[Check]:

@@ -85,8 +85,8 @@ class EndpointSource:
         """Whether an ``Authorization`` header opens ``/metrics``: any operator's token does."""
         scheme, _, secret = header.partition(" ")
         try:
-            self._book.follow()
-            if not (self._always or self._book.asked):
+            self._book.reload()
+            if not (self._always or self._book.required):
                 return True
             found = self._book.find(secret.strip()) if scheme.lower() == "bearer" else None
         except FormatError as error:

@@ -119,18 +119,18 @@ class CallMetrics:
             self._calls.labels(call.method, code.name).inc()
             self._total.labels(call.method).observe(time.perf_counter() - started)
 
-    def spent(self, stage: call_events.Stage, started_ns: int, ended_ns: int) -> None:
+    def stage_ended(self, stage: call_events.Stage, started_ns: int, ended_ns: int) -> None:
         """Count a stage's time."""
         self._stages[stage].observe((ended_ns - started_ns) / 1e9)
 
-    def refused(self, error: ReIDError) -> None:
+    def failed(self, error: ReIDError) -> None:
         """Count an error by its reason, and load that was shed."""
         reason = reason_of(error)
         self._errors.labels(reason).inc()
         if reason in SHED_REASONS:
             self._shed.labels(reason).inc()
 
-    def searched(self, decisions: Sequence[Decision | None]) -> None:
+    def decided(self, decisions: Sequence[Decision | None]) -> None:
         """Count what best hits are taken for."""
         for decision in decisions:
             self._decided.labels(decision or "uncalibrated").inc()
@@ -212,7 +212,7 @@ class ServerGauges(Collector):
 
     async def gather(self) -> None:
         """Look at everything anew; reads one row a collection of each open tenant."""
-        open_tenants = self._tenants.opened()
+        open_tenants = self._tenants.open_tenants()
         self._found = [*self._queues(open_tenants), *self._loaded(), *self._kept(open_tenants)]
         self._found += await self._collections(open_tenants)
         self._found += shadow_metrics(self._shadows.running()[: self._settings.metrics_collections])
@@ -242,7 +242,7 @@ class ServerGauges(Collector):
             "resight_model", "The loaded models, the spaces of their features, and which is active."
         )
         for model_id in self._models.names():
-            model = self._models.info(model_id).loaded
+            model = self._models.status(model_id).loaded
             if model is not None:
                 active = str(model is self._models.active).lower()
                 body = {"model": model_id, "space": model.space.space_id, "version": model.space.model_version}
@@ -253,7 +253,7 @@ class ServerGauges(Collector):
         free, total = disk_room(self._settings.data)
         yield _gauge("resight_disk_free_bytes", "Free on the data folder's disk.", free)
         yield _gauge("resight_disk_total_bytes", "Size of the data folder's disk.", total)
-        low = any(tenant.store.low for tenant in tenants)
+        low = any(tenant.store.is_low for tenant in tenants)
         yield _gauge("resight_disk_low", "1 while writes are refused for want of room.", low)
         paths = [tenant.store.path for tenant in tenants]
         logs = [path.with_name(f"{path.name}-wal") for path in paths]
@@ -296,7 +296,7 @@ class ServerGauges(Collector):
                 stats, place = tenant.gallery.searcher.stats(collection), place + 1
                 count[stats.index_type] = count.get(stats.index_type, 0) + 1
                 behind = max(0, collection.revision - stats.revision)
-                drift = tenant.gallery.figures.drift(collection)
+                drift = tenant.gallery.statistics.drift(collection)
                 if place > self._settings.metrics_collections:
                     rest = {name: rest[name] + getattr(stats, field) for name, _, field in COLLECTION_GAUGES}
                     rest_lag, rest_drift = max(rest_lag, behind), max(rest_drift, drift or rest_drift)

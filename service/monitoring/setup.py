@@ -8,15 +8,13 @@ them.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import traceback
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import Literal
 
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # missing in the stubs
+from pythonjsonlogger.json import JsonFormatter
 
 from resight.service.access.auth import TokenLookup
 from resight.service.access.interceptors import CallInterceptor, RequestIdFilter
@@ -106,26 +104,21 @@ class Monitoring:
 TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s request=%(request_id)s %(message)s"
 
 
-class JsonFormatter(logging.Formatter):
-    """A line of JSON: time (RFC 3339, UTC), level, logger, request, message, and the stack of an error."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """One record; a message of several lines stays one line."""
-        line = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname,
-            "logger": record.name,
-            "request": getattr(record, "request_id", "-"),
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            line["stack"] = "".join(traceback.format_exception(*record.exc_info))
-        return json.dumps(line, ensure_ascii=False)
+def json_formatter() -> logging.Formatter:
+    """Lines of JSON: time (RFC 3339, UTC), level, logger, request, message, and the stack of an error."""
+    return JsonFormatter(
+        "{levelname}{name}{request_id}{message}",
+        style="{",
+        rename_fields={"levelname": "level", "name": "logger", "request_id": "request", "exc_info": "stack"},
+        timestamp="time",
+        defaults={"request_id": "-"},
+        json_ensure_ascii=False,
+    )
 
 
 def configure_logging(form: Literal["text", "json"]) -> None:
     """Write the log of this process to standard error, in one form, from INFO up."""
     handler = logging.StreamHandler()
     handler.addFilter(RequestIdFilter())
-    handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter(TEXT_FORMAT))
+    handler.setFormatter(json_formatter() if form == "json" else logging.Formatter(TEXT_FORMAT))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

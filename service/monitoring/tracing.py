@@ -99,15 +99,15 @@ class _CallSpans:
     def __init__(self, tracer: Tracer, span: Span) -> None:
         self._tracer, self._span = tracer, span
 
-    def spent(self, stage: call_events.Stage, started_ns: int, ended_ns: int) -> None:
+    def stage_ended(self, stage: call_events.Stage, started_ns: int, ended_ns: int) -> None:
         from opentelemetry.trace import set_span_in_context
 
         wall = time.time_ns() - time.perf_counter_ns()
         span = self._tracer.start_span(stage, context=set_span_in_context(self._span), start_time=wall + started_ns)
         span.end(wall + ended_ns)
 
-    def refused(self, error: ReIDError) -> None:
+    def failed(self, error: ReIDError) -> None:
         self._span.add_event("refused", {"reason": reason_of(error)})
 
-    def searched(self, decisions: Sequence[Decision | None]) -> None:
+    def decided(self, decisions: Sequence[Decision | None]) -> None:
         self._span.set_attribute("resight.queries", len(decisions))

@@ -1,4 +1,4 @@
-"""The servicer of operators: what the server is and does, its indexes, snapshots and audit."""
+"""AdminService: server information, indexes, snapshots, audit, search statistics and adaptation requests."""
 
 from __future__ import annotations
 
@@ -24,59 +24,60 @@ from resight.service.tenants import Tenant, Tenants
 from resight.v1 import admin_pb2, admin_pb2_grpc
 
 
-def window_stats_message(told: WindowStats, *, active: bool) -> admin_pb2.SearchFigures:
-    """What searches in one space came to; ``active``: the collection is searched in it now."""
-    counted, decided = told.counted, told.counted.matches + told.counted.uncertain + told.counted.unknown
-    drift = told.reference.against(counted)
+def window_stats_message(stats: WindowStats, *, active: bool) -> admin_pb2.SearchFigures:
+    """Convert the statistics of one space; ``active``: whether the collection is currently searched in it."""
+    counts = stats.counts
+    decided = counts.matches + counts.uncertain + counts.unknown
+    drift = stats.reference.drift_of(counts)
     return admin_pb2.SearchFigures(
-        space_id=told.space_id,
-        model_id=told.model_id,
+        space_id=stats.space_id,
+        model_id=stats.model_id,
         active=active,
-        searches=counted.searches,
-        matches=counted.matches,
-        uncertain=counted.uncertain,
-        unknown=counted.unknown,
-        without_hit=counted.searches - counted.hits,
-        unknown_share=counted.unknown / decided if decided else None,
-        mean_cosine=counted.cosine_sum / counted.hits if counted.hits else None,
-        mean_probability=counted.probability_sum / counted.probable if counted.probable else None,
+        searches=counts.searches,
+        matches=counts.matches,
+        uncertain=counts.uncertain,
+        unknown=counts.unknown,
+        without_hit=counts.searches - counts.hits,
+        unknown_share=counts.unknown / decided if decided else None,
+        mean_cosine=counts.cosine_sum / counts.hits if counts.hits else None,
+        mean_probability=counts.probability_sum / counts.probable if counts.probable else None,
         drift_index=None if drift is None else drift[0],
         mean_shift=None if drift is None else drift[1],
-        reference_searches=told.reference.hits,
-        first_time=timestamp(counted.first_us),
-        last_time=timestamp(counted.last_us),
-        cosine_histogram=counted.bins.tolist(),
+        reference_searches=stats.reference.hits,
+        first_time=timestamp(counts.first_us),
+        last_time=timestamp(counts.last_us),
+        cosine_histogram=counts.bins.tolist(),
     )
 
 
 INDEX_TYPES = ("", "auto", "flat", "flat-fp16", "hnsw")
-PROGRESS_EVERY_S = 0.2  # progress of a snapshot
+PROGRESS_EVERY_S = 0.2  # between two progress updates of a snapshot
 
 
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
-    """What this server is and accepts, and what its operators ask of it."""
+    """See admin.proto."""
 
-    def __init__(self, tenants: Tenants, models: ModelHost, work: JobRunner, settings: Settings) -> None:
-        self._tenants, self._models, self._work, self._settings = tenants, models, work, settings
+    def __init__(self, tenants: Tenants, models: ModelHost, jobs: JobRunner, settings: Settings) -> None:
+        self._tenants, self._models, self._jobs, self._settings = tenants, models, jobs, settings
 
-    async def _own(self) -> Tenant:
-        """The caller's own."""
+    async def _tenant(self) -> Tenant:
+        """The caller's tenant."""
         return await self._tenants.tenant(current().tenant)
 
     async def GetServerInfo(
         self, request: admin_pb2.GetServerInfoRequest, context: Context
     ) -> admin_pb2.GetServerInfoResponse:
-        """Version, served model and limits."""
-        own, active = self._settings, self._models.active
+        """Version, active model and limits."""
+        settings, active = self._settings, self._models.active
         limits = admin_pb2.Limits(
-            max_message_bytes=own.max_message_bytes,
-            max_image_bytes=own.max_image_bytes,
-            max_image_pixels=own.max_image_pixels,
-            max_batch_items=own.max_batch_items,
-            max_shots=own.max_shots,
-            max_top_k=own.max_top_k,
-            max_queue_items=own.max_queue,
-            max_rerank_candidates=own.max_rerank_candidates,
+            max_message_bytes=settings.max_message_bytes,
+            max_image_bytes=settings.max_image_bytes,
+            max_image_pixels=settings.max_image_pixels,
+            max_batch_items=settings.max_batch_items,
+            max_shots=settings.max_shots,
+            max_top_k=settings.max_top_k,
+            max_queue_items=settings.max_queue,
+            max_rerank_candidates=settings.max_rerank_candidates,
         )
         return admin_pb2.GetServerInfoResponse(
             server_version=version("resight"),
@@ -88,8 +89,8 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     async def GetCollectionStats(
         self, request: admin_pb2.GetCollectionStatsRequest, context: Context
     ) -> admin_pb2.GetCollectionStatsResponse:
-        """How a collection and its index stand."""
-        tenant = await self._own()
+        """State of a collection and its index."""
+        tenant = await self._tenant()
         collection = await tenant.gallery.collection(request.collection_id)
         index = tenant.gallery.searcher.stats(collection)
         return admin_pb2.GetCollectionStatsResponse(
@@ -106,13 +107,13 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     async def RebuildIndex(
         self, request: admin_pb2.RebuildIndexRequest, context: Context
     ) -> admin_pb2.RebuildIndexResponse:
-        """Build a collection's index anew while the old one serves."""
+        """Start to rebuild a collection's index; the old one serves meanwhile."""
         if request.index_type not in INDEX_TYPES:
             raise InputError(
-                f"index_type is one of {', '.join(INDEX_TYPES[1:])}, or empty; found {request.index_type[:40]!r}",
+                f"expected index_type {', '.join(INDEX_TYPES[1:])} or empty, found {request.index_type[:40]!r}",
                 field="index_type",
             )
-        tenant = await self._own()
+        tenant = await self._tenant()
         collection = await tenant.gallery.collection(request.collection_id)
 
         async def rebuild(operation: Operation) -> dict[str, str]:
@@ -120,19 +121,19 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             count = await tenant.store.read(reads.count, collection.key, Filter())
             await tenant.operations.progress(operation.operation_id, total=count, succeeded=count)
             recall = built.sampled_recall_at_10
-            told = {"index_type": built.index_type, "note": built.note}
-            return told | ({} if recall is None else {"recall_at_10": f"{recall:.4f}"})
+            result = {"index_type": built.index_type, "note": built.note}
+            return result | ({} if recall is None else {"recall_at_10": f"{recall:.4f}"})
 
-        started = await self._work.begin(tenant.operations, REBUILD, rebuild, collection=collection.name)
+        started = await self._jobs.begin(tenant.operations, REBUILD, rebuild, collection=collection.name)
         return admin_pb2.RebuildIndexResponse(operation=operation_message(started))
 
     async def CreateSnapshot(
         self, request: admin_pb2.CreateSnapshotRequest, context: Context
     ) -> admin_pb2.CreateSnapshotResponse:
-        """Copy the tenant's database beside it while it is in use."""
-        name = snapshots.check_name(request.snapshot_id or snapshots.name_of_now())
-        tenant = await self._own()
-        started = await self._work.begin(
+        """Start an online copy of the tenant's database."""
+        name = snapshots.check_name(request.snapshot_id or snapshots.timestamp_name())
+        tenant = await self._tenant()
+        started = await self._jobs.begin(
             tenant.operations, "snapshot", _SnapshotJob(tenant, name).run, snapshot_id=name
         )
         return admin_pb2.CreateSnapshotResponse(operation=operation_message(started))
@@ -140,12 +141,12 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     async def ListAuditEvents(
         self, request: admin_pb2.ListAuditEventsRequest, context: Context
     ) -> admin_pb2.ListAuditEventsResponse:
-        """The audit of a window of time, the newest first, page by page."""
+        """Audit rows of a time window, newest first, paginated."""
         limit = page_size(request.page_size)
         start_us, end_us = convert.to_window(request.window, "window")
         before = key_of_token(request.page_token) or None
-        audit = (await self._own()).audit
-        found = await audit.listed(start_us=start_us, end_us=end_us, before=before, limit=limit + 1)
+        audit = (await self._tenant()).audit
+        found = await audit.list_events(start_us=start_us, end_us=end_us, before=before, limit=limit + 1)
         more = len(found) > limit
         return admin_pb2.ListAuditEventsResponse(
             events=[_audit_event_message(event) for event in found[:limit]],
@@ -155,39 +156,41 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     async def GetSearchFigures(
         self, request: admin_pb2.GetSearchFiguresRequest, context: Context
     ) -> admin_pb2.GetSearchFiguresResponse:
-        """What a collection's searches came to, in each space."""
+        """Statistics of a collection's searches, for each space."""
         window = convert.to_window(request.window, "window")
         reference = convert.to_window(request.reference, "reference") if request.HasField("reference") else None
-        gallery = (await self._own()).gallery
-        of = await gallery.collection(request.collection_id)
-        told = await gallery.figures.told(of, window=window, space_id=request.space_id, reference=reference)
-        figures = [window_stats_message(one, active=one.space_id == of.space.space_id) for one in told]
+        gallery = (await self._tenant()).gallery
+        collection = await gallery.collection(request.collection_id)
+        stats = await gallery.statistics.window_stats(
+            collection, window=window, space_id=request.space_id, reference=reference
+        )
+        figures = [window_stats_message(one, active=one.space_id == collection.space.space_id) for one in stats]
         return admin_pb2.GetSearchFiguresResponse(figures=figures)
 
     async def StartAdaptation(
         self, request: admin_pb2.StartAdaptationRequest, context: Context
     ) -> admin_pb2.StartAdaptationResponse:
-        """Ask the cycle of a site for a run."""
+        """Request a run of a site's cycle."""
         check_request_id(request.request_id)
-        store = (await self._own()).store
-        asked = await store.write(operations.request_adaptation, request.job_spec_id, request_id=request.request_id)
-        return admin_pb2.StartAdaptationResponse(operation=operation_message(asked))
+        store = (await self._tenant()).store
+        requested = await store.write(operations.request_adaptation, request.job_spec_id, request_id=request.request_id)
+        return admin_pb2.StartAdaptationResponse(operation=operation_message(requested))
 
     async def ReportAdaptation(
         self, request: admin_pb2.ReportAdaptationRequest, context: Context
     ) -> admin_pb2.ReportAdaptationResponse:
-        """Take from a site's cycle how its run goes."""
+        """Record the progress of a requested run, reported by the site's cycle."""
         state = state_of(request.state)
         if state is None:
-            raise InputError("state is RUNNING, SUCCEEDED or FAILED: tell which", field="state")
-        told = await (await self._own()).store.book(
+            raise InputError("expected state RUNNING, SUCCEEDED or FAILED", field="state")
+        reported = await (await self._tenant()).store.write_unchecked(
             operations.report_adaptation, request.operation_id, state, result=dict(request.result), error=request.error
         )
-        return admin_pb2.ReportAdaptationResponse(operation=operation_message(told))
+        return admin_pb2.ReportAdaptationResponse(operation=operation_message(reported))
 
 
 class _SnapshotJob:
-    """One snapshot: the copy runs in a thread, and its counts go to the table from time to time."""
+    """One snapshot: the copy runs in a thread, and its progress is written to the operation periodically."""
 
     def __init__(self, tenant: Tenant, name: str) -> None:
         self._tenant, self._name = tenant, name
@@ -195,31 +198,31 @@ class _SnapshotJob:
 
     async def run(self, operation: Operation) -> dict[str, str]:
         copying = asyncio.create_task(
-            asyncio.to_thread(snapshots.create, self._tenant.store.path, self._name, progress=self._progress)
+            asyncio.to_thread(snapshots.create, self._tenant.store.path, self._name, progress=self._on_progress)
         )
         try:
             while not copying.done():
                 await asyncio.wait((copying,), timeout=PROGRESS_EVERY_S)
-                await self._tell(operation.operation_id)
-            made = await copying
+                await self._write_progress(operation.operation_id)
+            snapshot = await copying
         except asyncio.CancelledError:
-            self._cancelled = True  # the server stops, and a thread cannot be cancelled from outside
+            self._cancelled = True  # the server is stopping; `_on_progress` ends the thread
             await asyncio.wait((copying,))
             raise
-        return {"snapshot_id": made.name, "bytes": str(made.bytes), "sha256": made.sha256}
+        return {"snapshot_id": snapshot.name, "bytes": str(snapshot.bytes), "sha256": snapshot.sha256}
 
-    async def _tell(self, operation_id: str) -> None:
+    async def _write_progress(self, operation_id: str) -> None:
         now = await self._tenant.operations.progress(operation_id, total=self._total, succeeded=self._done)
-        self._cancelled |= now.cancel_asked
+        self._cancelled |= now.cancel_requested
 
-    def _progress(self, done: int, total: int) -> None:
+    def _on_progress(self, done: int, total: int) -> None:
         if self._cancelled:
             raise JobCancelled
         self._done, self._total = done, total
 
 
 def _audit_event_message(event: AuditEvent) -> admin_pb2.AuditEvent:
-    """A row of the audit for the wire."""
+    """Convert an audit row."""
     return admin_pb2.AuditEvent(
         audit_id=event.audit_id,
         event_time=convert.timestamp(event.at_us),

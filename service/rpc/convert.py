@@ -1,7 +1,7 @@
-"""Conversion between messages and the service's values, and pagination; every field of a request is validated.
+"""Conversion between protobuf messages and the service's types, with validation of all request fields; pagination.
 
-A field absent on the wire is an empty string, or None for a number or time. A page token is opaque: the cursor after
-which the next page begins.
+An absent field becomes an empty string, or None for a number or time. A page token is opaque to clients: it encodes the
+key after which the next page begins.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_US = 253_402_300_800_000_000  # the year 10000, where google.protobuf.Timest
 
 
 def check_id(value: str, field: str) -> str:
-    """An id as it came, when it is one."""
+    """Return an id if it is valid; raises InputError."""
     if len(value) > MAX_ID or not value.isprintable():
         raise InputError(
             f"an id has at most {MAX_ID} printable characters, found {len(value)}: {value[:40]!r}", field=field
@@ -38,7 +38,7 @@ def check_id(value: str, field: str) -> str:
 def _check_ids(values: Container[str], field: str) -> tuple[str, ...]:
     if len(values) > MAX_LISTED:
         raise LimitError(
-            f"at most {MAX_LISTED} values in one list, found {len(values)}: ask in parts",
+            f"at most {MAX_LISTED} values in one list, found {len(values)}: split the request",
             field=field,
             max_listed=MAX_LISTED,
         )
@@ -47,10 +47,10 @@ def _check_ids(values: Container[str], field: str) -> tuple[str, ...]:
 
 def to_micros(time: timestamp_pb2.Timestamp, field: str) -> int:
     """A time in microseconds since 1970."""
-    told = time.seconds * 1_000_000 + time.nanos // 1000
-    if not (abs(told) < MAX_US and 0 <= time.nanos < 1_000_000_000):
+    micros = time.seconds * 1_000_000 + time.nanos // 1000
+    if not (abs(micros) < MAX_US and 0 <= time.nanos < 1_000_000_000):
         raise InputError(f"expected a time from year 1 to 9999, found {time.seconds} s {time.nanos} ns", field=field)
-    return told
+    return micros
 
 
 def _labels(labels: dict[str, str], field: str) -> dict[str, str]:
@@ -69,7 +69,7 @@ def _labels(labels: dict[str, str], field: str) -> dict[str, str]:
 
 
 def to_entry(message: gallery_pb2.Entry) -> EntryRecord:
-    """What a caller may tell of an entry; the output-only fields are left to the server."""
+    """Convert an entry of a request; output-only fields are ignored."""
     if not 0.0 <= message.quality <= 1.0:
         raise InputError(f"quality is 0..1, found {message.quality}", field="entry.quality")
     expire_us = to_micros(message.expire_time, "entry.expire_time") if message.HasField("expire_time") else None
@@ -88,7 +88,7 @@ def to_entry(message: gallery_pb2.Entry) -> EntryRecord:
 
 
 def to_window(message: common_pb2.TimeWindow, field: str) -> tuple[int | None, int | None]:
-    """A window of time in microseconds; None = without that end."""
+    """A time window in microseconds; None = unbounded."""
     start_us = to_micros(message.start_time, f"{field}.start_time") if message.HasField("start_time") else None
     end_us = to_micros(message.end_time, f"{field}.end_time") if message.HasField("end_time") else None
     if start_us is not None and end_us is not None and start_us >= end_us:
@@ -97,7 +97,7 @@ def to_window(message: common_pb2.TimeWindow, field: str) -> tuple[int | None, i
 
 
 def to_filter(message: gallery_pb2.EntryFilter) -> Filter:
-    """A filter, checked."""
+    """Convert and check a filter."""
     start_us, end_us = to_window(message.capture_window, "filter.capture_window")
     if message.HasField("min_quality") and not 0.0 <= message.min_quality <= 1.0:
         raise InputError(f"min_quality is 0..1, found {message.min_quality}", field="filter.min_quality")
@@ -117,7 +117,7 @@ def to_filter(message: gallery_pb2.EntryFilter) -> Filter:
 def to_source(
     message: gallery_pb2.EnrollEntryRequest | search_pb2.SearchRequest, kind: str
 ) -> CropSource | FeatureSource:
-    """What a feature is made from: the ``image``, ``to_crop_source`` or ``embedding`` that is set."""
+    """The source of a feature: the field ``kind`` of the request, ``image``, ``shots`` or ``embedding``."""
     if kind == "embedding":
         return FeatureSource(message.embedding.float32_le, message.embedding.space_id)
     if kind == "image":
@@ -135,7 +135,7 @@ def to_crop_source(message: common_pb2.ImageCropSet, field: str) -> CropSource:
 
 
 def to_collection(message: gallery_pb2.Collection, space: Space) -> Collection:
-    """What a caller may tell of a collection; the output-only fields are left to the server."""
+    """Convert a collection of a request; output-only fields are ignored."""
     for name in ("accept_probability", "reject_probability", "min_quality"):
         value = getattr(message, name)
         if not 0.0 <= value <= 1.0:
@@ -156,19 +156,23 @@ def to_collection(message: gallery_pb2.Collection, space: Space) -> Collection:
     )
 
 
-def masked_fields(mask: field_mask_pb2.FieldMask, known: dict[str, str]) -> list[str]:
-    """Our names of the fields a mask names, each once.
+def masked_fields(mask: field_mask_pb2.FieldMask, names: dict[str, str]) -> list[str]:
+    """The attribute names of the fields in a mask, without duplicates.
+
+    Args:
+        mask: of an update request.
+        names: attribute name by path, of all fields that can be changed.
 
     Raises:
-        InputError: none, or one that cannot be changed.
+        InputError: the mask is empty, or has a field that cannot be changed.
     """
-    unknown = sorted(set(mask.paths) - set(known))
+    unknown = sorted(set(mask.paths) - set(names))
     if unknown or not mask.paths:
         raise InputError(
-            f"update_mask names one or more of {', '.join(known)}; found {', '.join(unknown)[:200] or 'none'}",
+            f"update_mask takes one or more of {', '.join(names)}; found {', '.join(unknown)[:200] or 'none'}",
             field="update_mask",
         )
-    return [ours for path, ours in known.items() if path in mask.paths]
+    return [name for path, name in names.items() if path in mask.paths]
 
 
 ENTRY_PATHS = {"subject_id": "subject_id", "labels": "labels", "expire_time": "expire_us"}
@@ -189,19 +193,19 @@ def ttl_us(message: gallery_pb2.Collection) -> int | None:
         return None
     if not abs(ttl.seconds) < MAX_US // 1_000_000:
         raise InputError(f"default_ttl is out of range: {ttl.seconds} s", field="collection.default_ttl")
-    told_us = ttl.seconds * 1_000_000 + ttl.nanos // 1000
-    if told_us <= 0:
-        raise InputError(f"default_ttl must be positive, found {told_us / 1e6} s", field="collection.default_ttl")
-    return told_us
+    micros = ttl.seconds * 1_000_000 + ttl.nanos // 1000
+    if micros <= 0:
+        raise InputError(f"default_ttl must be positive, found {micros / 1e6} s", field="collection.default_ttl")
+    return micros
 
 
-def timestamp(told_us: int) -> timestamp_pb2.Timestamp:
-    """A time for the wire."""
-    return timestamp_pb2.Timestamp(seconds=told_us // 1_000_000, nanos=told_us % 1_000_000 * 1000)
+def timestamp(micros: int) -> timestamp_pb2.Timestamp:
+    """Convert a time in microseconds."""
+    return timestamp_pb2.Timestamp(seconds=micros // 1_000_000, nanos=micros % 1_000_000 * 1000)
 
 
 def entry_message(entry: EntryRecord) -> gallery_pb2.Entry:
-    """An entry for the wire."""
+    """Convert an entry."""
     message = gallery_pb2.Entry(
         entry_id=entry.entry_id,
         subject_id=entry.subject_id,
@@ -221,30 +225,30 @@ def entry_message(entry: EntryRecord) -> gallery_pb2.Entry:
 
 
 def space_message(space: Space) -> common_pb2.EmbeddingSpace:
-    """A space for the wire."""
+    """Convert a space."""
     return common_pb2.EmbeddingSpace(
         space_id=space.space_id, model_id=space.model_id, model_version=space.model_version, dim=space.dim
     )
 
 
 def feature_message(feature: Feature, space: Space) -> common_pb2.Embedding:
-    """A feature for the wire."""
+    """Convert a feature, float32 (D,)."""
     return common_pb2.Embedding(float32_le=feature.astype("<f4").tobytes(), space_id=space.space_id)
 
 
 def timings_message(timings: Timings, search_ns: int = 0, rerank_ns: int = 0) -> common_pb2.Timings:
-    """Timings for the wire."""
+    """Convert timings."""
     embedded = {"decode_ns": timings.decode_ns, "queue_ns": timings.queue_ns, "infer_ns": timings.infer_ns}
     return common_pb2.Timings(**embedded, search_ns=search_ns, rerank_ns=rerank_ns)
 
 
 def collection_message(collection: Collection, entry_count: int, indexed_revision: int) -> gallery_pb2.Collection:
-    """A collection for the wire."""
-    kept = gallery_pb2.CROP_RETENTION_STORE if collection.keep_crops else gallery_pb2.CROP_RETENTION_NONE
+    """Convert a collection."""
+    retention = gallery_pb2.CROP_RETENTION_STORE if collection.keep_crops else gallery_pb2.CROP_RETENTION_NONE
     message = gallery_pb2.Collection(
         collection_id=collection.name,
         space=space_message(collection.space),
-        crop_retention=kept,
+        crop_retention=retention,
         entry_count=entry_count,
         revision=collection.revision,
         indexed_revision=indexed_revision,
@@ -263,25 +267,25 @@ def collection_message(collection: Collection, entry_count: int, indexed_revisio
 MAX_PAGE, DEFAULT_PAGE = 1000, 100
 
 
-def page_size(asked: int) -> int:
-    """What a page holds: 100 when not told, at most 1000.
+def page_size(requested: int) -> int:
+    """The page size for a request: at most 1000, default 100.
 
     Raises:
         InputError: negative.
     """
-    if asked < 0:
-        raise InputError(f"page_size is 0 (for {DEFAULT_PAGE}) to {MAX_PAGE}, found {asked}", field="page_size")
-    return min(asked or DEFAULT_PAGE, MAX_PAGE)
+    if requested < 0:
+        raise InputError(f"page_size is 0 (for {DEFAULT_PAGE}) to {MAX_PAGE}, found {requested}", field="page_size")
+    return min(requested or DEFAULT_PAGE, MAX_PAGE)
 
 
 def page_token(after: int | str) -> str:
-    """The opaque cursor after which the next page begins."""
+    """The page token for the page after a key or name."""
     raw = struct.pack(">q", after) if isinstance(after, int) else after.encode()
     return base64.urlsafe_b64encode(raw).decode().rstrip("=")
 
 
 def key_of_token(token: str, field: str = "page_token") -> int:
-    """The key a cursor stands for; 0 = from the beginning. Raises InputError for what is none of ours."""
+    """The key in a page token; 0 = from the beginning. Raises InputError for an invalid token."""
     if not token:
         return 0
     raw = _decode_token(token, field)
@@ -291,7 +295,7 @@ def key_of_token(token: str, field: str = "page_token") -> int:
 
 
 def name_of_token(token: str) -> str:
-    """The name a page token stands for; empty = from the beginning. Raises InputError for what is none of ours."""
+    """The name in a page token; empty = from the beginning. Raises InputError for an invalid token."""
     try:
         return _decode_token(token, "page_token").decode()
     except UnicodeDecodeError as error:
@@ -306,16 +310,14 @@ def _decode_token(token: str, field: str) -> bytes:
 
 
 def _token_error(token: str, field: str) -> InputError:
-    return InputError(
-        f"{field} {token[:40]!r} is none of ours: pass the one of the answer before, or none", field=field
-    )
+    return InputError(f"invalid {field} {token[:40]!r}: pass the one of the previous response, or none", field=field)
 
 
 MAX_REQUEST_ID = 128  # a UUID has 36
 
 
 def check_request_id(request_id: str) -> None:
-    """Refuse what is too long to be remembered.
+    """Check the length of a request id.
 
     Raises:
         InputError: more than `MAX_REQUEST_ID` characters.

@@ -1,4 +1,4 @@
-"""The servicer of crops to features: translate, call, translate."""
+"""EmbeddingService: crops to features."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from resight.v1 import common_pb2, embedding_pb2, embedding_pb2_grpc
 
 
 class EmbeddingServicer(embedding_pb2_grpc.EmbeddingServiceServicer):
-    """Crops to features."""
+    """See embedding.proto."""
 
     def __init__(self, models: ModelHost, settings: Settings) -> None:
         self._models, self._settings = models, settings
@@ -49,10 +49,10 @@ class EmbeddingServicer(embedding_pb2_grpc.EmbeddingServiceServicer):
         with self._models.lease(request.model_id) as model:
             outcomes = await model.embed([image.data for image in request.images], deadline)
         results, total = [], Timings()
-        for number, (image, made) in enumerate(zip(request.images, outcomes, strict=True)):
-            if isinstance(made, Embedded):
-                total += made.timings
-            results.append(_result(image, made, model.space, f"images[{number}].data"))
+        for number, (image, outcome) in enumerate(zip(request.images, outcomes, strict=True)):
+            if isinstance(outcome, Embedded):
+                total += outcome.timings
+            results.append(_result(image, outcome, model.space, f"images[{number}].data"))
         return embedding_pb2.BatchEmbedResponse(
             results=results, space=convert.space_message(model.space), timings=convert.timings_message(total)
         )
@@ -60,29 +60,29 @@ class EmbeddingServicer(embedding_pb2_grpc.EmbeddingServiceServicer):
     async def StreamEmbed(
         self, request_iterator: AsyncIterator[embedding_pb2.StreamEmbedRequest], context: Context
     ) -> AsyncIterator[embedding_pb2.StreamEmbedResponse]:
-        """Embed crops as they come; each answer has its own status and its request's id."""
+        """Embed crops as they arrive; each response has its own status and the id of its request."""
 
-        async def answer(request: embedding_pb2.StreamEmbedRequest) -> embedding_pb2.StreamEmbedResponse:
+        async def respond(request: embedding_pb2.StreamEmbedRequest) -> embedding_pb2.StreamEmbedResponse:
             async def work(deadline: float) -> embedding_pb2.EmbedResult:
                 convert.check_id(request.image.crop_id, "image.crop_id")
                 with self._models.lease() as model:
-                    (made,) = await model.embed([request.image.data], deadline)
-                return _result(request.image, made, model.space, "image.data")
+                    (outcome,) = await model.embed([request.image.data], deadline)
+                return _result(request.image, outcome, model.space, "image.data")
 
-            made = await item_outcome(work, context, method="StreamEmbed", limit_s=self._settings.deadline_s)
-            if isinstance(made, status_pb2.Status):
-                made = embedding_pb2.EmbedResult(error=made, crop_id=request.image.crop_id)
-            return embedding_pb2.StreamEmbedResponse(request_id=request.request_id, result=made)
+            outcome = await item_outcome(work, context, method="StreamEmbed", limit_s=self._settings.deadline_s)
+            if isinstance(outcome, status_pb2.Status):
+                outcome = embedding_pb2.EmbedResult(error=outcome, crop_id=request.image.crop_id)
+            return embedding_pb2.StreamEmbedResponse(request_id=request.request_id, result=outcome)
 
-        async for one in map_as_completed(request_iterator, answer, self._settings.max_stream_items):
-            yield one
+        async for response in map_as_completed(request_iterator, respond, self._settings.max_stream_items):
+            yield response
 
 
 def _result(
-    image: common_pb2.ImageCrop, made: Embedded | ReIDError, space: Space, field: str
+    image: common_pb2.ImageCrop, outcome: Embedded | ReIDError, space: Space, field: str
 ) -> embedding_pb2.EmbedResult:
-    """One item of a batch or a stream."""
-    if isinstance(made, ReIDError):
-        return embedding_pb2.EmbedResult(error=call_events.record_error(made, field=field), crop_id=image.crop_id)
-    feature = convert.feature_message(made.feature, space)
-    return embedding_pb2.EmbedResult(embedding=feature, quality=made.quality, crop_id=image.crop_id)
+    """The result of one item of a batch or stream."""
+    if isinstance(outcome, ReIDError):
+        return embedding_pb2.EmbedResult(error=call_events.record_error(outcome, field=field), crop_id=image.crop_id)
+    feature = convert.feature_message(outcome.feature, space)
+    return embedding_pb2.EmbedResult(embedding=feature, quality=outcome.quality, crop_id=image.crop_id)

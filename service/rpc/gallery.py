@@ -1,4 +1,4 @@
-"""The servicers of collections and entries, of feedback on entries, and of stored crops."""
+"""GalleryService: collections, entries, feedback and stored crops."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ from resight.service.storage.reads import stream_crops
 from resight.service.tenants import Tenants
 from resight.v1 import gallery_pb2, gallery_pb2_grpc
 
-AUDIT_EVERY_CROPS = (
-    10_000  # crops of one row of the audit: who is killed in the middle of a long stream has told most of it
-)
+AUDIT_EVERY_CROPS = 10_000  # crops per audit row, so that a crash during a long stream loses at most one row
 
 VERDICTS = {
     gallery_pb2.FEEDBACK_VERDICT_SAME_PERSON: True,
@@ -35,7 +33,7 @@ _VERDICT_OF = {same: verdict for verdict, same in VERDICTS.items()}
 
 
 class FeedbackServicer(gallery_pb2_grpc.GalleryServiceServicer):
-    """The part of the gallery's service that a site's cycle asks, and those who confirm what it found."""
+    """The methods for feedback and for the training cycle of a site."""
 
     def __init__(self, tenants: Tenants, settings: Settings) -> None:
         self._tenants, self._settings = tenants, settings
@@ -43,14 +41,14 @@ class FeedbackServicer(gallery_pb2_grpc.GalleryServiceServicer):
     async def AddFeedback(
         self, request: gallery_pb2.AddFeedbackRequest, context: Context
     ) -> gallery_pb2.AddFeedbackResponse:
-        """Store what somebody said of two entries."""
+        """Store whether two entries show the same person."""
         if request.verdict not in VERDICTS:
-            raise InputError("verdict is SAME_PERSON or DIFFERENT_PERSON: tell which", field="verdict")
+            raise InputError("expected verdict SAME_PERSON or DIFFERENT_PERSON", field="verdict")
         check_request_id(request.request_id)
         tenant = await self._tenants.tenant(current().tenant)
         collection = await tenant.gallery.collection(request.collection_id)
         digest = keyed_hash(tenant.store.key, request.SerializeToString(deterministic=True).hex())
-        told, replayed = await tenant.store.write(
+        stored, replayed = await tenant.store.write(
             feedback.add,
             collection,
             _pair(request.entry_id, request.other_entry_id),
@@ -59,16 +57,16 @@ class FeedbackServicer(gallery_pb2_grpc.GalleryServiceServicer):
             request_id=request.request_id,
             digest=digest.encode(),
         )
-        return gallery_pb2.AddFeedbackResponse(feedback=feedback_message(told), replayed=replayed)
+        return gallery_pb2.AddFeedbackResponse(feedback=feedback_message(stored), replayed=replayed)
 
     async def ListFeedback(
         self, request: gallery_pb2.ListFeedbackRequest, context: Context
     ) -> gallery_pb2.ListFeedbackResponse:
-        """What was said of a collection's entries, page by page."""
+        """Feedback on a collection's entries, paginated."""
         limit, after = page_size(request.page_size), key_of_token(request.page_token)
         tenant = await self._tenants.tenant(current().tenant)
         collection = await tenant.gallery.collection(request.collection_id)
-        found = await tenant.store.read(feedback.listed, collection.key, after=after, limit=limit + 1)
+        found = await tenant.store.read(feedback.list_records, collection.key, after=after, limit=limit + 1)
         return gallery_pb2.ListFeedbackResponse(
             feedback=[feedback_message(one) for one in found[:limit]],
             next_page_token=page_token(found[limit - 1].key) if len(found) > limit else "",
@@ -77,7 +75,7 @@ class FeedbackServicer(gallery_pb2_grpc.GalleryServiceServicer):
     async def RemoveFeedback(
         self, request: gallery_pb2.RemoveFeedbackRequest, context: Context
     ) -> gallery_pb2.RemoveFeedbackResponse:
-        """Take back what was said of two entries."""
+        """Remove the feedback on two entries."""
         tenant = await self._tenants.tenant(current().tenant)
         collection = await tenant.gallery.collection(request.collection_id)
         pair, event = _pair(request.entry_id, request.other_entry_id), _event("RemoveFeedback")
@@ -87,17 +85,17 @@ class FeedbackServicer(gallery_pb2_grpc.GalleryServiceServicer):
     async def StreamCrops(
         self, request: gallery_pb2.StreamCropsRequest, context: Context
     ) -> AsyncIterator[gallery_pb2.StreamCropsResponse]:
-        """Send the kept crops of a collection, an entry an answer, no faster than they are taken."""
+        """Stream the stored crops of a collection, one entry per response, with flow control."""
         filters, after = convert.to_filter(request.filter), key_of_token(request.cursor, "cursor")
         since_us = None
         if request.HasField("enrolled_since"):
             since_us = convert.to_micros(request.enrolled_since, "enrolled_since")
-        async with self._tenants.held(current().tenant) as tenant:
+        async with self._tenants.lease(current().tenant) as tenant:
             collection = await tenant.gallery.collection(request.collection_id)
             if not collection.keep_crops:
                 raise CropsMissingError(
-                    f"collection {collection.name} keeps no crops: set its crop_retention to CROP_RETENTION_STORE, and "
-                    "those enrolled from then on are kept",
+                    f"collection {collection.name} keeps no crops: set its crop_retention to CROP_RETENTION_STORE to "
+                    "keep those of later enrolments",
                     field="collection_id",
                     collection=collection.name,
                 )
@@ -109,20 +107,20 @@ class FeedbackServicer(gallery_pb2_grpc.GalleryServiceServicer):
                         entry=convert.entry_message(one.entry), images=one.images, cursor=page_token(one.key)
                     )
                     if count == AUDIT_EVERY_CROPS:
-                        tenant.audit.note(replace(event, affected=count))
+                        tenant.audit.add(replace(event, affected=count))
                         count = 0
             finally:
-                tenant.audit.note(replace(event, affected=count))
+                tenant.audit.add(replace(event, affected=count))
 
 
-def feedback_message(told: FeedbackRecord) -> gallery_pb2.Feedback:
-    """A verdict for the wire."""
+def feedback_message(record: FeedbackRecord) -> gallery_pb2.Feedback:
+    """Convert a feedback record."""
     return gallery_pb2.Feedback(
-        entry_id=told.entry_id,
-        other_entry_id=told.other_entry_id,
-        verdict=_VERDICT_OF[told.same],
-        principal=told.principal,
-        feedback_time=convert.timestamp(told.at_us),
+        entry_id=record.entry_id,
+        other_entry_id=record.other_entry_id,
+        verdict=_VERDICT_OF[record.same],
+        principal=record.principal,
+        feedback_time=convert.timestamp(record.at_us),
     )
 
 
@@ -135,20 +133,20 @@ def _event(method: str, collection: str = "") -> AuditEvent:
 
 
 class GalleryServicer(FeedbackServicer):
-    """Collections and their entries, and what is learned from them."""
+    """See gallery.proto."""
 
     async def _gallery(self) -> Gallery:
-        """The caller's own."""
+        """The gallery of the caller's tenant."""
         return await self._tenants.gallery(current().tenant)
 
     async def CreateCollection(
         self, request: gallery_pb2.CreateCollectionRequest, context: Context
     ) -> gallery_pb2.CreateCollectionResponse:
-        """Make an empty collection of a loaded model's space."""
+        """Create an empty collection in the space of a loaded model."""
         gallery = await self._gallery()
         new = convert.to_collection(request.collection, gallery.space_of(request.model_id))
-        made = await gallery.create_collection(new, allow_unlimited=request.allow_unlimited_retention)
-        (message,) = await _messages(gallery, made)
+        created = await gallery.create_collection(new, allow_unlimited=request.allow_unlimited_retention)
+        (message,) = await _messages(gallery, created)
         return gallery_pb2.CreateCollectionResponse(collection=message)
 
     async def GetCollection(
@@ -162,7 +160,7 @@ class GalleryServicer(FeedbackServicer):
     async def ListCollections(
         self, request: gallery_pb2.ListCollectionsRequest, context: Context
     ) -> gallery_pb2.ListCollectionsResponse:
-        """Collections by name, page by page."""
+        """Collections sorted by name, paginated."""
         gallery = await self._gallery()
         limit = page_size(request.page_size)
         found = await gallery.collections(after=name_of_token(request.page_token), limit=limit + 1)
@@ -174,7 +172,7 @@ class GalleryServicer(FeedbackServicer):
     async def UpdateCollection(
         self, request: gallery_pb2.UpdateCollectionRequest, context: Context
     ) -> gallery_pb2.UpdateCollectionResponse:
-        """Change the masked settings of a collection."""
+        """Change the settings in the update mask."""
         gallery = await self._gallery()
         new = convert.to_collection(request.collection, gallery.space)
         fields = convert.masked_fields(request.update_mask, convert.COLLECTION_PATHS)
@@ -185,7 +183,7 @@ class GalleryServicer(FeedbackServicer):
     async def DeleteCollection(
         self, request: gallery_pb2.DeleteCollectionRequest, context: Context
     ) -> gallery_pb2.DeleteCollectionResponse:
-        """Remove a collection, with ``force`` also one that has entries."""
+        """Delete a collection; ``force`` is required if it has entries."""
         gallery = await self._gallery()
         await gallery.delete_collection(request.collection_id, force=request.force, etag=request.etag)
         return gallery_pb2.DeleteCollectionResponse()
@@ -193,11 +191,11 @@ class GalleryServicer(FeedbackServicer):
     async def EnrollEntry(
         self, request: gallery_pb2.EnrollEntryRequest, context: Context
     ) -> gallery_pb2.EnrollEntryResponse:
-        """Enrol one entry; it is on disk when this answers."""
+        """Enrol one entry; it is on disk when the call returns."""
         gallery = await self._gallery()
         deadline = deadline_of(context, self._settings.deadline_s)
-        wanted = enrol_request(request, request.collection_id)
-        (outcome,) = await gallery.enrol(request.collection_id, [wanted], deadline, method="EnrollEntry")
+        enrolment = enrol_request(request, request.collection_id)
+        (outcome,) = await gallery.enrol(request.collection_id, [enrolment], deadline, method="EnrollEntry")
         if isinstance(outcome, ReIDError):
             raise outcome
         return gallery_pb2.EnrollEntryResponse(
@@ -207,33 +205,33 @@ class GalleryServicer(FeedbackServicer):
     async def BatchEnrollEntries(
         self, request: gallery_pb2.BatchEnrollEntriesRequest, context: Context
     ) -> gallery_pb2.BatchEnrollEntriesResponse:
-        """Enrol up to 64 entries, each with its own status or, ``atomic``, all or none."""
+        """Enrol up to 64 entries, each with its own status, or with ``atomic`` all or none."""
         gallery = await self._gallery()
         check_batch(len(request.requests), self._settings, "requests")
         deadline = deadline_of(context, self._settings.batch_deadline_s)
-        wanted: list[EnrolmentRequest] = []
+        enrolments: list[EnrolmentRequest] = []
         outcomes: list[Enrolled | ReIDError | None] = []
         for number, child in enumerate(request.requests):
             try:
-                wanted.append(enrol_request(child, request.collection_id))
+                enrolments.append(enrol_request(child, request.collection_id))
                 outcomes.append(None)
             except ReIDError as error:
                 if request.atomic:
-                    raise _at(error, number) from None
+                    raise _item_error(error, number) from None
                 outcomes.append(error)
         if request.atomic:
             try:
-                done: Iterator[Enrolled | ReIDError] = iter(
-                    await gallery.enrol_together(request.collection_id, wanted, deadline)
+                enrolled: Iterator[Enrolled | ReIDError] = iter(
+                    await gallery.enrol_atomic(request.collection_id, enrolments, deadline)
                 )
             except ReIDError as error:
-                raise _at(error, int(error.facts.pop("item", -1))) from None
+                raise _item_error(error, int(error.facts.pop("item", -1))) from None
         else:
             method = "BatchEnrollEntries"
-            done = iter(await gallery.enrol(request.collection_id, wanted, deadline, method=method))
+            enrolled = iter(await gallery.enrol(request.collection_id, enrolments, deadline, method=method))
         revision, results = 0, []
-        for number, early in enumerate(outcomes):
-            outcome = early or next(done)
+        for number, invalid in enumerate(outcomes):
+            outcome = invalid or next(enrolled)
             if isinstance(outcome, ReIDError):
                 status = call_events.record_error(outcome, field=f"requests[{number}]")
                 results.append(gallery_pb2.EnrollResult(error=status))
@@ -243,20 +241,20 @@ class GalleryServicer(FeedbackServicer):
         return gallery_pb2.BatchEnrollEntriesResponse(results=results, revision=revision)
 
     async def GetEntry(self, request: gallery_pb2.GetEntryRequest, context: Context) -> gallery_pb2.GetEntryResponse:
-        """One entry, with its feature where asked for."""
+        """One entry, with its feature if requested."""
         gallery = await self._gallery()
-        found_in, entry, feature = await gallery.entry(
+        collection, entry, feature = await gallery.entry(
             request.collection_id, request.entry_id, with_feature=request.include_embedding
         )
         return gallery_pb2.GetEntryResponse(
             entry=convert.entry_message(entry),
-            embedding=None if feature is None else convert.feature_message(feature, found_in.space),
+            embedding=None if feature is None else convert.feature_message(feature, collection.space),
         )
 
     async def ListEntries(
         self, request: gallery_pb2.ListEntriesRequest, context: Context
     ) -> gallery_pb2.ListEntriesResponse:
-        """Entries in order of enrolment, page by page."""
+        """Entries in order of enrolment, paginated."""
         gallery = await self._gallery()
         limit = page_size(request.page_size)
         after = key_of_token(request.page_token)
@@ -270,7 +268,7 @@ class GalleryServicer(FeedbackServicer):
     async def UpdateEntry(
         self, request: gallery_pb2.UpdateEntryRequest, context: Context
     ) -> gallery_pb2.UpdateEntryResponse:
-        """Change the masked fields of an entry."""
+        """Change the fields of an entry in the update mask."""
         gallery = await self._gallery()
         new, etag = convert.to_entry(request.entry), request.entry.etag
         fields = convert.masked_fields(request.update_mask, convert.ENTRY_PATHS)
@@ -280,7 +278,7 @@ class GalleryServicer(FeedbackServicer):
     async def DeleteEntry(
         self, request: gallery_pb2.DeleteEntryRequest, context: Context
     ) -> gallery_pb2.DeleteEntryResponse:
-        """Remove one entry with its feature and crops."""
+        """Delete an entry with its features and crops."""
         gallery = await self._gallery()
         revision = await gallery.delete_entry(
             request.collection_id, request.entry_id, allow_missing=request.allow_missing, etag=request.etag
@@ -290,7 +288,7 @@ class GalleryServicer(FeedbackServicer):
     async def DeleteEntries(
         self, request: gallery_pb2.DeleteEntriesRequest, context: Context
     ) -> gallery_pb2.DeleteEntriesResponse:
-        """Remove what passes a filter, or count it."""
+        """Delete the entries that match a filter, or with ``validate_only`` count them."""
         if request.max_deletes < 0:
             raise InputError(f"max_deletes is 0 (no cap) or more, found {request.max_deletes}", field="max_deletes")
         gallery = await self._gallery()
@@ -305,44 +303,44 @@ class GalleryServicer(FeedbackServicer):
     async def EraseSubject(
         self, request: gallery_pb2.EraseSubjectRequest, context: Context
     ) -> gallery_pb2.EraseSubjectResponse:
-        """Erase a person for good, and tell whether the storage was scrubbed."""
+        """Erase a person, and report whether the storage was scrubbed."""
         gallery = await self._gallery()
         subject_id = convert.check_id(request.subject_id, "subject_id")
         deadline = deadline_of(context, self._settings.deadline_s)
-        done = await gallery.erase(request.collection_id, subject_id, reason=request.reason, deadline=deadline)
+        result = await gallery.erase(request.collection_id, subject_id, reason=request.reason, deadline=deadline)
         return gallery_pb2.EraseSubjectResponse(
-            erased_count=done.erased_count, audit_id=done.audit_id, storage_scrubbed=done.storage_scrubbed
+            erased_count=result.erased_count, audit_id=result.audit_id, storage_scrubbed=result.storage_scrubbed
         )
 
 
-async def _messages(gallery: Gallery, *found: Collection) -> list[gallery_pb2.Collection]:
+async def _messages(gallery: Gallery, *collections: Collection) -> list[gallery_pb2.Collection]:
     return [
         convert.collection_message(collection, count, gallery.searcher.revision(collection))
-        for collection, count in await gallery.counted(found)
+        for collection, count in await gallery.with_entry_counts(collections)
     ]
 
 
-def _at(error: ReIDError, number: int) -> ReIDError:
-    """An item's error as that of the whole call."""
+def _item_error(error: ReIDError, number: int) -> ReIDError:
+    """Prefix the field of an error with its item of the batch; -1 = not of an item."""
     if number >= 0:
         error.field = ".".join(part for part in (f"requests[{number}]", error.field) if part)
     return error
 
 
 def enrol_request(request: gallery_pb2.EnrollEntryRequest, collection_id: str) -> EnrolmentRequest:
-    """One enrolment, checked.
+    """Convert and check one enrolment.
 
     Raises:
-        InputError: no source, a bad field, or a child of a batch that names another collection.
+        InputError: no source, an invalid field, or an item of a batch with another collection.
     """
     if request.collection_id not in ("", collection_id):
         raise InputError(
-            f"a batch enrols into one collection, {collection_id!r}, this item says {request.collection_id!r}",
+            f"a batch enrols into one collection, expected {collection_id!r}, found {request.collection_id!r}",
             field="collection_id",
         )
     kind = request.WhichOneof("source")
     if kind is None:
-        raise InputError("nothing to enrol: set image, shots or embedding", field="source")
+        raise InputError("the source is missing: set image, shots or embedding", field="source")
     check_request_id(request.request_id)
     digest = hashlib.sha256(collection_id.encode() + b"\0" + _canonical(request)).digest()
     return EnrolmentRequest(
@@ -356,7 +354,7 @@ def enrol_request(request: gallery_pb2.EnrollEntryRequest, collection_id: str) -
 
 
 def _canonical(request: gallery_pb2.EnrollEntryRequest) -> bytes:
-    """The request's bytes without the name of its collection, which a child of a batch may leave out."""
+    """The serialised request without its collection, which items of a batch may leave out."""
     copy = gallery_pb2.EnrollEntryRequest()
     copy.CopyFrom(request)
     copy.ClearField("collection_id")

@@ -1,13 +1,11 @@
-"""The servicer of long operations: translate, call, translate."""
+"""OperationService: long-running operations."""
 
 from __future__ import annotations
-
-from google.protobuf import timestamp_pb2
 
 from resight.errors import InputError
 from resight.service.access.auth import current
 from resight.service.access.interceptors import Context
-from resight.service.rpc.convert import key_of_token, page_size, page_token
+from resight.service.rpc.convert import key_of_token, page_size, page_token, timestamp
 from resight.service.storage.operations import Operation, OperationState
 from resight.service.tenants import Tenants
 from resight.status import to_status
@@ -24,12 +22,12 @@ OPERATION_STATES = {
 
 
 def state_of(number: int) -> OperationState | None:
-    """Our state for the wire's; None = unspecified, or one we do not know."""
-    return next((state for state, wire in OPERATION_STATES.items() if wire == number), None)
+    """The state of a protobuf enum value; None = unspecified or unknown."""
+    return next((state for state, value in OPERATION_STATES.items() if value == number), None)
 
 
 def operation_message(operation: Operation) -> operation_pb2.Operation:
-    """A long operation for the wire."""
+    """Convert an operation."""
     message = operation_pb2.Operation(
         operation_id=operation.operation_id,
         kind=operation.kind,
@@ -39,16 +37,16 @@ def operation_message(operation: Operation) -> operation_pb2.Operation:
         failed=operation.failed,
         skipped=operation.skipped,
         error=None if operation.error is None else to_status(operation.error),
-        start_time=_timestamp(operation.start_us),
+        start_time=timestamp(operation.start_us),
         result=operation.result,
     )
     if operation.end_us is not None:
-        message.end_time.CopyFrom(_timestamp(operation.end_us))
+        message.end_time.CopyFrom(timestamp(operation.end_us))
     return message
 
 
 class OperationServicer(operation_pb2_grpc.OperationServiceServicer):
-    """The caller's own tenant's long operations."""
+    """See operation.proto; the operations are those of the caller's tenant."""
 
     def __init__(self, tenants: Tenants) -> None:
         self._tenants = tenants
@@ -56,7 +54,7 @@ class OperationServicer(operation_pb2_grpc.OperationServiceServicer):
     async def GetOperation(
         self, request: operation_pb2.GetOperationRequest, context: Context
     ) -> operation_pb2.GetOperationResponse:
-        """One operation as it stands."""
+        """State of an operation."""
         tenant = await self._tenants.tenant(current().tenant)
         found = await tenant.operations.get(request.operation_id)
         return operation_pb2.GetOperationResponse(operation=operation_message(found))
@@ -64,14 +62,14 @@ class OperationServicer(operation_pb2_grpc.OperationServiceServicer):
     async def ListOperations(
         self, request: operation_pb2.ListOperationsRequest, context: Context
     ) -> operation_pb2.ListOperationsResponse:
-        """Operations, the newest first, page by page."""
+        """Operations, newest first, paginated."""
         limit = page_size(request.page_size)
         before = key_of_token(request.page_token) or None
         state = state_of(request.state)
         if request.state and state is None:
-            raise InputError(f"there is no state {request.state}: see OperationState", field="state")
+            raise InputError(f"unknown state {request.state}: see OperationState", field="state")
         tenant = await self._tenants.tenant(current().tenant)
-        found = await tenant.operations.listed(before=before, limit=limit + 1, kind=request.kind, state=state)
+        found = await tenant.operations.list_operations(before=before, limit=limit + 1, kind=request.kind, state=state)
         return operation_pb2.ListOperationsResponse(
             operations=[operation_message(one) for one in found[:limit]],
             next_page_token=page_token(found[limit - 1].key) if len(found) > limit else "",
@@ -80,11 +78,7 @@ class OperationServicer(operation_pb2_grpc.OperationServiceServicer):
     async def CancelOperation(
         self, request: operation_pb2.CancelOperationRequest, context: Context
     ) -> operation_pb2.CancelOperationResponse:
-        """Ask an operation to end; it does so at its next step."""
+        """Request cancellation; the operation ends at its next step."""
         tenant = await self._tenants.tenant(current().tenant)
         found = await tenant.operations.cancel(request.operation_id)
         return operation_pb2.CancelOperationResponse(operation=operation_message(found))
-
-
-def _timestamp(micros: int) -> timestamp_pb2.Timestamp:
-    return timestamp_pb2.Timestamp(seconds=micros // 1_000_000, nanos=micros % 1_000_000 * 1000)

@@ -1,4 +1,4 @@
-"""The servicer of searches, and the conversion of search requests and replies; every field is validated."""
+"""SearchService, and the conversion of its requests and responses; every field is validated."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from resight.service.records import Collection, Space
 from resight.service.rpc import convert
 from resight.service.rpc.streams import item_outcome, map_as_completed
 from resight.service.search.ranking import (
-    CANDIDATES,
-    JOINED,
+    DEFAULT_CANDIDATES,
+    EXPANSION_NEIGHBOURS,
     K1,
     K2,
     WEIGHT,
@@ -63,11 +63,11 @@ DECISIONS: dict[Decision | None, common_pb2.Decision.ValueType] = {
     "uncertain": common_pb2.DECISION_UNCERTAIN,
     "unknown": common_pb2.DECISION_UNKNOWN,
 }
-UNKNOWN_VALUE = "%s has no value %d in this version: see search.proto"
+UNKNOWN_VALUE = "unknown %s %d: see search.proto"
 
 
 def search_params(request: search_pb2.SearchRequest, settings: Settings) -> SearchParams:
-    """A search, checked, whose feature is yet to be made.
+    """Convert and check the parameters of a search; its feature is set later.
 
     Raises:
         InputError: a field out of its range.
@@ -80,9 +80,9 @@ def search_params(request: search_pb2.SearchRequest, settings: Settings) -> Sear
             field="top_k",
             max_top_k=settings.max_top_k,
         )
-    least = request.min_cosine if request.HasField("min_cosine") else -1.0
-    if not -1.0 <= least <= 1.0:
-        raise InputError(f"min_cosine is -1..1, found {least}", field="min_cosine")
+    min_cosine = request.min_cosine if request.HasField("min_cosine") else -1.0
+    if not -1.0 <= min_cosine <= 1.0:
+        raise InputError(f"min_cosine is -1..1, found {min_cosine}", field="min_cosine")
     probability = request.min_probability if request.HasField("min_probability") else None
     if probability is not None and not 0.0 <= probability <= 1.0:
         raise InputError(f"min_probability is 0..1, found {probability}", field="min_probability")
@@ -93,7 +93,7 @@ def search_params(request: search_pb2.SearchRequest, settings: Settings) -> Sear
     if request.accuracy not in ACCURACIES:
         raise InputError(UNKNOWN_VALUE % ("accuracy", request.accuracy), field="accuracy")
     return SearchParams(
-        NearestQuery(NO_FEATURE, top_k, convert.to_filter(request.filter), least),
+        NearestQuery(NO_FEATURE, top_k, convert.to_filter(request.filter), min_cosine),
         min_probability=probability,
         group_by=GROUPS[request.group_by],
         rerank=_rerank_options(request.reranking, top_k, settings),
@@ -103,71 +103,72 @@ def search_params(request: search_pb2.SearchRequest, settings: Settings) -> Sear
 
 
 def _rerank_options(message: search_pb2.Reranking, top_k: int, settings: Settings) -> RerankOptions | None:
-    """How hits are to be ordered anew; None = not at all."""
+    """Convert and check the re-ranking options; None = no re-ranking."""
     if message.method not in RERANK_METHODS:
         raise InputError(UNKNOWN_VALUE % ("method", message.method), field="reranking.method")
     method = RERANK_METHODS[message.method]
     if method is None:
         return None
-    most = settings.max_rerank_candidates
-    candidates = message.candidates or max(min(CANDIDATES, most), top_k)
-    if not top_k <= candidates <= most:
+    limit = settings.max_rerank_candidates
+    candidates = message.candidates or max(min(DEFAULT_CANDIDATES, limit), top_k)
+    if not top_k <= candidates <= limit:
         raise LimitError(
-            f"{top_k} (top_k) to {most} candidates are ordered anew, found {candidates}: leave it out for {CANDIDATES}",
+            f"reranking takes {top_k} (top_k) to {limit} candidates, found {candidates}: leave it out for "
+            f"{DEFAULT_CANDIDATES}",
             field="reranking.candidates",
-            max_rerank_candidates=most,
+            max_rerank_candidates=limit,
         )
-    k1 = message.k1 or (JOINED if method == "query_expansion" else K1)
+    k1 = message.k1 or (EXPANSION_NEIGHBOURS if method == "query_expansion" else K1)
     k2 = message.k2 or K2
     for name, value in (("k1", k1), ("k2", k2)):
-        if not 1 <= value <= most:
-            raise InputError(f"{name} is 1..{most}, or 0 for its default; found {value}", field=f"reranking.{name}")
-    weight = float(getattr(message, "lambda")) if message.HasField("lambda") else WEIGHT  # a keyword of Python's
+        if not 1 <= value <= limit:
+            raise InputError(f"{name} is 1..{limit}, or 0 for its default; found {value}", field=f"reranking.{name}")
+    weight = float(getattr(message, "lambda")) if message.HasField("lambda") else WEIGHT  # a Python keyword
     if not 0.0 <= weight <= 1.0:
         raise InputError(f"lambda is 0..1, found {weight}", field="reranking.lambda")
-    return RerankOptions(method, candidates, k1, k2, weight, most)
+    return RerankOptions(method, candidates, k1, k2, weight, limit)
 
 
 def score_message(similarity: float, probability: float | None) -> common_pb2.Score:
-    """A score for the wire."""
+    """Convert a score."""
     return common_pb2.Score(cosine=similarity, probability=probability)
 
 
-def _hit_message(found: ScoredHit, space: Space) -> search_pb2.Hit:
-    feature: Feature | None = found.hit.feature
+def _hit_message(scored: ScoredHit, space: Space) -> search_pb2.Hit:
+    feature: Feature | None = scored.hit.feature
     return search_pb2.Hit(
-        entry=convert.entry_message(found.hit.entry),
-        score=score_message(found.hit.similarity, found.probability),
-        decision=DECISIONS[found.decision],
-        ranking_score=found.ranking_score,
-        group_size=found.group_size,
+        entry=convert.entry_message(scored.hit.entry),
+        score=score_message(scored.hit.similarity, scored.probability),
+        decision=DECISIONS[scored.decision],
+        ranking_score=scored.ranking_score,
+        group_size=scored.group_size,
         embedding=None if feature is None else convert.feature_message(feature, space),
     )
 
 
-def search_message(answer: RankedAnswer, space: Space, made: FeatureResult) -> search_pb2.SearchResponse:
-    """The answer to one search for the wire."""
+def search_message(answer: RankedAnswer, space: Space, query: FeatureResult) -> search_pb2.SearchResponse:
+    """Convert the result of one search."""
     return search_pb2.SearchResponse(
-        hits=[_hit_message(found, space) for found in answer.hits],
+        hits=[_hit_message(hit, space) for hit in answer.hits],
         decision=DECISIONS[answer.decision],
         space=convert.space_message(space),
         searched_revision=answer.revision,
         exact=answer.exact,
-        query_quality=made.quality,
-        timings=convert.timings_message(made.timings, answer.search_ns, answer.rerank_ns),
-        shots_used=made.used,
-        shots_rejected=made.rejected,
+        query_quality=query.quality,
+        timings=convert.timings_message(query.timings, answer.search_ns, answer.rerank_ns),
+        shots_used=query.used,
+        shots_rejected=query.rejected,
     )
 
 
 def verify_message(
     similarity: float, decider: Decider, space: Space, left: FeatureResult, right: FeatureResult
 ) -> search_pb2.VerifyResponse:
-    """The answer to one comparison for the wire."""
-    (judged,) = decider.judged([similarity])
+    """Convert the result of a verification."""
+    (decided,) = decider.decide([similarity])
     return search_pb2.VerifyResponse(
-        score=score_message(similarity, judged.probability),
-        decision=DECISIONS[judged.decision],
+        score=score_message(similarity, decided.probability),
+        decision=DECISIONS[decided.decision],
         space=convert.space_message(space),
         left_quality=left.quality,
         right_quality=right.quality,
@@ -176,27 +177,27 @@ def verify_message(
 
 
 class _PreparedQuery(NamedTuple):
-    """A query with its feature, what that was made from, and the crops, if it was crops."""
+    """A search with its query feature, and the crops of the feature if it was extracted from crops."""
 
-    wanted: SearchParams
-    made: FeatureResult
+    params: SearchParams
+    feature: FeatureResult
     crops: CropSource | None = None
 
 
 class SearchServicer(search_pb2_grpc.SearchServiceServicer):
-    """Crops, tracks, features and entries to the entries nearest to them."""
+    """See search.proto."""
 
     def __init__(self, tenants: Tenants, settings: Settings, shadows: ShadowManager) -> None:
         self._tenants, self._settings, self._shadows = tenants, settings, shadows
 
-    async def _own(self) -> Tenant:
-        """The caller's own."""
+    async def _tenant(self) -> Tenant:
+        """The caller's tenant."""
         return await self._tenants.tenant(current().tenant)
 
     async def Search(self, request: search_pb2.SearchRequest, context: Context) -> search_pb2.SearchResponse:
         """Search one collection for one query."""
         deadline = deadline_of(context, self._settings.deadline_s)
-        return await self._one(request, deadline, "Search")
+        return await self._search_one(request, deadline, "Search")
 
     async def BatchSearch(
         self, request: search_pb2.BatchSearchRequest, context: Context
@@ -209,7 +210,7 @@ class SearchServicer(search_pb2_grpc.SearchServiceServicer):
                 f"a batch searches one collection, found {len(names)}: send a batch for each", field="requests"
             )
         deadline = deadline_of(context, self._settings.batch_deadline_s)
-        answers = await self._answers(request.requests, deadline, "BatchSearch")
+        answers = await self._search(request.requests, deadline, "BatchSearch")
         return search_pb2.BatchSearchResponse(
             results=[
                 search_pb2.SearchResult(error=call_events.record_error(answer, field=f"requests[{number}]"))
@@ -222,24 +223,24 @@ class SearchServicer(search_pb2_grpc.SearchServiceServicer):
     async def StreamSearch(
         self, request_iterator: AsyncIterator[search_pb2.StreamSearchRequest], context: Context
     ) -> AsyncIterator[search_pb2.StreamSearchResponse]:
-        """Search as queries come; each answer has its own status and its request's id."""
+        """Run searches as they arrive; each response has its own status and the id of its request."""
 
-        async def answer(request: search_pb2.StreamSearchRequest) -> search_pb2.StreamSearchResponse:
+        async def respond(request: search_pb2.StreamSearchRequest) -> search_pb2.StreamSearchResponse:
             async def work(deadline: float) -> search_pb2.SearchResponse:
-                return await self._one(request.request, deadline, "StreamSearch")
+                return await self._search_one(request.request, deadline, "StreamSearch")
 
-            made = await item_outcome(work, context, method="StreamSearch", limit_s=self._settings.deadline_s)
-            failed = isinstance(made, status_pb2.Status)
-            result = search_pb2.SearchResult(error=made) if failed else search_pb2.SearchResult(response=made)
+            outcome = await item_outcome(work, context, method="StreamSearch", limit_s=self._settings.deadline_s)
+            failed = isinstance(outcome, status_pb2.Status)
+            result = search_pb2.SearchResult(error=outcome) if failed else search_pb2.SearchResult(response=outcome)
             return search_pb2.StreamSearchResponse(request_id=request.request_id, result=result)
 
-        async for one in map_as_completed(request_iterator, answer, self._settings.max_stream_items):
-            yield one
+        async for response in map_as_completed(request_iterator, respond, self._settings.max_stream_items):
+            yield response
 
     async def Verify(self, request: search_pb2.VerifyRequest, context: Context) -> search_pb2.VerifyResponse:
         """Compare two sets of crops, each of one person."""
         deadline = deadline_of(context, self._settings.deadline_s)
-        tenant = await self._own()
+        tenant = await self._tenant()
         gallery = tenant.gallery
         collection = await gallery.collection(request.collection_id)
         left, right = await asyncio.gather(
@@ -247,25 +248,27 @@ class SearchServicer(search_pb2_grpc.SearchServiceServicer):
             gallery.feature(collection, convert.to_crop_source(request.right, "right"), deadline),
         )
         similarity = float(np.clip((left.feature * right.feature).sum(), -1.0, 1.0))
-        tenant.audit.note(AuditEvent(current().name, "SearchService.Verify", collection.name))
-        return verify_message(similarity, Decider.of(collection), collection.space, left, right)
+        tenant.audit.add(AuditEvent(current().name, "SearchService.Verify", collection.name))
+        return verify_message(similarity, Decider.for_collection(collection), collection.space, left, right)
 
-    async def _one(self, request: search_pb2.SearchRequest, deadline: float, method: str) -> search_pb2.SearchResponse:
-        (answer,) = await self._answers([request], deadline, method)
+    async def _search_one(
+        self, request: search_pb2.SearchRequest, deadline: float, method: str
+    ) -> search_pb2.SearchResponse:
+        (answer,) = await self._search([request], deadline, method)
         if isinstance(answer, ReIDError):
             raise answer
         return answer
 
-    async def _answers(
+    async def _search(
         self, requests: Sequence[search_pb2.SearchRequest], deadline: float, method: str
     ) -> list[search_pb2.SearchResponse | ReIDError]:
-        """Answer queries of one collection, and tell the audit of those that were."""
-        tenant = await self._own()
+        """Run searches of one collection, each with its own outcome, and add audit events of the successful ones."""
+        tenant = await self._tenant()
         gallery = tenant.gallery
         collection = await gallery.collection(requests[0].collection_id)
-        prepared = await gather([self._prepared(gallery, collection, one, deadline) for one in requests])
-        good = [one for one in prepared if not isinstance(one, ReIDError)]
-        found = iter(await gallery.search(collection, [one.wanted for one in good], deadline) if good else ())
+        prepared = await gather([self._prepare(gallery, collection, one, deadline) for one in requests])
+        valid = [one for one in prepared if not isinstance(one, ReIDError)]
+        found = iter(await gallery.search(collection, [one.params for one in valid], deadline) if valid else ())
         answers: list[search_pb2.SearchResponse | ReIDError] = []
         shadow = self._shadows.of(tenant, collection)
         for one in prepared:
@@ -274,32 +277,35 @@ class SearchServicer(search_pb2_grpc.SearchServiceServicer):
                 continue
             answer = next(found)
             if shadow is not None and one.crops is not None:
-                shadow.offer(collection, one.wanted, one.crops, answer)
+                shadow.offer(collection, one.params, one.crops, answer)
             event = AuditEvent(current().name, f"SearchService.{method}", collection.name, affected=len(answer.hits))
-            tenant.audit.note(event)
-            answers.append(search_message(answer, collection.space, one.made))
+            tenant.audit.add(event)
+            answers.append(search_message(answer, collection.space, one.feature))
         return answers
 
-    async def _prepared(
+    async def _prepare(
         self, gallery: Gallery, collection: Collection, request: search_pb2.SearchRequest, deadline: float
     ) -> _PreparedQuery | ReIDError:
-        """What a request asks, with its feature."""
+        """Check a request and get its query feature; returns the error if that fails."""
         try:
             kind = request.WhichOneof("query")
             if kind is None:
-                raise InputError("nothing to search for: set image, shots, embedding or entry_id", field="query")
-            asked = search_params(request, self._settings)
-            Decider.of(collection).least_similarity(asked.min_probability)
+                raise InputError("the query is missing: set image, shots, embedding or entry_id", field="query")
+            params = search_params(request, self._settings)
+            Decider.for_collection(collection).least_similarity(params.min_probability)
             if request.min_revision > collection.revision:
                 await gallery.collection_at(collection.name, request.min_revision, deadline)
             if kind == "entry_id":
                 _, _, feature = await gallery.entry(collection.name, request.entry_id, with_feature=True)
                 assert feature is not None
                 return _PreparedQuery(
-                    asked.of(feature, without=request.entry_id), FeatureResult(feature, 0.0, Timings())
+                    params.with_feature(feature, exclude_entry_id=request.entry_id),
+                    FeatureResult(feature, 0.0, Timings()),
                 )
             source = convert.to_source(request, kind)
-            made = await gallery.feature(collection, source, deadline)
-            return _PreparedQuery(asked.of(made.feature), made, source if isinstance(source, CropSource) else None)
+            result = await gallery.feature(collection, source, deadline)
+            return _PreparedQuery(
+                params.with_feature(result.feature), result, source if isinstance(source, CropSource) else None
+            )
         except ReIDError as error:
             return error

@@ -1,4 +1,4 @@
-"""Streams: requests are worked on together, answered as they are ready, and read no faster than answers are taken."""
+"""Streaming calls: requests are processed concurrently, responses sent as they complete, with flow control."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ ResponseT = TypeVar("ResponseT")
 
 
 async def map_as_completed(
-    requests: AsyncIterator[RequestT], work: Callable[[RequestT], Awaitable[ResponseT]], most: int
+    requests: AsyncIterator[RequestT], work: Callable[[RequestT], Awaitable[ResponseT]], max_pending: int
 ) -> AsyncIterator[ResponseT]:
-    """Answers in the order in which they become ready.
+    """Responses in the order in which they complete.
 
-    A request is read when fewer than ``most`` are unanswered, and one counts as answered when its answer was taken:
-    a client that sends faster than it reads is held back by gRPC's own flow control.
+    A request is read only while fewer than ``max_pending`` are pending, that is until their response was taken: gRPC's
+    flow control slows down a client that sends faster than it reads.
 
     Args:
-        requests: the stream; its end lets the answers end.
-        work: one request's answer; it must not raise.
-        most: at least 1.
+        requests: the stream; when it ends, so do the responses after the pending ones.
+        work: returns the response to one request; it must not raise.
+        max_pending: at least 1.
     """
     ready: asyncio.Queue[ResponseT | None] = asyncio.Queue()
-    room = asyncio.Semaphore(most)
+    slots = asyncio.Semaphore(max_pending)
     running: set[asyncio.Task[None]] = set()
 
-    async def answer(request: RequestT) -> None:
+    async def respond(request: RequestT) -> None:
         ready.put_nowait(await work(request))
 
     async def read() -> None:
-        await room.acquire()
+        await slots.acquire()
         async for request in requests:
-            task = asyncio.create_task(answer(request))
+            task = asyncio.create_task(respond(request))
             running.add(task)
             task.add_done_callback(running.discard)
-            await room.acquire()
+            await slots.acquire()
         await asyncio.gather(*running)
         ready.put_nowait(None)
 
     reading = asyncio.create_task(read(), name="stream")
     reading.add_done_callback(lambda task: ready.put_nowait(None))
     try:
-        while (one := await ready.get()) is not None:
-            yield one
-            room.release()
-        await reading  # raises what broke it
+        while (response := await ready.get()) is not None:
+            yield response
+            slots.release()
+        await reading  # raises its error, if any
     finally:
         for task in (reading, *running):
             task.cancel()
@@ -63,13 +63,13 @@ async def map_as_completed(
 async def item_outcome(
     work: Callable[[float], Awaitable[ResponseT]], context: Context, *, method: str, limit_s: float
 ) -> ResponseT | status_pb2.Status:
-    """One item of a stream: what it became, or the status of its own error.
+    """The response to one item of a stream, or the status of its error.
 
     Args:
-        work: given the item's deadline, in `time.monotonic` seconds.
-        context: of the stream, whose deadline holds for every item.
+        work: called with the deadline of the item, in `time.monotonic` seconds.
+        context: of the stream, whose deadline also applies to each item.
         method: for the log.
-        limit_s: for this item, from now.
+        limit_s: time limit of this item.
     """
     remaining_s = context.time_remaining()
     allowed_s = limit_s if remaining_s is None else min(limit_s, remaining_s)
@@ -78,7 +78,7 @@ async def item_outcome(
             return await work(time.monotonic() + allowed_s)
     except TimeoutError:
         return call_events.record_error(
-            DeadlineError("the deadline passed before the answer was ready: allow more time or send less")
+            DeadlineError("the deadline passed before the response was ready: allow more time or send less")
         )
     except ReIDError as error:
         return call_events.record_error(error)

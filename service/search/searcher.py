@@ -1,11 +1,11 @@
-"""Nearest entries of a collection: indexes that follow the store, and hits checked against it before they are returned.
+"""Nearest-neighbour search in collections: the search queue, and candidates checked against the store.
 
-One thread owns all indexes, so nothing is locked. A search first takes in what was committed before it, so a caller
-always finds what it has enrolled and never what it has deleted. A search whose filter leaves few entries is exact; the
-others look at more candidates than requested, and search exactly when too few of them pass the filter.
+One thread owns all indexes, so they need no locks. A search first applies all committed changes to the index, so it
+finds every enrolled entry and no deleted one. A filter that few entries match is searched exactly; otherwise more
+candidates than requested are fetched, and an exact search follows if too few of them match the filter.
 
-Searches that wait while one runs are run together, with a bound and deadlines but no fixed delay: those of one turn of
-the event loop are one batch, an idle thread starts at once, and a busy one finds the next batch gathered.
+Queries that wait while a search runs are batched, with a bounded queue and deadlines but without a fixed delay: those
+submitted in one event loop iteration form a batch, and an idle thread starts at once.
 """
 
 from __future__ import annotations
@@ -25,17 +25,12 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 
 from resight.arrays import Feature
-from resight.errors import (
-    CollectionNotFoundError,
-    DeadlineError,
-    DrainingError,
-    ExpiredInQueueError,
-    OverloadedError,
-)
+from resight.errors import CollectionNotFoundError, DrainingError
 from resight.service import call_events
 from resight.service.index.base import Candidates, IndexPolicy
 from resight.service.index.flat import tune_faiss
 from resight.service.index.manager import IndexManager, IndexState
+from resight.service.inference.admission import Admission, deadline_error
 from resight.service.records import Collection, EntryRecord, Filter, Hit, Space
 from resight.service.storage import reads
 from resight.service.storage.schema import translate_error
@@ -44,13 +39,13 @@ from resight.service.storage.store import Store
 __all__ = ["IndexStats", "NearestQuery", "SearchOutcome", "Searcher"]
 
 
-OVERFETCH, SPARE = 3, 8
-SAMPLE_EVERY = 10  # the recall that is watched is at ten
+OVERFETCH, EXTRA_CANDIDATES = 3, 8  # fetch for filtered queries: OVERFETCH * k + EXTRA_CANDIDATES
+RECALL_K = 10  # the monitored recall is recall at 10
 
 
 @dataclass(frozen=True)
 class NearestQuery:
-    """What is searched for: float32 (D,) of unit length; ``min_similarity`` -1..1."""
+    """One query: ``feature`` float32 (D,) of unit length; ``min_similarity`` -1..1."""
 
     feature: Feature
     top_k: int
@@ -60,50 +55,52 @@ class NearestQuery:
 
 @dataclass(frozen=True)
 class NearestAnswer:
-    """Hits of one query, best first, and whether none can be missing."""
+    """Hits of one query, best first; ``exact``: whether the search was exhaustive."""
 
     hits: tuple[Hit, ...]
     exact: bool
 
 
 class NearestSearch:
-    """One collection's index for the time of one search, in the thread that owns it.
+    """Searches the index of one collection, in the search thread.
 
     Args:
         connection: of that thread.
-        held: the index, with everything committed.
-        ladder: says how few candidates are searched exactly.
-        exact: every search is, whatever the index.
+        state: the index, up to date with the store.
+        policy: has the number of candidates up to which a search is exact.
+        exact: search exactly, whatever the index.
     """
 
-    def __init__(self, connection: sqlite3.Connection, held: IndexState, ladder: IndexPolicy, *, exact: bool) -> None:
-        self._connection, self._held, self._ladder = connection, held, ladder
-        self._exact = exact or not held.index.approximate
+    def __init__(self, connection: sqlite3.Connection, state: IndexState, policy: IndexPolicy, *, exact: bool) -> None:
+        self._connection, self._state, self._policy = connection, state, policy
+        self._exact = exact or not state.index.approximate
 
-    def answers(self, queries: Sequence[NearestQuery], *, with_features: bool) -> list[NearestAnswer]:
-        """Hits of each query; those that look at the same entries are searched together."""
-        out: list[NearestAnswer | None] = [None] * len(queries)
-        open_ones: dict[int, list[int]] = {}  # queries of any filter share one scan, if they want about as many
-        chosen: dict[Filter, list[int]] = {}
+    def search(self, queries: Sequence[NearestQuery], *, with_features: bool) -> list[NearestAnswer]:
+        """Hits of each query; queries over the same entries share one scan."""
+        answers: list[NearestAnswer | None] = [None] * len(queries)
+        unselective: dict[int, list[int]] = {}  # by the bit length of top_k: queries of similar top_k share a scan
+        selective: dict[Filter, list[int]] = {}
         for number, query in enumerate(queries):
             if query.filters.selective:
-                chosen.setdefault(query.filters, []).append(number)
+                selective.setdefault(query.filters, []).append(number)
             else:
-                open_ones.setdefault(query.top_k.bit_length(), []).append(number)
-        for filters, numbers in chosen.items():
-            few = self._ladder.few(len(self._held.index))
-            among = self._held.feed.passing(filters, few)
+                unselective.setdefault(query.top_k.bit_length(), []).append(number)
+        for filters, numbers in selective.items():
+            limit = self._policy.few(len(self._state.index))
+            among = self._state.feed.passing(filters, limit)
             if among is None:
-                open_ones.setdefault(max(queries[number].top_k for number in numbers).bit_length(), []).extend(numbers)
+                unselective.setdefault(max(queries[number].top_k for number in numbers).bit_length(), []).extend(
+                    numbers
+                )
                 continue
-            for number, answer in self._among(queries, numbers, filters, among, with_features).items():
-                out[number] = answer
-        for numbers in open_ones.values():
-            for number, answer in self._open(queries, numbers, with_features).items():
-                out[number] = answer
-        return [answer for answer in out if answer is not None]
+            for number, answer in self._search_among(queries, numbers, filters, among, with_features).items():
+                answers[number] = answer
+        for numbers in unselective.values():
+            for number, answer in self._search_all(queries, numbers, with_features).items():
+                answers[number] = answer
+        return [answer for answer in answers if answer is not None]
 
-    def _among(
+    def _search_among(
         self,
         queries: Sequence[NearestQuery],
         numbers: Sequence[int],
@@ -111,72 +108,72 @@ class NearestSearch:
         among: reads.Keys,
         with_features: bool,
     ) -> dict[int, NearestAnswer]:
-        """Exactly, among the keys that passed a moment ago."""
-        k = max(queries[number].top_k for number in numbers) + SPARE
-        near = self._held.index.search(np.stack([queries[n].feature for n in numbers]), k, among=among)
-        living = self._confirmed(near, filters)
+        """Search exactly among the keys that match the filter."""
+        k = max(queries[number].top_k for number in numbers) + EXTRA_CANDIDATES
+        near = self._state.index.search(np.stack([queries[n].feature for n in numbers]), k, among=among)
+        entries = self._confirm(near, filters)
         return {
-            number: NearestAnswer(self._hits(one, living, queries[number], with_features), True)
+            number: NearestAnswer(self._hits(one, entries, queries[number], with_features), True)
             for number, one in zip(numbers, near, strict=True)
         }
 
-    def _open(
+    def _search_all(
         self, queries: Sequence[NearestQuery], numbers: Sequence[int], with_features: bool
     ) -> dict[int, NearestAnswer]:
-        """Among all, and then filtered."""
-        plain = all(queries[number].filters == Filter() for number in numbers)
+        """Search all entries, then apply the filters."""
+        unfiltered = all(queries[number].filters == Filter() for number in numbers)
         k = max(queries[number].top_k for number in numbers)
-        fetch = k + SPARE if plain else OVERFETCH * k + SPARE
+        fetch = k + EXTRA_CANDIDATES if unfiltered else OVERFETCH * k + EXTRA_CANDIDATES
         features = np.stack([queries[number].feature for number in numbers])
-        near = self._held.index.search(features, fetch, exact=self._exact)
+        near = self._state.index.search(features, fetch, exact=self._exact)
         if not self._exact:
-            self._sample(features[:1])
+            self._sample_recall(features[:1])
         groups: dict[Filter, list[int]] = {}
         for place, number in enumerate(numbers):
             groups.setdefault(queries[number].filters, []).append(place)
-        out: dict[int, NearestAnswer] = {}
+        answers: dict[int, NearestAnswer] = {}
         for filters, places in groups.items():
-            living = self._confirmed([near[place] for place in places], filters)
+            entries = self._confirm([near[place] for place in places], filters)
             short = []
             for place in places:
                 number, (keys, _) = numbers[place], near[place]
-                passed = sum(int(key) in living for key in keys)
+                passed = sum(int(key) in entries for key in keys)
                 if passed < queries[number].top_k and (len(keys) >= fetch or not self._exact):
                     short.append(number)
                 else:
-                    hits = self._hits(near[place], living, queries[number], with_features)
-                    out[number] = NearestAnswer(hits, self._exact)
+                    hits = self._hits(near[place], entries, queries[number], with_features)
+                    answers[number] = NearestAnswer(hits, self._exact)
             if short:
-                among = reads.candidates(self._connection, self._held.feed.collection.key, filters)
-                out.update(self._among(queries, short, filters, among, with_features))
-        return out
+                among = reads.candidates(self._connection, self._state.feed.collection.key, filters)
+                answers.update(self._search_among(queries, short, filters, among, with_features))
+        return answers
 
-    def _confirmed(self, near: Sequence[Candidates], filters: Filter) -> dict[int, EntryRecord]:
+    def _confirm(self, near: Sequence[Candidates], filters: Filter) -> dict[int, EntryRecord]:
         keys = np.unique(np.concatenate([keys for keys, _ in near]))
-        return reads.confirm_candidates(self._connection, self._held.feed.collection.key, keys, filters)
+        return reads.confirm_candidates(self._connection, self._state.feed.collection.key, keys, filters)
 
     def _hits(
-        self, near: Candidates, living: dict[int, EntryRecord], query: NearestQuery, with_features: bool
+        self, near: Candidates, entries: dict[int, EntryRecord], query: NearestQuery, with_features: bool
     ) -> tuple[Hit, ...]:
         kept = [
             (int(key), float(similarity))
             for key, similarity in zip(*near, strict=True)
-            if int(key) in living and similarity >= query.min_similarity
+            if int(key) in entries and similarity >= query.min_similarity
         ][: query.top_k]
         if not with_features:
-            return tuple(Hit(living[key], similarity) for key, similarity in kept)
-        keys, vectors = self._held.index.vectors(np.sort(np.array([key for key, _ in kept], np.int64)))
-        told = dict(zip(keys.tolist(), vectors, strict=True))
-        return tuple(Hit(living[key], similarity, told[key]) for key, similarity in kept if key in told)
+            return tuple(Hit(entries[key], similarity) for key, similarity in kept)
+        keys, vectors = self._state.index.vectors(np.sort(np.array([key for key, _ in kept], np.int64)))
+        features = dict(zip(keys.tolist(), vectors, strict=True))
+        return tuple(Hit(entries[key], similarity, features[key]) for key, similarity in kept if key in features)
 
-    def _sample(self, query: Feature) -> None:
-        """Repeat one in so many approximate searches exactly, to know what they miss."""
-        recall, index = self._held.recall, self._held.index
+    def _sample_recall(self, query: Feature) -> None:
+        """Repeat one in ``policy.sample`` approximate searches exactly, to measure their recall."""
+        recall, index = self._state.recall, self._state.index
         recall.searches += 1
-        if self._ladder.sample and (recall.searches - 1) % self._ladder.sample == 0:
+        if self._policy.sample and (recall.searches - 1) % self._policy.sample == 0:
             ((true, _),), ((found, _),) = (
-                index.search(query, SAMPLE_EVERY, exact=True),
-                index.search(query, SAMPLE_EVERY),
+                index.search(query, RECALL_K, exact=True),
+                index.search(query, RECALL_K),
             )
             recall.add(len(np.intersect1d(true, found)), len(true))
 
@@ -185,9 +182,7 @@ KindT = TypeVar("KindT")
 JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
 
-MAX_BATCH = 64  # queries of one run: of a matrix product's gain little is left above (b 256: 1.07, b 64: 1.3 ms)
-MIN_RETRY_S = 0.05  # below this a retry arrives before the queue has moved
-SMOOTHING = 0.2  # weight of the newest run in the running mean of seconds a query
+MAX_BATCH = 64  # queries of one run; larger matrix products gain little (batch of 256: 1.07, of 64: 1.3 ms)
 
 
 @dataclass
@@ -201,95 +196,80 @@ class _Item(Generic[KindT, JobT, ResultT]):
 
 
 class SearchQueue(Generic[KindT, JobT, ResultT]):
-    """Gathers jobs of equal kind. Of one event loop at a time.
+    """Batches jobs of equal kind for one thread. Use it from one event loop at a time.
 
     Args:
-        thread: one thread, which runs them.
-        run: answers jobs of one kind, in their order; what it raises is every one's answer.
-        most: queries that may wait or run.
-
-    Attributes:
-        taken: queries that wait or run.
+        thread: an executor with one thread.
+        run: runs jobs of one kind and returns their results in order; an exception is raised for each of them.
+        max_queries: waiting or running.
     """
 
-    def __init__(self, thread: Executor, run: Callable[[KindT, Sequence[JobT]], list[ResultT]], *, most: int) -> None:
-        self._thread, self._run, self._most = thread, run, most
+    def __init__(
+        self, thread: Executor, run: Callable[[KindT, Sequence[JobT]], list[ResultT]], *, max_queries: int
+    ) -> None:
+        self._thread, self._run = thread, run
+        self._admission = Admission("queries", "max_search_queue", max_queries)
         self._items: deque[_Item[KindT, JobT, ResultT]] = deque()
-        self.taken = 0
-        self._each_s = 0.0
-        self._asking: asyncio.AbstractEventLoop | None = None  # which will ask the thread when it comes round
+        self._scheduled_in: asyncio.AbstractEventLoop | None = None  # the loop in which `_start_drain` is scheduled
 
     async def submit(self, kind: KindT, jobs: Sequence[JobT], *, deadline: float) -> list[ResultT]:
-        """Answers of some jobs.
+        """Run jobs and return their results in order.
 
         Args:
-            kind: jobs of equal kinds may be run together.
+            kind: jobs of equal kind may be batched.
             jobs: at least one.
             deadline: in `time.monotonic` seconds.
 
         Raises:
-            DeadlineError: it passed before the run began.
-            OverloadedError: too many wait, or the wait would outlast the deadline.
+            DeadlineError: it passed before the run started.
+            OverloadedError: the queue is full, or the expected wait is longer than the deadline.
         """
-        self._admit(len(jobs), deadline)
-        loop = asyncio.get_running_loop()
-        item: _Item[KindT, JobT, ResultT] = _Item(kind, jobs, deadline, loop.create_future(), loop)
-        self.taken += len(jobs)
-        try:
+        with self._admission.admit(len(jobs), deadline):
+            loop = asyncio.get_running_loop()
+            item: _Item[KindT, JobT, ResultT] = _Item(kind, jobs, deadline, loop.create_future(), loop)
             self._items.append(item)
-            if self._asking is not loop:
-                self._asking = loop
-                loop.call_soon(self._ask)
+            if self._scheduled_in is not loop:
+                self._scheduled_in = loop
+                loop.call_soon(self._start_drain)
             return await item.result
-        finally:
-            self.taken -= len(jobs)
+
+    @property
+    def waiting(self) -> int:
+        """Number of queries waiting or running."""
+        return self._admission.waiting()
 
     def close(self) -> None:
-        """Refuse who still waits; call it when the thread has ended."""
+        """Fail the jobs that still wait; call it after the thread has ended."""
         while self._items:
             closing = DrainingError("the gallery is closing: try again when the server is back")
             _deliver([(self._items.popleft(), closing)])
 
-    def _admit(self, count: int, deadline: float) -> None:
-        left_s = deadline - time.monotonic()
-        if left_s <= 0:
-            raise _deadline_error()
-        wait_s = self.taken * self._each_s
-        retry_s = max(MIN_RETRY_S, wait_s)
-        if self.taken + count > self._most or (self.taken and wait_s > left_s):
-            raise OverloadedError(
-                f"{self.taken} queries are being searched, {count} more came; at most {self._most} may, and the "
-                f"deadline leaves {left_s:.2f} s: try again in {retry_s:.2f} s",
-                retry_after_s=retry_s,
-                max_search_queue=self._most,
-            )
-
-    def _ask(self) -> None:
-        """Let the thread take what waits."""
-        self._asking = None
+    def _start_drain(self) -> None:
+        """Let the thread run the waiting jobs."""
+        self._scheduled_in = None
         try:
             self._thread.submit(self._drain)
         except RuntimeError:  # it has ended
             self.close()
 
     def _drain(self) -> None:
-        """Take what waits, up to `MAX_BATCH`, and run it kind by kind."""
-        together: dict[KindT, list[_Item[KindT, JobT, ResultT]]] = {}
+        """Take up to `MAX_BATCH` waiting queries and run them kind by kind."""
+        batches: dict[KindT, list[_Item[KindT, JobT, ResultT]]] = {}
         count = 0
         while self._items and (not count or count + len(self._items[0].jobs) <= MAX_BATCH):
             item = self._items.popleft()
-            if item.result.done():  # its caller left
+            if item.result.done():  # its caller was cancelled
                 continue
-            if time.monotonic() >= item.deadline:
-                _deliver([(item, _deadline_error())])
+            if error := deadline_error(item.deadline):
+                _deliver([(item, error)])
                 continue
-            together.setdefault(item.kind, []).append(item)
+            batches.setdefault(item.kind, []).append(item)
             count += len(item.jobs)
         if self._items:
-            with contextlib.suppress(RuntimeError):  # it is ending, and `close` tells them
+            with contextlib.suppress(RuntimeError):  # shutting down: `close` fails them
                 self._thread.submit(self._drain)
         started = time.monotonic()
-        for kind, items in together.items():
+        for kind, items in batches.items():
             try:
                 answers = self._run(kind, [job for item in items for job in item.jobs])
             except Exception as error:
@@ -298,17 +278,13 @@ class SearchQueue(Generic[KindT, JobT, ResultT]):
             ends = itertools.accumulate(len(item.jobs) for item in items)
             _deliver([(item, answers[end - len(item.jobs) : end]) for item, end in zip(items, ends, strict=True)])
         if count:
-            self._each_s += SMOOTHING * ((time.monotonic() - started) / count - self._each_s)
-
-
-def _deadline_error() -> DeadlineError:
-    return ExpiredInQueueError("the deadline passed before the search began: allow more time or send less at once")
+            self._admission.record_batch(time.monotonic() - started, count)
 
 
 def _deliver(outcomes: Sequence[tuple[_Item[KindT, JobT, ResultT], list[ResultT] | Exception]]) -> None:
-    """Hand outcomes to the callers' loop, all at once, unless that has ended; callers who left are passed over."""
+    """Set the results in the callers' event loop, unless it has ended; cancelled callers are skipped."""
 
-    def told() -> None:
+    def set_results() -> None:
         for item, outcome in outcomes:
             if item.result.done():
                 continue
@@ -319,7 +295,7 @@ def _deliver(outcomes: Sequence[tuple[_Item[KindT, JobT, ResultT], list[ResultT]
 
     if outcomes:
         with contextlib.suppress(RuntimeError):
-            outcomes[0][0].loop.call_soon_threadsafe(told)
+            outcomes[0][0].loop.call_soon_threadsafe(set_results)
 
 
 log = logging.getLogger(__name__)
@@ -329,12 +305,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SearchOutcome:
-    """Hits, best first, equal ones in order of enrolment; and what had been committed when they were found.
+    """The result of one query: hits, best first, equal ones in order of enrolment.
 
     Attributes:
-        revision: the last write that was searched.
-        search_ns: this query's share of the run it was part of.
-        exact: no hit can be missing.
+        revision: the last write that the search includes.
+        search_ns: the query's share of the time of its batch.
+        exact: whether the search was exhaustive.
     """
 
     hits: tuple[Hit, ...]
@@ -345,17 +321,17 @@ class SearchOutcome:
 
 @dataclass(frozen=True)
 class IndexStats:
-    """How a collection's index stands.
+    """State of a collection's index.
 
     Attributes:
-        index_type: ``flat``, ``flat-fp16``, ``hnsw`` or ``milvus``, with ``-gpu`` where it is scanned there.
-        index_bytes: in memory.
-        entries: in it; expired ones until the purge.
-        tombstones: deleted entries that still take room in it, never answered.
-        sampled_recall_at_10: of approximate searches against exact ones; None = none was sampled.
-        revision: the last write it has taken in.
-        note: why it is not of another kind; empty = it is what it should be.
-        building: another one is being built.
+        index_type: ``flat``, ``flat-fp16``, ``hnsw`` or ``milvus``, with suffix ``-gpu`` if it is scanned on a GPU.
+        index_bytes: memory.
+        entries: indexed entries, including expired ones until the purge.
+        tombstones: deleted entries that still use memory; never returned.
+        sampled_recall_at_10: of approximate searches compared with exact ones; None = not sampled yet.
+        revision: the last write that is indexed.
+        note: why it is not of the kind the policy selects; empty = it is.
+        building: whether a replacement is being built.
     """
 
     index_type: str
@@ -369,7 +345,7 @@ class IndexStats:
 
 
 class _Kind(NamedTuple):
-    """What searches must agree on to be run together."""
+    """What queries must have in common to be batched."""
 
     key: int
     space_id: str
@@ -386,35 +362,36 @@ class Searcher:
     """Searches all collections of a store.
 
     Args:
-        store: the truth.
-        ladder: which index a collection gets.
-        max_queue: queries that may wait or run at once.
+        store: of the tenant.
+        policy: selects the kind of index of a collection.
+        max_queue: queries waiting or running.
     """
 
-    def __init__(self, store: Store, ladder: IndexPolicy | None = None, *, max_queue: int = 1024) -> None:
-        self._store, self._ladder = store, ladder or IndexPolicy()
+    def __init__(self, store: Store, policy: IndexPolicy | None = None, *, max_queue: int = 1024) -> None:
+        self._store, self._policy = store, policy or IndexPolicy()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="search")
-        self._indexes = IndexManager(store, self._ladder, self._thread.submit)
-        self._following: set[int] = set()
+        self._indexes = IndexManager(store, self._policy, self._thread.submit)
+        self._update_scheduled: set[int] = set()
         self._dropped: deque[tuple[Collection, Space | None]] = deque()
-        self._queue: SearchQueue[_Kind, _Job, SearchOutcome] = SearchQueue(self._thread, self._search, most=max_queue)
+        self._queue: SearchQueue[_Kind, _Job, SearchOutcome] = SearchQueue(
+            self._thread, self._search, max_queries=max_queue
+        )
 
     async def load(self, dim: int = 0) -> None:
-        """Tune the scan to this machine and build the index of every collection from the store.
+        """Tune scanning to this machine and build the index of every collection from the store.
 
         Args:
-            dim: of the features to come; 0 = not known yet, and then the first search tunes.
+            dim: feature dimension; 0 = unknown, then the first search does the tuning.
 
         Raises:
-            StartupError: this faiss does not look at filters, or the GPU or Milvus that is asked for is not there.
+            StartupError: this faiss ignores filters, or the configured GPU or Milvus is not available.
         """
         await self._run(self._indexes.prepare)
         if dim:
             await self._run(tune_faiss, dim)
-        held = await self._store.read(reads.collections, limit=-1)
-        for collection in held:
+        for collection in await self._store.read(reads.collections, limit=-1):
             started = time.monotonic()
-            await self._run(tune_faiss, collection.space.dim)  # before someone waits for it
+            await self._run(tune_faiss, collection.space.dim)  # before the first search
             index = (await self._run(self._indexes.current, collection)).index
             log.info(
                 "index loaded collection=%s kind=%s entries=%d seconds=%.2f",
@@ -427,39 +404,39 @@ class Searcher:
 
     @property
     def waiting(self) -> int:
-        """Queries that wait or are being searched."""
-        return self._queue.taken
+        """Number of queries waiting or running."""
+        return self._queue.waiting
 
     @property
     def erases(self) -> bool:
-        """Whether what is deleted leaves no byte in files; Milvus keeps it until it compacts."""
-        return not self._ladder.milvus
+        """Whether deleted features leave no bytes in files; Milvus keeps them until it compacts."""
+        return not self._policy.milvus
 
     def close(self) -> None:
-        """End after the running search; an index that is being built is given up."""
+        """Stop after the running search; an index build in progress is abandoned."""
         self._indexes.close()
         self._thread.shutdown(cancel_futures=True)
-        self._drop_all()  # what was deleted a moment ago must not leave its graph on the disk
+        self._drop_all()  # files of just deleted collections must not remain on disk
         self._queue.close()
         self._indexes.disconnect()
 
     def follow(self, collection: Collection) -> None:
-        """Let the index take in what was committed, before the next search has to wait for it."""
-        if collection.key not in self._following:
-            self._following.add(collection.key)
+        """Update the index in the background, so that the next search does not have to."""
+        if collection.key not in self._update_scheduled:
+            self._update_scheduled.add(collection.key)
             self._thread.submit(self._follow, collection)
 
     def _follow(self, collection: Collection) -> None:
-        self._following.discard(collection.key)
+        self._update_scheduled.discard(collection.key)
         try:
             self._indexes.follow(collection)
         except CollectionNotFoundError:
             pass  # deleted meanwhile, and its index with it
         except Exception:
-            log.exception("the index of %s could not follow the store; the next search tries again", collection.name)
+            log.exception("updating the index of %s failed; the next search will retry", collection.name)
 
     def drop(self, collection: Collection, space: Space | None = None) -> None:
-        """Forget a deleted collection, or one of its spaces that is searched no more."""
+        """Drop the index of a deleted collection, or of one of its spaces that is no longer searched."""
         self._dropped.append((collection, space))
         self._thread.submit(self._drop_all)
 
@@ -468,37 +445,37 @@ class Searcher:
             self._indexes.drop(*self._dropped.popleft())
 
     def revisions(self) -> list[tuple[int, int]]:
-        """(collection key, revision): older changes of the collection are needed no more."""
+        """(collection key, revision) of each index; older rows of the change log are not needed any more."""
         return self._indexes.revisions()
 
     def revision(self, collection: Collection) -> int:
-        """What a collection's index has taken in; 0 before its first write."""
-        held = self._indexes.held(collection)
-        return 0 if held is None else max(0, held.index.revision)
+        """The last indexed revision of a collection; 0 before its first write."""
+        state = self._indexes.held(collection)
+        return 0 if state is None else max(0, state.index.revision)
 
     def stats(self, collection: Collection) -> IndexStats:
-        """How a collection's index stands; of an empty one before its first search."""
-        held = self._indexes.held(collection)
-        if held is None:
-            return IndexStats(self._ladder.wanted(0), 0, 0, None, 0)
-        index = held.index
+        """State of a collection's index; that of an empty index before the first search."""
+        state = self._indexes.held(collection)
+        if state is None:
+            return IndexStats(self._policy.wanted(0), 0, 0, None, 0)
+        index = state.index
         revision = max(0, index.revision)
-        built = (held.recall.value, revision, held.note, held.pinned is not None, len(index))
+        rest = (state.recall.value, revision, state.note, state.pinned is not None, len(index))
         kind = f"{index.kind}-gpu" if getattr(index, "gpu", None) is not None else index.kind
-        return IndexStats(kind, index.nbytes, index.tombstones, *built)
+        return IndexStats(kind, index.nbytes, index.tombstones, *rest)
 
     async def rebuild(self, collection: Collection, index_type: str = "") -> IndexStats:
-        """Build a collection's index anew while the old one serves; returns when it is in place.
+        """Rebuild a collection's index while the old one serves; returns when the new one is in use.
 
         Args:
-            collection: in whose space.
-            index_type: ``flat``, ``flat-fp16`` or ``hnsw`` until the server stops; empty or ``auto`` = by its size.
+            collection: the collection, with its space.
+            index_type: ``flat``, ``flat-fp16`` or ``hnsw`` until the server restarts; empty or ``auto`` = by size.
 
         Returns:
-            What stands then: ``note`` tells why a graph was refused.
+            The new state; ``note`` says why a graph was rejected.
 
         Raises:
-            InputError: no such type.
+            InputError: unknown type.
             CollectionNotFoundError: it was deleted meanwhile.
         """
         done = await self._run(self._indexes.begin, collection, index_type)
@@ -514,19 +491,19 @@ class Searcher:
         exact: bool = False,
         deadline: float = float("inf"),
     ) -> list[SearchOutcome]:
-        """The nearest entries of each query; whoever else waits is searched together with them.
+        """The nearest entries of each query; batched with other waiting queries of the same kind.
 
         Args:
-            collection: and its space.
+            collection: the collection, with its space.
             queries: at least one.
-            with_features: hits carry theirs.
-            exact: miss none, whatever the index.
-            deadline: in `time.monotonic` seconds, before which the search must begin.
+            with_features: return the features of hits.
+            exact: search exactly, whatever the index.
+            deadline: in `time.monotonic` seconds, by which the search must have started.
 
         Raises:
             CollectionNotFoundError: it was deleted meanwhile.
             DeadlineError: the deadline passed while it waited.
-            OverloadedError: too many queries wait.
+            OverloadedError: the queue is full.
             StoreError: the database is damaged.
         """
         kind = _Kind(collection.key, collection.space.space_id, with_features, exact)
@@ -546,13 +523,11 @@ class Searcher:
         started_ns = time.perf_counter_ns()
         collection = jobs[0].collection
         try:
-            held = self._indexes.current(collection)
+            state = self._indexes.current(collection)
             tune_faiss(collection.space.dim).apply(collection.space.dim)
-            nearest = NearestSearch(self._store.reader(), held, self._ladder, exact=kind.exact)
-            answers: list[NearestAnswer] = nearest.answers(
-                [job.query for job in jobs], with_features=kind.with_features
-            )
+            nearest = NearestSearch(self._store.reader(), state, self._policy, exact=kind.exact)
+            answers: list[NearestAnswer] = nearest.search([job.query for job in jobs], with_features=kind.with_features)
         except sqlite3.Error as error:
             raise translate_error(error) from error
         search_ns = (time.perf_counter_ns() - started_ns) // len(jobs)
-        return [SearchOutcome(answer.hits, held.index.revision, search_ns, answer.exact) for answer in answers]
+        return [SearchOutcome(answer.hits, state.index.revision, search_ns, answer.exact) for answer in answers]

@@ -1,12 +1,13 @@
-"""Statistics of searches: decisions and best hits of each collection and space by the minute, and their drift.
+"""Search statistics: decisions and best hits per collection, space and minute, and drift of the similarities.
 
-Gathered in memory and written every `FLUSH_S` and when the server ends, so that a restart loses nothing and a kill at
-most the last minute. Nothing of a query, an entry or a person is kept. `write_counts` and `purge_counts` run in the
-writer's transaction; `window_stats` reads.
+Counts are gathered in memory and written every `FLUSH_S` and at shutdown, so a restart loses nothing and a crash at
+most the last minute. Queries, entries and persons are not stored. `write_counts` and `purge_counts` run in a write
+transaction; `window_stats` only reads.
 
-Drift compares the best hits' cosines of one time with the space's first ones, both as histograms of `BINS` equal parts
-of -1..1: the population stability index over the reference's deciles, ``sum((p - q) ln(p / q))``. By the index's common
-rule, below 0.1 is no drift and above 0.25 deserves a look: another camera, other light, or a gallery that has grown.
+Drift compares the cosines of best hits in a window with the first ones of the space, both as histograms of `BINS` equal
+bins over -1..1. It is the population stability index over the reference's deciles, ``sum((p - q) ln(p / q))``. By the
+usual rule of thumb, below 0.1 means no drift and above 0.25 a change to investigate: another camera, other light, or a
+larger gallery.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from resight.service.storage.store import Store
 
 BINS = 64
 QUANTILES = 10
-MIN_COUNT = 0.5  # searches; an empty part counts half a one, or the index would have no end
+MIN_COUNT = 0.5  # searches assumed in an empty decile, as the index would be infinite with 0
 
 
 def bin_of(cosine: float) -> int:
@@ -38,7 +39,7 @@ def bin_of(cosine: float) -> int:
 
 
 def stability_index(reference: Ints, now: Ints) -> float:
-    """The population stability index, 0 or more, of two histograms that hold something."""
+    """The population stability index, >= 0, of two non-empty histograms."""
     upto = np.cumsum(reference) / reference.sum()
     middle = upto - reference / (2.0 * reference.sum())  # of each bin, as a share of the reference
     parts = np.minimum(QUANTILES - 1, (QUANTILES * middle).astype(np.int64))
@@ -52,28 +53,28 @@ def stability_index(reference: Ints, now: Ints) -> float:
 
 
 MINUTE_US = 60_000_000
-KEPT_S = 30 * 86_400  # a promotion is watched for days
-REFERENCE_HITS = 1000  # best hits; 100 in each decile, so that chance alone gives an index of some 0.02
-RECENT = 1000  # best hits that metrics compare with them
-MIN_HITS = 100  # best hits on either side, a tenth of the reference; below it the index is mostly chance
+KEPT_S = 30 * 86_400  # promoted models are monitored for days
+REFERENCE_HITS = 1000  # best hits, 100 per decile: sampling noise alone gives an index of about 0.02
+RECENT_HITS = 1000  # newest best hits, which metrics compare with the reference
+MIN_HITS = 100  # best hits on both sides, a tenth of the reference; with fewer the index is mostly noise
 
 SpaceKey = tuple[int, str]
 """A collection's key and a space id."""
 TimeWindow = tuple[int | None, int | None]
-"""Begin and end in microseconds, widened to whole minutes; None = without."""
+"""Begin and end in microseconds, widened to whole minutes; None = unbounded."""
 _SUMS = ("searches", "matches", "uncertain", "unknown", "hits", "probable", "cosine_sum", "probability_sum")
 _COLUMNS = ", ".join((*_SUMS, "first_us", "last_us", "bins"))
 
 
 @dataclass
 class SearchCounts:
-    """What some searches in one space came to.
+    """Counts and sums over searches in one space.
 
     Attributes:
-        matches: decisions, as ``uncertain`` and ``unknown``; none without a calibration.
-        hits: searches with any hit, whose best is counted in ``cosine_sum`` and ``bins``.
-        probable: of them those with a probability, in ``probability_sum``.
-        first_us: of the searches, as ``last_us``.
+        matches: searches decided as match, like ``uncertain`` and ``unknown``; all 0 without a calibration.
+        hits: searches with at least one hit, whose best is in ``cosine_sum`` and ``bins``.
+        probable: those of ``hits`` with a probability, which is in ``probability_sum``.
+        first_us: time of the first search, like ``last_us`` of the last.
     """
 
     searches: int = 0
@@ -105,7 +106,7 @@ class SearchCounts:
                 self.probability_sum += best.probability
 
     def __add__(self, later: SearchCounts) -> SearchCounts:
-        """Both, where neither is empty."""
+        """The sum of two counts, neither of which is empty."""
         sums = {name: getattr(self, name) + getattr(later, name) for name in (*_SUMS, "bins")}
         return SearchCounts(
             **sums, first_us=min(self.first_us, later.first_us), last_us=max(self.last_us, later.last_us)
@@ -113,27 +114,27 @@ class SearchCounts:
 
     @property
     def row(self) -> tuple[object, ...]:
-        """As `_COLUMNS`."""
+        """The values of `_COLUMNS`."""
         return *(getattr(self, name) for name in (*_SUMS, "first_us", "last_us")), self.bins.astype("<u4").tobytes()
 
     @classmethod
-    def of_row(cls, row: Sequence[Any]) -> SearchCounts:
-        """From `_COLUMNS`; ``bins`` may hold many histograms, one after the other."""
+    def from_row(cls, row: Sequence[Any]) -> SearchCounts:
+        """From values of `_COLUMNS`; ``bins`` may be several concatenated histograms."""
         *sums, first_us, last_us, bins = row
         return cls(**dict(zip(_SUMS, sums, strict=True)), first_us=first_us, last_us=last_us, bins=_sum_bins(bins))
 
 
 @dataclass(frozen=True)
 class ReferenceCounts:
-    """Best hits that others are compared with: number, sum of cosines, the last one's minute, and the bins."""
+    """The reference of the drift: number of best hits, sum of their cosines, minute of the last, and histogram."""
 
     hits: int = 0
     cosine_sum: float = 0.0
     minute: int = 0
     bins: Ints = field(default_factory=lambda: np.zeros(BINS, np.int64))
 
-    def against(self, now: SearchCounts) -> tuple[float, float] | None:
-        """The stability index and the shift of the mean cosine; None before there is `MIN_HITS` on both sides."""
+    def drift_of(self, now: SearchCounts) -> tuple[float, float] | None:
+        """Stability index and shift of the mean cosine; None with fewer than `MIN_HITS` on either side."""
         if min(self.hits, now.hits) < MIN_HITS:
             return None
         shift = now.cosine_sum / now.hits - self.cosine_sum / self.hits
@@ -142,16 +143,16 @@ class ReferenceCounts:
 
 @dataclass(frozen=True)
 class WindowStats:
-    """What a window's searches in one space came to, and what they are compared with."""
+    """The searches of a window in one space, and the reference they are compared with."""
 
     space_id: str
     model_id: str
-    counted: SearchCounts
+    counts: SearchCounts
     reference: ReferenceCounts
 
 
 def purge_counts(connection: sqlite3.Connection) -> int:
-    """Remove minutes older than `KEPT_S`; returns how many."""
+    """Delete minutes older than `KEPT_S`; returns how many."""
     before = (now_us() - KEPT_S * 1_000_000) // MINUTE_US
     return connection.execute("DELETE FROM search_minute WHERE minute < ?", (before,)).rowcount
 
@@ -162,60 +163,60 @@ def _minutes(start_us: int | None, end_us: int | None) -> tuple[int, int]:
 
 
 def write_counts(
-    connection: sqlite3.Connection, taken: dict[tuple[SpaceKey, int], SearchCounts]
+    connection: sqlite3.Connection, minutes: dict[tuple[SpaceKey, int], SearchCounts]
 ) -> dict[SpaceKey, tuple[float, float]]:
-    """Add minutes to those on the disk; returns the drift of the spaces they are of."""
-    places = sorted({place for place, _ in taken})
-    living = {key for (key,) in connection.execute("SELECT key FROM collection").fetchall()}
-    for ((key, space_id), minute), counted in sorted(taken.items(), key=lambda one: one[0]):
-        if key not in living:
+    """Add minutes to the stored ones; returns the drift of their spaces."""
+    space_keys = sorted({space_key for space_key, _ in minutes})
+    collections = {key for (key,) in connection.execute("SELECT key FROM collection").fetchall()}
+    for ((key, space_id), minute), counts in sorted(minutes.items(), key=lambda one: one[0]):
+        if key not in collections:  # deleted meanwhile
             continue
         where = (key, space_id, minute)
-        held = connection.execute(
+        stored = connection.execute(
             f"SELECT {_COLUMNS} FROM search_minute WHERE collection = ? AND space_id = ? AND minute = ?", where
         ).fetchone()
-        whole = counted if held is None else SearchCounts.of_row(held) + counted
-        marks = ", ".join("?" * (len(where) + len(whole.row)))
-        connection.execute(f"INSERT OR REPLACE INTO search_minute VALUES ({marks})", (*where, *whole.row))
-        _extend_reference(connection, where, counted)
-    drifts = {place: _drift(connection, place) for place in places}
-    return {place: drift for place, drift in drifts.items() if drift is not None}
+        total = counts if stored is None else SearchCounts.from_row(stored) + counts
+        placeholders = ", ".join("?" * (len(where) + len(total.row)))
+        connection.execute(f"INSERT OR REPLACE INTO search_minute VALUES ({placeholders})", (*where, *total.row))
+        _extend_reference(connection, where, counts)
+    drifts = {space_key: _drift(connection, space_key) for space_key in space_keys}
+    return {space_key: drift for space_key, drift in drifts.items() if drift is not None}
 
 
-def _extend_reference(connection: sqlite3.Connection, where: tuple[int, str, int], counted: SearchCounts) -> None:
-    """Add best hits to the reference until it is full; the minute that fills it counts whole."""
+def _extend_reference(connection: sqlite3.Connection, where: tuple[int, str, int], counts: SearchCounts) -> None:
+    """Add best hits to the reference until it has `REFERENCE_HITS`; the minute that fills it is added completely."""
     key, space_id, minute = where
-    held = _read_reference(connection, (key, space_id))
-    if held.hits < REFERENCE_HITS and counted.hits:
-        bins = (held.bins + counted.bins).astype("<u4").tobytes()
-        sums = (held.hits + counted.hits, held.cosine_sum + counted.cosine_sum)
+    stored = _read_reference(connection, (key, space_id))
+    if stored.hits < REFERENCE_HITS and counts.hits:
+        bins = (stored.bins + counts.bins).astype("<u4").tobytes()
+        sums = (stored.hits + counts.hits, stored.cosine_sum + counts.cosine_sum)
         connection.execute(
             "INSERT OR REPLACE INTO search_reference VALUES (?, ?, ?, ?, ?, ?)", (key, space_id, *sums, minute, bins)
         )
 
 
-def _read_reference(connection: sqlite3.Connection, place: SpaceKey) -> ReferenceCounts:
+def _read_reference(connection: sqlite3.Connection, space_key: SpaceKey) -> ReferenceCounts:
     row = connection.execute(
-        "SELECT hits, cosine_sum, minute, bins FROM search_reference WHERE collection = ? AND space_id = ?", place
+        "SELECT hits, cosine_sum, minute, bins FROM search_reference WHERE collection = ? AND space_id = ?", space_key
     ).fetchone()
     return ReferenceCounts() if row is None else ReferenceCounts(row[0], row[1], row[2], _sum_bins(row[3]))
 
 
-def _drift(connection: sqlite3.Connection, place: SpaceKey) -> tuple[float, float] | None:
-    """Of the newest `RECENT` best hits that came after the reference was full, to the minute."""
-    reference = _read_reference(connection, place)
+def _drift(connection: sqlite3.Connection, space_key: SpaceKey) -> tuple[float, float] | None:
+    """Drift of the newest `RECENT_HITS` best hits, in whole minutes, after the reference was complete."""
+    reference = _read_reference(connection, space_key)
     if reference.hits < REFERENCE_HITS:
         return None
-    late = SearchCounts()
+    recent = SearchCounts()
     rows = connection.execute(
         f"SELECT {_COLUMNS} FROM search_minute WHERE collection = ? AND space_id = ? AND minute > ? "
         "ORDER BY minute DESC LIMIT ?",
-        (*place, reference.minute, RECENT),
+        (*space_key, reference.minute, RECENT_HITS),
     )
     for row in rows.fetchall():
-        if late.hits < RECENT:
-            late = late + SearchCounts.of_row(row)
-    return reference.against(late)
+        if recent.hits < RECENT_HITS:
+            recent = recent + SearchCounts.from_row(row)
+    return reference.drift_of(recent)
 
 
 def window_stats(
@@ -225,18 +226,18 @@ def window_stats(
     space_id: str,
     reference: TimeWindow | None,
 ) -> list[WindowStats]:
-    """What a window's searches came to in each space, by the first one."""
+    """Statistics of a window for each space; see `SearchStatistics.window_stats`."""
     others = {} if reference is None else dict(_window(connection, key, _minutes(*reference), space_id))
-    out = []
-    for of_space, counted in _window(connection, key, _minutes(*window), space_id):
+    result = []
+    for of_space, counts in _window(connection, key, _minutes(*window), space_id):
         if reference is None:
             compared = _read_reference(connection, (key, of_space))
         else:
             other = others.get(of_space, SearchCounts())
             compared = ReferenceCounts(other.hits, other.cosine_sum, bins=other.bins)
         (model_id,) = connection.execute("SELECT model_id FROM space WHERE space_id = ?", (of_space,)).fetchone()
-        out.append(WindowStats(of_space, model_id, counted, compared))
-    return out
+        result.append(WindowStats(of_space, model_id, counts, compared))
+    return result
 
 
 def _window(
@@ -255,7 +256,7 @@ def _window(
         f"SELECT space_id, bins FROM search_minute WHERE {where}", (key, *minutes, space_id)
     ).fetchall():
         histograms.setdefault(of_space, []).append(bins)
-    return [(row[0], SearchCounts.of_row((*row[1:-1], b"".join(histograms[row[0]])))) for row in rows]
+    return [(row[0], SearchCounts.from_row((*row[1:-1], b"".join(histograms[row[0]])))) for row in rows]
 
 
 def _sum_bins(bins: bytes) -> Ints:
@@ -266,63 +267,63 @@ def _sum_bins(bins: bytes) -> Ints:
 log = logging.getLogger(__name__)
 
 FLUSH_S = 60.0
-MAX_WAITING = 10_000  # minutes that wait for a disk that takes nothing: a week of one collection, 10 MB
+MAX_WAITING = 10_000  # minutes kept in memory while writes fail: a week of one collection, 10 MB
 
 
 class SearchStatistics:
-    """The figures of one gallery. Used in the event loop's thread; `start` and `stop` it there."""
+    """Search statistics of one gallery. Use, `start` and `stop` it in the event loop's thread."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._waiting: dict[tuple[SpaceKey, int], SearchCounts] = {}
         self._drifts: dict[SpaceKey, tuple[float, float]] = {}
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._flushing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begin to write what `note` gathers."""
-        self._flushing = asyncio.create_task(self._flush_forever(), name="search-figures")
+        """Start to write the counts periodically."""
+        self._flushing = asyncio.create_task(self._flush_forever(), name="search-statistics")
 
     async def stop(self) -> None:
-        """Write what waits; the store must still be open."""
+        """Write the counts; the store must still be open."""
         if self._flushing is not None:
             self._flushing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._flushing
         await self.flush()
 
-    def note(self, collection: Collection, answers: Sequence[RankedAnswer]) -> None:
-        """Count searches of a collection that were answered a moment ago."""
+    def record(self, collection: Collection, answers: Sequence[RankedAnswer]) -> None:
+        """Count searches of a collection that have just finished."""
         at_us = now_us()
-        place = (collection.key, collection.space.space_id), at_us // MINUTE_US
-        counted = self._waiting.setdefault(place, SearchCounts())
+        key = (collection.key, collection.space.space_id), at_us // MINUTE_US
+        counts = self._waiting.setdefault(key, SearchCounts())
         for answer in answers:
-            counted.add(answer, at_us)
+            counts.add(answer, at_us)
 
     def drift(self, collection: Collection) -> tuple[float, float] | None:
-        """Index and shift of late best hits in the collection's space, as of the last flush; None before `ENOUGH`."""
+        """Stability index and shift of recent best hits in the collection's space at the last flush; see `_drift`."""
         return self._drifts.get((collection.key, collection.space.space_id))
 
     async def flush(self) -> None:
-        """Write what waits; if the disk refuses, it goes on waiting. A caller who leaves does not stop it."""
+        """Write the counts; if that fails, they are kept for the next flush. Cancelling the caller does not stop it."""
         await asyncio.shield(self._flush())
 
     async def _flush(self) -> None:
-        async with self._turn:
-            taken, self._waiting = self._waiting, {}
-            if taken:
-                await self._write(taken)
+        async with self._lock:
+            minutes, self._waiting = self._waiting, {}
+            if minutes:
+                await self._write(minutes)
 
-    async def _write(self, taken: dict[tuple[SpaceKey, int], SearchCounts]) -> None:
+    async def _write(self, minutes: dict[tuple[SpaceKey, int], SearchCounts]) -> None:
         try:
-            self._drifts |= await self._store.book(write_counts, taken)
+            self._drifts |= await self._store.write_unchecked(write_counts, minutes)
         except ReIDError as error:
-            log.error("the figures of %d minutes of searches wait: %s", len(taken), error)
-            for place, later in self._waiting.items():
-                taken[place] = taken[place] + later if place in taken else later
-            self._waiting = dict(list(taken.items())[-MAX_WAITING:])
+            log.error("search statistics of %d minutes not written, will retry: %s", len(minutes), error)
+            for key, later in self._waiting.items():
+                minutes[key] = minutes[key] + later if key in minutes else later
+            self._waiting = dict(list(minutes.items())[-MAX_WAITING:])
 
-    async def told(
+    async def window_stats(
         self,
         collection: Collection,
         *,
@@ -330,13 +331,13 @@ class SearchStatistics:
         space_id: str = "",
         reference: TimeWindow | None = None,
     ) -> list[WindowStats]:
-        """What searches of a collection came to in each space, by the first one.
+        """Statistics of a collection's searches for each space, in the order of their first search.
 
         Args:
-            collection: whose.
-            window: begin and end, microseconds; widened to whole minutes.
-            space_id: of one space; empty = of all.
-            reference: another window; None = the space's first best hits.
+            collection: the collection.
+            window: begin and end in microseconds, widened to whole minutes.
+            space_id: only this space; empty = all.
+            reference: window to compare with; None = the first best hits of the space.
         """
         await self.flush()
         return await self._store.read(window_stats, collection.key, window, space_id, reference)

@@ -1,10 +1,11 @@
-"""The audit: who searched, deleted or erased what, when and why; append-only by the database's own triggers.
+"""The audit log: who searched, deleted or erased what, when and why. Triggers in the database make it append-only.
 
-A row carries no crop, feature or name of a person: a subject is a keyed hash (`resight.service.storage.data_folder`).
-Rows of writes are in the transaction of the write. Searches do not wait: their rows are gathered and committed together
-every `FLUSH_S`, so a crash can lose the rows of the last `FLUSH_S` and of the commit that ran then, and nothing else.
-When the disk is full, searches go on, up to `MAX_WAITING` rows wait, and those beyond are counted in a row of their
-own.
+A row contains no crop, feature or name of a person: a subject is stored as a keyed hash
+(`resight.service.storage.data_folder`). A write and its audit row share one transaction; the ``audited_*`` functions
+combine the two. Searches do not wait for the disk: their rows are buffered and committed every `FLUSH_S`, so a crash
+can lose the rows of the last `FLUSH_S` and of the commit in progress, and nothing else. When the disk is full, searches
+continue and up to `MAX_WAITING` rows are buffered; rows beyond that are dropped and their number is written as a row of
+its own (`LOST_EVENT`).
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ log = logging.getLogger(__name__)
 FLUSH_S = 0.5
 MAX_WAITING = 65_536
 LOST_EVENT = "audit.lost"
-PURGE_AT_ONCE = 10_000  # rows of one transaction, so that enrolments do not wait
-MIN_RETENTION_S = 86_400  # as the trigger holds it
+PURGE_AT_ONCE = 10_000  # rows per transaction, so that enrolments do not wait for a large purge
+MIN_RETENTION_S = 86_400  # also enforced by the trigger
 
 
 @dataclass(frozen=True)
 class AuditEvent:
-    """One call that touched people.
+    """One call that concerned personal data.
 
     Attributes:
-        principal: who called.
+        principal: the caller.
         method: of the API, such as ``SearchService.Search``.
         collection: its name; empty = all of the tenant.
-        subject_hash: keyed hash of the subject; empty = none was named.
-        affected: entries answered, deleted or erased.
-        reason: the caller's words.
-        at_us: when.
+        subject_hash: keyed hash of the subject; empty = no subject was named.
+        affected: number of entries returned, deleted or erased.
+        reason: as given by the caller.
+        at_us: time of the call, microseconds since 1970.
         audit_id: the row's number, ascending; empty before it is written.
     """
 
@@ -70,7 +71,7 @@ def record_event(connection: sqlite3.Connection, event: AuditEvent) -> str:
 def list_events(
     connection: sqlite3.Connection, *, start_us: int | None, end_us: int | None, before: int | None, limit: int
 ) -> list[AuditEvent]:
-    """Rows of a window of time, the newest first, from the one before id ``before``."""
+    """Rows with ``start_us <= at_us < end_us`` and an id below ``before`` (None = unbounded), the newest first."""
     rows = connection.execute(
         "SELECT principal, method, collection, subject_hash, affected, reason, at_us, CAST(key AS TEXT) FROM audit "
         "WHERE (?1 IS NULL OR at_us >= ?1) AND (?2 IS NULL OR at_us < ?2) AND (?3 IS NULL OR key < ?3) "
@@ -81,9 +82,9 @@ def list_events(
 
 
 def purge_events(connection: sqlite3.Connection, before_us: int) -> int:
-    """Remove rows older than an instant, which must lie a day back at least; returns how many, `PURGE_AT_ONCE` at most.
+    """Remove rows older than ``before_us``, which must be at least a day ago; returns how many.
 
-    The horizon only rises: a clock that was set back removes nothing.
+    At most `PURGE_AT_ONCE` rows are removed. The horizon only rises: setting the clock back removes nothing.
     """
     connection.execute("UPDATE audit_horizon SET before_us = ?1 WHERE before_us < ?1", (before_us,))
     return connection.execute(
@@ -94,17 +95,17 @@ def purge_events(connection: sqlite3.Connection, before_us: int) -> int:
 
 
 async def purge_older_events(store: Store, retention_s: float) -> int:
-    """Remove rows older than ``retention_s``, at least `MIN_RETENTION_S`; returns how many."""
+    """Remove rows older than ``retention_s``, but never younger than `MIN_RETENTION_S`; returns how many."""
     before_us = now_us() - int(max(retention_s, MIN_RETENTION_S + 1) * 1e6)
-    gone = total = await store.book(purge_events, before_us)
-    while gone == PURGE_AT_ONCE:
-        gone = await store.book(purge_events, before_us)
-        total += gone
+    removed = total = await store.write_unchecked(purge_events, before_us)
+    while removed == PURGE_AT_ONCE:
+        removed = await store.write_unchecked(purge_events, before_us)
+        total += removed
     return total
 
 
 class WaitingEvents(NamedTuple):
-    """Rows not on disk: how many, when the oldest was gathered (0 = none), and those given up since the start."""
+    """Rows not yet on disk: their number, the time of the oldest (0 = none), and rows dropped since the start."""
 
     rows: int
     oldest_us: int
@@ -112,7 +113,7 @@ class WaitingEvents(NamedTuple):
 
 
 class AuditLog:
-    """The audit of one gallery's database. `start` and `stop` it in the event loop."""
+    """The audit log of one gallery's database. Call `start` and `stop` in the event loop."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -121,19 +122,19 @@ class AuditLog:
         self._flushing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begin to write what `note` gathers."""
+        """Start the task that writes the buffered rows every `FLUSH_S`."""
         self._flushing = asyncio.create_task(self._flush_forever(), name="audit")
 
     async def stop(self) -> None:
-        """Write what waits; the store must still be open."""
+        """Stop the task and write the buffered rows; the store must still be open."""
         if self._flushing is not None:
             self._flushing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._flushing
         await self.flush()
 
-    def note(self, event: AuditEvent) -> None:
-        """Gather a row; it is on disk within `FLUSH_S` and a commit."""
+    def add(self, event: AuditEvent) -> None:
+        """Buffer a row; it is on disk within `FLUSH_S` plus one commit."""
         if len(self._waiting) >= MAX_WAITING:
             self._lost += 1
             self._lost_ever += 1
@@ -142,32 +143,32 @@ class AuditLog:
 
     @property
     def waiting(self) -> WaitingEvents:
-        """What is not on disk yet."""
+        """The rows that are not on disk yet."""
         oldest_us = self._waiting[0].at_us if self._waiting else 0
         return WaitingEvents(len(self._waiting), oldest_us, self._lost_ever)
 
     async def record(self, event: AuditEvent) -> str:
         """Write one row now; returns its id once it is on disk."""
-        return await self._store.book(record_event, event)
+        return await self._store.write_unchecked(record_event, event)
 
-    async def listed(
+    async def list_events(
         self, *, start_us: int | None = None, end_us: int | None = None, before: int | None = None, limit: int = 100
     ) -> list[AuditEvent]:
-        """Rows of a window of time, the newest first, from the one before id ``before``; also those that wait."""
+        """As the function `list_events`, including the rows buffered until now."""
         await self.flush()
         return await self._store.read(list_events, start_us=start_us, end_us=end_us, before=before, limit=limit)
 
     async def flush(self) -> None:
-        """Write what waits; if the disk refuses, it goes on waiting."""
+        """Write the buffered rows; if the write fails, they stay buffered."""
         taken, lost = self._waiting, self._lost
         if not taken and not lost:
             return
         self._waiting, self._lost = [], 0
-        told = [*taken, AuditEvent("", LOST_EVENT, affected=lost)] if lost else taken
+        events = [*taken, AuditEvent("", LOST_EVENT, affected=lost)] if lost else taken
         try:
-            await self._store.book(_record_events, told)
+            await self._store.write_unchecked(_record_events, events)
         except ReIDError as error:
-            log.error("%d rows of the audit wait: %s", len(taken), error)
+            log.error("%d rows of the audit log could not be written, will retry: %s", len(taken), error)
             self._waiting = taken + self._waiting
             self._lost += lost
 
@@ -185,7 +186,7 @@ def _record_events(connection: sqlite3.Connection, events: Sequence[AuditEvent])
 def audited_enrol_each(
     connection: sqlite3.Connection, into: Collection, new: Sequence[Enrolment], event: AuditEvent
 ) -> list[Enrolled | ReIDError]:
-    """`resight.service.storage.writes.enrol_each`, told; what a replay answers is not counted again."""
+    """`resight.service.storage.writes.enrol_each` with an audit row; replayed enrolments are not counted again."""
     outcomes = writes.enrol_each(connection, into, new)
     _record_enrolments(connection, into, outcomes, event)
     return outcomes
@@ -194,7 +195,7 @@ def audited_enrol_each(
 def audited_enrol_all(
     connection: sqlite3.Connection, into: Collection, new: Sequence[Enrolment], event: AuditEvent
 ) -> list[Enrolled]:
-    """`resight.service.storage.writes.enrol_all`, told likewise."""
+    """`resight.service.storage.writes.enrol_all` with an audit row; replayed enrolments are not counted again."""
     done = writes.enrol_all(connection, into, new)
     _record_enrolments(connection, into, done, event)
     return done
@@ -217,7 +218,7 @@ def audited_update_entry(
     etag: str = "",
     may_outlive: bool = True,
 ) -> Enrolled:
-    """`resight.service.storage.writes.update_entry`, told."""
+    """`resight.service.storage.writes.update_entry` with an audit row."""
     changed = writes.update_entry(connection, found_in, new, fields, etag=etag, may_outlive=may_outlive)
     record_event(connection, replace(event, collection=found_in.name, affected=1))
     return changed
@@ -232,7 +233,7 @@ def audited_activate_space(
     expected: str,
     allow_incomplete: bool,
 ) -> Collection:
-    """`resight.service.storage.spaces.activate_space`, told with the number of entries."""
+    """`resight.service.storage.spaces.activate_space` with an audit row that has the number of entries."""
     found = spaces.activate_space(connection, name, space_id, expected=expected, allow_incomplete=allow_incomplete)
     count = reads.count(connection, found.key, Filter())
     record_event(connection, replace(event, collection=name, affected=count, reason=f"space {space_id}"))
@@ -242,11 +243,11 @@ def audited_activate_space(
 def audited_delete_collection(
     connection: sqlite3.Connection, name: str, event: AuditEvent, *, force: bool, etag: str = ""
 ) -> Collection:
-    """`resight.service.storage.writes.delete_collection`, told."""
-    held = reads.count(connection, reads.collection(connection, name).key, Filter())
-    gone = writes.delete_collection(connection, name, force=force, etag=etag)
-    record_event(connection, replace(event, collection=name, affected=held))
-    return gone
+    """`resight.service.storage.writes.delete_collection` with an audit row."""
+    count = reads.count(connection, reads.collection(connection, name).key, Filter())
+    deleted = writes.delete_collection(connection, name, force=force, etag=etag)
+    record_event(connection, replace(event, collection=name, affected=count))
+    return deleted
 
 
 def audited_delete_entry(
@@ -258,7 +259,7 @@ def audited_delete_entry(
     allow_missing: bool,
     etag: str = "",
 ) -> int:
-    """`resight.service.storage.writes.delete_entry`, told."""
+    """`resight.service.storage.writes.delete_entry` with an audit row."""
     before = reads.revision(connection, found_in.key)
     revision = writes.delete_entry(connection, found_in, entry_id, allow_missing=allow_missing, etag=etag)
     record_event(connection, replace(event, collection=found_in.name, affected=int(revision != before)))
@@ -268,7 +269,7 @@ def audited_delete_entry(
 def audited_delete_entries(
     connection: sqlite3.Connection, found_in: Collection, filters: Filter, event: AuditEvent, *, cap: int | None
 ) -> tuple[int, int]:
-    """`resight.service.storage.writes.delete_entries`, told."""
+    """`resight.service.storage.writes.delete_entries` with an audit row."""
     count, revision = writes.delete_entries(connection, found_in, filters, cap=cap)
     record_event(connection, replace(event, collection=found_in.name, affected=count))
     return count, revision

@@ -1,8 +1,8 @@
-"""Erasing a person for good: from every table, file and, at a restore, from what an older snapshot brings back.
+"""Permanent erasure of a subject: from all tables and files and, at a restore, from an older snapshot.
 
-The erase list says who must not come back. It names subjects by keyed hash and entries by their numbers, which are
-never used again, so it tells nobody's name. It stands in the database and, because a restore may have no database to
-read it from, line by line in `LIST_FILE` beside it; the file is written first.
+The erase list records which subjects and entries must not be restored. Subjects are stored as keyed hashes and entries
+as keys, which are never reused, so the list contains no names. It is kept in the database and, because a restore may
+have no readable database, also in `LIST_FILE` beside it, one JSON line per erasure; the file is written first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from resight.service.storage.store import Store
 from resight.service.storage.writes import delete_keys
 
 LIST_FILE = "erased.jsonl"
-RETRY_S = 0.05  # between looks at the log that a reader holds
+RETRY_S = 0.05  # between attempts to empty the log while a reader uses it
 MAX_REASON = 256  # characters
 
 DropSegments = Callable[[int], Awaitable[None]]
@@ -37,11 +37,12 @@ class ErasureRecord:
     """One line of the erase list.
 
     Attributes:
-        at_us: when.
-        collection: its name; empty = every one.
+        at_us: time of the erasure, microseconds since 1970.
+        collection: its name; empty = all collections.
         subject_hash: keyed hash of the subject.
-        up_to: the last entry's key at that moment; the subject's later entries are new ones.
-        entries: keys of what was erased then, whatever subject an older snapshot names for them.
+        up_to: the highest entry key at that time; entries of the subject with a higher key were enrolled later and
+            are kept.
+        entries: keys of the erased entries, removed again whatever subject an older snapshot has for them.
     """
 
     at_us: int
@@ -53,7 +54,7 @@ class ErasureRecord:
 
 @dataclass(frozen=True)
 class ErasureResult:
-    """What an erasure did; ``storage_scrubbed``: SQLite itself reported the write-ahead log emptied afterwards."""
+    """Result of an erasure; ``storage_scrubbed``: SQLite reported the write-ahead log emptied afterwards."""
 
     erased_count: int
     audit_id: str
@@ -70,24 +71,24 @@ async def erase_subject(
     reason: str = "",
     drop_segments: Sequence[DropSegments] = (),
 ) -> ErasureResult:
-    """Erase all a subject's entries, expired ones too; asked again for one that is gone it erases nothing and says so.
+    """Erase all entries of a subject, including expired ones; repeated for an erased subject, it reports 0 entries.
 
     Args:
         store: of the tenant.
         subject_id: not empty.
-        principal: who asks, for the audit.
-        deadline: in `time.monotonic` seconds; until then it waits for readers that hold the log.
-        collection: its name; empty = every one.
-        reason: at most 256 characters, for the audit.
-        drop_segments: called for each collection that held one of the entries.
+        principal: the caller, for the audit log.
+        deadline: in `time.monotonic` seconds; how long to wait for readers that use the write-ahead log.
+        collection: its name; empty = all collections.
+        reason: at most `MAX_REASON` characters, for the audit log.
+        drop_segments: called for each collection that had one of the entries.
 
     Raises:
-        InputError: no subject, or too long a reason.
+        InputError: the subject is empty or the reason too long.
         CollectionNotFoundError: no such collection.
         StorageFullError: nothing was erased.
     """
     if not subject_id:
-        raise InputError("expected a subject, found none: name the person to erase", field="subject_id")
+        raise InputError("expected a subject_id, found none: give that of the person to erase", field="subject_id")
     if len(reason) > MAX_REASON:
         raise InputError(f"a reason has at most {MAX_REASON} characters, found {len(reason)}", field="reason")
     event = AuditEvent(principal, "GalleryService.EraseSubject", collection, reason=reason)
@@ -98,7 +99,7 @@ async def erase_subject(
 
 
 async def scrub_until(store: Store, deadline: float) -> bool:
-    """Empty the write-ahead log, again and again until the deadline; what SQLite reported in the end."""
+    """Try to empty the write-ahead log until it succeeds or the deadline passes; returns whether it succeeded."""
     while not await store.scrub():
         if time.monotonic() + RETRY_S >= deadline:
             return False
@@ -109,8 +110,8 @@ async def scrub_until(store: Store, deadline: float) -> bool:
 def _erase_entries(
     connection: sqlite3.Connection, key: bytes, list_file: Path, subject_id: str, event: AuditEvent
 ) -> tuple[int, str, list[int]]:
-    """In the writer's transaction; returns how many, the audit's id and the collections touched."""
-    of = (
+    """In the writer's transaction; returns the number of entries, the audit row's id and the affected collections."""
+    collections = (
         [reads.collection(connection, event.collection)]
         if event.collection
         else reads.collections(connection, limit=-1)
@@ -122,22 +123,23 @@ def _erase_entries(
                 "SELECT key FROM entry WHERE collection = ? AND subject_id = ?", (one.key, subject_id)
             ).fetchall()
         ]
-        for one in of
+        for one in collections
     }
     entries = tuple(sorted(number for keys in found.values() for number in keys))
     up_to = connection.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'entry'").fetchone()[0]
     line = ErasureRecord(now_us(), event.collection, keyed_hash(key, subject_id), up_to, entries)
     append_erasures(list_file, [line])
     record_erasures(connection, [line])
-    count = delete_erased(connection, {of: keys for of, keys in found.items() if keys})
+    affected = {collection: keys for collection, keys in found.items() if keys}
+    count = delete_erased(connection, affected)
     audit_id = audit.record_event(connection, replace(event, subject_hash=line.subject_hash, affected=count))
-    return count, audit_id, [of for of, keys in found.items() if keys]
+    return count, audit_id, list(affected)
 
 
 def delete_erased(connection: sqlite3.Connection, entries: dict[int, list[int]]) -> int:
-    """Remove entries, by collection, with all that points at them; returns how many.
+    """Remove entries, given as collection key to entry keys, with all rows that refer to them; returns how many.
 
-    A request that enrolled one keeps its keyed id for a day, so that its replay is not an enrolment.
+    The enrolment requests of these entries are kept for a day under a hashed id, so that a replay does not enrol again.
     """
     for collection, keys in entries.items():
         connection.executemany(
@@ -148,7 +150,7 @@ def delete_erased(connection: sqlite3.Connection, entries: dict[int, list[int]])
 
 
 def record_erasures(connection: sqlite3.Connection, lines: Iterable[ErasureRecord]) -> None:
-    """Write lines to the database's own erase list; those it has already are left alone."""
+    """Add lines to the erase list in the database; lines it has already are not added again."""
     known = set(erasures_in_database(connection))
     connection.executemany(
         "INSERT INTO erased (at_us, collection, subject_hash, up_to, entries) VALUES (?, ?, ?, ?, ?)",
@@ -161,7 +163,7 @@ def record_erasures(connection: sqlite3.Connection, lines: Iterable[ErasureRecor
 
 
 def erasures_in_database(connection: sqlite3.Connection) -> list[ErasureRecord]:
-    """The database's own erase list."""
+    """The erase list in the database."""
     rows = connection.execute("SELECT at_us, collection, subject_hash, up_to, entries FROM erased ORDER BY key")
     return [
         ErasureRecord(at_us, collection, subject_hash, up_to, tuple(json.loads(entries)))
@@ -170,10 +172,10 @@ def erasures_in_database(connection: sqlite3.Connection) -> list[ErasureRecord]:
 
 
 def append_erasures(path: Path, lines: Sequence[ErasureRecord]) -> None:
-    """Add lines to the erase list's file and flush them to the disk.
+    """Append lines to the erase list's file and flush them to disk.
 
     Raises:
-        StorageFullError: the disk refused; a half line is skipped by readers.
+        StorageFullError: the write failed; readers skip an incomplete line.
     """
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -187,10 +189,10 @@ def append_erasures(path: Path, lines: Sequence[ErasureRecord]) -> None:
 
 
 def erasures_in_file(path: Path) -> list[ErasureRecord]:
-    """The erase list's file; empty where there is none.
+    """The erase list in the file; empty when there is no file.
 
     Raises:
-        StoreError: a line that is neither whole nor the half one of a crash.
+        StoreError: a line is damaged, other than one cut short by a crash.
     """
     return list(_read_erasures(path)) if path.exists() else []
 
@@ -204,31 +206,31 @@ def _read_erasures(path: Path) -> Iterator[ErasureRecord]:
             body = json.loads(row)
             yield ErasureRecord(**body | {"entries": tuple(body["entries"])})
         except (ValueError, TypeError, KeyError) as error:
-            if row.startswith("{") and not row.endswith("}"):  # written half when the disk was full; never answered
+            if row.startswith("{") and not row.endswith("}"):  # cut short by a full disk; its call failed
                 continue
             raise StoreError(f"{path.name} line {number + 1} is damaged: restore it from a backup") from error
 
 
 def replay_erasures(connection: sqlite3.Connection, key: bytes, lines: Sequence[ErasureRecord]) -> int:
-    """Erase from a restored database who must not come back, in the caller's transaction; returns how many entries.
+    """Apply the erase list to a restored database, in the caller's transaction; returns how many entries it removed.
 
-    Numbers of entries go on beyond every one that is on the list, so that none ever means another entry.
+    New entries get keys above all those on the list, so that a key is never reused.
     """
-    gone: dict[int, list[int]] = {}
+    erased: dict[int, list[int]] = {}
     by_collection: dict[str, dict[str, int]] = {}
     numbers = {number for line in lines for number in line.entries}
     for line in lines:
-        of = by_collection.setdefault(line.collection, {})
-        of[line.subject_hash] = max(line.up_to, of.get(line.subject_hash, 0))
+        subjects = by_collection.setdefault(line.collection, {})
+        subjects[line.subject_hash] = max(line.up_to, subjects.get(line.subject_hash, 0))
     rows = connection.execute(
         "SELECT e.key, e.collection, c.name, e.subject_id FROM entry e JOIN collection c ON c.key = e.collection"
     )
     for number, collection, name, subject_id in rows.fetchall():
         hashed = keyed_hash(key, subject_id) if subject_id else ""
-        last = max(by_collection.get(of, {}).get(hashed, 0) for of in (name, ""))
+        last = max(by_collection.get(scope, {}).get(hashed, 0) for scope in (name, ""))
         if number in numbers or (subject_id and number <= last):
-            gone.setdefault(collection, []).append(number)
-    count = delete_erased(connection, gone)
+            erased.setdefault(collection, []).append(number)
+    count = delete_erased(connection, erased)
     record_erasures(connection, lines)
     up_to = max((line.up_to for line in lines), default=0)
     raise_sequence(connection, "entry", up_to)
@@ -236,7 +238,7 @@ def replay_erasures(connection: sqlite3.Connection, key: bytes, lines: Sequence[
 
 
 def raise_sequence(connection: sqlite3.Connection, table: str, to: int) -> None:
-    """Let a table's numbers go on above ``to``."""
+    """Make a table's AUTOINCREMENT keys continue above ``to``."""
     changed = connection.execute("UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = ?", (to, table)).rowcount
     if not changed:
         connection.execute("INSERT INTO sqlite_sequence VALUES (?, ?)", (table, to))

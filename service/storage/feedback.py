@@ -1,7 +1,8 @@
-"""What people who looked said of pairs of entries: functions of a connection; those that write run in the writer's.
+"""Human feedback on pairs of entries: do they show the same person or different people?
 
-What is stored never contradicts itself: entries told to be one person are one group, and no pair within a group was
-told to be two. A pair is of one collection and goes with either of its entries.
+Functions of a connection; `add` and `remove` run in the writer's transaction. The stored verdicts are consistent:
+"same person" verdicts connect entries into groups, and no pair within a group has the verdict "different people". Both
+entries of a pair are in one collection, and the pair is deleted with either of them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from resight.service.storage import audit, reads
 from resight.service.storage.audit import AuditEvent
 from resight.service.storage.writes import earlier_request
 
-MAX_PATH_SHOWN = 5  # entries of a contradiction that its message names
+MAX_PATH_SHOWN = 5  # entries that the message of a contradiction names
 
 _LIVING = "JOIN entry {0} ON {0}.key = f.{1} AND ({0}.expire_us IS NULL OR {0}.expire_us > :now) "
 _PAIR = (
@@ -31,15 +32,15 @@ _OTHERS = " UNION ALL ".join(
 
 @dataclass(frozen=True)
 class FeedbackRecord:
-    """One verdict.
+    """The verdict on one pair.
 
     Attributes:
-        key: orders pairs by when they were first told.
-        entry_id: the entry of the two that was enrolled first.
-        other_entry_id: the one enrolled later.
-        same: they show one person; else two.
-        principal: who said so last.
-        at_us: when.
+        key: orders pairs by the time of their first verdict.
+        entry_id: the entry that was enrolled first.
+        other_entry_id: the entry that was enrolled later.
+        same: both show the same person; False = different people.
+        principal: who gave the last verdict.
+        at_us: time of the last verdict, microseconds since 1970.
     """
 
     key: int
@@ -60,22 +61,22 @@ def add(
     request_id: str = "",
     digest: bytes = b"",
 ) -> tuple[FeedbackRecord, bool]:
-    """Store a verdict in the place of an earlier one, with its row of the audit; returns it and whether it is a replay.
+    """Store a verdict, replacing an earlier one, with an audit row; returns it and whether it is a replay.
 
     Args:
         connection: the writer's.
         found_in: the collection of both entries.
         pair: their ids, in either order.
-        event: tells who says so.
-        same: they show one person; else two.
-        request_id: makes a replay change nothing; empty = none.
-        digest: of the whole request, keyed, to notice a request_id used for another one.
+        event: for the audit log; its principal gave the verdict.
+        same: both show the same person; False = different people.
+        request_id: makes a repeated request a replay, which changes nothing; empty = none.
+        digest: keyed hash of the whole request, to detect a request_id that is reused for another request.
 
     Raises:
-        InputError: an entry with itself, or the request_id was used for another request.
-        EntryNotFoundError: one of the two is not there.
-        FeedbackConflictError: what was said of other pairs contradicts it.
-        FeedbackNotFoundError: a replay, whose pair was taken back since.
+        InputError: both ids are equal, or the request_id was used for another request.
+        EntryNotFoundError: one of the entries does not exist.
+        FeedbackConflictError: verdicts on other pairs contradict it.
+        FeedbackNotFoundError: a replay whose verdict was removed since.
     """
     low, high = _keys(connection, found_in, pair)
     if request_id and earlier_request(connection, request_id, digest):
@@ -105,27 +106,27 @@ def remove(
     *,
     allow_missing: bool,
 ) -> None:
-    """Take back what was said of a pair, with a row of the audit.
+    """Remove the verdict on a pair, with an audit row.
 
     Raises:
-        InputError: an entry with itself.
-        EntryNotFoundError: one of the two is not there, and ``allow_missing`` is not set.
-        FeedbackNotFoundError: nothing was said, and ``allow_missing`` is not set.
+        InputError: both ids are equal.
+        EntryNotFoundError: one of the entries does not exist, and ``allow_missing`` is not set.
+        FeedbackNotFoundError: the pair has no verdict, and ``allow_missing`` is not set.
     """
-    gone = 0
+    removed = 0
     try:
         low, high = _keys(connection, found_in, pair)
-        gone = connection.execute("DELETE FROM feedback WHERE low = ? AND high = ?", (low, high)).rowcount
-        if not gone and not allow_missing:
+        removed = connection.execute("DELETE FROM feedback WHERE low = ? AND high = ?", (low, high)).rowcount
+        if not removed and not allow_missing:
             raise _feedback_not_found(found_in, pair)
     except EntryNotFoundError:
         if not allow_missing:
             raise
-    audit.record_event(connection, replace(event, collection=found_in.name, affected=2 * gone))
+    audit.record_event(connection, replace(event, collection=found_in.name, affected=2 * removed))
 
 
-def listed(connection: sqlite3.Connection, key: int, *, after: int, limit: int) -> list[FeedbackRecord]:
-    """Verdicts on living entries of a collection, from the one after key ``after``."""
+def list_records(connection: sqlite3.Connection, key: int, *, after: int, limit: int) -> list[FeedbackRecord]:
+    """Verdicts on pairs of unexpired entries of a collection, in order of key, starting after key ``after``."""
     rows = connection.execute(
         _PAIR + "WHERE f.collection = :of AND f.key > :after ORDER BY f.key LIMIT :limit",
         {"now": now_us(), "of": key, "after": after, "limit": limit},
@@ -134,10 +135,10 @@ def listed(connection: sqlite3.Connection, key: int, *, after: int, limit: int) 
 
 
 def _keys(connection: sqlite3.Connection, found_in: Collection, pair: tuple[str, str]) -> tuple[int, int]:
-    """The keys of two living entries, ascending."""
+    """The keys of two unexpired entries, ascending."""
     one, other = pair
     if one == other:
-        raise InputError(f"a pair is of two entries, found {one!r} twice: name another", field="other_entry_id")
+        raise InputError(f"expected two different entries, found {one!r} twice", field="other_entry_id")
     first, _ = reads.entry(connection, found_in, one)
     try:
         second, _ = reads.entry(connection, found_in, other)
@@ -163,37 +164,41 @@ def _feedback(row: tuple[int, str, str, int, str, int]) -> FeedbackRecord:
 def _feedback_not_found(found_in: Collection, pair: tuple[str, str]) -> FeedbackNotFoundError:
     one, other = pair
     return FeedbackNotFoundError(
-        f"nothing is said of entries {one!r} and {other!r} of collection {found_in.name}, or it was taken back: "
-        "ListFeedback tells of which pairs something is",
+        f"there is no feedback on entries {one!r} and {other!r} of collection {found_in.name}, or it was removed: see "
+        "which there is with ListFeedback",
         field="other_entry_id",
         collection=found_in.name,
     )
 
 
 def _check_same_person(connection: sqlite3.Connection, low: int, high: int) -> None:
-    """Refuse to call two entries one person where somebody told apart those they are known to be."""
+    """Raise if members of the two entries' groups have the verdict "different people"."""
     ones, others = _group(connection, low, (low, high)), _group(connection, high, (low, high))
     if high in ones:
         return
-    few, many = sorted((ones, others), key=len)
-    for member in few:
-        for apart in _others(connection, member, same=False):
-            if apart in many and {member, apart} != {low, high}:
-                raise _conflict(connection, (low, high), "one person", sorted((member, apart)), "were told to be two")
+    smaller, larger = sorted((ones, others), key=len)
+    for member in smaller:
+        for other in _others(connection, member, same=False):
+            if other in larger and {member, other} != {low, high}:
+                path = sorted((member, other))
+                raise _conflict(connection, (low, high), "the same person", path, "are recorded as different people")
 
 
 def _check_different_people(connection: sqlite3.Connection, low: int, high: int) -> None:
-    """Refuse to call two entries two people where what was said makes them one."""
+    """Raise if other verdicts connect the two entries as the same person."""
     came_from = _group(connection, low, (low, high))
     if high in came_from:
         path = [high]
         while path[-1] != low:
             path.append(came_from[path[-1]])
-        raise _conflict(connection, (low, high), "two people", path, "were told to be one")
+        raise _conflict(connection, (low, high), "different people", path, "are recorded as the same person")
 
 
 def _group(connection: sqlite3.Connection, start: int, without: tuple[int, int]) -> dict[int, int]:
-    """Entries known to show the person of ``start``, each with the one it was reached from; one pair left out."""
+    """Entries connected to ``start`` by "same person" verdicts, each with its predecessor on the path from ``start``.
+
+    The verdict on the pair ``without`` is ignored.
+    """
     came_from = {start: start}
     waiting = [start]
     while waiting:
@@ -206,19 +211,19 @@ def _group(connection: sqlite3.Connection, start: int, without: tuple[int, int])
 
 
 def _others(connection: sqlite3.Connection, key: int, *, same: bool) -> list[int]:
-    """The living entries of which this verdict is stored together with one."""
+    """The unexpired entries that have this verdict together with entry ``key``."""
     rows = connection.execute(_OTHERS, {"key": key, "same": same, "now": now_us()}).fetchall()
     return [row[0] for row in rows]
 
 
 def _conflict(
-    connection: sqlite3.Connection, pair: tuple[int, int], wanted: str, path: list[int], told: str
+    connection: sqlite3.Connection, pair: tuple[int, int], new: str, path: list[int], recorded: str
 ) -> FeedbackConflictError:
     names = [repr(_name(connection, key)) for key in path[:MAX_PATH_SHOWN]] + ["…"] * (len(path) > MAX_PATH_SHOWN)
     one, other = (_name(connection, key) for key in pair)
     return FeedbackConflictError(
-        f"entries {one!r} and {other!r} cannot be {wanted}: {', '.join(names)} {told}; look at these again and take "
-        "back (RemoveFeedback) or change what is wrong, then say this again",
+        f"entries {one!r} and {other!r} cannot be {new}: {', '.join(names)} {recorded}; review these, remove "
+        "(RemoveFeedback) or change the wrong verdict, then send this one again",
         field="verdict",
         told=len(path),
     )

@@ -1,9 +1,9 @@
-"""Long-running operations, kept in the database so that they are known after a restart.
+"""Long-running operations, stored in the database so that they survive a restart.
 
-Work that was running when the process died is INTERRUPTED at the next start; its ``details`` hold what it needs to be
-resumed. Operations of other processes (`EXTERNAL_KINDS`), such as requested adaptations, stay PENDING until the site's
-cycle reports that it runs them; they are cancelled at once, and the cycle learns of it with its next report.
-Functions of the writer's connection, in its transaction.
+An operation that was running when the process died becomes INTERRUPTED at the next start; its ``details`` hold what is
+needed to resume it. Operations that another process carries out (`EXTERNAL_KINDS`), such as requested adaptations, stay
+PENDING until the site's cycle reports that it runs them; they are cancelled at once, and the cycle learns of it when it
+reports next. Module functions take the writer's connection and run in its transaction.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from resight.service.records import now_us
 from resight.service.storage.store import Store
 from resight.status import from_status, to_status
 
-MAX_KEPT = 1000  # finished operations remembered
+MAX_KEPT = 1000  # finished operations kept
 ADAPT = "adapt"
-EXTERNAL_KINDS = (ADAPT,)  # kinds that another process carries out: they outlive this one
+EXTERNAL_KINDS = (ADAPT,)  # carried out by another process, so they may still be running after a restart of this one
 REBUILD, LOAD = "rebuild", "load_model"
-NOT_CANCELLABLE_KINDS = (REBUILD, LOAD)  # kinds that end by themselves, in a thread that nothing stops
+NOT_CANCELLABLE_KINDS = (REBUILD, LOAD)  # they run in a thread that cannot be stopped
 _EXTERNAL_KINDS_SQL = ", ".join(repr(kind) for kind in EXTERNAL_KINDS)
 
 
@@ -51,13 +51,13 @@ class OperationState(StrEnum):
 
     @property
     def ended(self) -> bool:
-        """Nothing will change any more."""
+        """Whether the state is final."""
         return self not in (OperationState.PENDING, OperationState.RUNNING)
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One piece of long work. ``key`` orders them, the newest highest; ``end_us`` None while it runs."""
+    """One long-running operation. ``key`` ascends with the time of creation; ``end_us`` is None while it runs."""
 
     operation_id: str
     kind: str
@@ -66,11 +66,11 @@ class Operation:
     succeeded: int = 0
     failed: int = 0
     skipped: int = 0
-    error: ReIDError | None = field(default=None, compare=False)  # exceptions equal only themselves
+    error: ReIDError | None = field(default=None, compare=False)  # exceptions compare by identity
     result: dict[str, str] = field(default_factory=dict)
     start_us: int = 0
     end_us: int | None = None
-    cancel_asked: bool = False
+    cancel_requested: bool = False
     request_id: str = ""
     details: dict[str, Any] = field(default_factory=dict)
     key: int = 0
@@ -83,37 +83,42 @@ _COLUMNS = (
 
 
 class Operations:
-    """The long work of one gallery's database."""
+    """The long-running operations of one gallery's database."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    async def recover(self) -> int:
-        """At start: what was running when the process died is interrupted; returns how many."""
-        return await self._store.book(_interrupt)
+    async def interrupt_unfinished(self) -> int:
+        """At start: mark operations that were unfinished when the process died as INTERRUPTED; returns how many."""
+        return await self._store.write_unchecked(_interrupt)
 
     async def start(
         self, kind: str, *, total: int = 0, request_id: str = "", continues: str = "", **details: Any
     ) -> Operation:
-        """Begin one, RUNNING. One of the same kind and ``request_id`` is answered instead, as it stands.
+        """Create an operation in state RUNNING; returns an existing one of the same kind and ``request_id`` instead.
 
-        One that ``continues`` an interrupted one is that one's ``continued_by`` from its first moment, so that no kill
-        leaves whoever waits for the old one without a way to the new one.
+        Args:
+            kind: of work.
+            total: number of items, where known.
+            request_id: makes a repeated request return the first operation; empty = none.
+            continues: id of an interrupted operation that this one resumes. Its result's ``continued_by`` is set in the
+                same transaction, so that a client waiting for it can always find this one.
+            **details: JSON values stored with it.
         """
-        return await self._store.book(begin, kind, total, request_id, details, continues=continues)
+        return await self._store.write_unchecked(begin, kind, total, request_id, details, continues=continues)
 
     async def any_running(self) -> bool:
-        """Whether something is under way in this process."""
+        """Whether an operation of this process is unfinished."""
         return await self._store.read(_any_running)
 
     async def get(self, operation_id: str) -> Operation:
-        """One by id; raises OperationNotFoundError."""
+        """The operation of that id; raises OperationNotFoundError."""
         return await self._store.read(by_id, operation_id)
 
-    async def listed(
+    async def list_operations(
         self, *, before: int | None = None, limit: int = 100, kind: str = "", state: OperationState | None = None
     ) -> list[Operation]:
-        """The newest first, from the one before key ``before``; of one kind or in one state, where told."""
+        """Operations with a key below ``before``, the newest first; optionally of one kind or in one state."""
         return await self._store.read(_listed, before, limit, kind or None, state)
 
     async def progress(
@@ -124,12 +129,12 @@ class Operations:
         result: dict[str, str] | None = None,
         **counts: int,
     ) -> Operation:
-        """Set counts (``total``, ``succeeded``, ``failed``, ``skipped``); add to ``details`` and ``result``.
+        """Set counts (``total``, ``succeeded``, ``failed``, ``skipped``); merge into ``details`` and ``result``.
 
         Returns:
-            It as it stands: look at ``cancel_asked``.
+            The updated operation; the caller should check its ``cancel_requested``.
         """
-        return await self._store.book(progress, operation_id, counts, details or {}, result or {})
+        return await self._store.write_unchecked(progress, operation_id, counts, details or {}, result or {})
 
     async def finish(
         self,
@@ -139,7 +144,7 @@ class Operations:
         cancelled: bool = False,
         result: dict[str, str] | None = None,
     ) -> Operation:
-        """End one: FAILED with an error, CANCELLED, or SUCCEEDED; one that has ended stays as it is."""
+        """Set the final state: FAILED with an error, CANCELLED, or SUCCEEDED; no effect on one that has ended."""
         state = (
             OperationState.CANCELLED
             if cancelled
@@ -147,18 +152,18 @@ class Operations:
             if error is None
             else OperationState.FAILED
         )
-        return await self._store.book(finish, operation_id, state, error, result or {})
+        return await self._store.write_unchecked(finish, operation_id, state, error, result or {})
 
     async def cancel(self, operation_id: str) -> Operation:
-        """Ask it to end; the one who works on it does so at the next step, and what is `EXTERNAL_KINDS` has ended now.
+        """Request cancellation: the worker stops at its next step; one of `EXTERNAL_KINDS` is CANCELLED at once.
 
-        What has ended stays as it is.
+        No effect on an operation that has ended.
 
         Raises:
-            OperationNotFoundError: none of that id.
-            NotCancellableError: its kind is one of `NOT_CANCELLABLE_KINDS`, and it has not ended.
+            OperationNotFoundError: there is no operation of that id.
+            NotCancellableError: its kind is in `NOT_CANCELLABLE_KINDS` and it has not ended.
         """
-        return await self._store.book(_cancel, operation_id)
+        return await self._store.write_unchecked(_cancel, operation_id)
 
 
 def _operation(row: Sequence[Any]) -> Operation:
@@ -170,7 +175,7 @@ def _operation(row: Sequence[Any]) -> Operation:
 
 
 def by_id(connection: sqlite3.Connection, operation_id: str) -> Operation:
-    """One by id; raises OperationNotFoundError."""
+    """The operation of that id; raises OperationNotFoundError."""
     row = connection.execute(f"SELECT {_COLUMNS} FROM operation WHERE operation_id = ?", (operation_id,)).fetchone()
     if row is None:
         raise OperationNotFoundError(
@@ -182,7 +187,7 @@ def by_id(connection: sqlite3.Connection, operation_id: str) -> Operation:
 
 
 def by_request(connection: sqlite3.Connection, kind: str, request_id: str) -> Operation | None:
-    """The one that a request of this kind began."""
+    """The operation that was created for this request_id, if any."""
     sql = f"SELECT {_COLUMNS} FROM operation WHERE request_id = ? AND request_id <> '' AND kind = ?"
     row = connection.execute(sql, (request_id, kind)).fetchone()
     return None if row is None else _operation(row)
@@ -256,10 +261,10 @@ def finish(
     now = by_id(connection, operation_id)
     if now.state.ended:
         return now
-    told = None if error is None else to_status(error).SerializeToString()
+    status = None if error is None else to_status(error).SerializeToString()
     connection.execute(
         "UPDATE operation SET state = ?, error = ?, result = ?, end_us = ? WHERE operation_id = ?",
-        (state, told, json.dumps(now.result | result), now_us(), operation_id),
+        (state, status, json.dumps(now.result | result), now_us(), operation_id),
     )
     return by_id(connection, operation_id)
 
@@ -291,17 +296,17 @@ def _interrupt(connection: sqlite3.Connection) -> int:
     ).rowcount
 
 
-SITE_KEY = "site"  # in the operation's result: which site's cycle is asked
+SITE_KEY = "site"  # in the operation's result: the site whose cycle is to run the adaptation
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 MAX_RESULTS, MAX_RESULT_NAME, MAX_TEXT = 32, 63, 1024
 REPORTABLE_STATES = (OperationState.RUNNING, OperationState.SUCCEEDED, OperationState.FAILED)
 
 
 def request_adaptation(connection: sqlite3.Connection, site: str, *, request_id: str = "") -> Operation:
-    """Note that a site is to be adapted; one that is PENDING for it already, or of the same request, is answered.
+    """Create a PENDING adaptation of a site; returns one that is PENDING already or has the same request_id instead.
 
     Raises:
-        InputError: no name of a site.
+        InputError: not a valid site name.
     """
     if not SITE_NAME.fullmatch(site):
         raise InputError(
@@ -328,26 +333,26 @@ def report_adaptation(
     result: Mapping[str, str],
     error: str = "",
 ) -> Operation:
-    """Note how an adaptation goes; one that has ended stays as it is.
+    """Record the progress of an adaptation; no effect on one that has ended.
 
     Args:
         connection: the writer's.
-        operation_id: of one that was asked for.
-        state: of `REPORTABLE_STATES`; RUNNING may be told again and again.
-        result: added to what was told before; the site's name stays.
-        error: why it failed; with FAILED alone, and then not empty.
+        operation_id: of a requested adaptation.
+        state: one of `REPORTABLE_STATES`; RUNNING may be reported repeatedly.
+        result: merged into the previous reports; the site's name cannot be changed.
+        error: reason of the failure; not empty exactly when the state is FAILED.
 
     Raises:
-        OperationNotFoundError: no such adaptation.
-        InputError: another state, or an error without a failure, or the other way round.
-        LimitError: too much is told.
+        OperationNotFoundError: there is no such adaptation.
+        InputError: another state, an error without FAILED, or FAILED without an error.
+        LimitError: result or error are too large.
     """
     if state not in REPORTABLE_STATES:
         known = ", ".join(one.name for one in REPORTABLE_STATES)
         raise InputError(f"state is one of {known}, found {state.name}: CancelOperation cancels", field="state")
     if bool(error) != (state is OperationState.FAILED):
         raise InputError(
-            f"an error is told with FAILED, and only then; found {state.name} with {error[:80]!r}", field="error"
+            f"an error belongs to FAILED, and only to it; found {state.name} with {error[:80]!r}", field="error"
         )
     _check_result_size(result, error)
     found = by_id(connection, operation_id)
@@ -359,16 +364,16 @@ def report_adaptation(
         )
     if found.state.ended:
         return found
-    told = dict(result) | {SITE_KEY: found.result[SITE_KEY]}
+    merged = dict(result) | {SITE_KEY: found.result[SITE_KEY]}
     if state is not OperationState.RUNNING:
-        return finish(connection, operation_id, state, TrainingError(error) if error else None, told)
+        return finish(connection, operation_id, state, TrainingError(error) if error else None, merged)
     connection.execute("UPDATE operation SET state = ? WHERE operation_id = ?", (state, operation_id))
-    return progress(connection, operation_id, {}, {}, told)
+    return progress(connection, operation_id, {}, {}, merged)
 
 
 def _check_result_size(result: Mapping[str, str], error: str) -> None:
     if len(result) > MAX_RESULTS:
-        raise LimitError(f"at most {MAX_RESULTS} results, found {len(result)}: tell fewer", field="result")
+        raise LimitError(f"at most {MAX_RESULTS} results, found {len(result)}: send fewer", field="result")
     for name, value in result.items():
         if not (1 <= len(name) <= MAX_RESULT_NAME and len(value) <= MAX_TEXT):
             raise LimitError(

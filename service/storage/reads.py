@@ -1,8 +1,7 @@
 """Reads of the gallery's database: functions of a connection, each one short read.
 
-Expired entries are left out everywhere, from the instant they expire. Stored crops are streamed one entry after the
-other, each read at the moment it is requested, so that nothing deleted or expired meanwhile is returned to a slow
-reader.
+Expired entries are never returned, from the moment they expire. Stored crops are streamed entry by entry, each read
+when it is requested, so that a slow client never receives what was deleted or has expired in the meantime.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from resight.service.storage.store import Store
 log = logging.getLogger(__name__)
 
 Keys = NDArray[np.int64]
-"""int64 (N,): the store's numbers of entries, ascending, which is the order of enrolment."""
+"""int64 (N,): keys of entries, ascending, which is the order of enrolment."""
 
 _ENTRY = (
     "e.key, e.entry_id, e.subject_id, e.camera_id, e.track_id, e.capture_us, e.expire_us, "
@@ -43,14 +42,14 @@ _COLLECTION = (
 
 
 class SqlCondition(NamedTuple):
-    """A condition on ``entry e`` and its values."""
+    """An SQL condition on ``entry e`` and its parameters."""
 
     sql: str
     values: list[Any]
 
 
 class ChangeSet(NamedTuple):
-    """What the index takes in: entries that came, entries that went, and the revision reached."""
+    """Changes for an index to apply: added entries, removed entries, and the revision reached."""
 
     added: Keys
     features: Feature
@@ -59,9 +58,9 @@ class ChangeSet(NamedTuple):
 
 
 def entry_condition(key: int, filters: Filter) -> SqlCondition:
-    """The condition of living entries of a collection that pass a filter."""
+    """The condition for unexpired entries of a collection that pass a filter."""
     parts, values = ["e.collection = ?", "(e.expire_us IS NULL OR e.expire_us > ?)"], [key, now_us()]  # type: list[str], list[Any]
-    for column, wanted, verb in (
+    for column, listed, verb in (
         ("camera_id", filters.camera_ids, "IN"),
         ("camera_id", filters.exclude_camera_ids, "NOT IN"),
         ("track_id", filters.track_ids, "IN"),
@@ -70,9 +69,9 @@ def entry_condition(key: int, filters: Filter) -> SqlCondition:
         ("subject_id", filters.exclude_subject_ids, "NOT IN"),
         ("entry_id", filters.exclude_entry_ids, "NOT IN"),
     ):
-        if wanted:  # json_each: one statement whatever the list's length, so SQLite's cache of them works
+        if listed:  # json_each: the same statement for every length of the list, so the statement cache works
             parts.append(f"e.{column} {verb} (SELECT value FROM json_each(?))")
-            values.append(json.dumps(wanted))
+            values.append(json.dumps(listed))
     for condition, bound in (
         ("e.capture_us >= ?", filters.start_us),
         ("e.capture_us < ?", filters.end_us),
@@ -88,13 +87,13 @@ def entry_condition(key: int, filters: Filter) -> SqlCondition:
 
 
 def _collection(row: Sequence[Any]) -> Collection:
-    name, ttl_us, keep_crops, key, revision, most, accept, reject, quality, previous, others, version = row[5:]
-    limits = (most, accept, reject, quality, previous, tuple(json.loads(others)), version)
+    name, ttl_us, keep_crops, key, revision, max_entries, accept, reject, quality, previous, others, version = row[5:]
+    limits = (max_entries, accept, reject, quality, previous, tuple(json.loads(others)), version)
     return Collection(name, space_of_row(row[:5]), ttl_us, bool(keep_crops), key, revision, *limits)
 
 
 def space_of_row(row: Sequence[Any]) -> Space:
-    """A space of its columns id, model, length, version and calibration."""
+    """A space from its columns space_id, model_id, dim, model_version and calibration."""
     space_id, model_id, dim, version, calibration = row
     return Space(space_id, model_id, dim, version, _calibration(calibration) if calibration else None)
 
@@ -103,28 +102,28 @@ def space_of_row(row: Sequence[Any]) -> Space:
 def _calibration(text: str) -> Calibration | None:
     try:
         return Calibration.from_json(json.loads(text))
-    except FormatError as error:  # of another version: similarities still stand, without probabilities
-        log.warning("a stored calibration cannot be read and is left out: %s", error)
+    except FormatError as error:  # of another version: similarities are still valid, without probabilities
+        log.warning("a stored calibration cannot be read and is ignored: %s", error)
         return None
 
 
 def _entry(row: Sequence[Any]) -> EntryRecord:
     key, entry_id, subject, camera, track, capture_us, expire_us, labels, quality, shots, created_us, version = row
-    told = {} if labels == "{}" else json.loads(labels)  # most have none, and a search reads thousands
+    pairs = {} if labels == "{}" else json.loads(labels)  # most have none, and a search reads thousands
     etag = entry_etag(key, version)
-    return EntryRecord(entry_id, subject, camera, track, capture_us, expire_us, told, quality, shots, created_us, etag)
+    return EntryRecord(entry_id, subject, camera, track, capture_us, expire_us, pairs, quality, shots, created_us, etag)
 
 
 def entry_etag(key: int, version: int) -> str:
-    """An entry's etag: keys are never used again, so another entry of the same id has another."""
+    """An entry's etag: keys are never reused, so a new entry of the same id has a different one."""
     return f"{key:x}.{version:x}"
 
 
 def collection(connection: sqlite3.Connection, name: str) -> Collection:
-    """One collection by name.
+    """The collection of that name.
 
     Raises:
-        CollectionNotFoundError: no such one.
+        CollectionNotFoundError: it does not exist.
     """
     row = connection.execute(_COLLECTION + "WHERE c.name = ?", (name,)).fetchone()
     if row is None:
@@ -137,27 +136,27 @@ def collection(connection: sqlite3.Connection, name: str) -> Collection:
 
 
 def collections(connection: sqlite3.Connection, *, after: str = "", limit: int = 1000) -> list[Collection]:
-    """Collections by name, from the one after ``after``."""
+    """Collections in order of name, starting after ``after``."""
     rows = connection.execute(_COLLECTION + "WHERE c.name > ? ORDER BY c.name LIMIT ?", (after, limit))
     return [_collection(row) for row in rows.fetchall()]
 
 
 def count_entries(connection: sqlite3.Connection, found: Sequence[Collection]) -> list[tuple[Collection, int]]:
-    """Collections with the number of their living entries, which is read row by row."""
+    """Collections with the number of their unexpired entries, which takes a scan of their rows."""
     return [(one, count(connection, one.key, Filter())) for one in found]
 
 
 def revision(connection: sqlite3.Connection, key: int) -> int:
-    """The last committed write of a collection; -1 when it is gone."""
+    """The revision of the last committed write of a collection; -1 when it was deleted."""
     row = connection.execute("SELECT revision FROM collection WHERE key = ?", (key,)).fetchone()
     return -1 if row is None else int(row[0])
 
 
 def entry(connection: sqlite3.Connection, found_in: Collection, entry_id: str) -> tuple[int, EntryRecord]:
-    """One living entry by id, with its key.
+    """The unexpired entry of that id, with its key.
 
     Raises:
-        EntryNotFoundError: no such one, or expired.
+        EntryNotFoundError: it does not exist or has expired.
     """
     living = entry_condition(found_in.key, Filter())
     row = connection.execute(
@@ -174,14 +173,14 @@ def entry(connection: sqlite3.Connection, found_in: Collection, entry_id: str) -
 
 
 def entry_by_key(connection: sqlite3.Connection, key: int) -> EntryRecord:
-    """An entry that is there, living or expired."""
+    """The entry of a key that exists, whether expired or not."""
     return _entry(connection.execute(f"SELECT {_ENTRY} FROM entry e WHERE e.key = ?", (key,)).fetchone())
 
 
 def entries(
     connection: sqlite3.Connection, key: int, filters: Filter, *, after: int, limit: int
 ) -> list[tuple[int, EntryRecord]]:
-    """Living entries in order of enrolment, from the one after key ``after``."""
+    """Unexpired entries that pass a filter, in order of enrolment, starting after key ``after``."""
     passing = entry_condition(key, filters)
     rows = connection.execute(
         f"SELECT {_ENTRY} FROM entry e WHERE {passing.sql} AND e.key > ? ORDER BY e.key LIMIT ?",
@@ -191,13 +190,13 @@ def entries(
 
 
 def count(connection: sqlite3.Connection, key: int, filters: Filter) -> int:
-    """How many living entries pass a filter."""
+    """Number of unexpired entries that pass a filter."""
     passing = entry_condition(key, filters)
     return int(connection.execute(f"SELECT count(*) FROM entry e WHERE {passing.sql}", passing.values).fetchone()[0])
 
 
 def expired(connection: sqlite3.Connection, key: int) -> int:
-    """How many entries of a collection wait to be purged."""
+    """Number of expired entries of a collection that are not purged yet."""
     row = connection.execute(
         "SELECT count(*) FROM entry WHERE collection = ? AND expire_us <= ?", (key, now_us())
     ).fetchone()
@@ -205,21 +204,24 @@ def expired(connection: sqlite3.Connection, key: int) -> int:
 
 
 def any_expired(connection: sqlite3.Connection) -> bool:
-    """Whether something waits to be purged."""
+    """Whether there are expired entries to purge."""
     return connection.execute("SELECT 1 FROM entry WHERE expire_us <= ? LIMIT 1", (now_us(),)).fetchone() is not None
 
 
 def candidates(connection: sqlite3.Connection, key: int, filters: Filter) -> Keys:
-    """The keys of living entries that pass a filter, ascending."""
+    """The keys of unexpired entries that pass a filter, ascending."""
     passing = entry_condition(key, filters)
     rows = connection.execute(f"SELECT e.key FROM entry e WHERE {passing.sql}", passing.values).fetchall()
     return np.sort(np.fromiter((row[0] for row in rows), np.int64, len(rows)))
 
 
 def confirm_candidates(connection: sqlite3.Connection, key: int, keys: Keys, filters: Filter) -> dict[int, EntryRecord]:
-    """Those of ``keys`` that live, belong to the collection and pass the filter: the check before a hit leaves."""
+    """The entries of ``keys`` that are unexpired, belong to the collection and pass the filter.
+
+    This is the final check of every hit before it is returned.
+    """
     passing = entry_condition(key, filters)
-    rows = connection.execute(  # CROSS: fetch these few by key, whatever index the filter would invite to scan
+    rows = connection.execute(  # CROSS: look these few up by key instead of scanning an index that fits the filter
         f"SELECT {_ENTRY} FROM json_each(?) j CROSS JOIN entry e ON e.key = j.value WHERE {passing.sql}",
         (json.dumps(keys.tolist()), *passing.values),
     )
@@ -230,7 +232,7 @@ def feature(connection: sqlite3.Connection, key: int, space: Space) -> Feature:
     """The stored feature of an entry.
 
     Raises:
-        StoreError: it is missing or damaged.
+        StoreError: the feature is missing or damaged.
     """
     rows = connection.execute(
         "SELECT entry, vector, crc32 FROM feature WHERE entry = ? AND space_id = ?", (key, space.space_id)
@@ -243,19 +245,19 @@ def feature(connection: sqlite3.Connection, key: int, space: Space) -> Feature:
 
 
 def changes_since(connection: sqlite3.Connection, key: int, space: Space, since: int) -> ChangeSet:
-    """What happened to a collection after revision ``since``; with -1, all that it holds."""
-    connection.execute("BEGIN")  # the revision and the rows must be of one instant
+    """Changes of a collection after revision ``since``; with -1, all its entries."""
+    connection.execute("BEGIN")  # the revision and the rows must be from one snapshot
     try:
         reached = revision(connection, key)
         if since < 0:
             chosen, values = "SELECT key FROM entry WHERE collection = ?", (key,)  # type: str, tuple[int, ...]
-            gone: list[tuple[int]] = []
+            deleted: list[tuple[int]] = []
         else:
             chosen, values = (
                 "SELECT entry FROM change WHERE collection = ? AND revision > ? AND NOT deleted",
                 (key, since),
             )
-            gone = connection.execute(
+            deleted = connection.execute(
                 "SELECT entry FROM change WHERE collection = ? AND revision > ? AND deleted", (key, since)
             ).fetchall()
         rows = connection.execute(
@@ -265,12 +267,12 @@ def changes_since(connection: sqlite3.Connection, key: int, space: Space, since:
     finally:
         connection.execute("COMMIT")
     added, features = unpack_features(rows, space)
-    removed = np.sort(np.fromiter((row[0] for row in gone), np.int64, len(gone)))
+    removed = np.sort(np.fromiter((row[0] for row in deleted), np.int64, len(deleted)))
     return ChangeSet(added, features, removed, reached)
 
 
 def unpack_features(rows: Sequence[tuple[int, bytes, int]], space: Space) -> tuple[Keys, Feature]:
-    """Rows (key, vector, crc32) to keys and float32 (N, D); a damaged one is left out and reported."""
+    """Convert rows (key, vector, crc32) to keys and float32 (N, D); damaged ones are left out and logged."""
     good = [row for row in rows if len(row[1]) == 4 * space.dim and zlib.crc32(row[1]) == row[2]]
     if len(good) < len(rows):
         intact = {row[0] for row in good}
@@ -281,11 +283,11 @@ def unpack_features(rows: Sequence[tuple[int, bytes, int]], space: Space) -> tup
     return keys, packed.reshape(len(good), space.dim).astype(np.float32, copy=False)
 
 
-LOOK_AHEAD = 256  # keys read at a time; a key is 8 bytes, an entry with its crops up to a message
+LOOK_AHEAD = 256  # keys read at a time; a key is 8 bytes, an entry with its crops up to a whole message
 
 
 class StoredCrops(NamedTuple):
-    """An entry with its crops: image files as they were enrolled, in their order. ``key`` orders by enrolment."""
+    """An entry with its crops: the enrolled image files in their order. ``key`` ascends in order of enrolment."""
 
     key: int
     entry: EntryRecord
@@ -295,14 +297,14 @@ class StoredCrops(NamedTuple):
 async def stream_crops(
     store: Store, found_in: Collection, filters: Filter, *, since_us: int | None, after: int
 ) -> AsyncIterator[StoredCrops]:
-    """Entries with crops that are there when this begins, in order of enrolment.
+    """Entries with crops, in order of enrolment; entries enrolled after the call are not included.
 
     Args:
         store: of the tenant.
         found_in: the collection.
-        filters: what passes.
-        since_us: enrolled then or later; None = whenever.
-        after: from the one after this key.
+        filters: that the entries must pass.
+        since_us: earliest time of enrolment; None = any.
+        after: start after this key.
     """
     last = await store.read(_last_key, found_in.key)
     while keys := await store.read(_next_crop_keys, found_in.key, filters, since_us, after, last):
@@ -323,7 +325,7 @@ def _last_key(connection: sqlite3.Connection, collection: int) -> int:
 def _next_crop_keys(
     connection: sqlite3.Connection, collection: int, filters: Filter, since_us: int | None, after: int, last: int
 ) -> list[int]:
-    """The next keys that pass, of entries with crops."""
+    """The next `LOOK_AHEAD` keys of entries that have crops and pass the filter."""
     passing = entry_condition(collection, filters)
     rows = connection.execute(
         f"SELECT e.key FROM entry e WHERE {passing.sql} AND e.key > ? AND e.key <= ? AND e.created_us >= ? "
@@ -334,7 +336,7 @@ def _next_crop_keys(
 
 
 def _entry_crops(connection: sqlite3.Connection, collection: int, filters: Filter, key: int) -> StoredCrops | None:
-    """An entry with its crops; None if it went meanwhile, or they did."""
+    """An entry with its crops; None if the entry or its crops were removed in the meantime."""
     entry = confirm_candidates(connection, collection, np.array([key]), filters).get(key)
     rows = connection.execute("SELECT image FROM crop WHERE entry = ? ORDER BY number", (key,)).fetchall()
     return StoredCrops(key, entry, tuple(row[0] for row in rows)) if entry is not None and rows else None

@@ -2,9 +2,9 @@
 
 SQLite with WAL, a flush to disk per commit, and secure_delete, so that deleted data cannot be read from the file.
 
-`CORE_TABLES` holds what is searched, `BOOKKEEPING_TABLES` its administration, `STATISTICS_TABLES` counts of searches,
-`FEEDBACK_TABLES` what the next adaptation learns from. A new file gets all of them; `UPGRADES` brings an older file to
-the same tables, one version at a time.
+`CORE_TABLES` holds the searchable entries, `BOOKKEEPING_TABLES` operations, audit log and erase list,
+`STATISTICS_TABLES` counts of searches, `FEEDBACK_TABLES` the verdicts that the next adaptation uses. A new file gets
+all of them; `UPGRADES` brings an older file to the same tables, one version at a time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CREATE TABLE collection (
     reject_probability REAL NOT NULL DEFAULT 0, min_quality REAL NOT NULL DEFAULT 0,
     previous_space_id TEXT REFERENCES space, version INTEGER NOT NULL DEFAULT 1, held INTEGER NOT NULL DEFAULT 0
 ) STRICT;
--- AUTOINCREMENT: a key is the entry's number in the index and must never mean another entry.
+-- AUTOINCREMENT: a key is the entry's id in the index and must never be reused.
 CREATE TABLE entry (
     key INTEGER PRIMARY KEY AUTOINCREMENT, collection INTEGER NOT NULL REFERENCES collection ON DELETE CASCADE,
     entry_id TEXT NOT NULL, subject_id TEXT NOT NULL, camera_id TEXT NOT NULL, track_id TEXT NOT NULL,
@@ -59,13 +59,13 @@ CREATE TABLE label (
     PRIMARY KEY (entry, name)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX label_by_value ON label (name, value);
--- The index follows this log; rows it has taken in are removed. entry 0: something changed that no index holds.
+-- The index follows this log; rows it has applied are removed. entry 0: a change that does not concern the index.
 CREATE TABLE change (
     revision INTEGER PRIMARY KEY AUTOINCREMENT, collection INTEGER NOT NULL REFERENCES collection ON DELETE CASCADE,
     entry INTEGER NOT NULL, deleted INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX change_by_collection ON change (collection, revision);
--- A replayed request answers from the entry it made; it must not enrol anew what was deleted since.
+-- A replayed request is answered from the entry it created; it must not enrol again what was deleted since.
 CREATE TABLE request (
     request_id TEXT PRIMARY KEY, digest BLOB NOT NULL, collection INTEGER NOT NULL REFERENCES collection
     ON DELETE CASCADE, entry INTEGER REFERENCES entry ON DELETE SET NULL, revision INTEGER NOT NULL,
@@ -91,7 +91,7 @@ CREATE TABLE operation (
     request_id TEXT NOT NULL, details TEXT NOT NULL
 ) STRICT;
 CREATE INDEX operation_by_request ON operation (request_id) WHERE request_id <> '';
--- Append-only: a row may go only once it is older than the horizon, which itself stays a day behind the clock.
+-- Append-only: a row can be deleted only once it is older than the horizon, which is at least a day in the past.
 CREATE TABLE audit (
     key INTEGER PRIMARY KEY AUTOINCREMENT, at_us INTEGER NOT NULL, principal TEXT NOT NULL, method TEXT NOT NULL,
     collection TEXT NOT NULL, subject_hash TEXT NOT NULL, affected INTEGER NOT NULL, reason TEXT NOT NULL
@@ -106,7 +106,7 @@ BEGIN SELECT raise(ABORT, 'the audit log is append-only'); END;
 CREATE TRIGGER audit_horizon_rises BEFORE UPDATE ON audit_horizon
 WHEN new.before_us < old.before_us OR new.before_us > (strftime('%s', 'now') - {DAY_S}) * 1000000
 BEGIN SELECT raise(ABORT, 'the audit log is kept for a day at least'); END;
--- Who must not come back with an older snapshot. entries: their keys as JSON; up_to: the last key of that moment.
+-- Erased subjects, removed again from a restored snapshot. entries: keys as JSON; up_to: the highest key at the time.
 CREATE TABLE erased (
     key INTEGER PRIMARY KEY AUTOINCREMENT, at_us INTEGER NOT NULL, collection TEXT NOT NULL,
     subject_hash TEXT NOT NULL, up_to INTEGER NOT NULL, entries TEXT NOT NULL
@@ -114,8 +114,8 @@ CREATE TABLE erased (
 """
 
 STATISTICS_TABLES = """
--- What searches in a space came to, by the minute since 1970. bins: best hits by their cosine, counts of equal parts of
--- -1..1 as little-endian uint32. No query, no entry and no person stands here.
+-- Results of the searches in a space, per minute since 1970. bins: histogram of the best hits' cosine over -1..1, as
+-- little-endian uint32 counts. Contains no query, entry or person.
 CREATE TABLE search_minute (
     collection INTEGER NOT NULL REFERENCES collection ON DELETE CASCADE, space_id TEXT NOT NULL REFERENCES space,
     minute INTEGER NOT NULL, searches INTEGER NOT NULL, matches INTEGER NOT NULL, uncertain INTEGER NOT NULL,
@@ -124,7 +124,7 @@ CREATE TABLE search_minute (
     PRIMARY KEY (collection, space_id, minute)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX search_minute_by_time ON search_minute (minute);
--- The first best hits in a space, which later ones are compared with, and the last minute that gave some.
+-- The first best hits in a space, the reference for later ones, and the last minute that contributed.
 CREATE TABLE search_reference (
     collection INTEGER NOT NULL REFERENCES collection ON DELETE CASCADE, space_id TEXT NOT NULL REFERENCES space,
     hits INTEGER NOT NULL, cosine_sum REAL NOT NULL, minute INTEGER NOT NULL, bins BLOB NOT NULL,
@@ -133,7 +133,7 @@ CREATE TABLE search_reference (
 """
 
 FEEDBACK_TABLES = """
--- What somebody said of two entries: low < high, so that a pair has one row, and the last verdict counts.
+-- Verdicts on pairs of entries: low < high, so that a pair has one row; a new verdict replaces the old one.
 CREATE TABLE feedback (
     key INTEGER PRIMARY KEY AUTOINCREMENT, collection INTEGER NOT NULL REFERENCES collection ON DELETE CASCADE,
     low INTEGER NOT NULL REFERENCES entry ON DELETE CASCADE, high INTEGER NOT NULL REFERENCES entry ON DELETE CASCADE,
@@ -143,7 +143,7 @@ CREATE INDEX feedback_by_high ON feedback (high);
 CREATE INDEX feedback_by_collection ON feedback (collection, key);
 """
 
-# From the version before to the named one.
+# Version number: the statements that upgrade a file from the version before it.
 UPGRADES = {
     2: f"""
 ALTER TABLE space ADD COLUMN model_version TEXT NOT NULL DEFAULT '';
@@ -166,18 +166,18 @@ INSERT INTO collection_space SELECT key, space_id, 'active', created_us FROM col
 
 log = logging.getLogger(__name__)
 
-APPLICATION_ID = 0x52534754  # "RSGT": tells our file from any other SQLite database
+APPLICATION_ID = 0x52534754  # "RSGT": distinguishes our file from any other SQLite database
 # A 2 KB vector cannot share a 4 KB page: 16 KB pages store 512-d vectors in 57 % of the space and
 # insert 1.7 times as fast; above 1024-d it is the other way round. It cannot be changed later.
 SMALL_DIM, SMALL_DIM_PAGE, LARGE_DIM_PAGE = 1024, 16384, 4096
 
 
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
-    """A connection with our settings, in autocommit: transactions are begun by hand.
+    """A connection with our settings, in autocommit mode: transactions are started explicitly.
 
-    One thread uses it at a time; any thread may close it.
+    One thread may use it at a time; any thread may close it.
     """
-    busy_s = 10.0 if read_only else 0.1  # the one writer waits for readers only to empty the log: they are short
+    busy_s = 10.0 if read_only else 0.1  # the only writer waits for readers just to empty the log, and retries that
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=busy_s)
     for pragma in ("foreign_keys=ON", "synchronous=FULL", "secure_delete=ON", "temp_store=MEMORY"):
         connection.execute(f"PRAGMA {pragma}")
@@ -187,20 +187,20 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
 
 
 def open_database(path: Path, *, dim: int, quick_check_s: float) -> sqlite3.Connection:
-    """Open a gallery's database for writing, or make it.
+    """Open a gallery's database for writing; creates the file when there is none.
 
     Args:
         path: of the file.
-        dim: length of the features to come; decides the page size of a new file.
-        quick_check_s: at most this long is an existing file checked for damage.
+        dim: length of the features to be stored; decides the page size of a new file.
+        quick_check_s: time limit for checking an existing file for damage.
 
     Raises:
-        StoreError: no database of ours, of a newer version, or damaged.
-        StorageFullError: no room for a new one.
+        StoreError: another program's database, a newer version, or damaged.
+        StorageFullError: no disk space for a new file.
     """
     try:
         if not path.exists():
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))  # for the owner only; WAL inherits it
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))  # SQLite gives the WAL the same mode
         connection = connect(path)
         try:
             _prepare_schema(connection, path, dim)
@@ -214,7 +214,7 @@ def open_database(path: Path, *, dim: int, quick_check_s: float) -> sqlite3.Conn
 
 
 def _prepare_schema(connection: sqlite3.Connection, path: Path, dim: int) -> None:
-    """Create the tables in an empty file, upgrade older ones; refuse a file that is not ours or newer than we are."""
+    """Create the tables in an empty file or upgrade an older one; refuse a foreign file or a newer version."""
     empty = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
     if empty:
         connection.execute(f"PRAGMA page_size={SMALL_DIM_PAGE if dim <= SMALL_DIM else LARGE_DIM_PAGE}")
@@ -238,11 +238,11 @@ def _prepare_schema(connection: sqlite3.Connection, path: Path, dim: int) -> Non
     connection.execute("PRAGMA journal_mode=WAL")
     for newer in range(version + 1, SCHEMA_VERSION + 1):
         connection.executescript(f"BEGIN IMMEDIATE; {UPGRADES[newer]} PRAGMA user_version={newer}; COMMIT;")
-        log.info("%s brought from schema version %d to %d", path.name, newer - 1, newer)
+        log.info("%s upgraded from schema version %d to %d", path.name, newer - 1, newer)
 
 
 def _quick_check(connection: sqlite3.Connection, path: Path, limit_s: float) -> None:
-    """Look for damage until the time is up; a large gallery is not kept from starting."""
+    """Check for damage until the time limit, so that a large gallery does not delay the start."""
     stop = time.monotonic() + limit_s
     connection.set_progress_handler(lambda: int(time.monotonic() > stop), 100_000)
     try:
@@ -259,10 +259,10 @@ def _quick_check(connection: sqlite3.Connection, path: Path, limit_s: float) -> 
 
 
 def translate_error(error: sqlite3.Error, what: str = "the gallery's database") -> StoreError | StorageFullError:
-    """The error of ours for one of SQLite's."""
+    """The resight error for an SQLite error."""
     code = getattr(error, "sqlite_errorcode", None) or 0
     if code & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
         return StorageFullError(
-            f"{what} cannot be written ({error}): nothing of this was stored; make room on the disk and try again"
+            f"{what} cannot be written ({error}): nothing was stored; free disk space and try again"
         )
     return StoreError(f"{what} cannot be used ({error}): restore it from a backup")

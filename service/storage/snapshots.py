@@ -1,13 +1,13 @@
 """Snapshots of a gallery's database in ``snapshots/NAME/``: creation while in use, verification, restore, and erasure.
 
-A snapshot holds what one transaction saw, with a manifest. Index files are left out, since they are rebuilt; so is the
-folder's key, which must be kept apart (`resight.service.storage.data_folder`).
+A snapshot is a consistent copy of the database with a manifest. Index files are not included, since they are rebuilt;
+neither is the folder's key, which must be backed up separately (`resight.service.storage.data_folder`).
 
-A restore needs a stopped server and is all or nothing: the database is prepared beside the one in use, erased people
-are removed from it, the audit since then is carried over, and numbers of entries and revisions continue above all that
-were ever issued. Then the two are swapped, so a crash leaves the old database or the new one.
+A restore needs a stopped server and is atomic: the copy is prepared beside the database in use, erased people are
+removed from it, later audit rows are carried over, and entry keys and revisions continue above all that were ever
+issued. Then the two are swapped, so a crash leaves either the old database or the new one.
 
-At the next purge after an erasure, each older snapshot is written anew without the erased people.
+At the next purge after an erasure, each older snapshot is rewritten without the erased people.
 """
 
 from __future__ import annotations
@@ -59,27 +59,27 @@ MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
 SNAPSHOT_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 MAX_MANIFEST_BYTES = 1 << 20
-PAGES_PER_STEP = 1024  # 16 MiB between two tellings of progress
+PAGES_PER_STEP = 1024  # 16 MiB between two calls of the progress callback
 CHUNK = 1 << 20
 
 Progress = Callable[[int, int], None]
-"""Told pages copied and pages in all; what it raises ends the copy and leaves nothing."""
+"""Called with the pages copied and the total; an exception it raises aborts the copy, which is then removed."""
 
 
 @dataclass(frozen=True)
 class SnapshotManifest:
-    """What a snapshot holds.
+    """Contents of a snapshot.
 
     Attributes:
         name: of its folder.
         created: ISO 8601, UTC.
         schema_version: of the database.
-        bytes: of the database.
-        sha256: of the database.
-        entries: in all collections, expired ones too.
-        collections: name to its entries and the space it is searched in.
-        key_id: tells whether a folder's key is the one its hashes were made with.
-        erased: lines of the erase list that it has taken account of.
+        bytes: size of the database file.
+        sha256: of the database file.
+        entries: in all collections, including expired ones.
+        collections: name to the number of entries and the active space.
+        key_id: identifies the key its hashes were made with, see `key_id`.
+        erased: number of lines of the erase list that are applied to it.
     """
 
     name: str
@@ -95,15 +95,15 @@ class SnapshotManifest:
 
 
 def key_id(key: bytes) -> str:
-    """Names a key without telling it: 8 hexadecimal digits."""
+    """An identifier of a key that does not reveal it: 8 hexadecimal digits."""
     return keyed_hash(key, "key-id")[:8]
 
 
 def check_name(name: str) -> str:
-    """A snapshot's name, which is never a path.
+    """Return the name if it is valid, so that it can never be a path.
 
     Raises:
-        InputError: another one than ``[a-z0-9][a-z0-9._-]{0,62}``.
+        InputError: it does not match `SNAPSHOT_NAME`.
     """
     if not SNAPSHOT_NAME.fullmatch(name):
         raise InputError(
@@ -113,19 +113,20 @@ def check_name(name: str) -> str:
     return name
 
 
-def name_of_now() -> str:
-    """A name for a snapshot without one, from the clock."""
+def timestamp_name() -> str:
+    """The default name of a snapshot: the current UTC time with milliseconds."""
     return time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + f"-{time.time_ns() % 1_000_000_000 // 1_000_000:03d}"
 
 
 def create(database: Path, name: str, *, progress: Progress | None = None) -> SnapshotManifest:
-    """Copy a database, also while it is written to; takes a thread for the time of the copy.
+    """Copy a database, also while it is in use; blocks the calling thread until the copy is done.
 
-    Readers and writers go on. Pages that are deleted meanwhile stay in the log until the copy is done.
+    Readers and writers are not blocked. Pages deleted in the meantime stay in the write-ahead log until the copy is
+    done.
 
     Raises:
-        InputError: a bad name, or one that is taken.
-        StorageFullError: no room for the copy; nothing is left of it.
+        InputError: an invalid name, or one that exists already.
+        StorageFullError: no disk space for the copy, which is removed.
         StoreError: the database is damaged.
     """
     final = database.parent / SNAPSHOTS_FOLDER / check_name(name)
@@ -144,12 +145,12 @@ def create(database: Path, name: str, *, progress: Progress | None = None) -> Sn
     except sqlite3.Error as error:
         raise translate_error(error) from error
     except OSError as error:
-        raise StorageFullError(f"snapshot {name} cannot be written: {error.strerror}: make room on the disk") from error
+        raise StorageFullError(f"snapshot {name} cannot be written: {error.strerror}: free disk space") from error
     return manifest
 
 
 def list_names(folder: Path) -> list[str]:
-    """The snapshots beside a database, by name; what is no snapshot is left out."""
+    """Names of the snapshots beside a database, sorted; other files are ignored."""
     return [
         path.name
         for path in sorted((folder / SNAPSHOTS_FOLDER).glob("*"))
@@ -158,30 +159,30 @@ def list_names(folder: Path) -> list[str]:
 
 
 def list_manifests(folder: Path) -> list[SnapshotManifest]:
-    """Manifests of the snapshots beside a database, by name; raises StoreError for a damaged one."""
+    """Manifests of the snapshots beside a database, sorted by name; raises StoreError for a damaged one."""
     return [read_manifest(folder, name) for name in list_names(folder)]
 
 
 def remove(folder: Path, name: str) -> None:
-    """Remove a snapshot; one that is not there is no error. Raises InputError for a bad name.
+    """Remove a snapshot; a missing one is no error. Raises InputError for an invalid name.
 
-    What a kill has left of an older one under its name goes first, or the next start would put that in its place.
+    An older version that a killed process left moved aside is removed first, or the next start would restore it.
     """
     path = folder / SNAPSHOTS_FOLDER / check_name(name)
     shutil.rmtree(path.with_name(f".{name}.old"), ignore_errors=True)  # see `resight.files.replace_folder`
     if path.is_dir() and not path.is_symlink():
-        gone = path.with_name(f".{name}.removed")
-        shutil.rmtree(gone, ignore_errors=True)
-        path.rename(gone)  # in one step: a kill leaves all of it or nothing
-        shutil.rmtree(gone, ignore_errors=True)
+        removed = path.with_name(f".{name}.removed")
+        shutil.rmtree(removed, ignore_errors=True)
+        path.rename(removed)  # atomic: a crash leaves the whole snapshot or none
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def read_manifest(folder: Path, name: str) -> SnapshotManifest:
     """Read a snapshot's manifest.
 
     Raises:
-        InputError: a bad name.
-        StoreError: there is none, or it is damaged or newer than this program.
+        InputError: an invalid name.
+        StoreError: it does not exist, is damaged or newer than this program.
     """
     path = folder / SNAPSHOTS_FOLDER / check_name(name) / MANIFEST_FILE
     try:
@@ -189,7 +190,7 @@ def read_manifest(folder: Path, name: str) -> SnapshotManifest:
             body = json.loads(file.read(MAX_MANIFEST_BYTES))
         found = SnapshotManifest(**body)
     except FileNotFoundError as error:
-        raise StoreError(f"there is no snapshot {name} here: `resight snapshot list` tells which there are") from error
+        raise StoreError(f"there is no snapshot {name} here: see `resight snapshot list`") from error
     except (OSError, ValueError, TypeError) as error:
         raise StoreError(f"the manifest of snapshot {name} is damaged ({error}): use another snapshot") from error
     if found.format_version > FORMAT_VERSION or found.schema_version > SCHEMA_VERSION:
@@ -198,11 +199,11 @@ def read_manifest(folder: Path, name: str) -> SnapshotManifest:
 
 
 def verify(folder: Path, name: str) -> SnapshotManifest:
-    """Read all of a snapshot and let SQLite check it.
+    """Check a snapshot's size and SHA-256, and run SQLite's quick check on it.
 
     Raises:
-        InputError: a bad name.
-        StoreError: it is not there, altered, cut short, damaged or newer than this program.
+        InputError: an invalid name.
+        StoreError: it is missing, altered, truncated, damaged or newer than this program.
     """
     manifest = read_manifest(folder, name)
     path = folder / SNAPSHOTS_FOLDER / name / DATABASE_FILE
@@ -214,22 +215,22 @@ def verify(folder: Path, name: str) -> SnapshotManifest:
         size, digest = os.fstat(descriptor).st_size, hashlib.file_digest(file, "sha256").hexdigest()
     if (size, digest) != (manifest.bytes, manifest.sha256):
         raise StoreError(
-            f"snapshot {name} is not what was written ({size} bytes, expected {manifest.bytes}; SHA-256 "
+            f"snapshot {name} was altered since it was written ({size} bytes, expected {manifest.bytes}; SHA-256 "
             f"{'equal' if digest == manifest.sha256 else 'differs'}): use another snapshot"
         )
     try:
         with closing(_immutable(path)) as connection:
             (application,) = connection.execute("PRAGMA application_id").fetchone()
-            (told,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            (check,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     except sqlite3.Error as error:
         raise translate_error(error, f"snapshot {name}") from error
-    if application != APPLICATION_ID or told != "ok":
-        raise StoreError(f"snapshot {name} is damaged ({told}): use another snapshot")
+    if application != APPLICATION_ID or check != "ok":
+        raise StoreError(f"snapshot {name} is damaged ({check}): use another snapshot")
     return manifest
 
 
 def _immutable(path: Path) -> sqlite3.Connection:
-    """Read a database that nobody writes, without making a log beside it."""
+    """Open a database that is not being written, read-only and without creating a log beside it."""
     return sqlite3.connect(path.resolve().as_uri() + "?immutable=1", uri=True)
 
 
@@ -237,26 +238,26 @@ def _make_private(folder: Path) -> None:
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise StorageFullError(f"folder {folder.name} cannot be made: {error.strerror}") from error
+        raise StorageFullError(f"folder {folder.name} cannot be created: {error.strerror}") from error
 
 
 def _backup(database: Path, copy: Path, progress: Progress | None) -> None:
-    """SQLite's online backup, inside one read, so that writes do not make it begin anew."""
+    """SQLite's online backup inside one read transaction, so that writes do not make it restart."""
     with closing(connect(database, read_only=True)) as source, closing(sqlite3.connect(copy)) as target:
         source.execute("BEGIN")
         source.execute("SELECT 1 FROM entry LIMIT 1").fetchone()
 
-        def told(status: int, remaining: int, total: int) -> None:
+        def report(status: int, remaining: int, total: int) -> None:
             if progress is not None:
                 progress(total - remaining, total)
 
-        source.backup(target, pages=PAGES_PER_STEP, progress=told, sleep=0.0)
+        source.backup(target, pages=PAGES_PER_STEP, progress=report, sleep=0.0)
         source.execute("COMMIT")
         target.execute("PRAGMA journal_mode=DELETE")  # one file, without a log beside it
 
 
 def describe_copy(copy: Path, name: str, key: bytes) -> SnapshotManifest:
-    """The manifest of a database that nobody writes to any more."""
+    """The manifest of a database file that is no longer written to."""
     with copy.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     with closing(_immutable(copy)) as connection:
@@ -272,7 +273,7 @@ def describe_copy(copy: Path, name: str, key: bytes) -> SnapshotManifest:
         bytes=copy.stat().st_size,
         sha256=digest,
         entries=sum(count for *_, count in rows),
-        collections={of: {"entries": count, "space_id": space} for of, space, count in rows},
+        collections={collection: {"entries": count, "space_id": space} for collection, space, count in rows},
         key_id=key_id(key),
         erased=erased,
     )
@@ -285,25 +286,24 @@ _NUMBERS = "SELECT name, seq FROM sqlite_sequence WHERE name IN ('entry', 'chang
 
 @dataclass(frozen=True)
 class RestoreResult:
-    """What a restore did: of which snapshot, and how many entries of erased people did not come back."""
+    """Result of a restore: the snapshot's manifest, and how many entries of erased people were removed from it."""
 
     manifest: SnapshotManifest
     erased_count: int
 
 
 def restore(folder: Path, name: str, *, principal: str = "local operator") -> RestoreResult:
-    """Put a snapshot in the place of a database. The caller holds the data folder's lock.
+    """Replace a database by a snapshot. The caller holds the data folder's lock.
 
     Args:
         folder: of the database.
         name: of the snapshot.
-        principal: who asks, for the audit.
+        principal: the caller, for the audit log.
 
     Raises:
-        InputError: a bad name.
-        StoreError: the snapshot cannot be trusted, or the key or the erase list is missing or damaged; the database
-            in use is as it was.
-        StorageFullError: no room for a second copy; likewise.
+        InputError: an invalid name.
+        StoreError: the snapshot, the key or the erase list is missing or damaged; the database in use is unchanged.
+        StorageFullError: no disk space for a second copy; the database in use is unchanged.
     """
     finish_swap(folder)
     manifest = verify(folder, name)
@@ -319,7 +319,7 @@ def restore(folder: Path, name: str, *, principal: str = "local operator") -> Re
     except BaseException as error:
         remove_database(ready)
         if isinstance(error, OSError):
-            raise StorageFullError(f"snapshot {name} cannot be put back: {error.strerror}: make room") from error
+            raise StorageFullError(f"snapshot {name} cannot be restored: {error.strerror}: free disk space") from error
         raise
     swap_database(folder)
     return RestoreResult(manifest, erased)
@@ -341,7 +341,7 @@ def _key_for(folder: Path, manifest: SnapshotManifest) -> bytes:
 
 
 def _prepare_copy(ready: Path, current: Path, key: bytes, lines: list[ErasureRecord], event: AuditEvent) -> int:
-    """Make the copy fit to be used; returns how many entries of erased people it held."""
+    """Bring the copy up to date for use; returns how many entries of erased people were removed from it."""
     try:
         with closing(open_database(ready, dim=0, quick_check_s=QUICK_CHECK_S)) as connection:
             register_keyed_hash(connection, key)
@@ -351,23 +351,23 @@ def _prepare_copy(ready: Path, current: Path, key: bytes, lines: list[ErasureRec
             for table, last in numbers.items():
                 erasure.raise_sequence(connection, table, last)
             for (collection,) in connection.execute("SELECT key FROM collection").fetchall():
-                log_change(connection, collection, [NO_ENTRY], deleted=False)  # a revision nobody was told yet
+                log_change(connection, collection, [NO_ENTRY], deleted=False)  # a revision that no client has seen
             audit.record_event(
                 connection, AuditEvent(event.principal, event.method, reason=event.reason, affected=count)
             )
             connection.execute("COMMIT")
             busy = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
             connection.execute("PRAGMA journal_mode=DELETE")
-        assert not busy, "nobody else reads a copy that was just made"
+        assert not busy, "nothing else reads a copy that was just made"
     except sqlite3.Error as error:
         raise translate_error(error, PREPARED_FILE) from error
     return count
 
 
 def _carry_over(connection: sqlite3.Connection, current: Path, lines: list[ErasureRecord]) -> dict[str, int]:
-    """Take the audit and the erase list from the database in use; the last numbers it gave out.
+    """Copy later audit rows and the erase list from the database in use; returns the last keys it issued, by table.
 
-    One that cannot be read any more gives nothing: that is what a restore is for. The erase list's file has the rest.
+    A database that cannot be read contributes nothing: a restore must work then too, with the erase list's file.
     """
     numbers: dict[str, int] = {}
     if not current.exists():
@@ -385,9 +385,10 @@ log = logging.getLogger(__name__)
 
 
 async def erase_from_snapshots(store: Store) -> int:
-    """Write anew every snapshot that may hold somebody who was erased since; returns how many.
+    """Rewrite every snapshot that may contain people who were erased since; returns how many were rewritten.
 
-    One that cannot be written anew, for want of room or because it is damaged, is named in the log and tried again.
+    One that cannot be rewritten, because it is damaged or the disk is full, is logged and tried again at the next
+    purge.
     """
     lines = await store.read(erasure.erasures_in_database)
     done = 0
@@ -396,13 +397,13 @@ async def erase_from_snapshots(store: Store) -> int:
             done += await asyncio.to_thread(_rewrite_snapshot, store.folder, name, store.key, lines)
         except ReIDError as error:
             if name not in await asyncio.to_thread(list_names, store.folder):
-                continue  # somebody removed it meanwhile
-            log.error("erased people may still be in snapshot %s, remove it or see to this: %s", name, error)
+                continue  # it was removed in the meantime
+            log.error("erased people may still be in snapshot %s, fix this or remove it: %s", name, error)
     return done
 
 
 def _rewrite_snapshot(folder: Path, name: str, key: bytes, lines: Sequence[ErasureRecord]) -> bool:
-    """Whether the snapshot had to be written anew, as it now is."""
+    """Rewrite a snapshot if the erase list has grown since; returns whether it was rewritten."""
     before = read_manifest(folder, name)
     if before.erased >= len(lines):
         return False
@@ -414,13 +415,13 @@ def _rewrite_snapshot(folder: Path, name: str, key: bytes, lines: Sequence[Erasu
             copy = made / DATABASE_FILE
             os.close(os.open(copy, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             shutil.copyfile(final / DATABASE_FILE, copy)
-            gone = _erase_from_copy(copy, key, lines)
+            erased = _erase_from_copy(copy, key, lines)
             after: SnapshotManifest = replace(describe_copy(copy, name, key), created=before.created)
             write_atomic(made / MANIFEST_FILE, (json.dumps(asdict(after), indent=1) + "\n").encode())
             replace_folder(made, final)
     except OSError as error:
-        raise StorageFullError(f"it cannot be written anew: {error.strerror}: make room on the disk") from error
-    log.info("snapshot %s written anew without %d entries of erased people", name, gone)
+        raise StorageFullError(f"it cannot be rewritten: {error.strerror}: free disk space") from error
+    log.info("snapshot %s rewritten without %d entries of erased people", name, erased)
     return True
 
 
@@ -429,10 +430,10 @@ def _erase_from_copy(copy: Path, key: bytes, lines: Sequence[ErasureRecord]) -> 
         with closing(open_database(copy, dim=0, quick_check_s=0.0)) as connection:
             register_keyed_hash(connection, key)
             connection.execute("BEGIN IMMEDIATE")
-            gone = erasure.replay_erasures(connection, key, lines)
+            erased = erasure.replay_erasures(connection, key, lines)
             connection.execute("COMMIT")
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             connection.execute("PRAGMA journal_mode=DELETE")
     except sqlite3.Error as error:
         raise translate_error(error, copy.parent.name) from error
-    return gone
+    return erased

@@ -1,7 +1,7 @@
-"""The spaces of a collection: building, ready, active, retired, and then dropped.
+"""The feature spaces of a collection and their states: building, ready, active, retired, and then dropped.
 
-New entries are written to all of them, so that a switch and its taking back lose nothing. Functions of a connection:
-the first five write and belong into the writer's transaction, the others read.
+New entries are written to all of a collection's spaces, so that switching and switching back lose nothing. Functions of
+a connection: `begin_space` to `drop_retired_space` write and run in the writer's transaction, the others read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from resight.service.storage.writes import NO_ENTRY, log_change, save_space
 
 SpaceState = Literal["building", "ready", "active", "retired"]
 
-UNUSED_SPACE_US = 7 * 86_400_000_000  # a week, as a retired space by default: time for a human to switch
+UNUSED_SPACE_US = 7 * 86_400_000_000  # a week, like the default for a retired space: time for an operator to switch
 
 
 class CollectionSpace(NamedTuple):
@@ -29,11 +29,11 @@ class CollectionSpace(NamedTuple):
 
 
 def begin_space(connection: sqlite3.Connection, name: str, space: Space) -> Collection:
-    """Write new entries of a collection to another space too; a space it has already goes on from what it holds.
+    """Start to write new entries of a collection to another space as well; an existing space keeps its features.
 
     Raises:
         CollectionNotFoundError: no such collection.
-        InputError: it is the space searched now.
+        InputError: it is the active space.
     """
     found = reads.collection(connection, name)
     if space.space_id == found.space.space_id:
@@ -48,7 +48,7 @@ def begin_space(connection: sqlite3.Connection, name: str, space: Space) -> Coll
 
 
 def mark_space_ready(connection: sqlite3.Connection, found: Collection, space_id: str) -> None:
-    """Note that a building space has passed its gates."""
+    """Set the state of a building space that passed its checks to ready."""
     connection.execute(
         "UPDATE collection_space SET state = 'ready', since_us = ? WHERE collection = ? AND space_id = ? AND "
         "state = 'building'",
@@ -59,25 +59,25 @@ def mark_space_ready(connection: sqlite3.Connection, found: Collection, space_id
 def activate_space(
     connection: sqlite3.Connection, name: str, space_id: str, *, expected: str, allow_incomplete: bool = False
 ) -> Collection:
-    """Search a collection in another of its spaces from now on; the one before is kept and written to.
+    """Search a collection in another of its spaces from now on; the previous space is kept and still written to.
 
     Args:
         connection: the writer's.
         name: of the collection.
         space_id: one of its spaces.
-        expected: the space it is thought to be searched in now; empty = whichever.
-        allow_incomplete: entries without a feature there may drop out of the answers.
+        expected: the space the caller assumes to be active; empty = any.
+        allow_incomplete: accept that entries without a feature in the space are no longer found.
 
     Raises:
         CollectionNotFoundError: no such collection.
-        ConflictError: it is searched in another space than ``expected``.
-        SpaceMismatchError: the collection is not in that space, or some of its entries are not.
+        ConflictError: another space than ``expected`` is active.
+        SpaceMismatchError: the collection or some of its entries have no features in that space.
     """
     found = reads.collection(connection, name)
     current = found.space.space_id
     if expected and expected != current:
         raise ConflictError(
-            f"collection {name} is searched in space {current}, expected {expected}: somebody switched it first",
+            f"collection {name} is searched in space {current}, expected {expected}: it was switched in the meantime",
             field="expected_current_space_id",
             found_space_id=current,
         )
@@ -110,18 +110,18 @@ def activate_space(
 
 
 def drop_space(connection: sqlite3.Connection, name: str, space_id: str) -> int:
-    """Remove a collection's features in a space that is not searched; returns how many. Run it with `Store.erase`.
+    """Remove a collection's features in a space that is not active; returns how many. Run it with `Store.erase`.
 
     Raises:
         CollectionNotFoundError: no such collection.
-        SpaceMismatchError: it is searched in that space.
+        SpaceMismatchError: the space is active.
     """
     found = reads.collection(connection, name)
     if space_id == found.space.space_id:
         raise SpaceMismatchError(
             f"collection {name} is searched in space {space_id}: activate another one first", field="space_id"
         )
-    gone = connection.execute(
+    removed = connection.execute(
         "DELETE FROM feature WHERE space_id = ? AND entry IN (SELECT key FROM entry WHERE collection = ?)",
         (space_id, found.key),
     ).rowcount
@@ -130,11 +130,11 @@ def drop_space(connection: sqlite3.Connection, name: str, space_id: str) -> int:
         "UPDATE collection SET version = version + 1, previous_space_id = nullif(previous_space_id, ?) WHERE key = ?",
         (space_id, found.key),
     )
-    return gone
+    return removed
 
 
 def drop_retired_space(connection: sqlite3.Connection, name: str, space_id: str, before_us: int) -> int:
-    """`drop_space`, unless a migration or a switch has meanwhile returned to the space."""
+    """`drop_space`, unless the space is in use again since, by a migration or a switch."""
     return (
         drop_space(connection, name, space_id)
         if (name, space_id) in spaces_retired_before(connection, before_us)
@@ -143,9 +143,9 @@ def drop_retired_space(connection: sqlite3.Connection, name: str, space_id: str,
 
 
 def spaces_retired_before(connection: sqlite3.Connection, before_us: int) -> list[tuple[str, str]]:
-    """Collections and those of their spaces that were retired before an instant: what a purge may drop.
+    """Pairs (collection name, space id) that a purge may drop: spaces retired before ``before_us``.
 
-    So are those that were migrated to and never activated, `UNUSED_SPACE_US` after that: candidates that were refused.
+    Includes spaces that were migrated to but not activated within `UNUSED_SPACE_US`, such as those of refused models.
     """
     return connection.execute(
         "SELECT c.name, s.space_id FROM collection_space s JOIN collection c ON c.key = s.collection "
@@ -157,7 +157,7 @@ def spaces_retired_before(connection: sqlite3.Connection, before_us: int) -> lis
 def entries_without_feature(
     connection: sqlite3.Connection, key: int, space_id: str, *, after: int, limit: int
 ) -> list[int]:
-    """Keys of entries without a feature in a space, ascending, from the one after key ``after``."""
+    """Keys of entries without a feature in a space, ascending, starting after key ``after``."""
     rows = connection.execute(
         "SELECT e.key FROM entry e WHERE e.collection = ? AND e.key > ? AND NOT EXISTS (SELECT 1 FROM feature f WHERE "
         "f.entry = e.key AND f.space_id = ?) ORDER BY e.key LIMIT ?",
@@ -167,7 +167,7 @@ def entries_without_feature(
 
 
 def crops_of_entries(connection: sqlite3.Connection, keys: list[int]) -> dict[int, tuple[bytes, ...]]:
-    """The kept crops of entries by key, in the order they were enrolled; an entry without any is left out."""
+    """The stored crops by entry key, in the order they were enrolled; entries without crops are left out."""
     found: dict[int, tuple[bytes, ...]] = {}
     for key in keys:
         rows = connection.execute("SELECT image FROM crop WHERE entry = ? ORDER BY number", (key,)).fetchall()

@@ -1,6 +1,6 @@
-"""Connections and threads of the gallery's database: one writer with group commit, many short readers.
+"""Connections and threads of the gallery's database: one writer thread with group commit, and a pool of readers.
 
-What is written by whom stands in `resight.service.storage.writes`, what is read in `resight.service.storage.reads`.
+The statements themselves are in `resight.service.storage.writes` and `resight.service.storage.reads`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
-GROUP = 256  # writes of one commit: above it the flush is a small part of the cost
+GROUP = 256  # writes per commit: above it the flush is a small part of the cost
 SCRUB_LATER_S = 0.5
 READERS = 2
 
 
 class _Job:
-    """One write: a function of the connection, and where its answer goes."""
+    """One queued write: a function of the connection, its outcome, and the future that completes after the commit."""
 
     def __init__(self, run: Callable[[sqlite3.Connection], Any], *, deletes: bool) -> None:
         self.run, self.deletes = run, deletes
@@ -42,15 +42,15 @@ class _Job:
 class Store:
     """An open gallery database. The caller holds the data folder's lock.
 
-    ``key`` is the folder's own, for `resight.service.storage.data_folder.keyed_hash`; it is made beside the database
-    when missing. ``commits`` counts those since the start: between two equal readings of it nothing in the database has
-    changed that anybody was told of.
+    ``key`` is the folder's secret for `resight.service.storage.data_folder.keyed_hash`; it is created beside the
+    database when missing. ``commits`` counts commits since the start: while it is unchanged, no acknowledged write has
+    changed the database.
 
     Args:
-        path: of the SQLite file; made when missing.
-        dim: length of the features to come.
-        quick_check_s: see `resight.service.storage.schema.open_database`, whose errors come through.
-        watermark: refuses what `write` would add while the disk has too little room.
+        path: the SQLite file; created when missing.
+        dim: length of the features to be stored.
+        quick_check_s: see `resight.service.storage.schema.open_database`, whose errors are raised unchanged.
+        watermark: makes `write` fail while the disk has too little free space.
     """
 
     def __init__(
@@ -77,12 +77,15 @@ class Store:
         self._writer.start()
 
     @property
-    def low(self) -> bool:
-        """Whether `write` refuses for want of room."""
-        return self._watermark is not None and self._watermark.low
+    def is_low(self) -> bool:
+        """Whether `write` is refused because the disk has too little free space."""
+        return self._watermark is not None and self._watermark.is_low
 
     def reader(self) -> sqlite3.Connection:
-        """This thread's connection for reading. Fetch all rows at once: an open read keeps deletions in the log."""
+        """This thread's read-only connection.
+
+        Fetch all rows at once: an open read transaction keeps deleted pages in the write-ahead log.
+        """
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
             connection = self._local.connection = connect(self.path, read_only=True)
@@ -109,39 +112,39 @@ class Store:
     async def write(
         self, function: Callable[Concatenate[sqlite3.Connection, P], T], /, *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """Run ``function(connection, …)`` in a transaction; returns when it is on disk.
+        """Run ``function(connection, …)`` in a transaction; returns once it is flushed to disk.
 
-        A `ReIDError` it raises undoes that function's writes alone.
+        If the function raises, its own writes are rolled back; the other writes of the same commit are kept.
 
         Raises:
-            DiskWatermarkError: little room is left on the disk.
-            StorageFullError: no room; nothing was stored.
+            DiskWatermarkError: too little free disk space.
+            StorageFullError: no disk space; nothing was stored.
             StoreError: the database is damaged.
             DrainingError: the store is closing.
         """
         if self._watermark is not None:
             self._watermark.check()
-        return await self.book(function, *args, **kwargs)
+        return await self.write_unchecked(function, *args, **kwargs)
 
-    async def book(
+    async def write_unchecked(
         self, function: Callable[Concatenate[sqlite3.Connection, P], T], /, *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """Like `write`, for the few bytes of audit and bookkeeping that go on when the room is short."""
+        """Like `write`, without the watermark check: for the few bytes of audit and bookkeeping."""
         return await self._submit(lambda connection: function(connection, *args, **kwargs), deletes=False)
 
     async def erase(
         self, function: Callable[Concatenate[sqlite3.Connection, P], T], /, *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """Like `write`, for deletions: before it returns, the log that still holds the old pages is emptied.
+        """Like `write`, for deletions: before it returns, it tries to empty the log that still holds the old pages.
 
-        A reader in the way delays that by at most a moment; it is then done as soon as the reader ends.
+        If a reader blocks that, the log is emptied as soon as the reader has ended.
         """
         return await self._submit(lambda connection: function(connection, *args, **kwargs), deletes=True)
 
     async def scrub(self) -> bool:
-        """Try to empty the log, after all writes that came; what SQLite reported.
+        """Try to empty the write-ahead log after all queued writes; returns whether SQLite reported it emptied.
 
-        False while a reader holds a page of it; it is then emptied as soon as the reader ends.
+        False while a reader still uses a page of it; it is then emptied as soon as the reader has ended.
         """
         job = await self._put(lambda connection: None, deletes=True)
         return job.scrubbed
@@ -159,7 +162,7 @@ class Store:
         return job
 
     def close(self) -> None:
-        """Finish the writes that came, empty the log and close. Call it when no reader runs."""
+        """Finish the queued writes, empty the log and close. Call it when no reader is running."""
         self._closing = True
         self._jobs.put(None)
         self._writer.join()
@@ -177,7 +180,7 @@ class Store:
                 last = first is None
                 if first is not None:
                     jobs.append(first)
-                while not last and len(jobs) < GROUP:  # whatever came while the last commit ran
+                while not last and len(jobs) < GROUP:  # everything queued while the last commit ran
                     job = self._jobs.get_nowait()
                     last = job is None
                     if job is not None:
@@ -187,7 +190,7 @@ class Store:
             self._unscrubbed |= any(job.deletes for job in jobs)
             if self._unscrubbed:
                 self._scrub()
-            self._tell_spare()
+            self._report_free_pages()
             for job in jobs:
                 job.scrubbed = not self._unscrubbed
                 if isinstance(job.outcome, BaseException):
@@ -196,7 +199,7 @@ class Store:
                     job.future.set_result(None)
 
     def _commit(self, jobs: list[_Job]) -> None:
-        """One transaction for all; if SQLite itself fails, each alone, so that only the culprit fails."""
+        """Run all jobs in one transaction; if SQLite fails, retry each alone, so that only the failing one fails."""
         if not jobs:
             return
         connection = self._connection
@@ -227,16 +230,16 @@ class Store:
                 self._commit([job])
 
     def _scrub(self) -> None:
-        """Move the log into the database, whose freed pages secure_delete has zeroed, and empty it."""
+        """Checkpoint the log into the database, whose freed pages secure_delete has zeroed, and truncate it."""
         try:
             self._unscrubbed = bool(self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
         except sqlite3.Error as error:
-            log.error("the write-ahead log could not be emptied, it is tried again: %s", error)
+            log.error("the write-ahead log could not be emptied, will retry: %s", error)
 
-    def _tell_spare(self) -> None:
-        """Let the watermark count the pages that deletions have freed and the next writes fill."""
+    def _report_free_pages(self) -> None:
+        """Report to the watermark the size of the free pages inside the file, which the next writes will reuse."""
         if self._watermark is not None:
-            with contextlib.suppress(sqlite3.Error):  # of a broken disk the next write tells
+            with contextlib.suppress(sqlite3.Error):  # the next write reports a broken disk
                 (pages,) = self._connection.execute("PRAGMA freelist_count").fetchone()
                 (size,) = self._connection.execute("PRAGMA page_size").fetchone()
-                self._watermark.spare = pages * size
+                self._watermark.reusable_bytes = pages * size

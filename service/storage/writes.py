@@ -1,7 +1,7 @@
 """Writes to the gallery's database: functions of the writer's connection, inside its transaction.
 
-Each raises before it has written anything, or its caller rolls back; none commits. Changes that remove an old name or
-image must run with `Store.erase`, which empties the write-ahead log of it.
+Each raises before it has written anything, or its caller rolls back; none commits. Changes that remove personal data,
+such as an old subject or image, must run with `Store.erase`, which also empties the write-ahead log.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from resight.errors import (
 from resight.service.records import Collection, Enrolled, Enrolment, EntryRecord, Filter, Space, now_us
 from resight.service.storage import reads
 
-FIRST_ENTRY_VERSION = 1  # of an entry or a collection, as the tables' default
-NO_ENTRY = 0  # keys begin at 1
+FIRST_ENTRY_VERSION = 1  # the default of the tables' version columns
+NO_ENTRY = 0  # keys start at 1
 
 
 def add_feature(connection: sqlite3.Connection, key: int, space_id: str, feature: Feature) -> None:
-    """Store an entry's feature in a space, float32 (D,); one that is there is replaced."""
+    """Store an entry's feature in a space, float32 (D,), replacing an existing one."""
     vector = feature.astype("<f4").tobytes()
     connection.execute("REPLACE INTO feature VALUES (?, ?, ?, ?)", (key, space_id, vector, zlib.crc32(vector)))
 
 
 def check_etag(what: str, current: str, expected: str) -> None:
-    """Compare an etag where the caller gave one.
+    """Compare the current etag with the one the caller expects; empty = any.
 
     Raises:
-        ConflictError: it differs.
+        ConflictError: they differ.
     """
     if expected and expected != current:
         raise ConflictError(
-            f"{what} was changed meanwhile (etag {current}, expected {expected}): read it again, then decide",
+            f"{what} was changed in the meantime (etag {current}, expected {expected}): read it again, then decide",
             field="etag",
             etag=current,
         )
@@ -55,19 +55,19 @@ def check_etag(what: str, current: str, expected: str) -> None:
 
 def delete_keys(connection: sqlite3.Connection, collection: int, keys: Sequence[int]) -> int:
     """Remove entries of one collection by key; returns its revision."""
-    gone = connection.executemany("DELETE FROM entry WHERE key = ?", [(key,) for key in keys]).rowcount
-    connection.execute("UPDATE collection SET held = held - ? WHERE key = ?", (max(0, gone), collection))
+    deleted = connection.executemany("DELETE FROM entry WHERE key = ?", [(key,) for key in keys]).rowcount
+    connection.execute("UPDATE collection SET held = held - ? WHERE key = ?", (max(0, deleted), collection))
     return log_change(connection, collection, keys, deleted=True)
 
 
 def log_change(connection: sqlite3.Connection, collection: int, keys: Sequence[int], *, deleted: bool) -> int:
-    """Note a change of the collection and return its revision, which only ever grows.
+    """Append to the change log of a collection and return its new revision; revisions only increase.
 
     Args:
         connection: the writer's.
         collection: its key.
-        keys: of the entries that came or went; `NO_ENTRY` for a change that no index holds.
-        deleted: they went.
+        keys: of the added or deleted entries; `NO_ENTRY` for a change that does not concern the index.
+        deleted: the entries were deleted; else added.
     """
     if not keys:
         return reads.revision(connection, collection)
@@ -85,10 +85,12 @@ def log_change(connection: sqlite3.Connection, collection: int, keys: Sequence[i
 
 
 def earlier_request(connection: sqlite3.Connection, request_id: str, digest: bytes) -> tuple[int, str | None] | None:
-    """What the first call with this request_id came to: its revision and its entry's id, None if that is gone.
+    """The outcome of an earlier call with this request_id: its revision and the entry's id, None if deleted since.
+
+    Returns None if there was no such call.
 
     Raises:
-        InputError: it was another request.
+        InputError: the request_id was used for another request.
     """
     row = connection.execute(
         "SELECT r.digest, r.revision, e.entry_id FROM request r LEFT JOIN entry e ON e.key = r.entry "
@@ -100,20 +102,20 @@ def earlier_request(connection: sqlite3.Connection, request_id: str, digest: byt
     known, revision, entry_id = row
     if known and known != digest:
         raise InputError(
-            f"request_id {request_id} was used for another request: take a new one for each", field="request_id"
+            f"request_id {request_id} was used for another request: use a new one for each", field="request_id"
         )
     return revision, entry_id
 
 
 REQUEST_MEMORY_US = 24 * 3600 * 1_000_000  # how long a replay is recognised
-PURGE_AT_ONCE = 1000  # entries of one transaction, so that enrolments do not wait for a large purge
+PURGE_AT_ONCE = 1000  # entries per transaction, so that enrolments do not wait for a large purge
 
 
 def create_collection(connection: sqlite3.Connection, new: Collection) -> Collection:
-    """Make an empty collection of a space.
+    """Create an empty collection in a space.
 
     Raises:
-        CollectionExistsError: the name is taken.
+        CollectionExistsError: a collection of that name exists.
     """
     if connection.execute("SELECT 1 FROM collection WHERE name = ?", (new.name,)).fetchone():
         raise CollectionExistsError(
@@ -135,7 +137,7 @@ def create_collection(connection: sqlite3.Connection, new: Collection) -> Collec
 
 
 def save_space(connection: sqlite3.Connection, space: Space) -> None:
-    """Remember a space, and the newest calibration told for it; one that is told without keeps what it has."""
+    """Insert or update a space; without a new calibration, the stored one is kept."""
     calibration = None if space.calibration is None else json.dumps(space.calibration.to_json())
     connection.execute(
         "INSERT INTO space (space_id, model_id, dim, created_us, model_version, calibration) VALUES (?, ?, ?, ?, ?, ?) "
@@ -146,55 +148,57 @@ def save_space(connection: sqlite3.Connection, space: Space) -> None:
 
 
 def delete_collection(connection: sqlite3.Connection, name: str, *, force: bool, etag: str = "") -> Collection:
-    """Remove a collection with all it holds.
+    """Remove a collection with all its entries; returns the removed collection.
 
     Raises:
-        CollectionNotFoundError: no such one.
+        CollectionNotFoundError: it does not exist.
         ConflictError: it was changed since ``etag`` was read.
-        CollectionNotEmptyError: it has living entries, and ``force`` is not set.
+        CollectionNotEmptyError: it has unexpired entries, and ``force`` is not set.
     """
-    gone = reads.collection(connection, name)
-    check_etag(f"collection {name}", gone.etag, etag)
-    held = reads.count(connection, gone.key, Filter())
-    if held and not force:
+    found = reads.collection(connection, name)
+    check_etag(f"collection {name}", found.etag, etag)
+    count = reads.count(connection, found.key, Filter())
+    if count and not force:
         raise CollectionNotEmptyError(
-            f"collection {name} has {held} entries: delete them first, or force it",
+            f"collection {name} has {count} entries: delete them first, or set force",
             field="force",
             collection=name,
-            entry_count=held,
+            entry_count=count,
         )
-    connection.execute("DELETE FROM collection WHERE key = ?", (gone.key,))
-    return gone
+    connection.execute("DELETE FROM collection WHERE key = ?", (found.key,))
+    return found
 
 
 def enrol(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> Enrolled:
-    """Store one entry with its feature, labels and, where the collection keeps them, crops.
+    """Store one entry with its features, labels and, if the collection keeps them, crops.
 
-    What it refuses it refuses before it writes.
+    All checks come before the first write, so a refused enrolment has written nothing.
 
     Raises:
-        CollectionNotFoundError: it was deleted meanwhile.
-        EntryExistsError: the id is taken, and ``replace`` is not set.
+        CollectionNotFoundError: the collection was deleted in the meantime.
+        CollectionFullError: it has ``max_entries`` unexpired entries.
+        ConflictError: it was switched to a space in which the entry has no feature.
+        EntryExistsError: the id exists, and ``replace`` is not set.
         InputError: the request_id was used for another request.
-        EntryNotFoundError: a replay, whose entry was deleted since.
+        EntryNotFoundError: a replay whose entry was deleted since.
     """
-    space_id, most, held = _collection_now(connection, into)
+    space_id, max_entries, stored = _collection_now(connection, into)
     if new.request_id and (replayed := _earlier_answer(connection, into, new)):
         return replayed
     if space_id != into.space.space_id and space_id not in dict(new.others):
         raise ConflictError(
-            f"collection {into.name} was switched to space {space_id} meanwhile, this entry has a feature in "
-            f"{into.space.space_id} alone: enrol it again",
+            f"collection {into.name} was switched to space {space_id} in the meantime, this entry has a feature only "
+            f"in {into.space.space_id}: enrol it again",
             field="collection_id",
         )
     now = now_us()
     expire_us = new.entry.expire_us
     if expire_us is None and into.ttl_us is not None:
         expire_us = now + into.ttl_us
-    old, lives = _predecessor(connection, into, new)
-    if most and held - (old is not None) >= most:
-        _check_full(connection, into, most, leaving=int(lives))
-    if old is not None:  # from here on nothing is refused
+    old, unexpired = _predecessor(connection, into, new)
+    if max_entries and stored - (old is not None) >= max_entries:
+        _check_full(connection, into, max_entries, leaving=int(unexpired))
+    if old is not None:  # all checks have passed
         delete_keys(connection, into.key, [old])
     entry = new.entry
     row = (into.key, entry.entry_id, entry.subject_id, entry.camera_id, entry.track_id, entry.capture_us, expire_us)
@@ -205,9 +209,9 @@ def enrol(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> E
     )
     key = cursor.lastrowid
     assert key is not None
-    held_in = _spaces(connection, into.key) if new.others else {into.space.space_id}
+    existing = _spaces(connection, into.key) if new.others else {into.space.space_id}
     for space, feature in ((into.space.space_id, new.feature), *new.others):
-        if space in held_in:  # else it was dropped meanwhile, and nothing would ever remove this
+        if space in existing:  # else it was dropped in the meantime, and nothing would ever remove the feature
             add_feature(connection, key, space, feature)
     if entry.labels:
         connection.executemany("INSERT INTO label VALUES (?, ?, ?)", [(key, *label) for label in entry.labels.items()])
@@ -227,24 +231,24 @@ def enrol(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> E
 def enrol_each(
     connection: sqlite3.Connection, into: Collection, new: Sequence[Enrolment]
 ) -> list[Enrolled | ReIDError]:
-    """Store those that can be stored; each has its own outcome, and they are stored in their order.
+    """Store entries in their order; each has its own outcome, so a failed one does not affect the others.
 
-    As one write this takes half the time of as many writes.
+    In one transaction this takes half the time of separate ones.
     """
     outcomes: list[Enrolled | ReIDError] = []
     for one in new:
         try:
             outcomes.append(enrol(connection, into, one))
-        except ReIDError as error:  # raised before anything of this one was written
+        except ReIDError as error:  # raised before anything of this entry was written
             outcomes.append(error)
     return outcomes
 
 
 def enrol_all(connection: sqlite3.Connection, into: Collection, new: Sequence[Enrolment]) -> list[Enrolled]:
-    """Store all of them or, as the writer undoes a function that raises, none.
+    """Store all entries or none: the writer rolls back when a function raises.
 
     Raises:
-        ReIDError: as `enrol`, of the first that cannot be stored; its ``item`` fact tells which.
+        ReIDError: as `enrol`, for the first entry that cannot be stored; its fact ``item`` is the entry's position.
     """
     done = []
     for number, one in enumerate(new):
@@ -257,38 +261,43 @@ def enrol_all(connection: sqlite3.Connection, into: Collection, new: Sequence[En
 
 
 def _collection_now(connection: sqlite3.Connection, into: Collection) -> tuple[str, int, int]:
-    """The collection's space, limit and rows held, now; the caller read it a moment ago."""
+    """The collection's current space, limit and number of stored rows, which may have changed since ``into`` was read.
+
+    Raises:
+        CollectionNotFoundError: it was deleted in the meantime.
+    """
     row = connection.execute("SELECT space_id, max_entries, held FROM collection WHERE key = ?", (into.key,)).fetchone()
     if row is None:
         raise CollectionNotFoundError(
-            f"collection {into.name} was deleted meanwhile: create it again",
+            f"collection {into.name} was deleted in the meantime: create it again",
             field="collection_id",
             collection=into.name,
         )
-    space_id, most, held = row
-    return space_id, most, held
+    space_id, max_entries, stored = row
+    return space_id, max_entries, stored
 
 
 def _spaces(connection: sqlite3.Connection, key: int) -> set[str]:
-    """Ids of the spaces a collection has features in."""
+    """Ids of all spaces of a collection."""
     rows = connection.execute("SELECT space_id FROM collection_space WHERE collection = ?", (key,)).fetchall()
     return {row[0] for row in rows}
 
 
-def _check_full(connection: sqlite3.Connection, into: Collection, most: int, *, leaving: int) -> None:
-    """Refuse where as many entries live as may; expired ones that wait to be purged take no place."""
-    living = reads.count(connection, into.key, Filter()) - leaving
-    if living >= most:
+def _check_full(connection: sqlite3.Connection, into: Collection, max_entries: int, *, leaving: int) -> None:
+    """Raise if the collection is full; expired entries that are not purged yet do not count."""
+    unexpired = reads.count(connection, into.key, Filter()) - leaving
+    if unexpired >= max_entries:
         raise CollectionFullError(
-            f"collection {into.name} holds {living} entries and may hold {most}: delete some, or raise max_entries",
+            f"collection {into.name} has {unexpired} entries, at most {max_entries} are allowed: delete some, or raise "
+            "max_entries",
             field="collection_id",
             collection=into.name,
-            max_entries=most,
+            max_entries=max_entries,
         )
 
 
 def _earlier_answer(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> Enrolled | None:
-    """The answer of the first call with this request_id, if there was one."""
+    """The result of an earlier call with this request_id, if there was one."""
     first = earlier_request(connection, new.request_id, new.digest)
     if first is None:
         return None
@@ -303,22 +312,26 @@ def _earlier_answer(connection: sqlite3.Connection, into: Collection, new: Enrol
 
 
 def _predecessor(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> tuple[int | None, bool]:
-    """The key of an expired or replaced entry of the same id, and whether it lives; refuses where one must stay."""
+    """The key of an existing entry of the same id, and whether it is unexpired.
+
+    Raises:
+        EntryExistsError: it is unexpired, and ``new.replace`` is not set.
+    """
     row = connection.execute(
         "SELECT key, expire_us FROM entry WHERE collection = ? AND entry_id = ?", (into.key, new.entry.entry_id)
     ).fetchone()
     if row is None:
         return None, False
     key, expire_us = row
-    living = expire_us is None or expire_us > now_us()
-    if living and not new.replace:
+    unexpired = expire_us is None or expire_us > now_us()
+    if unexpired and not new.replace:
         raise EntryExistsError(
-            f"entry {new.entry.entry_id!r} exists in collection {into.name}: choose another id, or ask to replace it",
+            f"entry {new.entry.entry_id!r} exists in collection {into.name}: choose another id, or set replace",
             field="entry.entry_id",
             entry=new.entry.entry_id,
             collection=into.name,
         )
-    return key, living
+    return key, unexpired
 
 
 def delete_entry(
@@ -327,7 +340,7 @@ def delete_entry(
     """Remove one entry; returns the collection's revision.
 
     Raises:
-        EntryNotFoundError: no such one, and ``allow_missing`` is not set.
+        EntryNotFoundError: it does not exist, and ``allow_missing`` is not set.
         ConflictError: it was changed since ``etag`` was read.
     """
     try:
@@ -343,15 +356,16 @@ def delete_entry(
 def delete_entries(
     connection: sqlite3.Connection, found_in: Collection, filters: Filter, *, cap: int | None
 ) -> tuple[int, int]:
-    """Remove what passes a filter; returns how many and the collection's revision.
+    """Remove the entries that pass a filter; returns how many and the collection's revision.
 
     Raises:
-        DeleteCapError: more than ``cap`` would go; nothing went.
+        DeleteCapError: more than ``cap`` entries pass; none was deleted.
     """
     keys = reads.candidates(connection, found_in.key, filters).tolist()
     if cap is not None and len(keys) > cap:
         raise DeleteCapError(
-            f"{len(keys)} entries pass the filter, at most {cap} may go: narrow the filter or raise max_deletes",
+            f"{len(keys)} entries pass the filter, at most {cap} may be deleted: narrow the filter or raise "
+            "max_deletes",
             field="max_deletes",
             matched_count=len(keys),
         )
@@ -359,7 +373,7 @@ def delete_entries(
 
 
 def purge(connection: sqlite3.Connection) -> int:
-    """Remove expired entries; returns how many, at most `PURGE_AT_ONCE`."""
+    """Remove at most `PURGE_AT_ONCE` expired entries, the longest expired first; returns how many."""
     rows = connection.execute(
         "SELECT collection, key FROM entry WHERE expire_us <= ? ORDER BY expire_us LIMIT ?", (now_us(), PURGE_AT_ONCE)
     ).fetchall()
@@ -368,10 +382,15 @@ def purge(connection: sqlite3.Connection) -> int:
     return len(rows)
 
 
-def purge_requests(connection: sqlite3.Connection, taken_in: Sequence[tuple[int, int]]) -> None:
-    """Remove old requests, and the part of the change log the index has taken in: (collection key, revision) each."""
+def purge_requests(connection: sqlite3.Connection, applied: Sequence[tuple[int, int]]) -> None:
+    """Remove old requests, and the changes that all indexes have applied.
+
+    Args:
+        connection: the writer's.
+        applied: collection keys, each with the revision up to which its changes are applied.
+    """
     connection.execute("DELETE FROM request WHERE at_us < ?", (now_us() - REQUEST_MEMORY_US,))
-    connection.executemany("DELETE FROM change WHERE collection = ? AND revision <= ?", taken_in)
+    connection.executemany("DELETE FROM change WHERE collection = ? AND revision <= ?", applied)
 
 
 ENTRY_FIELDS = ("subject_id", "labels", "expire_us")
@@ -395,35 +414,35 @@ def update_entry(
     etag: str = "",
     may_outlive: bool = True,
 ) -> Enrolled:
-    """Change an entry in place: its key, feature and crops stay.
+    """Update fields of an entry; its key, features and crops are unchanged.
 
     Args:
         connection: the writer's.
         found_in: its collection.
-        new: carries ``entry_id`` and the named fields; ``expire_us`` None means the collection's time to live,
-            counted from enrolment.
-        fields: of `ENTRY_FIELDS`, at least one.
-        etag: compared where it is not empty.
-        may_outlive: it may expire later than the collection's time to live after its enrolment.
+        new: has ``entry_id`` and the new values; ``expire_us`` None means the collection's time to live, counted from
+            enrolment.
+        fields: names from `ENTRY_FIELDS`, at least one.
+        etag: expected etag; empty = any.
+        may_outlive: allow a time of expiry beyond the collection's time to live.
 
     Raises:
-        EntryNotFoundError: no such one.
+        EntryNotFoundError: it does not exist.
         ConflictError: it was changed since ``etag`` was read.
-        InputError: no field, one that cannot be changed, or a time it may not live to.
+        InputError: no field, one that cannot be changed, or an expiry too late.
     """
-    wanted = _known_fields(fields, ENTRY_FIELDS)
+    changed = _known_fields(fields, ENTRY_FIELDS)
     key, found = reads.entry(connection, found_in, new.entry_id)
     check_etag(f"entry {new.entry_id!r}", found.etag, etag)
-    if "subject_id" in wanted:
+    if "subject_id" in changed:
         connection.execute("UPDATE entry SET subject_id = ? WHERE key = ?", (new.subject_id, key))
-    if "expire_us" in wanted:
+    if "expire_us" in changed:
         expire_us = new.expire_us
         if expire_us is None and found_in.ttl_us is not None:
             expire_us = found.created_us + found_in.ttl_us
         if not may_outlive and (error := expiry_error(found_in, expire_us, found.created_us)):
             raise error
         connection.execute("UPDATE entry SET expire_us = ? WHERE key = ?", (expire_us, key))
-    if "labels" in wanted:
+    if "labels" in changed:
         connection.execute("DELETE FROM label WHERE entry = ?", (key,))
         connection.executemany("INSERT INTO label VALUES (?, ?, ?)", [(key, *label) for label in new.labels.items()])
     connection.execute("UPDATE entry SET version = version + 1 WHERE key = ?", (key,))
@@ -432,13 +451,13 @@ def update_entry(
 
 
 def expiry_error(of: Collection, expire_us: int | None, since_us: int) -> InputError | None:
-    """What is wrong with a time to expire at that lies beyond the collection's own, counted from ``since_us``."""
+    """The error if a time of expiry is beyond the collection's time to live, counted from ``since_us``; else None."""
     if of.ttl_us is None or expire_us is None or expire_us <= since_us + of.ttl_us + CLOCK_TOLERANCE_US:
         return None
     days = of.ttl_us / 86_400e6
     return InputError(
-        f"entries of collection {of.name} live {days:g} days, this one would live longer: give an earlier expire_time, "
-        "leave it out, or ask an operator",
+        f"entries of collection {of.name} expire after {days:g} days, this one would expire later: give an earlier "
+        "expire_time, leave it out, or have an operator set it",
         field="entry.expire_time",
     )
 
@@ -446,42 +465,43 @@ def expiry_error(of: Collection, expire_us: int | None, since_us: int) -> InputE
 def update_collection(
     connection: sqlite3.Connection, new: Collection, fields: Iterable[str], *, etag: str = ""
 ) -> Collection:
-    """Change a collection's settings; entries keep the time they expire at.
+    """Update a collection's settings; existing entries keep their time of expiry.
 
-    Crops of a collection that keeps none any more are removed. A limit below what it holds refuses new entries only.
+    Setting ``keep_crops`` to False removes the stored crops. A ``max_entries`` below the current number only refuses
+    new entries.
 
     Args:
         connection: the writer's.
-        new: carries ``name`` and the named fields.
-        fields: of `COLLECTION_FIELDS`, at least one.
-        etag: compared where it is not empty.
+        new: has ``name`` and the new values.
+        fields: names from `COLLECTION_FIELDS`, at least one.
+        etag: expected etag; empty = any.
 
     Raises:
-        CollectionNotFoundError: no such one.
+        CollectionNotFoundError: it does not exist.
         ConflictError: it was changed since ``etag`` was read.
         InputError: no field, or one that cannot be changed.
     """
-    wanted = _known_fields(fields, COLLECTION_FIELDS)
+    changed = _known_fields(fields, COLLECTION_FIELDS)
     found = reads.collection(connection, new.name)
     check_etag(f"collection {new.name}", found.etag, etag)
-    values: list[Any] = [getattr(new, name) for name in wanted]
+    values: list[Any] = [getattr(new, name) for name in changed]
     connection.execute(
-        f"UPDATE collection SET {', '.join(f'{name} = ?' for name in wanted)}, version = version + 1 WHERE key = ?",
+        f"UPDATE collection SET {', '.join(f'{name} = ?' for name in changed)}, version = version + 1 WHERE key = ?",
         (*values, found.key),
     )
-    if "keep_crops" in wanted and not new.keep_crops:
+    if "keep_crops" in changed and not new.keep_crops:
         connection.execute("DELETE FROM crop WHERE entry IN (SELECT key FROM entry WHERE collection = ?)", (found.key,))
     return reads.collection(connection, new.name)
 
 
 def _known_fields(fields: Iterable[str], known: tuple[str, ...]) -> list[str]:
-    """The fields asked for, each once, in our order: they go into a statement, so none but these."""
-    asked = set(fields)
-    unknown = sorted(asked - set(known))
-    if unknown or not asked:
+    """The requested fields, each once, in the order of ``known``; they become part of a statement, so only these."""
+    requested = set(fields)
+    unknown = sorted(requested - set(known))
+    if unknown or not requested:
         raise InputError(
-            f"one or more of {', '.join(known)} can be changed, found {', '.join(unknown) or 'none'}: name them in "
+            f"expected one or more of {', '.join(known)}, found {', '.join(unknown) or 'none'}: name them in "
             "update_mask",
             field="update_mask",
         )
-    return [name for name in known if name in asked]
+    return [name for name in known if name in requested]

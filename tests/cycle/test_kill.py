@@ -17,8 +17,9 @@ from serving import ServerProcess
 from watchdog import progress_expected
 
 from resight.cycle.conductor import STAGES
-from resight.cycle.runs import RunDatabase, lock_holder
+from resight.cycle.runs import RunDatabase
 from resight.cycle.state_folder import StateFolder, read_active
+from resight.locks import lock_holder
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from resight.cycle.runs import CycleLock, lock_holder
+from resight.cycle.runs import CycleLock
 from resight.errors import CycleBusyError
+from resight.locks import lock_holder
 
 HOLD = """
 import subprocess, sys, time

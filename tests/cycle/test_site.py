@@ -87,10 +87,10 @@ def test_every_key_has_a_description_in_its_class() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (LEAST + "modelroot = 1\n", ["service.modelroot", "did you mean model_root?"]),
-        (LEAST + "[watch]\nminuets = 5\n", ["watch.minuets", "did you mean minutes?"]),
+        (LEAST + "modelroot = 1\n", ["service.modelroot", "did you mean 'model_root'?"]),
+        (LEAST + "[watch]\nminuets = 5\n", ["watch.minuets", "did you mean 'minutes'?"]),
         (LEAST + "[[camera]]\nname = 'door'\nsource = 'a.mp4'\ndetections_file = 'b'\n", ["camera[0].detections_file"]),
-        ("names = 'x'\n" + LEAST, ["no key names,", "did you mean name?"]),
+        ("names = 'x'\n" + LEAST, ["no key names", "did you mean 'name'?"]),
         (LEAST.replace('name = "lobby"\n', ""), ["name is missing"]),
         ('name = "lobby"\n', ["service is missing"]),
         (LEAST.replace("lobby", "Lobby 2"), ["name", "found 'Lobby 2'"]),

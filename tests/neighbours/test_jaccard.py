@@ -1,14 +1,11 @@
 import numpy as np
 import pytest
+from reciprocal_encodings import camera_encoding_of, encoding_of
 from references import dense_camera_jaccard, dense_jaccard
 from sklearn.cluster import DBSCAN
 
-from resight.neighbours.jaccard import (
-    ReciprocalEncoding,
-    encode_camera_aware,
-    encode_reciprocal,
-    jaccard_graph,
-)
+from resight.neighbours.jaccard import jaccard_graph
+from resight.neighbours.reciprocal import ReciprocalEncoding
 from resight.neighbours.search import nearest_neighbours
 from resight.training.clustering.dbscan import dbscan
 
@@ -37,7 +34,7 @@ def test_sparse_jaccard_equals_the_dense_definition(k1: int, k2: int) -> None:
     rows = unit_rows(np.random.default_rng(k1 + k2), 11, 7, 12, 0.6)
     dense = dense_jaccard(rows, k1, k2)
     for chunk in (1, 5000, 1 << 22):
-        graph = jaccard_graph([encode_reciprocal(rows, k1=k1, k2=k2)], [1.0], max_distance=0.7, chunk=chunk)
+        graph = jaccard_graph([encoding_of(rows, k1=k1, k2=k2)], [1.0], max_distance=0.7, chunk=chunk)
         assert graph.nnz > len(rows)
         assert_graph_is(graph, dense)
 
@@ -46,7 +43,7 @@ def test_sparse_jaccard_equals_the_dense_definition(k1: int, k2: int) -> None:
 def test_fewer_crops_than_neighbours(count: int) -> None:
     rows = unit_rows(np.random.default_rng(count), count, 1, 4, 0.0)
     for k1, k2 in ((30, 6), (30, 1), (2, 6)):
-        graph = jaccard_graph([encode_reciprocal(rows, k1=k1, k2=k2)], [1.0], max_distance=0.7)
+        graph = jaccard_graph([encoding_of(rows, k1=k1, k2=k2)], [1.0], max_distance=0.7)
         assert_graph_is(graph, dense_jaccard(rows, k1, k2))
 
 
@@ -55,7 +52,7 @@ def test_fewer_crops_than_neighbours(count: int) -> None:
 def test_duplicate_crops(copies: int, k1: int, k2: int) -> None:
     rows = np.repeat(unit_rows(np.random.default_rng(0), 2, 2, 8, 0.5), copies, axis=0)
     dense = dense_jaccard(rows, k1, k2, ranks=nearest_neighbours(rows, k1))  # ties leave a choice
-    graph = jaccard_graph([encode_reciprocal(rows, k1=k1, k2=k2)], [1.0], max_distance=0.7)
+    graph = jaccard_graph([encoding_of(rows, k1=k1, k2=k2)], [1.0], max_distance=0.7)
     assert_graph_is(graph, dense)
     for eps in (0.35, 0.5, 0.6):
         expected = DBSCAN(eps=eps, min_samples=4, metric="precomputed").fit_predict(dense)
@@ -68,7 +65,7 @@ def test_views_are_fused_before_pruning(max_distance: float) -> None:
     views = [unit_rows(rng, 9, 6, 8, 0.5) for _ in range(3)]
     weights = [0.7, 0.15, 0.15]
     dense = sum(w * dense_jaccard(view, 10, 3) for w, view in zip(weights, views, strict=True))
-    encoded = [encode_reciprocal(view, k1=10, k2=3) for view in views]
+    encoded = [encoding_of(view, k1=10, k2=3) for view in views]
     graph = jaccard_graph(encoded, weights, max_distance=max_distance)
     assert graph.nnz > len(dense)
     assert_graph_is(graph, dense, max_distance)
@@ -95,7 +92,7 @@ def test_camera_aware_jaccard_equals_the_dense_definition(k1: tuple[int, int], k
     # a camera of one crop, one of three, numbers that are not 0..C-1
     cameras = rng.choice([4, -1, 90], len(rows))
     cameras[3], cameras[[9, 30, 31]] = 7, 12
-    encoded = encode_camera_aware(rows, cameras, k1_intra=k1[0], k1_inter=k1[1], k2_intra=k2[0], k2_inter=k2[1])
+    encoded = camera_encoding_of(rows, cameras, k1_intra=k1[0], k1_inter=k1[1], k2_intra=k2[0], k2_inter=k2[1])
     graph = jaccard_graph([encoded], [1.0], max_distance=0.7)
     assert graph.nnz > len(rows)
     assert_graph_is(graph, dense_camera_jaccard(rows, cameras, k1, k2))
@@ -105,7 +102,7 @@ def test_camera_aware_jaccard_equals_the_dense_definition(k1: tuple[int, int], k
 def test_camera_aware_jaccard_of_a_single_camera(count: int) -> None:
     rows = unit_rows(np.random.default_rng(1), count, 1, 6, 0.0)
     cameras = np.full(count, 5)
-    encoded = encode_camera_aware(rows, cameras, k1_intra=5, k1_inter=20, k2_intra=2, k2_inter=4)
+    encoded = camera_encoding_of(rows, cameras, k1_intra=5, k1_inter=20, k2_intra=2, k2_inter=4)
     graph = jaccard_graph([encoded], [1.0], max_distance=0.7)
     assert_graph_is(graph, dense_camera_jaccard(rows, cameras, (5, 20), (2, 4)))
 
@@ -123,14 +120,14 @@ def test_people_of_other_cameras_count_as_much_as_ones_own() -> None:
         true = persons[pairs.row] == persons[pairs.col]
         return float(pairs.data[true & (cameras[pairs.row] != cameras[pairs.col])].sum() / len(rows))
 
-    plain = across(encode_reciprocal(rows, k1=30, k2=6))
-    assert across(encode_camera_aware(rows, cameras, k1_intra=5, k1_inter=20, k2_intra=2, k2_inter=4)) > 1.3 * plain
+    plain = across(encoding_of(rows, k1=30, k2=6))
+    assert across(camera_encoding_of(rows, cameras, k1_intra=5, k1_inter=20, k2_intra=2, k2_inter=4)) > 1.3 * plain
 
 
 def test_encodings_are_distributions() -> None:
     rows = unit_rows(np.random.default_rng(5), 20, 5, 16, 0.4)
     cameras = np.arange(100) % 3
-    aware = encode_camera_aware(rows, cameras, k1_intra=5, k1_inter=20, k2_intra=2, k2_inter=4)
-    for weights in (encode_reciprocal(rows, k1=12, k2=4).weights, aware.weights):
+    aware = camera_encoding_of(rows, cameras, k1_intra=5, k1_inter=20, k2_intra=2, k2_inter=4)
+    for weights in (encoding_of(rows, k1=12, k2=4).weights, aware.weights):
         assert np.abs(np.asarray(weights.sum(1)).ravel() - 1).max() < 1e-5
         assert (weights.data > 0).all()

@@ -10,9 +10,18 @@ import pytest
 from numpy.typing import NDArray
 from tiny import environment
 
-from resight.neighbours.rerank import rerank
+from resight.neighbours.dense_rerank import k_reciprocal_scores
+from resight.neighbours.rerank import Reranking, rerank
+from resight.neighbours.search import farthest_distances, search_neighbours
+from resight.training.evaluation.evaluate import rerank_features
 
 Floats = NDArray[np.float32]
+
+
+def reranked(query: Floats, gallery: Floats, *, k1: int = 20, k2: int = 6, balance: float = 0.3) -> Reranking:
+    rows = np.concatenate([query, gallery])
+    near, farthest = search_neighbours(rows, k1 + 1), farthest_distances(rows)
+    return rerank(query, gallery, near, farthest, k1=k1, k2=k2, balance=balance)
 
 
 def crops(seed: int, n: int, people: int, size: int) -> Floats:
@@ -61,7 +70,7 @@ def slow_distance(query: Floats, gallery: Floats, k1: int, k2: int, balance: flo
 )
 def test_equals_the_dense_steps(seed: int, queries: int, gallery: int, k1: int, k2: int, balance: float) -> None:
     x = crops(seed, queries + gallery, 6, 9)
-    found = rerank(x[:queries], x[queries:], k1=k1, k2=k2, balance=balance)
+    found = reranked(x[:queries], x[queries:], k1=k1, k2=k2, balance=balance)
     slow = slow_distance(x[:queries], x[queries:], k1, k2, balance)
     whole = found.rows(slice(0, queries))
     np.testing.assert_allclose(1 - whole, slow, atol=2e-6)
@@ -70,9 +79,16 @@ def test_equals_the_dense_steps(seed: int, queries: int, gallery: int, k1: int, 
         np.testing.assert_allclose(np.concatenate(parts), whole, atol=1e-6)
 
 
+@pytest.mark.parametrize(("gallery", "k1", "k2", "balance"), [(66, 20, 6, 0.3), (8, 20, 6, 0.3), (200, 7, 3, 0.5)])
+def test_the_dense_form_of_the_service_equals_the_sparse_one(gallery: int, k1: int, k2: int, balance: float) -> None:
+    x = crops(7, 1 + gallery, 6, 9)
+    sparse = reranked(x[:1], x[1:], k1=k1, k2=k2, balance=balance).rows(slice(0, 1))[0]
+    np.testing.assert_allclose(k_reciprocal_scores(x, k1=k1, k2=k2, weight=balance), sparse, atol=2e-6)
+
+
 def test_balance_one_is_the_order_of_the_features() -> None:
     x = crops(4, 60, 6, 9)
-    found = rerank(x[:10], x[10:], balance=1.0).rows(slice(None))
+    found = reranked(x[:10], x[10:], balance=1.0).rows(slice(None))
     assert (np.argsort(-found, axis=1) == np.argsort(-(x[:10] @ x[10:].T), axis=1)).all()
 
 
@@ -89,13 +105,13 @@ def test_mutual_neighbours_move_up() -> None:
         nearest = np.argsort(-similarity, axis=1)[:, :10]
         return float((group[gallery][nearest] == group[query][:, None]).mean())
 
-    assert right(rerank(x[query], x[gallery]).rows(slice(None))) > right(x[query] @ x[gallery].T) + 0.03
+    assert right(rerank_features(x[query], x[gallery]).rows(slice(None))) > right(x[query] @ x[gallery].T) + 0.03
 
 
 def test_crops_that_are_all_the_same_are_all_equally_near() -> None:
     x = np.tile(np.float32([[1, 0, 0]]), (12, 1))
-    assert np.ptp(rerank(x[:2], x[2:]).rows(slice(None))) < 0.7
-    assert np.isfinite(rerank(x[:2], x[2:]).rows(slice(None))).all()
+    assert np.ptp(reranked(x[:2], x[2:]).rows(slice(None))) < 0.7
+    assert np.isfinite(reranked(x[:2], x[2:]).rows(slice(None))).all()
 
 
 def test_memory_does_not_grow_with_the_square_of_the_crops() -> None:
@@ -103,13 +119,13 @@ def test_memory_does_not_grow_with_the_square_of_the_crops() -> None:
     code = """
 import resource
 import numpy as np
-from resight.neighbours.rerank import rerank
+from resight.training.evaluation.evaluate import rerank_features
 rng = np.random.default_rng(6)
 x = rng.standard_normal((9000, 16), np.float32)
 x /= np.linalg.norm(x, axis=1, keepdims=True)
-rerank(x[:5], x[5:500]).rows(slice(None))  # what the libraries need once
+rerank_features(x[:5], x[5:500]).rows(slice(None))  # what the libraries need once
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-rerank(x[:500], x[500:]).rows(slice(0, 10))
+rerank_features(x[:500], x[500:]).rows(slice(0, 10))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from resight.neighbours import search
+from resight.neighbours.reciprocal import NO_NEIGHBOUR
 from resight.neighbours.search import (
-    NO_NEIGHBOUR,
     nearest_neighbours,
     search_neighbours,
     search_neighbours_by_camera,

@@ -28,7 +28,7 @@ def refused(process: ServerProcess) -> str:
     return " ".join(process.log.read_text().replace("│", " ").split())
 
 
-def test_a_ready_server_tells_its_address_and_takes_it_back(bundle_path, tmp_path):
+def test_server_json_has_the_address_while_the_server_runs(bundle_path, tmp_path):
     server = ServerProcess(bundle_path, tmp_path / "data")
     address = server.wait_ready()
     told = json.loads((tmp_path / "data" / "server.json").read_text())
@@ -51,7 +51,7 @@ def test_the_process_never_loads_torch(server):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def test_a_port_in_use_is_refused_with_what_to_do(bundle_path, tmp_path, server):
+def test_a_port_in_use_is_refused_with_advice(bundle_path, tmp_path, server):
     second = ServerProcess(bundle_path, tmp_path / "data", listen=server.wait_ready())
     text = refused(second)
     assert "StartupError" in text and "cannot listen on" in text and "--listen" in text
@@ -90,9 +90,7 @@ def test_a_bundle_with_a_flipped_byte_is_refused(tmp_path, file):
 
 def test_a_bundle_that_fails_its_probes_is_refused(tmp_path):
     bundle = make_bundle(tmp_path / "bundle", probes_of=7)
-    assert "gives other features than the exported model" in refused(
-        ServerProcess(bundle.path, tmp_path / "data")
-    )
+    assert "gives other features than the exported model" in refused(ServerProcess(bundle.path, tmp_path / "data"))
 
 
 def test_a_restart_finds_every_entry(bundle_path, tmp_path):
@@ -133,7 +131,7 @@ def test_another_model_keeps_the_gallery_and_refuses_to_mix_spaces(bundle_path, 
 
 
 @pytest.mark.slow
-def test_a_kill_in_a_storm_of_enrolments_loses_nothing_acknowledged(bundle_path, tmp_path):
+def test_a_kill_during_many_enrolments_loses_nothing_acknowledged(bundle_path, tmp_path):
     acknowledged: dict[str, np.ndarray] = {}
     attempted: set[str] = set()
     rng = random.Random(0)
@@ -191,7 +189,7 @@ def check(client: Client, acknowledged: dict, attempted: set) -> None:
         assert client.get_feature("storm", name).vector.shape == (32,)
 
 
-def test_sigterm_lets_calls_in_flight_end_and_exits_zero(bundle_path, tmp_path):
+def test_sigterm_finishes_calls_in_flight_and_exits_with_zero(bundle_path, tmp_path):
     server = ServerProcess(bundle_path, tmp_path / "data", RESIGHT_DRAIN_DELAY_S="1")
     outcomes: list[object] = []
     with Client(server.wait_ready()) as client:
@@ -229,7 +227,7 @@ def server_address(server: ServerProcess) -> str:
     return server.log.read_text().partition("serving ")[2].split()[0]
 
 
-def test_overload_is_refused_at_once_and_clients_that_wait_get_through(bundle_path, tmp_path):
+def test_overload_is_refused_at_once_and_retrying_clients_succeed(bundle_path, tmp_path):
     server = ServerProcess(
         bundle_path, tmp_path / "data", RESIGHT_MAX_QUEUE="64", RESIGHT_MAX_BATCH="1", RESIGHT_BATCH_DELAY_S="0.02"
     )
@@ -256,7 +254,7 @@ def test_overload_is_refused_at_once_and_clients_that_wait_get_through(bundle_pa
     assert server.end() == 0
 
 
-def test_expired_entries_leave_the_answers_at_once_and_the_disk_soon(bundle_path, tmp_path):
+def test_expired_entries_are_never_returned_and_soon_deleted_from_disk(bundle_path, tmp_path):
     from datetime import timedelta
 
     server = ServerProcess(bundle_path, tmp_path / "data", RESIGHT_PURGE_INTERVAL_S="0.2")

@@ -26,7 +26,7 @@ def test_both_clients_have_the_same_methods():
     assert Client.search.__doc__ == AsyncClient.search.__doc__ and "Args" in Client.create_collection.__doc__
 
 
-def test_a_whole_visit(address, client, collection):
+def test_every_call_of_the_async_client(address, client, collection):
     async def body():
         async with AsyncClient(address) as own:
             await own.wait_ready(10)
@@ -49,7 +49,7 @@ def test_a_whole_visit(address, client, collection):
     asyncio.run(body())
 
 
-def test_streams_take_either_kind_of_source(address, collection):
+def test_streams_accept_iterables_and_async_iterables(address, collection):
     async def body():
         async with AsyncClient(address) as own:
             await own.enrol_batch(collection, [NewEntry(jpeg(p), f"e{p}") for p in range(5)])
@@ -68,7 +68,7 @@ def test_streams_take_either_kind_of_source(address, collection):
     asyncio.run(body())
 
 
-def test_nobody_there_is_told(address):
+def test_an_unreachable_server_is_unavailable(address):
     async def body():
         async with AsyncClient("127.0.0.1:1", timeout_s=0.3) as own:
             with pytest.raises(UnavailableError, match="resight serve"):
@@ -79,6 +79,6 @@ def test_nobody_there_is_told(address):
     asyncio.run(body())
 
 
-def test_a_token_does_not_travel_in_clear():
+def test_a_token_is_not_sent_unencrypted():
     with pytest.raises(InputError, match="in plaintext"):
         AsyncClient("192.0.2.1:50051", token="secret")

@@ -140,7 +140,7 @@ def check_database(path: Path) -> None:
     raw.close()
 
 
-def test_every_answered_write_survives_a_kill_at_any_moment(tmp_path: Path) -> None:
+def test_acknowledged_writes_survive_a_kill_at_any_time(tmp_path: Path) -> None:
     ledger = Ledger()
     chance = random.Random(os.environ.get("SEED", "resight"))
     answered = in_flight = last = 0

@@ -6,7 +6,7 @@ import time
 from serving import ServerProcess
 
 
-def test_a_second_signal_ends_the_drain(bundle_path, tmp_path):
+def test_a_second_signal_aborts_the_drain(bundle_path, tmp_path):
     server = ServerProcess(bundle_path, tmp_path / "data", RESIGHT_DRAIN_DELAY_S="600", RESIGHT_DRAIN_GRACE_S="600")
     server.wait_ready()
     server.process.send_signal(signal.SIGTERM)

@@ -92,7 +92,7 @@ def test_every_service_is_found_by_reflection(tool: Tool) -> None:
     assert {*SERVICES, "grpc.health.v1.Health"} <= tool.listed()
 
 
-def test_a_crop_is_embedded_knowing_nothing_but_the_address(tool: Tool) -> None:
+def test_a_crop_is_embedded_by_reflection_alone(tool: Tool) -> None:
     answer = tool.call("resight.v1.EmbeddingService/Embed", {"image": encoded(jpeg(1))})
     feature = np.frombuffer(base64.b64decode(answer["embedding"]["float32Le"]), "<f4")
     assert feature.shape == (DIM,)
@@ -112,7 +112,7 @@ def test_people_are_enrolled_and_found(tool: Tool, client: Client, collection: s
     assert {hit.entry.entry_id for hit in mine} == {"p1", "p3"}
 
 
-def test_health_is_asked_for_like_a_probe_does(tool: Tool) -> None:
+def test_health_is_served_to_probes(tool: Tool) -> None:
     for service in ("", *SERVICES):
         assert tool.call("grpc.health.v1.Health/Check", {"service": service}) == {"status": "SERVING"}
 
@@ -123,7 +123,7 @@ def test_an_error_arrives_with_its_reason(tool: Tool) -> None:
     assert "create it first" in told and "google.rpc.ErrorInfo" in told
 
 
-def test_older_tools_find_the_alpha_of_reflection(address: str) -> None:
+def test_older_tools_find_reflection_v1alpha(address: str) -> None:
     tool = Tool("buf", address)
     assert tool.call("grpc.health.v1.Health/Check", {}, reflection="grpc-v1alpha") == {"status": "SERVING"}
 
@@ -184,15 +184,15 @@ def test_node_enrols_and_searches(node: Node, client: Client, collection: str, t
 
 
 @pytest.mark.slow
-def test_node_is_told_what_is_wrong(node: Node, tmp_path: Path) -> None:
+def test_node_gets_rich_errors(node: Node, tmp_path: Path) -> None:
     query = tmp_path / "query.jpg"
     query.write_bytes(b"no image")
     status, _, err = node("--collection", "NOT A NAME", "--query", str(query))
-    assert status == 1 and err.startswith("INVALID_ARGUMENT: a collection's name is")
+    assert status == 1 and err.startswith("INVALID_ARGUMENT: a collection name has")
 
 
 @pytest.mark.slow
-def test_node_shows_a_token(installed: Path, bundle_path: Path, tmp_path: Path) -> None:
+def test_node_sends_a_token(installed: Path, bundle_path: Path, tmp_path: Path) -> None:
     token, _ = TokenFile(tmp_path / "data").create("node", Role.OPERATOR)
     server = ServerProcess(bundle_path, tmp_path / "data")
     try:

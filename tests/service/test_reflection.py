@@ -41,7 +41,7 @@ def test_both_reflections_describe_every_service_they_list(address, version):
             assert any(file.package == package and service in [s.name for s in file.service] for file in files)
 
 
-def test_a_call_can_be_made_from_what_reflection_tells_alone(address):
+def test_a_call_can_be_built_from_reflection_alone(address):
     """As a stranger's tool does: descriptors into a pool of its own, messages out of them."""
     from google.protobuf import descriptor_pool, message_factory
 
@@ -73,7 +73,7 @@ def test_a_call_can_be_made_from_what_reflection_tells_alone(address):
         assert call(request(), timeout=10).limits.max_batch_items == 64
 
 
-def test_reflection_is_for_operators_where_authentication_is_on_and_off_where_it_is_not_wanted(bundle_path, tmp_path):
+def test_reflection_requires_an_operator_and_can_be_disabled(bundle_path, tmp_path):
     file = TokenFile(tmp_path / "data")
     reader, operator = (file.create(role.word, role)[0] for role in (Role.READER, Role.OPERATOR))
     server = ServerProcess(bundle_path, tmp_path / "data")

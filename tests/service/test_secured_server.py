@@ -65,17 +65,17 @@ def connect(secure, authority):
     return lambda token, **other: Client(secure.local, token=token, timeout_s=10, **(files | other))
 
 
-def test_each_role_does_its_part_and_no_more(connect, tokens):
+def test_each_role_has_exactly_its_permissions(connect, tokens):
     with connect(tokens[Role.OPERATOR]) as operator:
         operator.create_collection("lobby", unlimited_retention=True)
     with connect(tokens[Role.ENROLLER]) as enroller:
         enroller.enrol("lobby", NewEntry(jpeg(1), "one"))
-        with pytest.raises(PermissionDeniedError, match="needs the role operator"):
+        with pytest.raises(PermissionDeniedError, match="requires the role operator"):
             enroller.delete_collection("lobby", force=True)
     with connect(tokens[Role.READER]) as reader:
         assert reader.search("lobby", jpeg(1)).hits[0].entry.entry_id == "one"
         assert reader.info().space_id
-        with pytest.raises(PermissionDeniedError, match="needs the role enroller"):
+        with pytest.raises(PermissionDeniedError, match="requires the role enroller"):
             reader.enrol("lobby", NewEntry(jpeg(2), "two"))
     for wrong in (None, "rst_nonsense"):
         with connect(wrong) as stranger:
@@ -84,17 +84,17 @@ def test_each_role_does_its_part_and_no_more(connect, tokens):
                 stranger.search("lobby", jpeg(1))
 
 
-def test_an_enroller_lets_nobody_stay_longer_than_the_collection_says(connect, tokens):
+def test_an_enroller_cannot_exceed_the_time_to_live(connect, tokens):
     later, soon = datetime.now(UTC) + timedelta(days=2), datetime.now(UTC) + timedelta(hours=20)
     with connect(tokens[Role.OPERATOR]) as operator, connect(tokens[Role.ENROLLER]) as enroller:
         operator.create_collection("brief", ttl=timedelta(days=1))
-        with pytest.raises(InputError, match="live 1 days, this one would live longer") as refused:
+        with pytest.raises(InputError, match="expire after 1 days, this one would expire later") as refused:
             enroller.enrol("brief", NewEntry(jpeg(1), "one", expire_time=later))
         assert refused.value.field == "entry.expire_time"
         items = [NewEntry(jpeg(1), "one", expire_time=soon), NewEntry(jpeg(2), "two", expire_time=later)]
         one, two = enroller.enrol_batch("brief", items)
         assert one.expire_time == soon and isinstance(two, InputError)
-        with pytest.raises(InputError, match="ask an operator"):
+        with pytest.raises(InputError, match="have an operator set it"):
             enroller.update_entry("brief", "one", expire_time=later)
         enroller.update_entry("brief", "one", expire_time=soon - timedelta(hours=1))
         assert operator.update_entry("brief", "one", expire_time=later).expire_time == later
@@ -103,7 +103,7 @@ def test_an_enroller_lets_nobody_stay_longer_than_the_collection_says(connect, t
         assert enroller.enrol("for-good", NewEntry(jpeg(1), expire_time=later)).expire_time == later
 
 
-def test_a_client_without_a_certificate_or_of_another_authority_does_not_get_in(secure, authority, tokens, tmp_path):
+def test_clients_without_a_certificate_of_the_authority_are_rejected(secure, authority, tokens, tmp_path):
     stranger = Authority(tmp_path, "stranger")
     certificate, key = stranger.issue("other")
     files = [{"tls_ca": authority.ca}, {"tls_ca": authority.ca, "tls_cert": certificate, "tls_key": key}]
@@ -115,7 +115,7 @@ def test_a_client_without_a_certificate_or_of_another_authority_does_not_get_in(
         plain.info()
 
 
-def test_a_renewed_certificate_and_a_revoked_token_count_without_a_restart(connect, secure, authority, data):
+def test_renewed_certificates_and_revoked_tokens_take_effect_without_a_restart(connect, secure, authority, data):
     secret, _ = TokenFile(data).create("leaver", Role.READER)
     with connect(secret) as client:
         wait_until(lambda: client.info() is not None, UnauthenticatedError)
@@ -154,7 +154,7 @@ def command(monkeypatch):
     return run
 
 
-def test_the_command_line_makes_shows_uses_and_revokes_tokens(command, secure, authority, data, tmp_path):
+def test_the_command_line_creates_lists_uses_and_revokes_tokens(command, secure, authority, data, tmp_path):
     made = command("token", "create", "tool", "--role", "operator", "--expires", "90d", "--data", data)
     secret = made.stdout.strip()
     assert secret.startswith("rst_") and len(made.stdout.split()) == 1
@@ -168,7 +168,7 @@ def test_the_command_line_makes_shows_uses_and_revokes_tokens(command, secure, a
     wait_until(lambda: command("gallery", "list", **env, RESIGHT_TOKEN=secret), UnauthenticatedError)
     command("gallery", "list", **env, RESIGHT_TOKEN_FILE=tmp_path / "token")
     command("--token-file", tmp_path / "token", "gallery", "list", **env)
-    with pytest.raises(UnauthenticatedError, match="a token is needed"):
+    with pytest.raises(UnauthenticatedError, match="a token is required"):
         command("gallery", "list", **env)
     with pytest.raises(InputError, match="cannot be read"):
         command("gallery", "list", **env, RESIGHT_TOKEN_FILE=tmp_path / "none")
@@ -179,7 +179,7 @@ def test_the_command_line_makes_shows_uses_and_revokes_tokens(command, secure, a
         command("token", "create", "tool", "--role", "reader", "--expires", "soon", "--data", data)
 
 
-def test_a_program_that_is_no_command_connects_by_the_environment(secure, authority, monkeypatch, tokens):
+def test_the_client_library_reads_connection_settings_from_the_environment(secure, authority, monkeypatch, tokens):
     certificate, key = authority.issue("client")
     for name, path in {"TLS_CA": authority.ca, "CLIENT_CERT": certificate, "CLIENT_KEY": key}.items():
         monkeypatch.setenv(f"RESIGHT_{name}", str(path))
@@ -189,7 +189,7 @@ def test_a_program_that_is_no_command_connects_by_the_environment(secure, author
         assert client.info()
 
 
-def test_metadata_beyond_its_limit_is_refused_before_anything_is_read(address):
+def test_metadata_over_the_limit_is_rejected_before_the_request_is_read(address):
     with grpc.insecure_channel(address) as channel:
         info = admin_pb2_grpc.AdminServiceStub(channel).GetServerInfo
         info(admin_pb2.GetServerInfoRequest(), metadata=(("x-much", "a" * (MAX_METADATA_BYTES // 2)),), timeout=10)
@@ -198,7 +198,7 @@ def test_metadata_beyond_its_limit_is_refused_before_anything_is_read(address):
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-def test_a_log_line_of_a_call_names_its_request(bundle_path, tmp_path):
+def test_a_log_line_of_a_call_has_its_request_id(bundle_path, tmp_path):
     TokenFile(tmp_path / "data").create("anna", Role.READER)
     server = ServerProcess(bundle_path, tmp_path / "data")
     with grpc.insecure_channel(server.wait_ready()) as channel:
@@ -207,6 +207,6 @@ def test_a_log_line_of_a_call_names_its_request(bundle_path, tmp_path):
             info(admin_pb2.GetServerInfoRequest(), metadata=(("x-request-id", "my-id-1"),), timeout=10)
         assert dict(refused.value.trailing_metadata())["x-request-id"] == "my-id-1"
     assert server.end() == 0
-    assert "request=my-id-1 refused /resight.v1.AdminService/GetServerInfo" in server.log.read_text()
+    assert "request=my-id-1 rejected /resight.v1.AdminService/GetServerInfo" in server.log.read_text()
     with pytest.raises(InputError, match="in plaintext"):
         Client("gallery.example:50051", token="rst_x")

@@ -159,7 +159,7 @@ def check_log(server: ServerProcess) -> None:
     assert [line for line in server.log.read_text().splitlines() if " ERROR " in line or "Traceback" in line] == []
 
 
-def test_every_answered_call_survives_a_kill_of_the_server_at_any_moment(tmp_path: Path) -> None:
+def test_acknowledged_calls_survive_a_kill_of_the_server_at_any_time(tmp_path: Path) -> None:
     root, data, ledger = tmp_path / "models", tmp_path / "data", Ledger()
     for seed, name in enumerate(MODELS):
         make_bundle(root / name, seed=seed)

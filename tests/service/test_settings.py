@@ -25,7 +25,7 @@ def test_flags_come_before_environment_before_file_before_defaults(tmp_path, mon
     assert (settings.bundle, settings.max_top_k, settings.listen) == (Path("b"), 1000, "127.0.0.1:50051")
 
 
-def test_settings_do_not_change():
+def test_settings_are_immutable():
     settings = load_settings(bundle=Path("b"), data=Path("d"))
     with pytest.raises(ValidationError):
         settings.max_batch = 1
@@ -34,31 +34,31 @@ def test_settings_do_not_change():
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ({"bundle": None}, "give --bundle, RESIGHT_BUNDLE or a line"),
+        ({"bundle": None}, "set --bundle, RESIGHT_BUNDLE or a line"),
         ({"max_batch": 0}, "max_batch.*found 0"),
         ({"listen": "50051"}, "listen.*found '50051'"),
         ({"provider": "tpu"}, "provider.*found 'tpu'"),
-        ({"max_bach": 3}, "did you mean max_batch"),
+        ({"max_bach": 3}, "did you mean 'max_batch'"),
         ({"max_queue": 10}, "max_queue must hold a batch"),
-        ({"tls_cert": Path("c")}, "tls_cert and tls_key come together"),
-        ({"tls_client_ca": Path("c")}, "tls_client_ca needs tls_cert"),
+        ({"tls_cert": Path("c")}, "tls_cert and tls_key belong together"),
+        ({"tls_client_ca": Path("c")}, "tls_client_ca requires tls_cert"),
         ({"auth": "off"}, "auth.*found 'off'"),
         ({"insecure_listen": True}, "there is no setting insecure_listen"),
     ],
 )
-def test_what_is_wrong_is_named(wrong, told):
+def test_invalid_settings_are_named(wrong, told):
     with pytest.raises(RecipeError, match=told):
         load_settings(**({"bundle": Path("b"), "data": Path("d")} | wrong))
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
+def test_an_unreadable_settings_file_is_named(tmp_path):
     (tmp_path / "bad.toml").write_text("a = = 3")
     for config in (tmp_path / "bad.toml", tmp_path):
         with pytest.raises(RecipeError, match=config.name):
             load_settings(config=config, bundle=Path("b"), data=Path("d"))
 
 
-def test_a_file_that_is_not_there_is_no_empty_file(tmp_path):
+def test_a_missing_settings_file_is_an_error(tmp_path):
     with pytest.raises(RecipeError, match=r"none\.toml"):
         load_settings(config=tmp_path / "none.toml", bundle=Path("b"), data=Path("d"))
 

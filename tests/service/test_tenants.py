@@ -58,7 +58,7 @@ def test_tenants_share_nothing_but_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "..", "A", "a/b", "../x", "-a", "a" * 64, ".a"])
-def test_a_tenants_name_is_never_a_path(tmp_path, name):
+def test_a_tenant_name_cannot_be_a_path(tmp_path, name):
     async def body():
         async with opened(tmp_path) as every:
             with pytest.raises(InputError, match="tenant's name"):
@@ -68,7 +68,7 @@ def test_a_tenants_name_is_never_a_path(tmp_path, name):
     asyncio.run(body())
 
 
-def test_asked_for_many_times_at_once_it_is_opened_once(tmp_path):
+def test_concurrent_calls_open_a_tenant_once(tmp_path):
     async def body():
         async with opened(tmp_path) as every:
             found = await asyncio.gather(*(every.gallery("acme") for _ in range(20)))
@@ -77,7 +77,7 @@ def test_asked_for_many_times_at_once_it_is_opened_once(tmp_path):
     asyncio.run(body())
 
 
-def test_the_one_longest_idle_gives_way_and_comes_back_whole(tmp_path, monkeypatch):
+def test_the_longest_idle_tenant_is_closed_and_reopened_unchanged(tmp_path, monkeypatch):
     async def body():
         async with opened(tmp_path, max_tenants_open=3) as every:
             one = await every.tenant("one")
@@ -98,7 +98,7 @@ def test_the_one_longest_idle_gives_way_and_comes_back_whole(tmp_path, monkeypat
     asyncio.run(body())
 
 
-def test_what_expired_leaves_the_disk_of_tenants_that_nobody_uses(tmp_path):
+def test_expired_entries_of_unused_tenants_are_deleted_from_disk(tmp_path):
     async def body():
         async with opened(tmp_path) as every:
             for name in ("idle", "used"):
@@ -124,7 +124,7 @@ def test_what_expired_leaves_the_disk_of_tenants_that_nobody_uses(tmp_path):
     asyncio.run(body())
 
 
-def test_those_with_interrupted_work_are_known_without_being_opened(tmp_path):
+def test_tenants_with_interrupted_operations_are_found_without_opening_them(tmp_path):
     async def body():
         async with opened(tmp_path) as every:
             for name in ("acme", "beta"):
@@ -136,6 +136,6 @@ def test_those_with_interrupted_work_are_known_without_being_opened(tmp_path):
             assert await every.unfinished("rebuild") == []
         async with opened(tmp_path) as every:  # nobody ended acme's
             assert await every.unfinished("migrate") == ["acme"]
-            assert [tenant.name for tenant in every.opened()] == ["default"]
+            assert [tenant.name for tenant in every.open_tenants()] == ["default"]
 
     asyncio.run(body())

@@ -1,43 +1,47 @@
-"""Which crops form a batch: four samplers. Letters: B batch, P clusters a batch, K crops a cluster.
+"""Training batches: four samplers that draw the rows, and the augmentation of the pixels.
 
-Training-time augmentation, on whole batches (SpCL, Cluster Contrast, LP, O2CAP use these values).
+Flip, pad and crop work on uint8 pixels; random erasing (Zhong et al., AAAI 2020) follows normalisation and fills with
+the ImageNet mean, as in the released code of SpCL, Cluster Contrast, LP and O2CAP, whose values are the defaults.
+Random numbers are always drawn for the whole batch, even if a process holds only a part of it, so that a crop gets
+the same pixels in any process.
 
-Flip, pad and crop act on uint8 pixels; random erasing (Zhong et al., AAAI 2020) acts after
-normalisation and fills with the ImageNet mean, as the released codes do. Chance is drawn for a whole batch
-even where only a part of it is at hand, so that a crop gets the same pixels in whichever process it lands.
+Letters: B batch, K crops per cluster, N crops.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
 
 from resight.arrays import Ints, Pixels
 from resight.encoder.model import IMAGENET_MEAN
 from resight.errors import TrainingError
+from resight.validation import STRICT
 
 
 def camera_batches(
     labels: Ints, cameras: Ints, *, batch: int, instances: int, rng: np.random.Generator
 ) -> Iterator[Ints]:
-    """Endless batches of `instances` crops of each cluster, partners from other cameras where there are any.
+    """Endless batches of `instances` crops per cluster, partners from other cameras if there are any.
 
     The multiple-gallery sampler of SpCL, Cluster Contrast and LP: each pass visits every cluster once in random
-    order and takes a random anchor, then instances - 1 crops of the cluster's other cameras, or of the same
-    camera where it has no other (with replacement only where there are too few). A cluster of one crop gives
-    that crop alone. Passes follow each other without a gap, so that few clusters still fill a batch; crops of
-    one cluster stay together, which grouped batch norm relies on.
+    order and draws a random anchor, then instances - 1 crops from the cluster's other cameras, or from the same
+    camera if there is no other (with replacement only if there are too few). A cluster of one crop yields
+    that crop alone. Passes are concatenated, so that few clusters still fill a batch; crops of one cluster are
+    adjacent, which grouped batch norm relies on.
 
     Args:
         labels: int64 (N,), -1 for outliers, which are never drawn.
         cameras: int64 (N,), any values.
-        batch: B, crops a batch.
+        batch: B, crops per batch.
         instances: K.
-        rng: the only source of chance.
+        rng: the only source of randomness.
 
     Yields:
         int64 (B,), rows of the store.
@@ -51,19 +55,19 @@ def camera_batches(
 def balanced_batches(
     labels: Ints, cameras: Ints, *, batch: int, instances: int, rng: np.random.Generator
 ) -> Iterator[Ints]:
-    """Endless batches of `instances` crops of each cluster, as evenly over the cluster's cameras as can be.
+    """Endless batches of `instances` crops per cluster, spread over the cluster's cameras as evenly as possible.
 
-    Cameras take turns in random order; a camera that has no crop left begins again only when all have none.
-    Arguments, errors and passes as `camera_batches`.
+    Cameras alternate in random order; crops are repeated only after all crops of the cluster have been drawn.
+    Arguments, errors and passes as in `camera_batches`.
     """
     return _batches_by_label(labels, batch, rng, lambda rows: _spread(rows, cameras, instances, rng))
 
 
 def proxy_batches(labels: Ints, *, batch: int, instances: int, rng: np.random.Generator) -> Iterator[Ints]:
-    """Endless batches of `instances` crops of each proxy (O2CAP's proxy-uniform sampler).
+    """Endless batches of `instances` crops per proxy (O2CAP's proxy-uniform sampler).
 
-    A proxy with fewer crops gives its list repeated `instances` times, shuffled and cut, as the released code
-    does, so that it may repeat a crop and leave another out. Arguments, errors and passes as `camera_batches`.
+    For a proxy with fewer crops the list is repeated `instances` times, shuffled and truncated, as in the released
+    code, so it may repeat one crop and omit another. Arguments, errors and passes as in `camera_batches`.
     """
 
     def draw(rows: Ints) -> list[int]:
@@ -91,7 +95,7 @@ def shuffled_batches(count: int, *, batch: int, rng: np.random.Generator) -> Ite
 def _batches_by_label(
     labels: Ints, batch: int, rng: np.random.Generator, draw: Callable[[Ints], list[int]]
 ) -> Iterator[Ints]:
-    """Visit every label in random order, again and again, and cut what is drawn into batches."""
+    """Visit every label in random order, pass after pass, and cut the drawn rows into batches."""
     members = _members(labels)
     if not members:
         raise TrainingError("no crop has a label: expected clusters to draw batches from")
@@ -104,12 +108,12 @@ def _endless(count: int, rng: np.random.Generator) -> Iterator[int]:
 
 
 def _cut_batches(drawn: Iterable[list[int]], batch: int) -> Iterator[Ints]:
-    waiting: list[int] = []
+    pending: list[int] = []
     for rows in drawn:
-        waiting.extend(rows)
-        while len(waiting) >= batch:
-            yield np.asarray(waiting[:batch])
-            waiting = waiting[batch:]
+        pending.extend(rows)
+        while len(pending) >= batch:
+            yield np.asarray(pending[:batch])
+            pending = pending[batch:]
 
 
 def _members(labels: Ints) -> list[Ints]:
@@ -121,11 +125,11 @@ def _members(labels: Ints) -> list[Ints]:
 
 
 def _instances(rows: Ints, cameras: Ints, count: int, rng: np.random.Generator) -> list[int]:
-    """An anchor and its partners; one row where there is no partner."""
+    """An anchor and its partners, or the anchor alone."""
     anchor = rng.choice(rows)
     others = rows[rows != anchor]
-    elsewhere = others[cameras[others] != cameras[anchor]]
-    partners = elsewhere if len(elsewhere) else others
+    other_cameras = others[cameras[others] != cameras[anchor]]
+    partners = other_cameras if len(other_cameras) else others
     if not len(partners) or count == 1:
         return [int(anchor)]
     chosen = rng.choice(partners, count - 1, replace=len(partners) < count - 1)
@@ -133,24 +137,27 @@ def _instances(rows: Ints, cameras: Ints, count: int, rng: np.random.Generator) 
 
 
 def _spread(rows: Ints, cameras: Ints, count: int, rng: np.random.Generator) -> list[int]:
-    """`count` rows in rounds over the cameras; rows repeat only where there are too few."""
+    """`count` rows, one camera after the other in round_; rows repeat only if there are too few."""
     shuffled = rng.permutation(rows)
     _, number = np.unique(cameras[shuffled], return_inverse=True)
-    turn = _occurrence(number) + rng.permutation(number.max() + 1)[number] / (number.max() + 1.0)
-    order = shuffled[np.argsort(turn, kind="stable")]
+    round_ = _occurrence(number) + rng.permutation(number.max() + 1)[number] / (number.max() + 1.0)
+    order = shuffled[np.argsort(round_, kind="stable")]
     return list(np.resize(order, count))
 
 
 def _occurrence(number: Ints) -> Ints:
-    """How many equal numbers stand before each position: [5, 7, 5, 5] -> [0, 0, 1, 2]."""
+    """The number of equal values before each position: [5, 7, 5, 5] -> [0, 0, 1, 2]."""
     order = np.argsort(number, kind="stable")
     first = np.searchsorted(number[order], number[order], side="left")
-    turn = np.empty_like(order)
-    turn[order] = np.arange(len(number)) - first
-    return turn
+    round_ = np.empty_like(order)
+    round_[order] = np.arange(len(number)) - first
+    return round_
 
 
-@dataclass(frozen=True)
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+@validated(frozen=True, config=STRICT)
 class AugmentSettings:
     """Probabilities and sizes; the defaults are those of LP and O2CAP.
 
@@ -162,11 +169,11 @@ class AugmentSettings:
         erase_aspect: smallest height / width of the rectangle; the largest is its inverse.
     """
 
-    flip: float = 0.5
-    pad: int = 10
-    erase: float = 0.5
-    erase_area: tuple[float, float] = (0.02, 0.40)
-    erase_aspect: float = 0.3
+    flip: Probability = 0.5
+    pad: Annotated[int, Field(ge=0)] = 10
+    erase: Probability = 0.5
+    erase_area: tuple[Probability, Probability] = (0.02, 0.40)
+    erase_aspect: Annotated[float, Field(gt=0, le=1)] = 0.3
 
 
 def shift_and_flip(
@@ -177,9 +184,9 @@ def shift_and_flip(
     Args:
         images: uint8 (B, H, W, 3).
         settings: see `AugmentSettings`.
-        rng: the only source of chance.
-        batch: crops of the whole batch; these are all of it by default.
-        start: position of the first of these in the batch.
+        rng: the only source of randomness.
+        batch: size of the whole batch if ``images`` is a part of it.
+        start: position of the part in the batch.
 
     Returns:
         uint8 (B, H, W, 3), a new array.
@@ -206,9 +213,9 @@ def erase(
     Args:
         images: float32 (B, 3, H, W), normalised.
         settings: see `AugmentSettings`.
-        rng: the only source of chance.
-        batch: crops of the whole batch; these are all of it by default.
-        start: position of the first of these in the batch.
+        rng: the only source of randomness.
+        batch: size of the whole batch if ``images`` is a part of it.
+        start: position of the part in the batch.
 
     Returns:
         The same tensor.
@@ -219,10 +226,10 @@ def erase(
         for _ in range(100):  # the released codes' number of attempts to find a rectangle that fits
             area = rng.uniform(*settings.erase_area) * height * width
             aspect = rng.uniform(settings.erase_aspect, 1 / settings.erase_aspect)
-            tall, wide = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-            if 0 < tall < height and 0 < wide < width:
-                top, left = rng.integers(0, height - tall + 1), rng.integers(0, width - wide + 1)
+            rect_height, rect_width = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+            if 0 < rect_height < height and 0 < rect_width < width:
+                top, left = rng.integers(0, height - rect_height + 1), rng.integers(0, width - rect_width + 1)
                 if 0 <= row < len(images):
-                    images[row, :, top : top + tall, left : left + wide] = fill
+                    images[row, :, top : top + rect_height, left : left + rect_width] = fill
                 break
     return images

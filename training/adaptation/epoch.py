@@ -1,4 +1,4 @@
-"""One epoch: label the crops, then contrast batches with memories of their clusters, their proxies or themselves.
+"""The parts of an epoch: features, pseudo-labels and their health, the objective and the batch sampler.
 
 Letters: N crops, K clusters.
 """
@@ -18,9 +18,10 @@ from resight.training.adaptation.batches import (
     proxy_batches,
     shuffled_batches,
 )
+from resight.training.adaptation.distill import Teacher
 from resight.training.adaptation.objective import ClusterObjective, Objective, ProxyObjective, split_by_camera
 from resight.training.adaptation.recipe import views_used
-from resight.training.adaptation.run import EpochState, TrainingRun, TrainState
+from resight.training.adaptation.run import StageState, TrainingRun
 from resight.training.adaptation.selective import InstanceObjective
 from resight.training.clustering.cluster import Clustering, centroids, cluster
 from resight.training.clustering.dbscan import OUTLIER
@@ -32,8 +33,8 @@ LABELS = "labels"
 
 
 def extract_views(run: TrainingRun, encoder: Encoder, *, parts: bool) -> list[Floats]:
-    """Features under a progress bar."""
-    with run.log.bar("features", len(run.store)) as advance:
+    """Extract the features of the store with a progress bar."""
+    with run.log.progress("features", len(run.store)) as advance:
         precision, cache = run.recipe.precision, run.pixels
         return extract_features(
             encoder, run.store, device=run.device, precision=precision, local=parts, cache=cache, progress=advance
@@ -41,7 +42,7 @@ def extract_views(run: TrainingRun, encoder: Encoder, *, parts: bool) -> list[Fl
 
 
 def label_crops(run: TrainingRun, views: list[Floats]) -> Clustering:
-    """Pseudo labels by clustering, or what the recipe asks for instead."""
+    """Pseudo-labels by clustering, or the labels that the recipe uses in their place."""
     if run.recipe.labels == "persons":
         _, labels = np.unique(run.store.persons, return_inverse=True)
         return Clustering(labels.astype(np.int64))
@@ -52,38 +53,36 @@ def label_crops(run: TrainingRun, views: list[Floats]) -> Clustering:
     return on_first_process(lambda: cluster(used, settings, cameras=cameras, links=run.links, device=run.device))
 
 
-def label_health(run: TrainingRun, now: EpochState, clustering: Clustering) -> dict[str, float]:
-    """Figures of the labels, which are kept for the next epoch and for the report."""
-    run.log.labels(now.stage, clustering.labels)
+def label_health(run: TrainingRun, state: StageState, clustering: Clustering) -> dict[str, float]:
+    """Log the labels, carry them over to the next epoch and return their health metrics."""
+    run.log.labels(state.stage, clustering.labels)
     if run.recipe.labels == "none":
         return {}
-    before = now.kept.get(LABELS)
-    now.kept[LABELS] = torch.from_numpy(clustering.labels)
+    before = state.carried.get(LABELS)
+    state.carried[LABELS] = torch.from_numpy(clustering.labels)
     persons = run.store.persons if run.store.has_persons else None
-    steadiness = epoch_health(clustering.labels, None if before is None else before.numpy(), run.store.cameras)
-    return {**clustering.health(persons), **steadiness}
+    stability = epoch_health(clustering.labels, None if before is None else before.numpy(), run.store.cameras)
+    return {**clustering.health(persons), **stability}
 
 
-def set_teacher_anchors(run: TrainingRun, trainee: TrainState, labels: Ints) -> None:
-    """The teacher's centroids of these labels; its features never change and are computed once."""
-    guide = trainee.guide
-    assert guide is not None
-    if guide.features is None:
-        guide.features = extract_views(run, guide.encoder, parts=False)[0]
-    guide.anchors = torch.from_numpy(centroids(guide.features, labels)).to(run.device)
+def set_teacher_anchors(run: TrainingRun, teacher: Teacher, labels: Ints) -> None:
+    """Set the teacher's anchors to its centroids of these labels; its features are computed once."""
+    if teacher.features is None:
+        teacher.features = extract_views(run, teacher.encoder, parts=False)[0]
+    teacher.anchors = torch.from_numpy(centroids(teacher.features, labels)).to(run.device)
 
 
-def make_objective(run: TrainingRun, now: EpochState, views: list[Floats], clustering: Clustering) -> Objective:
-    """The memories of this epoch."""
+def make_objective(run: TrainingRun, state: StageState, views: list[Floats], clustering: Clustering) -> Objective:
+    """The objective of this epoch with newly built memories."""
     recipe, cameras = run.recipe, run.store.cameras
     if recipe.contrast == "instances":
-        *_, chance = run.chance(now.stage, now.epoch)
-        warming = now.epoch < recipe.selective.warmup_epochs
-        banks = {name: tensor for name, tensor in now.kept.items() if name != LABELS}
+        *_, rng = run.random_streams(state.stage, state.epoch)
+        warming = state.epoch < recipe.selective.warmup_epochs
+        banks = {name: tensor for name, tensor in state.carried.items() if name != LABELS}
         return InstanceObjective(
-            views, cameras, recipe, warming=warming, rng=chance, banks=banks, device=run.device, links=run.links
+            views, cameras, recipe, warming=warming, rng=rng, banks=banks, device=run.device, links=run.links
         )
-    momentum = 1.0 if now.borrowed else recipe.momentum
+    momentum = 1.0 if state.uses_teacher_labels else recipe.momentum
     used = views[: views_used(recipe)]
     if recipe.contrast == "proxies":
         return ProxyObjective(used, clustering, cameras, recipe, momentum=momentum, device=run.device, links=run.links)
@@ -91,7 +90,7 @@ def make_objective(run: TrainingRun, now: EpochState, views: list[Floats], clust
 
 
 def draw_batches(run: TrainingRun, labels: Ints, rng: np.random.Generator) -> Iterator[Ints]:
-    """Rows of batches without end, by the recipe's sampler."""
+    """Endless batches of rows from the recipe's sampler."""
     recipe, cameras = run.recipe, run.store.cameras
     batch, instances = recipe.batch, recipe.instances
     if recipe.sampler == "all":

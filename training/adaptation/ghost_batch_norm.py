@@ -1,11 +1,11 @@
-"""Grouped ("ghost") batch norm: statistics over a fixed number of samples, whatever machine trains.
+"""Grouped ("ghost") batch norm: statistics over a fixed number of samples, independent of the number of devices.
 
-The papers trained on several GPUs whose shards were normalised apart, 64 crops each for LP and Cluster Contrast;
-the number of GPUs was a hidden setting worth 20 mAP (cluster-contrast issue 16: 82.6 on four, 59.1 on one).
-Here it is a value of the recipe. Groups are contiguous, so that a shard holds whole clusters as theirs did
+The papers trained on several GPUs that each normalised their own shard, 64 crops for LP and Cluster Contrast; the
+number of GPUs was a hidden hyperparameter worth 20 mAP (cluster-contrast issue 16: 82.6 on four, 59.1 on one).
+Here it is a setting of the recipe. Groups are contiguous, so that a group holds whole clusters as the shards did
 (Hoffer et al., "Train longer, generalize better", NeurIPS 2017, algorithm 1).
 
-Letters: B samples, C channels, G groups, M parts a batch is handed over in.
+Letters: B samples, C channels, G groups, M parts of a batch.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-MIN_GROUP = 2  # samples a group: of one, a neck sees no variance at all
+MIN_GROUP = 2  # samples per group: in a group of one, a neck has no variance
 
 
 def group_count(batch: int, samples_per_bn: int) -> int:
-    """G for a batch of B: groups of at most `samples_per_bn`, as equal as possible, none of a single sample.
+    """G for a batch of B: groups of at most `samples_per_bn`, as equal as possible, none with a single sample.
 
-    65 samples in groups of 64 are 33 and 32; 3 in groups of 2 are one group of 3. With 0 all B are one group.
+    With groups of 64, 65 samples become 33 and 32; with groups of 2, 3 samples become one group. 0 means one group.
     """
     if samples_per_bn == 0:
         return 1
@@ -31,20 +31,20 @@ def group_count(batch: int, samples_per_bn: int) -> int:
 
 
 def group_batch_norm(network: nn.Module, samples_per_bn: int) -> None:
-    """Let every batch norm of a network take its training statistics over groups, in place.
+    """Replace every batch norm of a network by one with training statistics per group, in place.
 
-    Parameters and buffers are the same objects under the same names as before: optimizers, checkpoints and eval
-    mode do not notice. Calling it again changes the size.
+    Parameters and buffers remain the same objects under the same names, so optimizers, checkpoints and eval mode are
+    not affected. Calling it again changes the group size.
 
     Args:
-        network: any module, an `Encoder` for one.
-        samples_per_bn: samples a group, in the order of the batch; 0 takes the whole batch.
+        network: any module, such as an `Encoder`.
+        samples_per_bn: samples per group, in the order of the batch; 0 for the whole batch.
 
     Raises:
-        ValueError: a group of one sample, or of a negative number.
+        ValueError: a group size of 1 or a negative one.
     """
     if samples_per_bn != 0 and samples_per_bn < MIN_GROUP:
-        raise ValueError(f"samples_per_bn must be 0 (the whole batch) or from {MIN_GROUP}, found {samples_per_bn}")
+        raise ValueError(f"samples_per_bn must be 0 (the whole batch) or at least {MIN_GROUP}, found {samples_per_bn}")
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, GroupBatchNorm1d | GroupBatchNorm2d):
@@ -57,9 +57,9 @@ def group_batch_norm(network: nn.Module, samples_per_bn: int) -> None:
 
 @contextmanager
 def batch_part(network: nn.Module, index: int, count: int) -> Iterator[None]:
-    """Within: the network sees part `index` (from 0) of a batch handed over in `count` equal parts.
+    """Context in which the network gets part `index` (from 0) of a batch that is split into `count` equal parts.
 
-    Running statistics then move once a batch, as if it had come whole.
+    The running statistics are updated as if the batch had been processed as a whole.
     """
     norms = [norm for norm in network.modules() if isinstance(norm, _Grouped)]
     for norm in norms:
@@ -72,7 +72,7 @@ def batch_part(network: nn.Module, index: int, count: int) -> Iterator[None]:
 
 
 class _Grouped(nn.modules.batchnorm._BatchNorm):
-    """What both kinds share."""
+    """Base of the 1d and 2d variants."""
 
     samples_per_bn = 0
     part = (0, 1)
@@ -80,8 +80,8 @@ class _Grouped(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """(B, C) or (B, C, h, w) -> the same shape, each group normalised by its own mean and variance.
 
-        Running statistics move towards the mean over groups of what one group measures. That is linear, so the
-        mean of the running statistics of several processes is that of one process that saw all groups.
+        Running statistics are updated with the mean of the groups' statistics. That is linear, so the mean of the
+        running statistics of several processes equals that of one process with all groups.
         """
         groups = group_count(len(input), self.samples_per_bn)
         if not self.training or (groups == 1 and self.part == (0, 1)):
@@ -98,10 +98,10 @@ class _Grouped(nn.modules.batchnorm._BatchNorm):
                 self.weight,
                 self.bias,
                 training=True,
-                momentum=_momentum(momentum, index * groups + turn, count * groups),
+                momentum=_momentum(momentum, index * groups + step, count * groups),
                 eps=self.eps,
             )
-            for turn, chunk in enumerate(torch.split(input, _sizes(len(input), groups)))
+            for step, chunk in enumerate(torch.split(input, _sizes(len(input), groups)))
         ]
         return normalised[0] if groups == 1 else torch.cat(normalised)
 
@@ -115,22 +115,22 @@ class GroupBatchNorm2d(_Grouped, nn.BatchNorm2d):
 
 
 def _sizes(batch: int, groups: int) -> list[int]:
-    """Sizes as equal as possible, the larger ones first; `split` takes their gradients in one copy."""
-    return [batch // groups + (turn < batch % groups) for turn in range(groups)]
+    """Group sizes, as equal as possible, the larger ones first; `split` copies their gradients only once."""
+    return [batch // groups + (step < batch % groups) for step in range(groups)]
 
 
-def _momentum(whole: float, turn: int, turns: int) -> float:
-    """Momentum of one of several updates in a row that together move by `whole` towards the mean of what they saw.
+def _momentum(momentum: float, step: int, total: int) -> float:
+    """Momentum of update t of T such that all T together equal one update with momentum p on the mean of their inputs.
 
-    r <- (1 - a_t) r + a_t s_t with a_t = (p / T) / (1 - p (T - 1 - t) / T) leaves (1 - p) of r and p / T of each s:
-    the share that later updates keep of s_t is 1 - p (T - 1 - t) / T.
+    r <- (1 - a_t) r + a_t s_t with a_t = (p / T) / (1 - p (T - 1 - t) / T) results in (1 - p) r + (p / T) sum_t s_t:
+    the later updates scale s_t by 1 - p (T - 1 - t) / T.
     """
-    share = whole / turns
-    return share / (1 - share * (turns - 1 - turn))
+    share = momentum / total
+    return share / (1 - share * (total - 1 - step))
 
 
 def _grouped_norm(kind: type[_Grouped], norm: nn.BatchNorm1d | nn.BatchNorm2d, samples_per_bn: int) -> _Grouped:
-    """A grouped norm around the very parameters and buffers of a plain one."""
+    """A grouped norm that shares the parameters and buffers of a plain one."""
     grouped = kind(
         norm.num_features, norm.eps, norm.momentum, affine=norm.affine, track_running_stats=norm.track_running_stats
     )

@@ -1,6 +1,6 @@
-"""The losses, one value a sample, so that a batch may be spread over devices and steps.
+"""The losses, one value per sample, so that a batch may be split over devices and steps.
 
-Each takes similarities or features and gives (B,); how samples are weighed is the loop's business (`sample_weights`).
+Each takes similarities or features and returns (B,); the training loop weights the samples (`sample_weights`).
 
 Letters: B batch, D feature size, K clusters, P proxies, J candidates of a sample.
 """
@@ -19,7 +19,7 @@ from resight.arrays import Floats, Ints
 
 
 def sample_weights(cameras: Ints, aggregate: Literal["mean", "cameras"]) -> Floats:
-    """How much each sample of a batch counts: the loss of the batch is sum_i share_i l_i.
+    """Weight of each sample of a batch: the loss of the batch is sum_i w_i l_i.
 
     Args:
         cameras: int64 (B,) of the whole batch.
@@ -52,7 +52,7 @@ def cluster_contrast(similarity: Tensor, labels: Tensor, *, temperature: float) 
 def offline_association(
     similarity: Tensor, own_cluster: Tensor, clusters: Tensor, *, temperature: float, negatives: int
 ) -> Tensor:
-    """Pull to all proxies of one's cluster, push from the most similar others (O2CAP, offline association).
+    """Attract to all proxies of the own cluster, repel from the most similar others (O2CAP, offline association).
 
     L(i) = -(1/|P_i|) sum_{p in P_i} log [ exp z_p / (sum_{q in P_i} exp z_q + sum_{n in hardest} exp z_n) ],
     z = similarity / tau.
@@ -62,7 +62,7 @@ def offline_association(
         own_cluster: int64 (B,), each sample's cluster.
         clusters: int64 (P,), each proxy's cluster.
         temperature: tau, 0.07 in O2CAP.
-        negatives: how many proxies of other clusters count (50 in O2CAP); all where there are fewer.
+        negatives: number of proxies of other clusters used (50 in O2CAP); all if there are fewer.
 
     Returns:
         (B,).
@@ -82,49 +82,49 @@ def online_association(
     temperature: float,
     positives: int,
     negatives: int,
-    barred: Tensor | None = None,
+    excluded: Tensor | None = None,
 ) -> Tensor:
-    """Pull to the best proxies across cameras as they look now, whatever the labels say (O2CAP, online association).
+    """Attract to the currently best proxies across cameras, independent of the labels (O2CAP, online association).
 
-    The one most similar proxy of each camera is a candidate; the best of those are the positives. The most
+    The most similar proxy of each camera is a candidate; the best candidates are the positives. The most
     similar of all other proxies are the negatives.
 
     Args:
         similarity: (B, P), <f, k_p>.
-        scores: (B, P), what to select by, without gradient: see `association_scores`.
+        scores: (B, P), selection scores without gradient, see `association_scores`.
         cameras: int64 (P,), 0..C-1, each present.
         temperature: tau, 0.07 in O2CAP.
-        positives: how many (3 in O2CAP); one a camera at most.
-        negatives: how many (50 in O2CAP); all where there are fewer.
-        barred: bool (B, P), proxies that are known to be other persons: never positives (ours, see `links`).
+        positives: number of positives (3 in O2CAP), at most one per camera.
+        negatives: number of negatives (50 in O2CAP); all if there are fewer.
+        excluded: bool (B, P), proxies known to be other persons, never positives (not in O2CAP; see `links`).
 
     Returns:
         (B,).
     """
     logits = similarity / temperature
-    allowed = scores if barred is None else scores.masked_fill(barred, -torch.inf)
+    allowed = scores if excluded is None else scores.masked_fill(excluded, -torch.inf)
     best = [_best_of(allowed, cameras == camera) for camera in range(int(cameras.max()) + 1)]
     score, proxy = (torch.stack(side, 1) for side in zip(*best, strict=True))  # (B, C)
     top = score.topk(min(positives, score.shape[1]), dim=1)
     chosen = proxy.gather(1, top.indices)  # (B, positives)
-    real = top.values > -torch.inf  # a camera may have nobody but barred ones
-    chosen = torch.where(real, chosen, chosen[:, :1])  # the first is real: a sample's own proxy is never barred
+    valid = top.values > -torch.inf  # all proxies of a camera may be excluded
+    chosen = torch.where(valid, chosen, chosen[:, :1])  # the first is valid: a sample's own proxy is never excluded
     rest = scores.scatter(1, chosen, -torch.inf)
-    against = rest.topk(min(negatives, scores.shape[1] - chosen.shape[1]), dim=1).indices
-    pulled = logits.gather(1, chosen).masked_fill(~real, -torch.inf)
-    selected = torch.log_softmax(torch.cat([pulled, logits.gather(1, against)], 1), 1)[:, : chosen.shape[1]]
-    return -selected.masked_fill(~real, 0).sum(1) / real.sum(1)
+    hardest = rest.topk(min(negatives, scores.shape[1] - chosen.shape[1]), dim=1).indices
+    attracted = logits.gather(1, chosen).masked_fill(~valid, -torch.inf)
+    selected = torch.log_softmax(torch.cat([attracted, logits.gather(1, hardest)], 1), 1)[:, : chosen.shape[1]]
+    return -selected.masked_fill(~valid, 0).sum(1) / valid.sum(1)
 
 
 def _best_of(scores: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """The best of some columns, and its index, of each row."""
+    """The best value of each row among some columns, and its index."""
     best = scores.masked_fill(~columns, -torch.inf).max(1)
     return best.values, best.indices
 
 
 @torch.no_grad()
 def association_scores(similarity: Tensor, between: Tensor, *, balance: float) -> Tensor:
-    """s_q = w <f, k_q> + (1 - w) <k_y, k_q>: mostly what the sample's own proxy y says (O2CAP; w = 0.15).
+    """s_q = w <f, k_q> + (1 - w) <k_y, k_q>: mostly the similarity of the sample's own proxy y (O2CAP; w = 0.15).
 
     Args:
         similarity: (B, P), <f, k_q>.
@@ -137,14 +137,14 @@ def association_scores(similarity: Tensor, between: Tensor, *, balance: float) -
 def selective_contrast(
     similarity: Tensor, *, positives: int, temperature: float, self_share: float, neighbour_gain: float
 ) -> Tensor:
-    """Selective contrast (Pang et al., TOMM 2022): oneself and one's neighbours against adaptive negatives.
+    """Selective contrast (Pang et al., TOMM 2022): the own entry and its neighbours against adaptive negatives.
 
     CE_j = -log softmax(similarity / tau)[j] over all J candidates, other positives included;
     l = s CE_0 + sum_{j = 1..positives} (g (1 - s) / positives) CE_j.
 
     Args:
-        similarity: (B, J): oneself, then the positives, then the negatives.
-        positives: neighbours; 0 while warming up, when only s CE_0 is left.
+        similarity: (B, J): the own entry, then the positives, then the negatives.
+        positives: number of neighbours; 0 during warm-up, when the loss is s CE_0.
         temperature: tau, 0.1 in the released code (it scales by 10).
         self_share: s, 0.5.
         neighbour_gain: g, 1.75; so the weights are 0.5 and 7 x 0.125, 1.375 in all.
@@ -152,12 +152,12 @@ def selective_contrast(
     Returns:
         (B,).
     """
-    surprise = -torch.log_softmax(similarity / temperature, 1)
-    alone = self_share * surprise[:, 0]
+    entropy = -torch.log_softmax(similarity / temperature, 1)
+    own = self_share * entropy[:, 0]
     if not positives:
-        return alone
+        return own
     weight = neighbour_gain * (1 - self_share) / positives
-    return alone + weight * surprise[:, 1 : 1 + positives].sum(1)
+    return own + weight * entropy[:, 1 : 1 + positives].sum(1)
 
 
 def distillation(features: Tensor, targets: Tensor) -> Tensor:
@@ -166,10 +166,10 @@ def distillation(features: Tensor, targets: Tensor) -> Tensor:
 
 
 def relation(similarity: Tensor, target_similarity: Tensor, *, temperature: float) -> Tensor:
-    """KL(teacher || student) of how samples stand to the same K anchors; features may differ in length.
+    """KL(teacher || student) of the similarities to the same K anchors; features may differ in length.
 
-    Both sides see their own centroids of the same clusters (similarity-distribution distillation of SEED,
-    Fang et al., ICLR 2021, equation 5, with centroids in the place of its queue).
+    Each model uses its own centroids of the same clusters (similarity-distribution distillation of SEED,
+    Fang et al., ICLR 2021, equation 5, with centroids instead of its queue).
 
     Args:
         similarity: (B, K) of the student, with gradient.
@@ -179,15 +179,15 @@ def relation(similarity: Tensor, target_similarity: Tensor, *, temperature: floa
     Returns:
         (B,).
     """
-    wanted = torch.log_softmax(target_similarity / temperature, 1)
-    found = torch.log_softmax(similarity / temperature, 1)
-    return functional.kl_div(found, wanted, reduction="none", log_target=True).sum(1)
+    target = torch.log_softmax(target_similarity / temperature, 1)
+    predicted = torch.log_softmax(similarity / temperature, 1)
+    return functional.kl_div(predicted, target, reduction="none", log_target=True).sum(1)
 
 
 def weigh_views(terms: Sequence[Tensor], local_weight: float) -> Tensor:
-    """Sum one term per view with weights (1 - l, l, l).
+    """Weighted sum of one term per view, with weights (1 - l, l, l).
 
-    With LP's lambda_2 = 0.2 they are 0.8, 0.2 and 0.2. They sum to 1.2: that is what the released code does.
+    With LP's lambda_2 = 0.2 they are 0.8, 0.2 and 0.2. They sum to 1.2, as in the released code.
     """
-    whole, *local = terms
-    return (1 - local_weight) * whole + local_weight * sum(local, start=whole.new_zeros(()))
+    main, *local = terms
+    return (1 - local_weight) * main + local_weight * sum(local, start=main.new_zeros(()))

@@ -1,18 +1,11 @@
-"""Memories: what a batch is contrasted with. Reading is pure, updating is an explicit call.
+"""Contrastive objectives of one epoch: memories of clusters or of camera proxies, and the losses against them.
 
-Letters: B batch, D feature size, K entries.
+Computing a loss only reads the memories; updating them is an explicit call. A camera proxy stands for the crops of one
+cluster seen by one camera (CAP, AAAI 2021; O2CAP, TIP 2022). Cannot-links keep proxies of two known persons from being
+each other's positives.
 
-Who must not meet: pairs known to be two persons, asked for batch by batch.
-
-Letters: B batch, M numbered things (crops' groups, or clusters), P columns asked for, F things with a foe.
-
-Camera-aware proxies: the crops of one cluster seen by one camera (CAP, AAAI 2021; O2CAP, TIP 2022).
-
-Letters: N crops, K clusters, P proxies, C cameras that have any.
-
-What a batch is pulled to and pushed from during one epoch: memories of clusters or of camera proxies.
-
-Letters: B batch, D feature size, N crops, K clusters, P proxies, V views used.
+Letters: B batch, D feature size, N crops, K memory entries (clusters or proxies), P proxies, C cameras, V views used,
+M groups or clusters that cannot-links refer to.
 """
 
 from __future__ import annotations
@@ -45,7 +38,7 @@ class CentroidMemory:
 
     Attributes:
         centroids: float32 (K, D), unit rows. Never half precision: a running mean would drift.
-        momentum: m, the share of the old value an update keeps; 1 freezes the memory.
+        momentum: m, weight of the old value in an update; 1 freezes the memory.
     """
 
     def __init__(self, centroids: Tensor, *, momentum: float) -> None:
@@ -58,10 +51,10 @@ class CentroidMemory:
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
-        """c_y <- normalise(m c_y + (1 - m) f), one sample after the other in batch order.
+        """c_y <- normalise(m c_y + (1 - m) f), sequentially in batch order.
 
         The order is part of the method: with m = 0.1 and 16 crops of a cluster the last one makes up 90 % of
-        the result. Entries do not touch each other, so the i-th samples of all entries are taken at once.
+        the result. Entries are independent, so the i-th samples of all entries are processed at once.
 
         Args:
             features: (B, D) unit rows.
@@ -74,7 +67,7 @@ class CentroidMemory:
 
 @torch.no_grad()
 def update_memory(memory: Tensor, features: Tensor, labels: Tensor, *, momentum: float) -> None:
-    """memory[y] <- normalise(m memory[y] + (1 - m) f) in place, as if one sample after the other.
+    """memory[y] <- normalise(m memory[y] + (1 - m) f) in place, sequentially in batch order.
 
     Args:
         memory: float32 (K, D).
@@ -83,54 +76,54 @@ def update_memory(memory: Tensor, features: Tensor, labels: Tensor, *, momentum:
         momentum: m.
     """
     features = features.float()
-    turn = _occurrence(labels)
-    for i in range(int(turn.max()) + 1):
-        now = turn == i
-        rows = labels[now]
-        memory[rows] = functional.normalize(momentum * memory[rows] + (1 - momentum) * features[now], dim=1)
+    occurrence = _occurrence(labels)
+    for i in range(int(occurrence.max()) + 1):
+        selected = occurrence == i
+        rows = labels[selected]
+        memory[rows] = functional.normalize(momentum * memory[rows] + (1 - momentum) * features[selected], dim=1)
 
 
 def _occurrence(labels: Tensor) -> Tensor:
-    """How many equal labels stand before each position: [5, 7, 5, 5] -> [0, 0, 1, 2]."""
+    """The number of equal labels before each position: [5, 7, 5, 5] -> [0, 0, 1, 2]."""
     order = torch.argsort(labels, stable=True)
     ordered = labels[order]
     position = torch.arange(len(labels), device=labels.device)
     first = torch.searchsorted(ordered, ordered, side="left")
-    turn = torch.empty_like(position)
-    turn[order] = position - first
-    return turn
+    occurrence = torch.empty_like(position)
+    occurrence[order] = position - first
+    return occurrence
 
 
 class CannotLinks:
-    """Pairs of numbers that are two persons.
+    """Pairs of groups or clusters that are two persons, looked up per batch.
 
     Args:
         pairs: int64 (., 2), numbers 0..M-1.
         count: M.
-        device: where answers are needed.
+        device: device of the lookups.
     """
 
     def __init__(self, pairs: Ints, count: int, *, device: str) -> None:
         involved = np.unique(pairs)
-        place = np.zeros(count, np.int64)  # 0: nobody's foe
-        place[involved] = np.arange(1, len(involved) + 1)
-        foes = np.zeros((len(involved) + 1, len(involved) + 1), bool)
-        one, other = place[pairs].T
-        foes[one, other] = foes[other, one] = True
-        self._place, self._foes = torch.from_numpy(place).to(device), torch.from_numpy(foes).to(device)
+        index = np.zeros(count, np.int64)  # 0: without a cannot-link
+        index[involved] = np.arange(1, len(involved) + 1)
+        linked = np.zeros((len(involved) + 1, len(involved) + 1), bool)
+        one, other = index[pairs].T
+        linked[one, other] = linked[other, one] = True
+        self._index, self._linked = torch.from_numpy(index).to(device), torch.from_numpy(linked).to(device)
 
     def __call__(self, own: Tensor, others: Tensor) -> Tensor:
-        """Whether each of `own` (B,) and each of `others` (P,) are two persons: bool (B, P)."""
-        return self._foes[self._place[own]][:, self._place[others]]
+        """Whether there is a cannot-link between each of `own` (B,) and each of `others` (P,): bool (B, P)."""
+        return self._linked[self._index[own]][:, self._index[others]]
 
 
 def cluster_cannot_links(links: Links | None, labels: Ints, *, device: str) -> CannotLinks | None:
-    """Clusters with a cannot-link between them; None where there are none.
+    """Cannot-links between clusters; None if there are none.
 
     Args:
         links: between the crops.
-        labels: int64 (N,), 0..K-1, -1 for outliers, which have no foes.
-        device: where answers are needed.
+        labels: int64 (N,), 0..K-1, -1 for outliers, whose links are ignored.
+        device: device of the lookups.
     """
     if links is None:
         return None
@@ -141,12 +134,12 @@ def cluster_cannot_links(links: Links | None, labels: Ints, *, device: str) -> C
 
 @dataclass(frozen=True)
 class CameraProxies:
-    """Who belongs to which proxy.
+    """Assignment of crops to camera proxies.
 
     Attributes:
         labels: int64 (N,), 0..P-1, -1 for outliers.
         clusters: int64 (P,), the cluster each proxy is a part of.
-        cameras: int64 (P,), the camera each proxy is seen by, 0..C-1 whatever numbers the store has.
+        cameras: int64 (P,), the camera of each proxy, renumbered 0..C-1.
     """
 
     labels: Ints
@@ -158,7 +151,7 @@ class CameraProxies:
 
 
 def split_by_camera(labels: Ints, cameras: Ints) -> CameraProxies:
-    """Part every cluster by camera (O2CAP, section 3.2).
+    """Split every cluster by camera (O2CAP, section 3.2).
 
     Args:
         labels: int64 (N,), clusters, -1 for outliers.
@@ -169,18 +162,18 @@ def split_by_camera(labels: Ints, cameras: Ints) -> CameraProxies:
     """
     inliers = np.flatnonzero(labels != OUTLIER)
     pairs = np.stack([labels[inliers], cameras[inliers]], 1)
-    kinds, proxy = np.unique(pairs, axis=0, return_inverse=True)
+    unique_pairs, proxy = np.unique(pairs, axis=0, return_inverse=True)
     out = np.full(len(labels), OUTLIER, np.int64)
     out[inliers] = proxy.ravel()
-    _, numbered = np.unique(kinds[:, 1], return_inverse=True)
-    return CameraProxies(out, kinds[:, 0].astype(np.int64), numbered.ravel().astype(np.int64))
+    _, numbered = np.unique(unique_pairs[:, 1], return_inverse=True)
+    return CameraProxies(out, unique_pairs[:, 0].astype(np.int64), numbered.ravel().astype(np.int64))
 
 
 class Objective(Protocol):
-    """Losses against memories, and the memories' update after the step."""
+    """Losses against memories, and the update of the memories after each step."""
 
     def losses(self, features: Sequence[Tensor], rows: Tensor) -> Tensor:
-        """Loss of each sample, weighed over the views.
+        """Loss of each sample, a weighted sum over the views.
 
         Args:
             features: V tensors (B, D), unit rows.
@@ -192,7 +185,7 @@ class Objective(Protocol):
         ...
 
     def update(self, features: Sequence[Tensor], rows: Tensor) -> None:
-        """Let the memories follow the features of a whole batch, in its order."""
+        """Update the memories with the features of a whole batch, in its order."""
         ...
 
 
@@ -229,8 +222,8 @@ class ProxyObjective:
     """O2CAP's offline and online association, on every view used.
 
     Attributes:
-        memories: one per view, an entry a proxy.
-        proxies: which crops and which cluster each proxy stands for.
+        memories: one per view, with one entry per proxy.
+        proxies: crops and cluster of each proxy.
 
     Proxies of clusters with a cannot-link between them are never each other's positives.
     """
@@ -252,7 +245,7 @@ class ProxyObjective:
         self._clusters = torch.from_numpy(self.proxies.clusters).to(device)
         self._cameras = torch.from_numpy(self.proxies.cameras).to(device)
         self._recipe = recipe
-        self._apart = cluster_cannot_links(links, clustering.labels, device=device)
+        self._cannot_links = cluster_cannot_links(links, clustering.labels, device=device)
 
     def losses(self, features: Sequence[Tensor], rows: Tensor) -> Tensor:
         """See `Objective.losses`."""
@@ -273,15 +266,15 @@ class ProxyObjective:
         )
         if settings.online == 0:
             return loss
-        between = memory.centroids[own] @ memory.centroids.T
+        proxy_similarity = memory.centroids[own] @ memory.centroids.T
         return loss + settings.online * online_association(
             similarity,
-            association_scores(similarity, between, balance=settings.balance),
+            association_scores(similarity, proxy_similarity, balance=settings.balance),
             self._cameras,
             temperature=recipe.temperature,
             positives=settings.positives,
             negatives=settings.negatives,
-            barred=None if self._apart is None else self._apart(self._clusters[own], self._clusters),
+            excluded=None if self._cannot_links is None else self._cannot_links(self._clusters[own], self._clusters),
         )
 
     def update(self, features: Sequence[Tensor], rows: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The state of a run: settings, progress bars, logs (JSONL, TensorBoard), and the optimizer with its schedule."""
+"""The state of a training run: settings, progress and metric logs (JSONL, TensorBoard), optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from resight.training.features.extract import PixelCache
 from resight.training.store.crops import CropStore
 from resight.training.store.links import Links
 
-CONSOLE_FIGURES = ("loss", "clusters", "outlier_share", "eps", "nmi", "links", "links_violated", "images_per_s")
+CONSOLE_METRICS = ("loss", "clusters", "outlier_share", "eps", "nmi", "links", "links_violated", "images_per_s")
 
 
 class RunLog:
-    """A context in which epochs and progress are reported.
+    """Context manager that logs the metrics of each epoch and shows progress.
 
-    Files are opened at the first figures, so that a run that is refused leaves those of an earlier one alone.
+    Files are opened when the first metrics are written, so a refused run does not overwrite an earlier one.
 
     Args:
-        folder: receives `epochs.jsonl`, the labels and TensorBoard's event files; made if missing.
-        console: where progress and one line an epoch go.
+        folder: receives `epochs.jsonl`, the labels and TensorBoard's event files; created if missing.
+        console: shows progress and one line per epoch.
         append: keep the lines of an earlier part of the same run.
-        silent: write nothing: another process of the same run does.
+        silent: write nothing, because another process of the same run does.
     """
 
     def __init__(self, folder: Path, *, console: Console, append: bool = False, silent: bool = False) -> None:
@@ -76,32 +76,32 @@ class RunLog:
     def _board(self) -> SummaryWriter:
         if not self._append:
             for earlier in self._folder.glob("events.out.tfevents.*"):
-                earlier.unlink()  # TensorBoard would draw both runs as one
+                earlier.unlink()  # TensorBoard would plot both runs as one
         board: SummaryWriter = self._opened.enter_context(SummaryWriter(str(self._folder)))
         return board
 
     @contextmanager
-    def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A progress bar that goes away at the end; yields the function that moves it on."""
-        task = self._progress.add_task(what, total=total)
+    def progress(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a progress bar while the context is open; yields the function that advances it."""
+        task = self._progress.add_task(description, total=total)
         try:
             yield lambda done: self._progress.advance(task, done)
         finally:
             self._progress.remove_task(task)
 
     def labels(self, stage: str, labels: NDArray[np.int64]) -> None:
-        """Keep the last labels of a stage as `<stage>-labels.npy`, row i for crop i, -1 for outliers."""
+        """Write the latest labels of a stage to `<stage>-labels.npy`, row i for crop i, -1 for outliers."""
         if not self._silent:
             np.save(self._folder / f"{stage}-labels.npy", labels)
 
-    def epoch(self, stage: str, epoch: int, figures: Mapping[str, float]) -> None:
-        """Write one epoch's figures everywhere."""
+    def epoch(self, stage: str, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Write the metrics of one epoch to the JSONL file, to TensorBoard and to the console."""
         if self._silent:
             return
-        self._file.write(json.dumps({"stage": stage, "epoch": epoch, **figures}) + "\n")
-        for name, value in figures.items():
+        self._file.write(json.dumps({"stage": stage, "epoch": epoch, **metrics}) + "\n")
+        for name, value in metrics.items():
             self._board.add_scalar(f"{stage}/{name}", value, epoch)
-        shown = "  ".join(f"{name} {figures[name]:.4g}" for name in CONSOLE_FIGURES if name in figures)
+        shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in CONSOLE_METRICS if name in metrics)
         self._progress.console.print(f"[bold]{stage}[/bold] epoch {epoch:>2}  {shown}", highlight=False)
 
 
@@ -111,16 +111,16 @@ STAGES: tuple[Stage, ...] = ("teacher", "student")
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A method on a store.
+    """What is constant during a run: the crops, the recipe and the environment.
 
     Attributes:
         store: the N crops; row i is sample i in features, labels and batches.
-        recipe: the method.
-        seed: of every stream of chance.
+        recipe: the method and its settings.
+        seed: seed of all random streams.
         device: "cpu", "cuda" or "cuda:N".
-        log: where figures and progress go.
-        pixels: crops read so far.
-        links: between rows of the store: clusters obey them.
+        log: receives metrics and progress.
+        pixels: cache of decoded crops.
+        links: must-links and cannot-links between rows of the store, which clusters satisfy.
     """
 
     store: CropStore
@@ -131,31 +131,31 @@ class TrainingRun:
     pixels: PixelCache = field(default_factory=PixelCache)
     links: Links | None = None
 
-    def chance(self, stage: Stage, epoch: int) -> tuple[np.random.Generator, ...]:
-        """Independent streams for the sampler, for pixels (drawn in a thread), for erasing and for the objective."""
+    def random_streams(self, stage: Stage, epoch: int) -> tuple[np.random.Generator, ...]:
+        """Independent generators for the sampler, flips and shifts (used in a thread), erasing and the objective."""
         seeds = np.random.SeedSequence([self.seed, STAGES.index(stage), epoch + 1]).spawn(4)
         return tuple(np.random.default_rng(seed) for seed in seeds)
 
 
-def require_finite(encoder: Encoder, what: str) -> None:
-    """Refuse weights that have run away; one more step can spoil them after a loss that was still finite.
+def require_finite(encoder: Encoder, description: str) -> None:
+    """Refuse weights that are not finite: the last step can diverge although its loss was finite.
 
     Raises:
-        TrainingError: names the first tensors that hold NaN or infinity.
+        TrainingError: names the first tensors with NaN or infinity.
     """
     broken = [name for name, tensor in encoder.state_dict().items() if not tensor.isfinite().all()]
     if broken:
         raise TrainingError(
-            f"{what}: {len(broken)} tensors are not finite ({', '.join(broken[:3])}): start from sound weights, lower "
-            "lr in the recipe, or set precision to fp32; the last epoch's checkpoint stands"
+            f"{description}: {len(broken)} tensors are not finite ({', '.join(broken[:3])}): start from valid weights, "
+            "lower lr in the recipe, or set precision to fp32; the last epoch's checkpoint is intact"
         )
 
 
-WARMUP_START = 0.01  # O2CAP's linear warm-up begins at a hundredth of the rate
+WARMUP_START = 0.01  # O2CAP's linear warm-up starts at a hundredth of the rate
 
 
 def make_optimizer(encoder: Encoder, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer over everything that learns (necks keep their bias frozen, see `Head`)."""
+    """The recipe's optimizer over all trainable parameters (the bias of a neck is frozen, see `Head`)."""
     parameters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(
@@ -167,12 +167,12 @@ def make_optimizer(encoder: Encoder, recipe: Recipe) -> torch.optim.Optimizer:
 def learning_rate(recipe: Recipe, round_: int) -> float:
     """Learning rate of the n-th round of a stage, n from 0.
 
-    StepLR of LP's code: it also steps after the student's round -1, which is round 0 here, so with 50
-    epochs and steps at 0.4 and 0.8 the rate drops before rounds 20 and 40. O2CAP's warm-up grows linearly.
+    As StepLR in LP's code, which also steps after the student's epoch -1 (round 0 here): with 50 epochs and steps at
+    0.4 and 0.8 the rate drops before rounds 20 and 40. O2CAP's warm-up is linear.
     """
-    drops = sum(round_ >= round(step * recipe.epochs) for step in recipe.lr_steps)
-    grown = WARMUP_START + (1 - WARMUP_START) * round_ / recipe.warmup if round_ < recipe.warmup else 1.0
-    return recipe.lr * grown * recipe.lr_decay**drops
+    decays = sum(round_ >= round(step * recipe.epochs) for step in recipe.lr_steps)
+    warmup = WARMUP_START + (1 - WARMUP_START) * round_ / recipe.warmup if round_ < recipe.warmup else 1.0
+    return recipe.lr * warmup * recipe.lr_decay**decays
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, round_: int) -> float:
@@ -183,38 +183,29 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, round_: 
     return value
 
 
-@dataclass(frozen=True)
-class TrainState:
-    """Who is trained, and by whom.
-
-    Attributes:
-        encoder: trained in place.
-        optimizer: of its parameters.
-        guide: a student's teacher.
-    """
-
-    encoder: Encoder
-    optimizer: torch.optim.Optimizer
-    guide: Teacher | None = None
-
-
 @dataclass
-class EpochState:
-    """An epoch of a stage, and what it takes over from the one before.
+class StageState:
+    """What changes during a stage: the model, and the epoch with the tensors carried over from the previous one.
 
     Attributes:
-        stage: names the stream of chance and the progress bar.
-        epoch: from 0, or -1 for a student's first round.
-        kept: tensors that live from epoch to epoch: the last labels, the banks of selective contrast.
+        stage: "teacher" or "student".
+        encoder: trained in place.
+        optimizer: over the encoder's parameters.
+        teacher: the frozen teacher, when a student is trained.
+        epoch: from 0, or -1 for a student's first epoch.
+        carried: tensors that persist between epochs: the last labels, the banks of selective contrast.
     """
 
     stage: Stage
-    epoch: int
-    kept: dict[str, Tensor] = field(default_factory=dict)
+    encoder: Encoder
+    optimizer: torch.optim.Optimizer
+    teacher: Teacher | None = None
+    epoch: int = 0
+    carried: dict[str, Tensor] = field(default_factory=dict)
 
     @property
-    def borrowed(self) -> bool:
-        """Whether labels and centroids are the teacher's (LP, section 3.6 of methods as released)."""
+    def uses_teacher_labels(self) -> bool:
+        """Whether labels and centroids come from the teacher (LP, section 3.6 of methods as released)."""
         return self.epoch < 0
 
     def __str__(self) -> str:

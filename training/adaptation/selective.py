@@ -1,7 +1,7 @@
-"""Selective contrast (Pang et al., TOMM 2022): every crop is its own entry, neighbours are chosen at every step.
+"""Selective contrast (Pang et al., TOMM 2022): every crop is its own entry, neighbours are selected in every step.
 
-Three banks are kept through all epochs: the crops' global and local features, which only rank neighbours, and
-the mixture, which both losses are contrasted with and both write.
+Three kinds of banks persist through all epochs: the global and the local features of the crops, used only to rank
+neighbours, and the mixture, which both losses are computed against and which is updated with both kinds of features.
 
 Letters: B batch, D length of the global feature, N crops, S stripes, J candidates of a sample.
 """
@@ -23,24 +23,24 @@ from resight.training.adaptation.recipe import Recipe
 from resight.training.store.links import Links
 
 MIXTURE = "mixture"
-NEARER = 10.0  # above any difference of nearness: cosines of weights that sum to 1, twice, and the camera penalty
+LINK_BONUS = 10.0  # above any difference of nearness: twice a cosine with weights that sum to 1, and a camera penalty
 
 
 class InstanceObjective:
-    """The objective of one epoch (see `Objective`), over banks that live through all of them.
+    """The objective of one epoch (see `Objective`), with banks that persist through all epochs.
 
     Args:
-        views: float32 (N, D) and S times (N, D / S), unit rows: what empty banks begin with.
+        views: float32 (N, D) and S times (N, D / S), unit rows: initial values of the banks.
         cameras: int64 (N,), any numbers.
         recipe: its `selective` section holds the method's values.
-        warming: whether neighbours are not trusted yet.
-        rng: chance of the negatives while warming up.
-        banks: of the epoch before; empty at the start.
-        links: crops known to be one person come first among the neighbours, those known to be another never.
-        device: where banks live.
+        warming: whether this is a warm-up epoch, without neighbours.
+        rng: draws the negatives during warm-up.
+        banks: of the previous epoch; empty at the start.
+        links: crops known to be the same person rank first among the neighbours, known other persons are excluded.
+        device: device of the banks.
 
     Raises:
-        RecipeError: the stripes put together are not as long as the global feature.
+        RecipeError: the concatenated stripes are not as long as the global feature.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class InstanceObjective:
     ) -> None:
         if sum(view.shape[1] for view in views[1:]) != views[0].shape[1]:
             raise RecipeError(
-                f"selective contrast keeps global and local features in one bank: expected stripes that add up to "
-                f"{views[0].shape[1]} values, found {[view.shape[1] for view in views[1:]]}: choose other `parts`",
+                f"selective contrast stores global and local features in one bank: expected stripes with "
+                f"{views[0].shape[1]} values in total, found {[view.shape[1] for view in views[1:]]}: change `parts`",
                 field="parts",
             )
         self.banks = {name: bank.to(device) for name, bank in banks.items()} or {
@@ -70,20 +70,20 @@ class InstanceObjective:
         self._links = None
         if links is not None and len(links):
             group = links.groups(len(cameras))
-            foes = group[links.rows[~links.same]]
-            self._links = torch.from_numpy(group).to(device), CannotLinks(foes, len(cameras), device=device)
-        self._drawn: Ints | None = None  # negatives of the batch at hand, whose parts come one after the other
+            pairs = group[links.rows[~links.same]]
+            self._links = torch.from_numpy(group).to(device), CannotLinks(pairs, len(cameras), device=device)
+        self._drawn: Ints | None = None  # negatives of the current batch, shared by its parts
 
     def losses(self, features: Sequence[Tensor], rows: Tensor) -> Tensor:
-        """See `Objective.losses`: the local loss on the stripes put together, the global loss on the rest."""
+        """See `Objective.losses`: the local loss uses the concatenated stripes, the global loss the whole feature."""
         settings = self._recipe.selective
         whole, stripes = features[0].float(), torch.cat(list(features[1:]), 1).float()  # norms 1 and sqrt(S)
-        chosen = self._random(rows) if self._warming else self._nearest(features, rows, settings.negatives)
-        anchors = self.banks[MIXTURE][torch.cat([rows[:, None], chosen], 1)]  # (B, J, D)
+        selected = self._random(rows) if self._warming else self._nearest(features, rows, settings.negatives)
+        anchors = self.banks[MIXTURE][torch.cat([rows[:, None], selected], 1)]  # (B, J, D)
         terms = [
             selective_contrast(
                 torch.einsum("bd,bjd->bj", view, anchors),
-                positives=0 if self._warming else min(settings.neighbours, chosen.shape[1]),
+                positives=0 if self._warming else min(settings.neighbours, selected.shape[1]),
                 temperature=self._recipe.temperature,
                 self_share=settings.self_share,
                 neighbour_gain=settings.neighbour_gain,
@@ -94,9 +94,9 @@ class InstanceObjective:
 
     @torch.no_grad()
     def _nearest(self, features: Sequence[Tensor], rows: Tensor, negatives: int) -> Tensor:
-        """The nearest others by the banks, neighbours first: int64 (B, neighbours + negatives), capped at N - 1.
+        """The nearest other crops by the banks, neighbours first: int64 (B, neighbours + negatives), capped at N - 1.
 
-        d = l_g |g - G|^2 + (1 - l_g)/S sum |l_s - S_s|^2 + l_c [same camera], of which 2 - 2 cos is used.
+        d = l_g |g - G|^2 + (1 - l_g)/S sum |l_s - S_s|^2 + l_c [same camera], with |.|^2 = 2 - 2 cos.
         """
         settings, local_share = self._recipe.selective, self._recipe.local_share
         share = [1 - local_share, *[local_share / (len(features) - 1)] * (len(features) - 1)]
@@ -110,15 +110,19 @@ class InstanceObjective:
         count = min(settings.neighbours + negatives, nearness.shape[1] - 1)
         if self._links is None:
             return nearness.topk(count, dim=1).indices
-        group, apart = self._links
-        own = group[rows]
-        first = nearness + NEARER * (own[:, None] == group)
-        near = first.masked_fill(apart(own, group), -NEARER).topk(min(settings.neighbours, count), dim=1).indices
+        group, cannot_link = self._links
+        own_group = group[rows]
+        first = nearness + LINK_BONUS * (own_group[:, None] == group)
+        near = (
+            first.masked_fill(cannot_link(own_group, group), -LINK_BONUS)
+            .topk(min(settings.neighbours, count), dim=1)
+            .indices
+        )
         rest = nearness.scatter(1, near, -torch.inf).topk(count - near.shape[1], dim=1).indices
         return torch.cat([near, rest], 1)
 
     def _random(self, rows: Tensor) -> Tensor:
-        """Others by chance, one draw for the batch: int64 (B, neighbours + negatives), capped at N - 1."""
+        """Randomly chosen other crops, one draw per batch: int64 (B, neighbours + negatives), capped at N - 1."""
         settings, n = self._recipe.selective, len(self._cameras)
         count = min(settings.neighbours + settings.negatives, n - 1)
         if self._drawn is None:

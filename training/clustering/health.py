@@ -1,4 +1,4 @@
-"""How healthy labels are, without anyone naming a person: cameras a cluster, tracks kept whole, epochs that agree.
+"""Label health without person labels: cameras per cluster, agreement with tracks, stability between epochs.
 
 Letters: N crops, K clusters, C cameras, T tracks.
 """
@@ -20,18 +20,18 @@ from resight.training.store.track_pairs import TrackPairs
 
 @dataclass(frozen=True)
 class CameraMix:
-    """How many cameras see a cluster, beside what chance would give.
+    """Number of cameras per cluster, compared with chance.
 
-    A person walks past several cameras, so clusters of people mix them; a model that sees walls and colour casts
-    makes clusters of one camera each, however tight. Chance is each cluster's size drawn without replacement from
-    all clustered crops (hypergeometric, exact: no shuffling). Where a person is seen by few cameras even perfect
-    clusters stay below chance: compare two models on one site, not two sites.
+    A person walks past several cameras, so clusters of people mix cameras; a model that responds to backgrounds and
+    colour casts makes clusters of a single camera, however compact. Chance means drawing each cluster's size without
+    replacement from all clustered crops (hypergeometric, computed exactly). If few cameras see a person, even perfect
+    clusters are below chance: compare two models on one site, not two sites.
 
     Attributes:
         cameras_per_cluster: mean number of distinct cameras of a cluster, in [1, C].
-        many_camera_share: share of clusters that more than one camera sees, in [0, 1].
-        chance_cameras_per_cluster: what `cameras_per_cluster` would be on average, were cameras shuffled.
-        chance_many_camera_share: likewise for `many_camera_share`.
+        many_camera_share: share of clusters with more than one camera, in [0, 1].
+        chance_cameras_per_cluster: expected `cameras_per_cluster` if cameras were shuffled.
+        chance_many_camera_share: expected `many_camera_share` if cameras were shuffled.
         cameras_per_cluster_error: standard error of `cameras_per_cluster` over the clusters; 0 for a single one.
     """
 
@@ -44,13 +44,13 @@ class CameraMix:
 
 @dataclass(frozen=True)
 class Stability:
-    """What two labellings of the same crops share: of two epochs, or of two models.
+    """Agreement of two labellings of the same crops, of two epochs or of two models.
 
     Attributes:
         ari: adjusted Rand index (Hubert and Arabie 1985) over the crops clustered in both, in [-0.5, 1]; 0 is chance.
         nmi: normalised mutual information (arithmetic mean of the entropies) over the same crops, in [0, 1].
-        moved_share: share of all crops that are an outlier in one of the two only, in [0, 1].
-        shared_crops: how many crops are clustered in both.
+        moved_share: share of all crops that are an outlier in exactly one of the two, in [0, 1].
+        shared_crops: number of crops clustered in both.
     """
 
     ari: float
@@ -61,17 +61,18 @@ class Stability:
 
 @dataclass(frozen=True)
 class TrackAgreement:
-    """Whether clusters keep one passage together and two people apart.
+    """Whether clusters keep the crops of a track together and two people apart.
 
-    One cluster of all crops keeps every track whole and confuses every pair; outliers alone do the reverse. Read both.
+    A single cluster of all crops keeps every track whole and confuses every pair; only outliers do the reverse, so
+    both shares are needed.
 
     Attributes:
-        majority_share: mean over tracks of two crops or more of the share of its crops that lie in its largest
-            cluster, in [0, 1]; outliers lie in none. None without such tracks.
-        whole_share: share of those tracks whose crops all lie in one cluster, in [0, 1].
-        confused_share: share of pairs of tracks that are certainly two persons whose largest cluster is the same, among
-            the pairs of which both have one, in [0, 1]; 0 is right. None without such pairs.
-        compared_pairs: how many pairs of tracks `confused_share` is measured on.
+        majority_share: share of a track's crops in its most frequent cluster (outliers have none), in [0, 1], averaged
+            over the tracks with at least two crops. None without such tracks.
+        whole_share: share of those tracks whose crops are all in one cluster, in [0, 1].
+        confused_share: share of pairs of tracks of certainly two persons that have the same most frequent cluster,
+            among the pairs where both have one, in [0, 1]; ideally 0. None without such pairs.
+        compared_pairs: number of pairs of tracks `confused_share` is computed on.
     """
 
     majority_share: float | None
@@ -81,14 +82,14 @@ class TrackAgreement:
 
 
 def camera_mix(labels: Ints, cameras: Ints) -> CameraMix | None:
-    """Cameras of each cluster against chance.
+    """Cameras per cluster, compared with chance.
 
     Args:
         labels: int64 (N,), any numbers from 0, -1 for outliers.
         cameras: int64 (N,), any numbers.
 
     Returns:
-        None where nothing is clustered.
+        None if nothing is clustered.
     """
     inliers = labels != OUTLIER
     if not inliers.any():
@@ -100,13 +101,13 @@ def camera_mix(labels: Ints, cameras: Ints) -> CameraMix | None:
     distinct = np.bincount(pairs // len(camera_sizes), minlength=len(sizes))
     size, repeats = np.unique(sizes, return_counts=True)
     total = int(inliers.sum())
-    missed = _none_drawn(total, camera_sizes, size).sum(1)  # cameras a cluster of this size misses, on average
-    alone = _none_drawn(total, total - camera_sizes, size).sum(1)  # all others missed: one camera only
+    missed = _none_drawn(total, camera_sizes, size).sum(1)  # expected number of cameras a cluster of this size misses
+    single = _none_drawn(total, total - camera_sizes, size).sum(1)  # probability of a single camera
     return CameraMix(
         float(distinct.mean()),
         float((distinct > 1).mean()),
         float(np.average(len(camera_sizes) - missed, weights=repeats)),
-        float(1 - np.average(alone, weights=repeats)),
+        float(1 - np.average(single, weights=repeats)),
         float(distinct.std(ddof=1) / np.sqrt(len(distinct))) if len(distinct) > 1 else 0.0,
     )
 
@@ -122,13 +123,13 @@ def _none_drawn(total: int, marked: Ints, drawn: Ints) -> NDArray[np.float64]:
     left = (total - marked)[None, :]
     n = drawn[:, None]
     possible = left >= n
-    kept = np.where(possible, left, n)  # any number without a pole; masked below
-    log = gammaln(kept + 1) - gammaln(kept - n + 1) - gammaln(total + 1) + gammaln(total - n + 1)
+    valid = np.where(possible, left, n)  # avoids poles; masked below
+    log = gammaln(valid + 1) - gammaln(valid - n + 1) - gammaln(total + 1) + gammaln(total - n + 1)
     return np.where(possible, np.exp(log), 0.0)
 
 
 def track_agreement(labels: Ints, pairs: TrackPairs) -> TrackAgreement:
-    """Compare clusters with what tracks say.
+    """Compare clusters with tracks.
 
     Args:
         labels: int64 (N,), any numbers from 0, -1 for outliers.
@@ -138,17 +139,20 @@ def track_agreement(labels: Ints, pairs: TrackPairs) -> TrackAgreement:
     both = (labels != OUTLIER) & (pairs.tracks != UNKNOWN)
     clusters = int(labels.max(initial=OUTLIER)) + 1
     cell, count = np.unique(pairs.tracks[both] * clusters + labels[both], return_counts=True)
-    largest_last = np.lexsort((-cell, count))  # of equal counts the lowest label
-    most, home = np.zeros(pairs.track_count, np.int64), np.full(pairs.track_count, OUTLIER)
+    largest_last = np.lexsort((-cell, count))  # the lowest label among equal counts
+    most, main_cluster = np.zeros(pairs.track_count, np.int64), np.full(pairs.track_count, OUTLIER)
     track = cell[largest_last] // max(clusters, 1)
-    most[track], home[track] = count[largest_last], cell[largest_last] % max(clusters, 1)  # the last one stays
+    most[track], main_cluster[track] = (
+        count[largest_last],
+        cell[largest_last] % max(clusters, 1),
+    )  # the last assignment wins
     several = size > 1
-    homes = home[pairs.track_pairs]  # (G, 2)
-    compared = (homes != OUTLIER).all(1)
+    compared_clusters = main_cluster[pairs.track_pairs]  # (G, 2)
+    compared = (compared_clusters != OUTLIER).all(1)
     return TrackAgreement(
         float((most / np.maximum(size, 1))[several].mean()) if several.any() else None,
         float((most == size)[several].mean()) if several.any() else None,
-        float((homes[:, 0] == homes[:, 1])[compared].mean()) if compared.any() else None,
+        float((compared_clusters[:, 0] == compared_clusters[:, 1])[compared].mean()) if compared.any() else None,
         int(compared.sum()),
     )
 
@@ -161,7 +165,7 @@ def stability(labels: Ints, previous: Ints) -> Stability | None:
         previous: int64 (N,), likewise; cluster numbers need not correspond.
 
     Returns:
-        None where fewer than two crops are clustered in both: nothing to agree on.
+        None if fewer than two crops are clustered in both.
     """
     assert len(labels) == len(previous), (len(labels), len(previous))
     both = (labels != OUTLIER) & (previous != OUTLIER)
@@ -176,20 +180,20 @@ def stability(labels: Ints, previous: Ints) -> Stability | None:
 
 
 def epoch_health(labels: Ints, previous_labels: Ints | None, cameras: Ints) -> dict[str, float]:
-    """Figures of one epoch's labels for the log; every value is finite.
+    """Health metrics of one epoch's labels for the log; all values are finite.
 
     Args:
         labels: int64 (N,), -1 for outliers.
-        previous_labels: those of the epoch before, None in the first.
+        previous_labels: labels of the previous epoch, None in the first.
         cameras: int64 (N,).
 
     Returns:
-        The fields of `CameraMix` where something is clustered, and `stability_ari`, `stability_nmi` and `moved_share`
-        of `Stability` where there is an epoch before that shares clustered crops.
+        The fields of `CameraMix` if something is clustered, and `stability_ari`, `stability_nmi` and `moved_share`
+        of `Stability` if crops are clustered in both this and the previous epoch.
     """
     mix = camera_mix(labels, cameras)
-    figures: dict[str, float] = asdict(mix) if mix is not None else {}
+    metrics: dict[str, float] = asdict(mix) if mix is not None else {}
     before = stability(labels, previous_labels) if previous_labels is not None else None
     if before is not None:
-        figures |= {"stability_ari": before.ari, "stability_nmi": before.nmi, "moved_share": before.moved_share}
-    return figures
+        metrics |= {"stability_ari": before.ari, "stability_nmi": before.nmi, "moved_share": before.moved_share}
+    return metrics

@@ -26,7 +26,8 @@ from resight.metrics.ranking import (
     evaluate_rows,
     ground_truth_of,
 )
-from resight.neighbours.rerank import rerank
+from resight.neighbours.rerank import K1, Reranking, rerank
+from resight.neighbours.search import farthest_distances, search_neighbours
 from resight.training.store.crops import CropStore
 from resight.training.store.datasets import Site
 
@@ -93,7 +94,7 @@ def measure_site(
     truth = ground_truth_of(query.persons, gallery.persons, query.cameras, gallery.cameras)
     features = embed(query), embed(gallery)
     cosine = cosine_rows(*features, truth)
-    ranked_by = rerank(*features, device=device).rows if reranked else cosine
+    ranked_by = rerank_features(*features, device=device).rows if reranked else cosine
     ranking = evaluate_rows(ranked_by, truth)
     open_set, reservation = None, ""
     try:
@@ -102,6 +103,19 @@ def measure_site(
         reservation = str(error)
     pairs = evaluate_camera_pairs(ranked_by, truth)
     return SiteScore(ranking, pairs, open_set, reservation, query.camera_names, len(query), len(gallery))
+
+
+def rerank_features(query: Floats, gallery: Floats, *, device: str = "cpu") -> Reranking:
+    """k-reciprocal re-ranking of a gallery for all queries, with the paper's parameters.
+
+    Args:
+        query: float32 (Q, D), unit rows.
+        gallery: float32 (G, D), unit rows.
+        device: where neighbours are searched.
+    """
+    crops = np.concatenate([query, gallery])
+    near = search_neighbours(crops, K1 + 1, device=device)
+    return rerank(query, gallery, near, farthest_distances(crops, device=device))
 
 
 def evaluation_splits(site: Site) -> tuple[CropStore, CropStore]:

@@ -1,10 +1,10 @@
-"""Several processes that train as one: `torchrun --nproc-per-node N -m resight adapt ...`.
+"""Training in several processes: `torchrun --nproc-per-node N -m resight adapt ...`.
 
-Every process draws the same batches and computes its own slice of each; gradients are summed, so that the step is
-that of the whole batch in one process, and everything learned from it is the same everywhere. Nothing here asks
-how many there are: alone, each function is the identity. Gradients are reduced in one piece after `backward`
-instead of by DistributedDataParallel: losses are sums over samples and not means of means, a batch handed over in
-parts is reduced once, and heads that a recipe leaves without a loss need no search for unused parameters.
+Every process draws the same batches and computes its own slice of each; gradients are summed, so that the step equals
+that of the whole batch in one process and all processes hold the same weights. In a single process each function
+is the identity. Gradients are reduced in one message after `backward` instead of by DistributedDataParallel: losses
+are sums over samples rather than means of means, a batch computed in parts is reduced once, and heads without a loss
+in a recipe need no search for unused parameters.
 
 Letters: B batch, W processes ("world"), N rows.
 """
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from resight.errors import ReIDError, TrainingError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(hours=2)  # how long others wait while the first clusters; torchrun ends them when it dies
+TIMEOUT = timedelta(hours=2)  # the others wait while the first clusters; torchrun ends them if it dies
 
 
 def rank() -> int:
@@ -35,16 +35,16 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """W."""
+    """W, the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextmanager
 def process_group(device: str) -> Iterator[str]:
-    """Within: this process is one of those torchrun started, or alone where it was not.
+    """Context in which this process belongs to the group started by torchrun; without torchrun it runs alone.
 
     Args:
-        device: "cpu", or "cuda", which becomes the GPU of this process's number on its machine.
+        device: "cpu", or "cuda", which becomes the GPU with this process's local rank.
 
     Yields:
         The device to compute on.
@@ -58,7 +58,7 @@ def process_group(device: str) -> Iterator[str]:
         torch.cuda.set_device(device)
     dist.init_process_group(backend, timeout=TIMEOUT)
     if rank():
-        logging.getLogger("resight").setLevel(logging.ERROR)  # the first process tells for all
+        logging.getLogger("resight").setLevel(logging.ERROR)  # only the first process logs
     try:
         yield device
     finally:
@@ -66,7 +66,7 @@ def process_group(device: str) -> Iterator[str]:
 
 
 def local_slice(count: int) -> slice:
-    """This process's contiguous part of `count` things: as equal as can be, the larger parts first."""
+    """This process's contiguous slice of `count` items: as equal as possible, the larger slices first."""
     ends = np.cumsum([0, *_slice_sizes(count)])
     return slice(int(ends[rank()]), int(ends[rank() + 1]))
 
@@ -76,14 +76,14 @@ def _slice_sizes(count: int) -> list[int]:
 
 
 def gather_slices(part: Tensor, count: int) -> Tensor:
-    """Put together what each process computed of its `local_slice`, in order.
+    """Concatenate the results of all processes for their `local_slice`, in order.
 
     Args:
-        part: (rows of this share, ...), without gradient.
-        count: N, rows of all shares.
+        part: (rows of this slice, ...), without gradient.
+        count: N, rows of all slices.
 
     Returns:
-        (N, ...), the same everywhere.
+        (N, ...), the same in every process.
     """
     if world_size() == 1:
         return part
@@ -114,14 +114,14 @@ def sum_gradients(network: nn.Module) -> None:
 
 
 def broadcast_weights(network: nn.Module) -> None:
-    """Give every process the first one's weights and statistics, to the last bit."""
+    """Copy the weights and statistics of the first process to all others."""
     if world_size() > 1:
         for tensor in network.state_dict().values():
             dist.broadcast(tensor, src=0)
 
 
 def average_batch_norm(network: nn.Module) -> None:
-    """Replace running statistics of batch norms by their mean over processes: those of one that saw all groups."""
+    """Replace the running statistics of batch norms by their mean over processes."""
     if world_size() == 1:
         return
     for norm in network.modules():
@@ -132,23 +132,23 @@ def average_batch_norm(network: nn.Module) -> None:
 
 
 def on_first_process(compute: Callable[[], T]) -> T:
-    """Let the first process compute and all have the result, or the error."""
+    """Compute in the first process and return the result, or raise the error, in all."""
     with shared_errors():
-        answer = [compute() if rank() == 0 else None]
+        result = [compute() if rank() == 0 else None]
     if world_size() > 1:
-        dist.broadcast_object_list(answer, src=0)
-    return answer[0]  # type: ignore[return-value]
+        dist.broadcast_object_list(result, src=0)
+    return result[0]  # type: ignore[return-value]
 
 
 @contextmanager
 def shared_errors() -> Iterator[None]:
-    """Within: work that each process does without the others. An error of one becomes the error of all.
+    """Context for work without communication: an error in one process is raised in all.
 
-    Nobody is left waiting for one that has stopped: all leave at the same place.
+    So no process waits for one that has failed.
 
     Raises:
-        ReIDError: of the first process that failed, everywhere; what is no `ReIDError` is told as `TrainingError` by
-            the others.
+        ReIDError: the error of the first process that failed; the other processes raise another kind of error as
+            `TrainingError`.
     """
     own: Exception | None = None
     try:
@@ -159,14 +159,14 @@ def shared_errors() -> Iterator[None]:
         own = error
     if world_size() == 1 or not all_reduce_sum(torch.tensor(float(own is not None))):
         return
-    told: list[ReIDError | None] = [None] * world_size()
-    dist.all_gather_object(told, own if isinstance(own, ReIDError) else _portable_error(own))
-    first, shared = next((number, error) for number, error in enumerate(told) if error is not None)
+    errors: list[ReIDError | None] = [None] * world_size()
+    dist.all_gather_object(errors, own if isinstance(own, ReIDError) else _portable_error(own))
+    first, shared = next((number, error) for number, error in enumerate(errors) if error is not None)
     raise own if own is not None and first == rank() else shared
 
 
 def _portable_error(error: Exception | None) -> TrainingError | None:
-    """An error of another library, for processes that do not have it."""
+    """An error of another library as one that every process can unpickle."""
     if error is None:
         return None
     return TrainingError(f"process {rank()} of {world_size()} failed: {type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""Crops to pixels to features: reading ahead in threads, and a whole store through an encoder.
+"""Feature extraction: crops are decoded ahead in a thread, and an encoder is applied to a whole store.
 
 Letters: N crops, B batch, D feature size.
 """
@@ -22,10 +22,10 @@ from resight.training.store.crops import CropStore
 
 
 def require_device(device: str) -> None:
-    """Refuse a device this machine cannot compute on.
+    """Check that this machine can compute on a device.
 
     Raises:
-        RecipeError: not a device's name, or a GPU that is not there.
+        RecipeError: not the name of a device, or a GPU that is not available.
     """
     try:
         torch.empty(1, device=device)
@@ -40,28 +40,28 @@ def require_device(device: str) -> None:
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
 
-EXTRACTION_BATCH = 64  # beyond it a CPU gains nothing and a map of 256 x 128 crops costs memory
+EXTRACTION_BATCH = 64  # larger batches are no faster on a CPU and need more memory for 256 x 128 crops
 CACHE_BYTES = 1 << 30  # 10,922 crops of 256 x 128
 
 
 class PixelCache:
-    """Fitted crops in memory: every epoch reads each to label it and about once more to train, from the same files.
+    """Decoded and resized crops in memory: every epoch reads each crop once for labels and about once for training.
 
-    Decoding and fitting cost a CPU a sixth of what OSNet x0.25 costs it. Crops beyond the limit are decoded anew.
+    On a CPU decoding and resizing take a sixth of the time of OSNet x0.25. Crops beyond the limit are decoded again.
     """
 
     def __init__(self, limit_bytes: int = CACHE_BYTES) -> None:
-        self._kept: dict[tuple[ImageSpec, int], Pixels] = {}
+        self._pixels: dict[tuple[ImageSpec, int], Pixels] = {}
         self._free_bytes = limit_bytes
 
     def fetch(self, spec: ImageSpec, row: int, read: Callable[[int], Pixels]) -> Pixels:
-        """The pixels of a row, kept or read now. Not to be written to."""
-        found = self._kept.get((spec, row))
+        """The pixels of a row, from the cache or read now; must not be modified."""
+        found = self._pixels.get((spec, row))
         if found is None:
             found = read(row)
             if found.nbytes <= self._free_bytes:
                 self._free_bytes -= found.nbytes
-                self._kept[spec, row] = found
+                self._pixels[spec, row] = found
         return found
 
 
@@ -72,7 +72,7 @@ def read_batches(
     *,
     cache: PixelCache | None = None,
     part: Callable[[int], slice] = slice,
-    then: Callable[[Pixels], Pixels] = lambda pixels: pixels,
+    transform: Callable[[Pixels], Pixels] = lambda pixels: pixels,
     ahead: int = 2,
 ) -> Iterator[tuple[Ints, Pixels]]:
     """Decode and fit batches in the background while the caller computes.
@@ -81,18 +81,18 @@ def read_batches(
         store: where crops are read from.
         rows: rows of each batch, in order.
         spec: size to fit to.
-        cache: of this very store.
-        part: which part of a batch of B is read; all of it by default.
-        then: applied to each batch in the background, in order of the batches.
+        cache: used only with this store.
+        part: the part of a batch of B to read; all of it by default.
+        transform: applied to each batch in the background, in order of the batches.
         ahead: batches prepared in advance.
 
     Yields:
         rows of the whole batch and uint8 (B, H, W, 3) of its part, in the order of ``rows``.
 
     Raises:
-        ImageError: a crop cannot be decoded, with its path; `check_crops` finds those beforehand.
+        ImageError: a crop cannot be decoded, with its path; `check_crops` finds such crops beforehand.
     """
-    kept = cache or PixelCache(0)
+    pixel_cache = cache or PixelCache(0)
 
     def read(row: int) -> Pixels:
         try:
@@ -101,32 +101,32 @@ def read_batches(
             raise type(error)(f"{store.root / store.paths[row]}: {error}") from error
 
     def load(batch: Ints) -> Pixels:
-        return then(np.stack([kept.fetch(spec, int(row), read) for row in batch[part(len(batch))]]))
+        return transform(np.stack([pixel_cache.fetch(spec, int(row), read) for row in batch[part(len(batch))]]))
 
-    # One thread: Pillow alone keeps up with any CPU and `then` stays in order, so chance is repeatable.
+    # One thread: Pillow keeps up with the encoder on any CPU, and transforms in order make random numbers reproducible.
     with ThreadPoolExecutor(1, thread_name_prefix="crops") as pool:
-        waiting: deque[tuple[Ints, Future[Pixels]]] = deque()
+        pending: deque[tuple[Ints, Future[Pixels]]] = deque()
         for batch in rows:
-            waiting.append((batch, pool.submit(load, batch)))
-            if len(waiting) > ahead:
-                ready, pixels = waiting.popleft()
+            pending.append((batch, pool.submit(load, batch)))
+            if len(pending) > ahead:
+                ready, pixels = pending.popleft()
                 yield ready, pixels.result()
-        while waiting:
-            ready, pixels = waiting.popleft()
+        while pending:
+            ready, pixels = pending.popleft()
             yield ready, pixels.result()
 
 
 def autocast(device: str, precision: Precision) -> torch.autocast:
-    """The context in which an encoder computes; "auto" takes bfloat16 where it is native.
+    """The autocast context of an encoder; "auto" selects bfloat16 if it is native.
 
     Raises:
-        RecipeError: "fp16" on a CPU, where gradients would have to be scaled for nothing: it has no such units.
+        RecipeError: "fp16" on a CPU, which has no float16 units.
     """
     kind = torch.device(device).type
     if precision == "fp16":
         if kind != "cuda":
             raise RecipeError(
-                f"precision fp16 needs a GPU, found device {device}: take auto, bf16 or fp32", field="precision"
+                f"precision fp16 needs a GPU, found device {device}: use auto, bf16 or fp32", field="precision"
             )
         return torch.autocast(kind, torch.float16)
     native = torch.cuda.is_bf16_supported() if kind == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -149,21 +149,21 @@ def extract_features(
     cache: PixelCache | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Floats]:
-    """Features of every crop of a store, the encoder in eval mode and put back afterwards.
+    """Features of every crop of a store; the encoder runs in eval mode and its mode is restored.
 
-    Several processes (see `distributed`) compute a share each and all receive the whole.
+    Several processes (see `distributed`) compute a slice each and all receive the complete result.
 
     Args:
         encoder: on ``device``.
         store: N crops.
-        device: where to compute.
+        device: device of the computation.
         precision: see `autocast`.
-        local: whether the upper and lower views are wanted too.
+        local: whether to return the local views too.
         cache: see `read_batches`.
         progress: called with the number of crops just done.
 
     Returns:
-        One float32 (N, D) array of unit rows per view: global, then upper and lower if wanted.
+        One float32 (N, D) array of unit rows per view: global, then the local ones if requested.
     """
     training = encoder.training
     encoder.eval()
@@ -185,9 +185,9 @@ def embed_store(store: CropStore, spec: ImageSpec, embed: Callable[[Pixels], Flo
 
     Args:
         store: N crops.
-        spec: the size the model wants.
+        spec: input size of the model.
         embed: uint8 (B, H, W, 3) -> float32 (B, D), unit rows.
-        flip: whether each feature is the mean of the crop's and its mirror image's, made length 1.
+        flip: whether to average each feature with that of the mirrored crop (normalised to unit length).
 
     Returns:
         float32 (N, D), unit rows.
@@ -207,11 +207,11 @@ def embed_store(store: CropStore, spec: ImageSpec, embed: Callable[[Pixels], Flo
 
 
 def encoder_embedding(encoder: Encoder, device: str) -> Callable[[Pixels], Floats]:
-    """An encoder as `embed_store` wants it, in eval mode and in float32.
+    """An encoder as the `embed` function of `embed_store`, in eval mode and float32.
 
     Args:
         encoder: on ``device``.
-        device: where it computes.
+        device: device of the computation.
     """
     encoder.eval()
 

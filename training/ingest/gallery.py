@@ -77,7 +77,7 @@ def forget_gallery(store: GrowingStore, collection: str) -> int:
         StoreError: the store is damaged.
         StorageFullError: no room for the new index.
     """
-    with store.claimed(_lock_key(collection)):
+    with store.exclusive(_lock_key(collection)):
         removed = store.remove(lambda path: path.startswith(f"{collection_folder(collection)}/"))
         store.sweep(collection_folder(collection))
         _replace_links(store, collection, [])
@@ -99,7 +99,7 @@ def sync_gallery(
         StoreError: the store or its links are damaged, or another process does the same.
         StorageFullError: no room; what was added stands.
     """
-    with store.claimed(_lock_key(collection)):
+    with store.exclusive(_lock_key(collection)):
         sync = _Sync(store, collection_folder(collection))
         coming = iter(entries)
         while part := list(islice(coming, BATCH)):

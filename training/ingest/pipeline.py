@@ -302,7 +302,7 @@ def ingest(
         **detector.identity,
         **asdict(chosen),
     }
-    with store.claimed(key):
+    with store.exclusive(key):
         entry = _source_record(
             SourceRecord(key, footage.name, f"crops/{footage.camera}/{key}", asked), store, journal, again=again
         )

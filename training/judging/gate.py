@@ -118,9 +118,7 @@ def unusable_reason(judged: ModelJudgement) -> str:
     if judged.problem or judged.collapse:
         return judged.problem or judged.collapse
     if judged.variance is not None and judged.variance < MIN_VARIANCE:
-        return (
-            f"its features are nearly all equal: variance {judged.variance:.2g}, expected {MIN_VARIANCE} or more"
-        )
+        return f"its features are nearly all equal: variance {judged.variance:.2g}, expected {MIN_VARIANCE} or more"
     clusters = judged.clusters
     if clusters is not None and clusters.collapsed:
         return (

@@ -25,13 +25,13 @@ from resight.training.report.charts import (
     epoch_rows,
     figure_label,
     figures_by_group,
-    format_number,
     group_label,
 )
 from resight.training.report.embedding_map import EmbeddingMap, map_features, map_panels
 from resight.training.report.montage import ClusterGroup, cluster_groups
 from resight.training.report.page import Thumbnails, data_uri, flatten, format_duration, templates
 from resight.training.report.ranked_lists import RankedList, SearchResults, ranked_lists
+from resight.training.report.svg import format_number
 from resight.training.store.crops import CropStore
 from resight.training.store.datasets import Site
 

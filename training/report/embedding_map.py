@@ -1,9 +1,8 @@
-"""The map of a store's features: a projection of crops to the plane by t-SNE, drawn by cluster and by camera as SVG.
+"""The map of a store's features: a projection of crops to the plane by t-SNE, drawn by cluster and by camera.
 
 t-SNE (van der Maaten and Hinton 2008; Barnes-Hut, van der Maaten 2014; scikit-learn) keeps neighbours together;
 distances between far groups and the sizes of groups have no meaning. Groups differ by colour and by the shape of their
-marks. A mark is a zero-length stroke, so that two thousand take some ten bytes each and get their colour from the
-page's style sheet.
+marks, for readers who cannot distinguish the colours.
 
 Letters: N crops, M crops shown, C cameras, D feature size.
 """
@@ -15,18 +14,21 @@ from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from resight.arrays import Floats, Ints
 from resight.neighbours.search import nearest_neighbours
-from resight.training.report.charts import SERIES_COLOURS
+from resight.training.report.svg import SERIES_COLOURS, colour, draw_svg, set_title
 from resight.training.store.crops import CropStore
 
-SIDE, EDGE = 1000, 20  # viewBox units; integers are precise to half a pixel
+SIDE, EDGE = 400, 0.1  # width of the view box; margins on both sides together, in the units of places
 MARK_SHAPES = ("dot", "square", "ring")
-LABELLED_GROUPS = 20  # groups with their own mark; SERIES_COLOURS x len(MARK_SHAPES) = 24 marks are distinguishable
+LABELLED_GROUPS = 20  # groups with their own mark; SERIES_COLOURS x len(MARK_SHAPES) = 24 marks differ
 PASSES = 4  # groups are drawn in turns, so that none covers all others
 NO_CLUSTER = -1
 
@@ -92,39 +94,54 @@ def _panel(
     title: str, hint: str, shown: EmbeddingMap, groups: NDArray[np.int64], named: Sequence[tuple[int, str, str]]
 ) -> MapPanel:
     """Draw crops outside the named groups (number, words, text on the map) in grey, the others above them."""
-    places = np.rint(EDGE + (SIDE - 2 * EDGE) * (shown.places - shown.places.min(0))).astype(int)
-    at = {number: np.flatnonzero(groups == number) for number, _, _ in named}
-    unclustered = groups == NO_CLUSTER
-    rest = np.flatnonzero(~unclustered & ~np.isin(groups, list(at)))
-    head = Markup('<svg class="map" viewBox="0 0 {} {}" role="img" aria-label="{}">')
-    parts = [head.format(SIDE, places[:, 1].max() + EDGE, f"{title}: {len(places)} crops; near crops are similar")]
-    legend = []
-    for rows, colour, words in ((np.flatnonzero(unclustered), "none", "outliers"), (rest, "other", "all others")):
-        if len(rows):
-            parts.append(_marks(places[rows], colour, "dot", f"{words}, {len(rows)} crops"))
-            legend.append((colour, "dot", f"{words} ({len(rows)})"))
-    looks = [(f"s{i % SERIES_COLOURS}", MARK_SHAPES[i // SERIES_COLOURS]) for i in range(len(named))]
-    for turn in range(PASSES):
-        for (number, words, _), (colour, shape) in zip(named, looks, strict=True):
-            rows = at[number]
-            if len(rows[turn::PASSES]):
-                parts.append(_marks(places[rows[turn::PASSES]], colour, shape, f"{words}, {len(rows)} crops"))
-    for number, _, text in named:
-        if text:
-            x, y = np.median(places[at[number]], axis=0).astype(int)
-            parts.append(Markup('<text x="{}" y="{}">{}</text>').format(x, y, text))
-    named_legend = [
-        (colour, shape, f"{words} ({len(at[number])})")
-        for (number, words, _), (colour, shape) in zip(named, looks, strict=True)
+    rows_of = {number: np.flatnonzero(groups == number) for number, _, _ in named}
+    outliers = np.flatnonzero(groups == NO_CLUSTER)
+    rest = np.flatnonzero((groups != NO_CLUSTER) & ~np.isin(groups, list(rows_of)))
+    unnamed = [
+        (rows, name, words)
+        for rows, name, words in ((outliers, "none", "outliers"), (rest, "other", "all others"))
+        if len(rows)
     ]
-    return MapPanel(title, hint, Markup("").join([*parts, Markup("</svg>")]), [*named_legend, *legend])
+    looks = [(f"s{i % SERIES_COLOURS}", MARK_SHAPES[i // SERIES_COLOURS]) for i in range(len(named))]
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.set_axis_off()
+        low, high = shown.places.min(0) - EDGE / 2, shown.places.max(0) + EDGE / 2
+        axes.set(xlim=(low[0], high[0]), ylim=(high[1], low[1]))
+        for rows, _, words in unnamed:
+            _draw_marks(axes, shown.places[rows], "other", "dot", f"{words}, {len(rows)} crops", size=2.5)
+        for turn in range(PASSES):
+            for (number, words, _), (series, shape) in zip(named, looks, strict=True):
+                rows = rows_of[number]
+                if len(rows[turn::PASSES]):
+                    _draw_marks(axes, shown.places[rows[turn::PASSES]], series, shape, f"{words}, {len(rows)} crops")
+        for number, _, text in named:
+            if text:
+                place = np.median(shown.places[rows_of[number]], axis=0)
+                halo = [patheffects.withStroke(linewidth=2.5, foreground=colour("card"))]
+                axes.text(place[0], place[1], text, ha="center", va="center", weight="bold", path_effects=halo)
+
+    span = np.ptp(shown.places, axis=0)
+    height = SIDE * (EDGE + float(span[1])) / (EDGE + float(span[0]))
+    drawn = draw_svg(f"{title}: {len(groups)} crops; near crops are similar", SIDE, height, paint)
+    legend = [
+        (series, shape, f"{words} ({len(rows_of[number])})")
+        for (number, words, _), (series, shape) in zip(named, looks, strict=True)
+    ]
+    return MapPanel(
+        title, hint, drawn, [*legend, *((name, "dot", f"{words} ({len(rows)})") for rows, name, words in unnamed)]
+    )
 
 
-def _marks(places: NDArray[np.int_], colour: str, shape: str, words: str) -> Markup:
-    """All marks of one colour and shape as one path; a ring is a dot with its middle in the background's colour."""
-    path = "".join(f"M{x} {y}h0" for x, y in places)
-    drawn = Markup('<path class="mark {} {}" d="{}"><title>{}</title></path>').format(colour, shape, path, words)
-    return drawn + Markup('<path class="mark hole" d="{}"/>').format(path) if shape == "ring" else drawn
+def _draw_marks(
+    axes: Axes, places: NDArray[np.float32], series: str, shape: str, words: str, *, size: float = 4.0
+) -> None:
+    """Marks of one colour and shape."""
+    fill = "none" if shape == "ring" else colour(series)
+    marker = "s" if shape == "square" else "o"
+    (drawn,) = axes.plot(*places.T, marker, markersize=size, markerfacecolor=fill, markeredgecolor=colour(series))
+    set_title(drawn, words)
 
 
 MAX_CROPS = 2000  # takes 6 s on one core; more marks would overlap

@@ -13,7 +13,7 @@ from PIL import Image
 
 from resight.errors import ImageError, StoreError
 from resight.image import ImageSpec, decode, fit
-from resight.training.report.charts import format_number
+from resight.training.report.svg import format_number
 from resight.training.store.crops import CropStore
 
 

@@ -1,9 +1,9 @@
 """The page of a verdict: decision, metrics of both models and example crops, as one self-contained HTML file.
 
-Two drawings as inline SVG show the differences with their intervals and the similarities of certain pairs; their
-colours are classes of the page's style sheet: s0 is the candidate or one person, s1 the active model or two persons.
+The forest plot shows each metric's difference with its interval; the histograms show the similarities of certain pairs
+by each model, in which one person is s0 and two persons are s1 of the page's style sheet.
 
-Letters: N crops, F metrics, P positive and M negative pairs.
+Letters: F metrics, N crops, P positive and M negative pairs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from resight.arrays import Floats, Ints
 from resight.files import write_atomic
@@ -22,52 +23,42 @@ from resight.training.curation.hygiene import CameraHygiene, Hygiene
 from resight.training.judging.candidate import CandidateResult, ModelComparison, ModelResult
 from resight.training.judging.judge import ModelJudgement
 from resight.training.judging.separation import Estimate, Separation, pair_similarities
-from resight.training.report.charts import format_number, ticks
 from resight.training.report.montage import cluster_groups
 from resight.training.report.page import CropImage, Thumbnails, data_uri, templates
+from resight.training.report.svg import colour, draw_svg, number_axes, set_title
 
-WIDTH, NAMES, EDGE = 680, 215, 14  # viewBox units; room for the figures' names, and at the right
-ROW, HEAD, FOOT = 22, 8, 30  # height of a line, above the first and below the last
-PANEL, BINS = 120, 40  # height of a histogram; bins between the least and the most similar pair
-GAP = 46  # between the histograms: the axis labels of the upper one
+WIDTH = 680  # of a drawing's view box
+LINE_HEIGHT, AXIS_HEIGHT, PANEL_HEIGHT = 22, 45, 165  # of a figure's line, of the axis below, of a histogram
+BINS = 40  # between the least and the most similar pair
 
 
-def draw_forest(changes: Mapping[str, Estimate]) -> str:
+def draw_forest(changes: Mapping[str, Estimate]) -> Markup:
     """A row for each metric: candidate minus active model with its interval, and a line at no change.
 
     Args:
         changes: F differences, one or more.
     """
-    assert changes, "a forest plot needs a difference"
-    ends = [value for one in changes.values() for value in (one.low, one.high, 0.0)]
-    marks = ticks(min(ends), max(ends))
-    if len(marks) == 2 and marks[0] == 0 == min(ends):  # one that changed nothing would lie on the edge
-        marks = [-marks[1], *marks]
-    height = HEAD + ROW * len(changes) + FOOT
-    bottom = height - FOOT
 
-    def x(value: float) -> float:
-        return NAMES + (WIDTH - NAMES - EDGE) * (value - marks[0]) / (marks[-1] - marks[0])
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.axvline(0, color=colour("junk"), linestyle=":")
+        for line, (name, change) in enumerate(changes.items()):
+            shown = colour("wrong" if change.high < 0 else "right" if change.low > 0 else "other")
+            axes.plot([change.low, change.high], [line, line], color=shown)
+            (dot,) = axes.plot(change.value, line, "o", color=shown, markersize=7)
+            set_title(dot, f"{name}: {change.value:+.4f}, {change.low:+.4f} to {change.high:+.4f}")
+        axes.set_yticks(range(len(changes)), list(changes))
+        axes.set_ylim(len(changes) - 0.5, -0.5)
+        axes.grid(axis="x")
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("candidate minus active model")
+        number_axes(axes, "x")
 
-    parts = [_open(height, f"Differences of {len(changes)} figures with their intervals")]
-    for mark in marks:
-        rule = Markup('<line class="{}" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>')
-        parts.append(rule.format("grid" if mark else "stage", x(mark), x(mark), HEAD, bottom))
-        parts.append(_text(x(mark), bottom + 13, format_number(mark), "middle"))
-    parts.append(_text((NAMES + WIDTH - EDGE) / 2, bottom + 26, "candidate minus active model", "middle"))
-    for line, (name, change) in enumerate(changes.items()):
-        y = HEAD + ROW * (line + 0.5)
-        colour = "wrong" if change.high < 0 else "right" if change.low > 0 else "none"
-        words = f"{name}: {change.value:+.4f}, {change.low:+.4f} to {change.high:+.4f}"
-        parts.append(_text(NAMES - 10, y + 4, name, "end"))
-        bar = Markup('<polyline class="{}" points="{:.1f},{:.1f} {:.1f},{:.1f}"/>')
-        parts.append(bar.format(colour, x(change.low), y, x(change.high), y))
-        dot = Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="4"><title>{}</title></circle>')
-        parts.append(dot.format(colour, x(change.value), y, words))
-    return _close(parts)
+    height = LINE_HEIGHT * len(changes) + AXIS_HEIGHT
+    return draw_svg(f"Differences of {len(changes)} figures with their intervals", WIDTH, height, paint)
 
 
-def draw_similarities(models: Mapping[str, tuple[Floats, Floats]]) -> str:
+def draw_similarities(models: Mapping[str, tuple[Floats, Floats]]) -> Markup:
     """A panel for each model: how similar pairs of one person and pairs of two are, on one axis for all.
 
     Args:
@@ -75,41 +66,22 @@ def draw_similarities(models: Mapping[str, tuple[Floats, Floats]]) -> str:
             one or more.
     """
     every = np.concatenate([values for pair in models.values() for values in pair])
-    marks = ticks(float(every.min()), float(every.max()))
-    edges = np.linspace(marks[0], marks[-1], BINS + 1)
-    height = HEAD + len(models) * (PANEL + GAP)
+    edges = np.linspace(float(every.min()), max(float(every.max()), float(every.min()) + 1e-6), BINS + 1)
 
-    def x(value: float) -> float:
-        return EDGE + (WIDTH - 2 * EDGE) * (value - marks[0]) / (marks[-1] - marks[0])
+    def paint(figure: Figure) -> None:
+        panels = figure.subplots(len(models), sharex=True, squeeze=False)[:, 0]
+        for axes, (name, pair) in zip(panels, models.items(), strict=True):
+            for values, series, kind in zip(pair, ("s0", "s1"), ("one track", "certainly two persons"), strict=True):
+                shares = np.histogram(values, edges)[0] / len(values)
+                drawn = axes.stairs(shares, edges, color=colour(series), linewidth=1.8)
+                set_title(drawn, f"{name}, pairs of {kind}")
+            axes.set(xlabel=f"{name}: cosine similarity", yticks=[])
+            axes.tick_params(axis="x", labelbottom=True)
+            number_axes(axes, "x")
 
-    parts = [_open(height, f"Similarities of certain pairs for {' and '.join(models)}")]
-    for index, (name, pair) in enumerate(models.items()):
-        base = HEAD + index * (PANEL + GAP) + PANEL
-        line = Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>')
-        parts.append(line.format(EDGE, WIDTH - EDGE, base, base))
-        parts += [_text(x(mark), base + 13, format_number(mark), "middle") for mark in marks]
-        parts.append(_text(WIDTH / 2, base + 27, f"{name}: cosine similarity", "middle"))
-        shares = [np.histogram(values, edges)[0] / len(values) for values in pair]
-        top = max(share.max() for share in shares)
-        for share, colour, kind in zip(shares, ("s0", "s1"), ("one track", "certainly two persons"), strict=True):
-            xs, ys = np.repeat(edges, 2)[1:-1], np.repeat(share / top, 2)
-            points = " ".join(f"{x(a):.1f},{base - (PANEL - 6) * b:.1f}" for a, b in zip(xs, ys, strict=True))
-            steps = Markup('<polyline class="{}" points="{}"><title>{}</title></polyline>')
-            parts.append(steps.format(colour, points, f"{name}, pairs of {kind}"))
-    return _close(parts)
-
-
-def _open(height: float, words: str) -> Markup:
-    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, height, words)
-
-
-def _close(parts: list[Markup]) -> str:
-    return str(Markup("").join([*parts, Markup("</svg>")]))
-
-
-def _text(x: float, y: float, words: str, anchor: str) -> Markup:
-    text = Markup('<text class="tick" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
-    return text.format(x, y, anchor, words)
+    return draw_svg(
+        f"Similarities of certain pairs for {' and '.join(models)}", WIDTH, PANEL_HEIGHT * len(models), paint
+    )
 
 
 WORST_PAIRS = 8  # pairs shown of each kind
@@ -157,7 +129,7 @@ def write_verdict_page(path: Path, case: CandidateResult, *, names: tuple[str, s
         title=f"{Path(names[0]).name} instead of {Path(names[1]).name}?",
         summary=f"Candidate {names[0]}, active model {names[1]}.",
         verdict=verdict,
-        forest=Markup(draw_forest(verdict.differences)) if verdict.differences else "",
+        forest=draw_forest(verdict.differences) if verdict.differences else "",
         tables=_tables(case),
         similarities=_histograms(site, active),
         mistakes=_mistakes(site, active, thumbnails),
@@ -223,7 +195,7 @@ def _histograms(site: ModelComparison, active: ModelResult) -> Markup | str:
     sides = {"candidate": site.candidate, "active model": active}
     rows = (site.pairs.positives, site.pairs.negatives)
     drawn = {name: tuple(pair_similarities(side.features, pairs) for pairs in rows) for name, side in sides.items()}
-    return Markup(draw_similarities({name: (pair[0], pair[1]) for name, pair in drawn.items()}))
+    return draw_similarities({name: (pair[0], pair[1]) for name, pair in drawn.items()})
 
 
 def _mistakes(

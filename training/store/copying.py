@@ -1,4 +1,4 @@
-"""Crops of one store as a part of another: the same files under the same paths, as hard links or copies."""
+"""Joining stores, and copying crops into another store under the same paths, as hard links if possible."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ LINK_UNSUPPORTED = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, er
 
 
 def open_all_splits(root: Path) -> CropStore:
-    """All crops of a store, of whatever split.
+    """All crops of a store, of all splits.
 
     Raises:
-        StoreError: there is none, or it is damaged or empty.
+        StoreError: the store is missing, damaged or empty.
     """
     parts = list(open_store(root).values())
     if not parts:
-        raise StoreError(f"{root} holds no crops: ingest some first")
+        raise StoreError(f"{root} has no crops: ingest some first")
     return join_stores(root, parts)
 
 
 def join_stores(root: Path, stores: Sequence[CropStore]) -> CropStore:
-    """The rows of several stores under one root, cameras numbered anew by name; a path counts once, the first time."""
+    """The rows of several stores under one root, cameras renumbered by name; of equal paths the first row is used."""
     names = sorted({name for store in stores for name in store.camera_names}, key=camera_order)
     number = {name: index for index, name in enumerate(names)}
     numbered = [
@@ -53,32 +53,32 @@ def join_stores(root: Path, stores: Sequence[CropStore]) -> CropStore:
 
 
 def copy_crops(store: CropStore, into: Path) -> CropStore:
-    """Put a store's crops into another folder, under the paths they have.
+    """Copy a store's crops into another folder, under the same paths.
 
-    Hard links take no room and outlive the file they were made of, as copies do. A crop that is gone by now, or
-    cannot be read, is left out and told in the log.
+    Hard links need no space and remain valid if the original is removed, as copies do. A crop that is missing or cannot
+    be read is skipped and logged.
 
     Args:
         store: the crops.
-        into: a folder of ours.
+        into: the target folder.
 
     Returns:
-        The rows that are there, with ``into`` as their root.
+        The rows that were copied, with ``into`` as their root.
 
     Raises:
-        OSError: the disk refused.
+        OSError: linking or copying failed.
     """
-    kept = []
+    copied = []
     for row, path in enumerate(store.paths):
         target = into / path
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             _link_or_copy(store.file(row), target)
         except (StoreError, FileNotFoundError) as error:
-            log.warning("left out %s: %s", path, error)
+            log.warning("skipped %s: %s", path, error)
             continue
-        kept.append(row)
-    return replace(store.subset(kept), root=into)
+        copied.append(row)
+    return replace(store.subset(copied), root=into)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -87,4 +87,4 @@ def _link_or_copy(source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in LINK_UNSUPPORTED:
             raise
-        shutil.copy2(source, target)  # with its time: retention asks for it
+        shutil.copy2(source, target)  # with its modification time, which retention uses

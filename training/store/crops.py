@@ -1,13 +1,10 @@
-"""The crop store: JPEGs and one table. Row i is sample i in everything made from it.
+"""The crop store: a folder of JPEG files with an index table, and the Parquet tables of a store in general.
 
-On disk a folder holds the crops anywhere below it and `index.parquet` with the columns `path, camera, time_s,
-track, person, split`; docs/crop-store.md is the format. Training never reads `person`.
+`index.parquet` has the columns `path, camera, time_s, track, person, split`; docs/crop-store.md defines the format.
+Row i of the index is sample i in everything derived from the store. Training never reads `person`. Tables are replaced
+atomically and read with a schema check; the schema version is part of their metadata.
 
 Letters: N crops, C cameras.
-
-Tables of ours in Parquet: written in one step, read with their schema checked.
-
-A table's schema carries its version in the metadata; docs/crop-store.md is the format of both tables of a store.
 """
 
 from __future__ import annotations
@@ -34,23 +31,23 @@ from resight.image import MAX_BYTES, decode
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write a table with checksums, replacing an earlier one in one step."""
+    """Write a table with page checksums, replacing an earlier one atomically."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     write_atomic(path, buffer.getvalue())
 
 
-def read_table(path: Path, schema: pa.Schema, *, mend: str) -> pa.Table:
-    """The columns of a schema; a file may have others.
+def read_table(path: Path, schema: pa.Schema, *, remedy: str) -> pa.Table:
+    """Read the columns of a schema; the file may have others.
 
     Args:
-        path: of the file.
-        schema: names, types and nullability of the columns; its one entry of metadata is the version.
-        mend: what the user can do about a file that cannot be read.
+        path: the file.
+        schema: names, types and nullability of the columns; its only metadata entry is the version.
+        remedy: what the user can do if the file cannot be read, for the error message.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        StoreError: it is damaged, of another version, or its columns are not those of the schema.
+        FileNotFoundError: the file does not exist.
+        StoreError: it is damaged, has another version, or its columns do not match the schema.
     """
     try:
         table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
@@ -58,23 +55,23 @@ def read_table(path: Path, schema: pa.Schema, *, mend: str) -> pa.Table:
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise StoreError(f"{path} is damaged ({error}): {mend}") from error
-    ((key, wanted),) = schema.metadata.items()
+        raise StoreError(f"{path} is damaged ({error}): {remedy}") from error
+    ((key, expected),) = schema.metadata.items()
     version = (table.schema.metadata or {}).get(key, b"none").decode(errors="replace")
-    if version != wanted.decode():
+    if version != expected.decode():
         raise StoreError(
-            f"{path} has schema version {version}, this program reads {wanted.decode()}: use the resight that wrote "
-            f"it, or {mend} as docs/crop-store.md says"
+            f"{path} has schema version {version}, this program reads {expected.decode()}: use the resight that wrote "
+            f"it, or {remedy} as docs/crop-store.md says"
         )
     missing = [name for name in schema.names if name not in table.schema.names]
     if missing:
-        raise StoreError(f"{path} misses the columns {', '.join(missing)}: {mend}, as docs/crop-store.md says")
+        raise StoreError(f"{path} lacks the columns {', '.join(missing)}: {remedy}, as docs/crop-store.md says")
     for field in schema:
         column = table.column(field.name)
         if column.type != field.type or (column.null_count and not field.nullable):
             raise StoreError(
                 f"{path}: column {field.name} must be {field.type}{'' if field.nullable else ' without nulls'}, found "
-                f"{column.type} with {column.null_count} nulls: {mend}, as docs/crop-store.md says"
+                f"{column.type} with {column.null_count} nulls: {remedy}, as docs/crop-store.md says"
             )
     return table.select(schema.names)
 
@@ -86,7 +83,7 @@ SCHEMA_VERSION = 1
 VERSION_KEY = b"resight.crop_store.schema_version"
 UNKNOWN = -1
 SPLITS = ("train", "query", "gallery")
-COLUMNS = ("cameras", "times_s", "tracks", "persons")  # of a `CropStore`, beside its paths
+COLUMNS = ("cameras", "times_s", "tracks", "persons")  # of a `CropStore`, besides its paths
 SCHEMA = pa.schema(
     [
         pa.field("path", pa.string(), nullable=False),
@@ -100,21 +97,21 @@ SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True, eq=False)  # arrays have no truth value to compare by
+@dataclass(frozen=True, eq=False)  # comparing arrays gives arrays
 class CropStore:
     """Crops in a fixed order.
 
     Attributes:
-        root: folder the paths start from.
+        root: folder the paths are relative to.
         paths: N relative POSIX paths.
         cameras: int64 (N,), 0..C-1, into `camera_names`.
         camera_names: C names; all splits of a site share them.
         times_s: float64 (N,), seconds on the site's clock, NaN where unknown.
         tracks: int64 (N,), -1 where unknown.
-        persons: int64 (N,), -1 where unknown, 0 a stranger to every query (Market-1501's distractors).
+        persons: int64 (N,), -1 where unknown, 0 for persons that match no query (Market-1501's distractors).
 
     Raises:
-        StoreError: lengths differ, a camera is not named, a number is out of range, or a path leaves the root.
+        StoreError: lengths differ, a camera has no name, a number is out of range, or a path leaves the root.
     """
 
     root: Path
@@ -128,13 +125,13 @@ class CropStore:
     def __post_init__(self) -> None:
         lengths = {name: len(getattr(self, name)) for name in COLUMNS}
         if any(length != len(self.paths) for length in lengths.values()):
-            raise StoreError(f"a crop store needs one value a crop, found {len(self.paths)} paths and {lengths}")
+            raise StoreError(f"a crop store needs one value per crop, found {len(self.paths)} paths and {lengths}")
         if len(self.paths) and not 0 <= self.cameras.min() <= self.cameras.max() < len(self.camera_names):
             raise StoreError(f"cameras must index the {len(self.camera_names)} camera names, found others")
         if min(self.tracks.min(initial=0), self.persons.min(initial=0)) < UNKNOWN or np.isinf(self.times_s).any():
             raise StoreError(
-                f"expected tracks and persons from 0, or {UNKNOWN} for unknown, and times finite, or NaN for unknown: "
-                "found others"
+                f"tracks and persons must be at least 0, or {UNKNOWN} if unknown, and times finite, or NaN if unknown: "
+                "found other values"
             )
         for path in self.paths:
             check_path(path)
@@ -143,10 +140,10 @@ class CropStore:
         return len(self.paths)
 
     def read(self, row: int) -> bytes:
-        """The encoded bytes of one crop; of a file over 2 MiB the first part, which `decode` refuses with its limit.
+        """The encoded bytes of one crop; of a file over 2 MiB only the first part, which `decode` refuses as too large.
 
         Raises:
-            StoreError: the file is missing, no regular file, or lies behind a link that leaves the store.
+            StoreError: the file is missing, not a regular file, or a link that leaves the store.
         """
         try:
             with self.file(row).open("rb") as file:
@@ -155,7 +152,7 @@ class CropStore:
             raise _unreadable(self.root / self.paths[row], error) from error
 
     def file(self, row: int) -> Path:
-        """Where the bytes of one crop lie, links followed.
+        """The file of one crop, with links resolved.
 
         Raises:
             StoreError: see `read`.
@@ -166,25 +163,25 @@ class CropStore:
         except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
             raise _unreadable(path, error) from error
         if not real.is_relative_to(self.root.resolve()):
-            raise StoreError(f"{path} is behind a link that leaves the store: copy the crop into it")
-        if not real.is_file():  # opening a pipe would wait for ever
-            raise StoreError(f"{path} is no regular file: expected a JPEG, PNG or WebP file")
+            raise StoreError(f"{path} is a link that leaves the store: copy the crop into the store")
+        if not real.is_file():  # opening a pipe would block
+            raise StoreError(f"{path} is not a regular file: expected a JPEG, PNG or WebP file")
         return real
 
     def subset(self, rows: ArrayLike) -> CropStore:
-        """Some rows, in the order given; cameras keep their numbers."""
+        """The given rows, in that order; cameras keep their numbers."""
         chosen = np.asarray(rows, np.int64)
         columns: dict[str, Any] = {name: getattr(self, name)[chosen] for name in COLUMNS}
         return replace(self, paths=tuple(self.paths[row] for row in chosen), **columns)
 
     @property
     def has_persons(self) -> bool:
-        """Whether somebody said who is on every crop."""
+        """Whether the person of every crop is known."""
         return len(self) > 0 and bool((self.persons != UNKNOWN).all())
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the rows and the crops' bytes: equal stores have equal fingerprints, wherever they stand.
+        """sha256 over the rows and the crops' bytes: equal stores have equal fingerprints in any folder.
 
         Raises:
             StoreError: a crop cannot be read.
@@ -198,10 +195,10 @@ class CropStore:
 
 
 def check_path(path: str) -> None:
-    """Refuse what is no plain path below the store's folder.
+    """Check that a path is relative and inside the store's folder.
 
     Raises:
-        StoreError: names the path.
+        StoreError: it is not, or it is not UTF-8.
     """
     parts = PurePosixPath(path).parts
     if path.startswith("/") or "\\" in path or "\0" in path or ".." in parts or not parts:
@@ -215,17 +212,17 @@ def check_path(path: str) -> None:
 
 def _unreadable(path: Path, error: Exception) -> StoreError:
     reason = getattr(error, "strerror", None) or error
-    return StoreError(f"crop {path} cannot be read ({reason}): restore it or make the index again")
+    return StoreError(f"crop {path} cannot be read ({reason}): restore it or rebuild the index")
 
 
 def camera_order(name: str) -> tuple[Sequence[str | int], str]:
-    """Sort key of camera names that puts c2 before c10; equal only for equal names."""
-    parts = re.split(r"(\d+)", name)  # text and numbers in turn, so that like compares with like
+    """Sort key of camera names that orders c2 before c10; equal only for equal names."""
+    parts = re.split(r"(\d+)", name)  # text and numbers alternate, so that equal types are compared
     return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
 
 
 def write_store(root: Path, store: CropStore, splits: Sequence[str]) -> None:
-    """Write the index of crops that stand under ``root`` already, replacing an earlier one in one step.
+    """Write the index of crops that already exist under ``root``, replacing an earlier index atomically.
 
     Args:
         root: folder of the store.
@@ -233,7 +230,7 @@ def write_store(root: Path, store: CropStore, splits: Sequence[str]) -> None:
         splits: "train", "query" or "gallery" for each row.
 
     Raises:
-        StoreError: a split has another name, there is not one for each row, or a crop is listed twice.
+        StoreError: an unknown split, a wrong number of splits, or a crop listed twice.
     """
     if len(splits) != len(store) or not set(splits) <= set(SPLITS):
         found = f"{len(splits)}: {', '.join(sorted(set(splits)))}"
@@ -262,14 +259,14 @@ def open_store(root: Path) -> dict[str, CropStore]:
     """Read a crop store: one `CropStore` per split that has rows, all with the same camera names.
 
     Raises:
-        StoreError: no index, a damaged one, one of another schema version, or rows that make no sense.
+        StoreError: the index is missing, damaged or of another schema version, or it has invalid rows.
     """
     table = _read_index(root)
     columns = {name: table.column(name) for name in SCHEMA.names}
     names = columns["camera"].to_pylist()
     camera_names = sorted(set(names), key=camera_order)
     number = {name: index for index, name in enumerate(camera_names)}
-    whole = CropStore(
+    store = CropStore(
         root,
         tuple(columns["path"].to_pylist()),
         np.array([number[name] for name in names], np.int64),
@@ -278,16 +275,16 @@ def open_store(root: Path) -> dict[str, CropStore]:
         columns["track"].fill_null(UNKNOWN).to_numpy(),
         columns["person"].fill_null(UNKNOWN).to_numpy(),
     )
-    _refuse_repeats(whole, root)
+    _refuse_repeats(store, root)
     splits = np.asarray(columns["split"].to_pylist(), dtype=str)
-    strange = set(splits) - set(SPLITS)
-    if strange:
-        raise StoreError(f"{root / INDEX_FILE} has splits {sorted(strange)}: expected {', '.join(SPLITS)}")
-    return {split: whole.subset(np.flatnonzero(splits == split)) for split in SPLITS if (splits == split).any()}
+    unknown = set(splits) - set(SPLITS)
+    if unknown:
+        raise StoreError(f"{root / INDEX_FILE} has splits {sorted(unknown)}: expected {', '.join(SPLITS)}")
+    return {split: store.subset(np.flatnonzero(splits == split)) for split in SPLITS if (splits == split).any()}
 
 
 def _refuse_repeats(store: CropStore, root: Path) -> None:
-    """A crop listed twice could stand in two splits and be its own match."""
+    """Refuse a crop listed twice: in two splits it could be its own match."""
     seen: set[str] = set()
     for path in store.paths:
         if path in seen:
@@ -296,18 +293,18 @@ def _refuse_repeats(store: CropStore, root: Path) -> None:
 
 
 def _read_index(root: Path) -> pa.Table:
-    """The table, its schema checked."""
+    """Read the index with a schema check."""
     try:
-        return read_table(root / INDEX_FILE, SCHEMA, mend="make the index again")
+        return read_table(root / INDEX_FILE, SCHEMA, remedy="rebuild the index")
     except FileNotFoundError as error:
-        raise StoreError(f"{root} is no crop store: {INDEX_FILE} is missing") from error
+        raise StoreError(f"{root} is not a crop store: {INDEX_FILE} is missing") from error
 
 
 def check_crops(store: CropStore, *, progress: Callable[[int], None] = lambda done: None) -> Mapping[int, str]:
-    """Decode every crop once and tell which cannot be used.
+    """Decode every crop once and report those that cannot be used.
 
     Returns:
-        row -> reason, in the order of the rows; empty when all is well.
+        row -> reason, in the order of the rows; empty if all crops are usable.
     """
 
     def problem(row: int) -> str:
@@ -324,14 +321,14 @@ def check_crops(store: CropStore, *, progress: Callable[[int], None] = lambda do
 
 
 def usable_crops(store: CropStore, *, progress: Callable[[int], None] = lambda done: None) -> CropStore:
-    """The store without the crops that cannot be decoded, each named in the log with its reason.
+    """The store without the crops that cannot be decoded; each is logged with the reason.
 
     Raises:
-        SiteError: nothing is left.
+        SiteError: no crop can be decoded.
     """
     unreadable = check_crops(store, progress=progress)
     for row, reason in unreadable.items():
-        log.warning("left out %s: %s", store.paths[row], reason)
+        log.warning("skipped %s: %s", store.paths[row], reason)
     if len(unreadable) == len(store):
         raise SiteError(
             f"none of the {len(store)} crops under {store.root} can be decoded: expected JPEG, PNG or WebP files"

@@ -1,20 +1,18 @@
-"""A crop store that grows: crops are added and removed while others read it, and leave it when their retention ends.
+"""A crop store that grows: adding and removing crops while other processes use it, and purging by retention time.
 
-Every change replaces the index once, under a lock, based on the index at that moment, so that several processes (one
-for each live camera, say) add to one store. Files are written before rows name them and removed after no row does; a
-program killed in between leaves files that no row names, which `sweep` removes.
+Every change replaces the index once, under a lock, based on its current content, so several processes (for instance
+one per live camera) can add to one store. Files are written before the index lists them and removed afterwards; a
+program killed in between leaves unlisted files, which `sweep` removes.
 
-A purge first writes down what it will remove, so that the next one finishes it after a kill. Links of such crops go
-too.
+A purge first records what it will remove, so that the next one completes it if it is interrupted. It also removes the
+links of these crops.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
-import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -25,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from resight.errors import StorageFullError, StoreError
@@ -47,16 +46,8 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Alone with what a lock file stands for; waits for the others, whose turns take a moment."""
-    with _lock_file(path) as descriptor:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
 def exclusive_lock(path: Path, does: str) -> Iterator[None]:
-    """Alone with work that takes long; the lock file goes when it is done.
+    """Alone with work that takes long; the lock file is removed when it is done.
 
     Args:
         path: of the lock file.
@@ -65,38 +56,28 @@ def exclusive_lock(path: Path, does: str) -> Iterator[None]:
     Raises:
         StoreError: another process has it.
     """
-    with _lock_file(path) as descriptor:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StoreError(f"another process {does}: wait until it is done") from error
-        yield
-        path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _lock_file(path: Path) -> Iterator[int]:
-    """A lock file's descriptor, which no child process inherits: the kernel frees the lock however this one ends."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    lock = FileLock(path, timeout=0)
     try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+        with lock:
+            yield
+            path.unlink(missing_ok=True)
+    except Timeout as error:
+        raise StoreError(f"another process {does}: wait until it is done") from error
 
 
 @contextmanager
 def storage_full_as_error(root: Path) -> Iterator[None]:
-    """Tell a full disk as what it is.
+    """Convert errors of a full disk.
 
     Raises:
-        StorageFullError: instead of the system's, Arrow's or SQLite's own error.
+        StorageFullError: instead of the error of the system, Arrow or SQLite.
     """
     try:
         yield
     except (OSError, sqlite3.OperationalError) as error:
         if getattr(error, "errno", None) in DISK_FULL or "disk is full" in str(error):
             raise StorageFullError(
-                f"no room left for {root} ({error}): what was committed stands; free some and run the same again"
+                f"no space left for {root} ({error}): committed data is intact; free some space and run the same again"
             ) from error
         raise
 
@@ -107,7 +88,7 @@ LOCK_FILE = ".index.lock"
 
 @dataclass(frozen=True)
 class NewCrop:
-    """A crop to add: where it shall stand below the store, its file, and when it was taken (Unix seconds, or None)."""
+    """A crop to add: its path in the store, its encoded image, and its capture time (Unix seconds, or None)."""
 
     path: str
     data: bytes
@@ -116,13 +97,13 @@ class NewCrop:
 
 @dataclass(frozen=True)
 class NewTrack:
-    """Crops of one camera that get one number; without ``numbered``, crops of which nobody knows a track.
+    """Crops of one camera to add as one track, or without a track if not ``numbered``.
 
     Attributes:
-        camera: its name.
-        crops: one or more.
-        numbered: whether they are one track.
-        number: that they have already; None = the next that is free.
+        camera: name of the camera.
+        crops: one or more crops.
+        numbered: whether the crops are one track.
+        number: an existing track number; None for the next free one.
     """
 
     camera: str
@@ -132,40 +113,40 @@ class NewTrack:
 
 
 class GrowingStore:
-    """A store of split "train", made where there is none.
+    """A store of split "train", created if it does not exist.
 
     Args:
-        root: its folder.
+        root: folder of the store.
 
     Raises:
-        StoreError: there is something else at ``root``.
-        StorageFullError: no room for the folder.
+        StoreError: ``root`` is something else than a store or an empty folder.
+        StorageFullError: no space for the folder.
     """
 
     def __init__(self, root: Path) -> None:
         if root.exists() and (not root.is_dir() or not _is_store_or_empty(root)):
-            raise StoreError(f"{root} holds other things than a crop store: name a new folder, or a store")
+            raise StoreError(f"{root} is not a crop store and not empty: choose a new folder, or a store")
         self.root = root
         with storage_full_as_error(root):
             root.mkdir(parents=True, exist_ok=True)
 
     def add(self, tracks: Sequence[NewTrack]) -> list[int | None]:
-        """Add tracks whole, all in one step; one whose first crop is in the store already is passed over.
+        """Add tracks in one atomic step; a track whose first crop is already in the store is skipped.
 
         Args:
-            tracks: their crops must have paths of their own.
+            tracks: the paths of their crops must be unique.
 
         Returns:
-            The number of each track: of one passed over None, as of crops without a track.
+            The number of each track; None for skipped tracks and for crops without a track.
 
         Raises:
-            StorageFullError: no room; nothing was added.
-            StoreError: the index is damaged, or a path is none.
+            StorageFullError: no space; nothing was added.
+            StoreError: the index is damaged, or a path is invalid.
         """
         with storage_full_as_error(self.root), self._locked():
             index = self._read()
             known = set(index["path"].to_pylist())
-            highest = pc.max(index["track"]).as_py()  # None where no crop has a track
+            highest = pc.max(index["track"]).as_py()  # None if no crop has a track
             given = (track.number for track in tracks if track.number is not None)
             free = max([UNKNOWN if highest is None else highest, *given])
             rows: list[dict[str, object]] = []
@@ -194,22 +175,22 @@ class GrowingStore:
                 self._replace(pa.concat_tables([index, pa.Table.from_pylist(rows, schema=SCHEMA)]))
             return numbers
 
-    def remove(self, gone: Callable[[str], bool]) -> int:
-        """Take out the crops whose path ``gone`` names, rows first; how many.
+    def remove(self, selected: Callable[[str], bool]) -> int:
+        """Remove the crops whose path is ``selected``, rows first; returns their number.
 
         Raises:
-            StorageFullError: no room for the new index; nothing was removed.
+            StorageFullError: no space for the new index; nothing was removed.
             StoreError: the index is damaged.
         """
         with storage_full_as_error(self.root), self._locked():
             index = self._read()
             paths = index["path"].to_pylist()
-            leaving = [path for path in paths if gone(path)]
-            if leaving:
-                self._replace(index.filter(pa.array([not gone(path) for path in paths])))
-            for path in leaving:
+            removed = [path for path in paths if selected(path)]
+            if removed:
+                self._replace(index.filter(pa.array([not selected(path) for path in paths])))
+            for path in removed:
                 (self.root / path).unlink(missing_ok=True)
-            return len(leaving)
+            return len(removed)
 
     def rows(self, folder: str) -> list[dict[str, Any]]:
         """Path, camera, time_s and track of the crops below a folder of the store; None where unknown.
@@ -223,29 +204,29 @@ class GrowingStore:
         return found
 
     def sweep(self, folder: str) -> int:
-        """Remove the files below a folder that no row names, and the folder and the one above where nothing is left."""
+        """Remove the files below a folder that no row lists, then the folder and its parent if they are empty."""
         with self._locked():
             known, count = {row["path"] for row in self.rows(folder)}, 0
             for file in files_below(self.root / folder):
                 if file.relative_to(self.root).as_posix() not in known:
                     file.unlink()
                     count += 1
-            for emptied in (self.root / folder, (self.root / folder).parent):
-                if emptied.is_dir() and not any(emptied.iterdir()):
-                    emptied.rmdir()
+            for parent in (self.root / folder, (self.root / folder).parent):
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
             return count
 
-    def claimed(self, key: str) -> AbstractContextManager[None]:
-        """Alone with one source of crops; see `claims.claimed`."""
+    def exclusive(self, key: str) -> AbstractContextManager[None]:
+        """Lock one source of crops for this process; raises StoreError if another one holds the lock."""
         return exclusive_lock(self.root / f".{key}.lock", f"adds the same to {self.root}")
 
-    def _locked(self) -> AbstractContextManager[None]:
-        return locked(self.root / LOCK_FILE)
+    def _locked(self) -> AbstractContextManager[object]:
+        return FileLock(self.root / LOCK_FILE)
 
     def _read(self) -> pa.Table:
         if not is_store(self.root):
             return SCHEMA.empty_table()
-        return read_table(self.root / INDEX_FILE, SCHEMA, mend="restore it from a backup")
+        return read_table(self.root / INDEX_FILE, SCHEMA, remedy="restore it from a backup")
 
     def _replace(self, index: pa.Table) -> None:
         write_table(self.root / INDEX_FILE, index.replace_schema_metadata(SCHEMA.metadata))
@@ -260,7 +241,7 @@ class GrowingStore:
 
 
 def _is_store_or_empty(root: Path) -> bool:
-    """Whether a folder is a store, was begun to be one, or is empty but for locks."""
+    """Whether a folder is a store, an unfinished one, or empty except for lock files."""
     return (
         is_store(root) or (root / JOURNAL_FILE).is_file() or all(path.name.startswith(".") for path in root.iterdir())
     )
@@ -272,9 +253,9 @@ PURGE_FILE = ".purge.json"
 
 
 def capture_times(store: CropStore) -> NDArray[np.float64]:
-    """When each crop was taken: float64 (N,), Unix seconds.
+    """Capture time of each crop: float64 (N,), Unix seconds.
 
-    Where nobody knows it is when its file was written; NaN if that is gone.
+    If it is unknown, the modification time of the file; NaN if the file is missing.
     """
     times = store.times_s.copy()
     for row in np.flatnonzero(np.isnan(times)):
@@ -286,56 +267,56 @@ def capture_times(store: CropStore) -> NDArray[np.float64]:
 
 
 def purge(root: Path, before_s: float, *, source: Path | None = None) -> int:
-    """Remove the crops that were taken before a time; how many.
+    """Remove the crops captured before a time; returns their number.
 
     Args:
-        root: folder of a store; one that is not there holds nothing to remove.
+        root: folder of a store; nothing is removed if it does not exist.
         before_s: Unix seconds.
-        source: folder of the store whose crops these are: what it has not any more, since somebody was erased say,
-            goes as well. One that is not there says nothing.
+        source: folder of the store the crops were copied from: crops that it no longer has, for instance because a
+            person was erased, are removed too. Ignored if it does not exist.
 
     Raises:
         StoreError: the index or the list of an interrupted purge is damaged.
-        StorageFullError: no room for the new index; nothing was removed.
+        StorageFullError: no space for the new index; nothing was removed.
     """
     if not is_store(root):
         return 0
     removed = _finish_purge(root)
     if open_store(root):
         store = open_all_splits(root)
-        gone = capture_times(store) < before_s
+        expired = capture_times(store) < before_s
         if source is not None and is_store(source):
-            left = {path for part in open_store(source).values() for path in part.paths}
-            gone |= np.array([path not in left for path in store.paths])
-        old = [store.paths[row] for row in np.flatnonzero(gone)]
+            remaining = {path for part in open_store(source).values() for path in part.paths}
+            expired |= np.array([path not in remaining for path in store.paths])
+        old = [store.paths[row] for row in np.flatnonzero(expired)]
         if old:
             write_atomic(root / PURGE_FILE, json.dumps(old).encode())
             removed += _finish_purge(root)
     if removed:
-        log.info("removed %d crops of %s that may not be kept any more", removed, root)
+        log.info("removed %d crops of %s: retention time over or removed from the source", removed, root)
     return removed
 
 
 def _finish_purge(root: Path) -> int:
-    """Do what is written down; how many rows that took."""
-    told = root / PURGE_FILE
-    if not told.exists():
+    """Remove the crops listed in the purge file; returns the number of removed rows."""
+    journal = root / PURGE_FILE
+    if not journal.exists():
         return 0
     try:
-        old = [str(path) for path in json.loads(told.read_bytes())]
+        old = [str(path) for path in json.loads(journal.read_bytes())]
     except (ValueError, TypeError) as error:
-        raise StoreError(f"{told} is damaged ({error}): remove it, and purge again") from error
-    gone = set(old)
-    removed = GrowingStore(root).remove(gone.__contains__)
+        raise StoreError(f"{journal} is damaged ({error}): remove it and purge again") from error
+    listed = set(old)
+    removed = GrowingStore(root).remove(listed.__contains__)
     for path in old:
         check_path(path)
         (root / path).unlink(missing_ok=True)
     for folder in {(root / path).parent for path in old} - {root}:
-        with suppress(OSError):  # not empty, or gone already
+        with suppress(OSError):  # not empty, or removed already
             folder.rmdir()
-    kept = [pair for pair in read_links(root) if pair.path_a not in gone and pair.path_b not in gone]
+    remaining = [pair for pair in read_links(root) if pair.path_a not in listed and pair.path_b not in listed]
     if (root / LINKS_FILE).exists():
-        write_links(root, kept)
-    told.unlink()
+        write_links(root, remaining)
+    journal.unlink()
     sync(root)
     return removed

@@ -1,8 +1,8 @@
-"""Links: pairs of crops that somebody has confirmed to show one person, or two.
+"""Links: pairs of crops that an operator confirmed to show the same person, or two persons.
 
-`links.parquet` stands beside a store's index (docs/crop-store.md). Confirmed pairs are must-links of clustering,
-rejected ones cannot-links (Wagstaff et al., ICML 2001); `constraints` holds labels to them, and for the judge they are
-labelled pairs.
+`links.parquet` is stored next to a store's index (docs/crop-store.md). Confirmed pairs are must-links, rejected pairs
+cannot-links (Wagstaff et al., ICML 2001) of the clustering (`clustering.dbscan`); the judge uses them as labelled
+pairs.
 
 Letters: N crops, L links, G groups.
 """
@@ -55,8 +55,8 @@ class Links:
         rows: int64 (L, 2).
         same: bool (L,), True for must-links, False for cannot-links; no chain of must-links joins two crops with a
             cannot-link.
-        absent: pairs left out because one of their crops is not among the rows.
-        refuted: confirmed pairs left out because a rejected one contradicts them.
+        absent: number of pairs omitted because one of their crops is not among the rows.
+        refuted: number of confirmed pairs omitted because a rejected pair contradicts them.
     """
 
     rows: Ints
@@ -72,11 +72,11 @@ class Links:
 
     @property
     def digest(self) -> str:
-        """sha256 over the links in their order."""
+        """sha256 of the links in their order."""
         return hashlib.sha256(np.ascontiguousarray(self.rows, "<i8").tobytes() + self.same.tobytes()).hexdigest()
 
     def groups(self, count: int) -> Ints:
-        """The transitive closure of the must-links: who is one person with whom.
+        """The groups of crops of one person: the transitive closure of the must-links.
 
         Args:
             count: N.
@@ -88,7 +88,7 @@ class Links:
 
 
 def write_links(root: Path, pairs: Iterable[tuple[str, str, bool]]) -> None:
-    """Write the links of a store, replacing earlier ones in one step; repeats are written once.
+    """Write the links of a store, replacing earlier ones atomically; duplicates are written once.
 
     Args:
         root: folder of the store.
@@ -103,45 +103,45 @@ def write_links(root: Path, pairs: Iterable[tuple[str, str, bool]]) -> None:
 
 
 def read_links(root: Path) -> list[LinkPair]:
-    """All links of a store, each once, in the order written; none where there is no file.
+    """All links of a store, without duplicates, in the order written; empty if there is no file.
 
     Raises:
-        StoreError: the file is damaged, of another version, or says what `write_links` refuses to write.
+        StoreError: the file is damaged, of another version, or has pairs that `write_links` refuses.
     """
     path = root / LINKS_FILE
     try:
-        table = read_table(path, SCHEMA, mend="write the links again")
+        table = read_table(path, SCHEMA, remedy="write the links again")
     except FileNotFoundError:
         return []
     return _distinct(zip(*(table.column(name).to_pylist() for name in SCHEMA.names), strict=True), path)
 
 
 def _distinct(pairs: Iterable[tuple[str, str, bool]], path: Path) -> list[LinkPair]:
-    """Each pair once, whichever crop is named first."""
-    kept: dict[tuple[str, str], LinkPair] = {}
+    """Each pair once, regardless of the order of its crops."""
+    distinct: dict[tuple[str, str], LinkPair] = {}
     for one, other, same in pairs:
         check_path(one)
         check_path(other)
         if one == other:
-            raise StoreError(f"{path} links {one} with itself: expected pairs of two crops; leave the pair out")
-        pair = kept.setdefault((min(one, other), max(one, other)), LinkPair(one, other, bool(same)))
+            raise StoreError(f"{path} links {one} with itself: expected two different crops; remove the pair")
+        pair = distinct.setdefault((min(one, other), max(one, other)), LinkPair(one, other, bool(same)))
         if pair.same != same:
             raise StoreError(
-                f"{path} says that {one} and {other} show one person and that they do not: expected one or the other; "
-                "keep what was said last"
+                f"{path} lists {one} and {other} both as one person and as two persons: expected one of them; "
+                "keep the latest decision"
             )
-    return list(kept.values())
+    return list(distinct.values())
 
 
 def links_of(store: CropStore) -> Links:
-    """The links between crops of a store or of a part of one, as row numbers.
+    """The links between the crops of a store or a subset of it, as row numbers.
 
-    Pairs with other crops are left out and counted. Where a chain of confirmed pairs joins two crops that were
-    rejected, one of them is wrong and nobody knows which: the shortest such chain is left out whole, told in the
-    log and counted, until none is left.
+    Pairs with other crops are omitted and counted. If a chain of confirmed pairs joins two rejected crops, at least
+    one pair is wrong, but not known which: the shortest such chain is omitted, logged and counted, until no
+    contradiction is left.
 
     Args:
-        store: its `root` is where the links are looked for.
+        store: the links are read from its `root`.
 
     Raises:
         StoreError: see `read_links`.
@@ -151,33 +151,36 @@ def links_of(store: CropStore) -> Links:
     known = [pair for pair in pairs if pair.path_a in number and pair.path_b in number]
     rows = np.array([(number[pair.path_a], number[pair.path_b]) for pair in known], np.int64).reshape(-1, 2)
     same = np.array([pair.same for pair in known], bool)
-    sound = _consistent(rows, same)
+    consistent = _consistent(rows, same)
     if len(known) < len(pairs):
         log.info(
-            "%d of %d pairs name crops that are not among these %d", len(pairs) - len(known), len(pairs), len(store)
+            "%d of %d linked pairs have crops that are not among these %d",
+            len(pairs) - len(known),
+            len(pairs),
+            len(store),
         )
-    if refuted := [known[index] for index in np.flatnonzero(~sound)]:
+    if refuted := [known[index] for index in np.flatnonzero(~consistent)]:
         log.warning(
-            "left out %d confirmed pairs that rejected ones contradict, among them %s and %s: confirm or reject anew",
+            "omitted %d confirmed pairs that contradict rejected ones, among them %s and %s: review them",
             len(refuted),
             *refuted[0][:2],
         )
-    return Links(rows[sound], same[sound], len(pairs) - len(known), len(refuted))
+    return Links(rows[consistent], same[consistent], len(pairs) - len(known), len(refuted))
 
 
 def _consistent(rows: Ints, same: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Which links contradict no other: bool (L,)."""
+    """Which links are free of contradictions: bool (L,)."""
     crops, numbers = np.unique(rows, return_inverse=True)
     ends = numbers.reshape(rows.shape)  # (L, 2)
-    kept = np.ones(len(same), bool)
+    used = np.ones(len(same), bool)
     while True:
-        must = ends[same & kept]
+        must = ends[same & used]
         component = _components(must, len(crops))
-        clash = ends[~same & (component[ends[:, 0]] == component[ends[:, 1]])]
-        if not len(clash):
-            return kept
-        chains = _edges(_chains(must, clash, len(crops)), len(crops))
-        kept &= ~(same & np.isin(_edges(ends, len(crops)), chains))
+        violated = ends[~same & (component[ends[:, 0]] == component[ends[:, 1]])]
+        if not len(violated):
+            return used
+        chains = _edges(_chains(must, violated, len(crops)), len(crops))
+        used &= ~(same & np.isin(_edges(ends, len(crops)), chains))
 
 
 def _components(pairs: Ints, count: int) -> Ints:
@@ -186,17 +189,17 @@ def _components(pairs: Ints, count: int) -> Ints:
 
 
 def _edges(pairs: Ints, count: int) -> Ints:
-    """One number for each pair, whichever end is named first: (L,)."""
+    """A key for each pair, independent of the order of its ends: (L,)."""
     return np.asarray(pairs.min(1) * count + pairs.max(1))
 
 
-def _chains(must: Ints, clash: Ints, count: int) -> Ints:
-    """The must-links of a shortest chain between the ends of each clashing pair: (E, 2)."""
+def _chains(must: Ints, violated: Ints, count: int) -> Ints:
+    """The must-links of a shortest chain between the ends of each violated cannot-link: (E, 2)."""
     graph = sparse.coo_matrix((np.ones(len(must), np.int8), (must[:, 0], must[:, 1])), (count, count)).tocsr()
     found: list[Sequence[int]] = []
-    for start in np.unique(clash[:, 0]):
+    for start in np.unique(violated[:, 0]):
         before = breadth_first_order(graph, start, directed=False)[1]
-        for end in clash[clash[:, 0] == start, 1]:
+        for end in violated[violated[:, 0] == start, 1]:
             while end != start:
                 found.append((end, before[end]))
                 end = before[end]

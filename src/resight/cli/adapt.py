@@ -110,7 +110,7 @@ def _write_report(
     title = f"{site.name}: adapted by {checkpoint.provenance.recipe['name']}"
     scores = measure_before_after(site, initial.encoder, checkpoint.encoder, device=device)
     shown = vars(scores) if scores else {}
-    with runlog.bar("features for the report", len(store)) as advance:
+    with runlog.progress("features for the report", len(store)) as advance:
         write_adaptation_report(
             path, store, checkpoint, path.parent, title=title, device=device, progress=advance, **shown
         )

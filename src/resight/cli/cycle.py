@@ -112,10 +112,11 @@ def status(site: SiteFileArgument = DEFAULT_SITE_FILE, json_file: JsonOption = N
     """Show the state of the cycle, and its last run. Example: `resight cycle status lobby/site.toml`."""
     from resight.cycle import history
     from resight.cycle.history import read_alerts
-    from resight.cycle.runs import RunDatabase, lock_holder
+    from resight.cycle.runs import RunDatabase
     from resight.cycle.schedule import next_fire
     from resight.cycle.site import load_site
     from resight.cycle.state_folder import StateFolder, read_active
+    from resight.locks import lock_holder
 
     read = load_site(site)
     layout = StateFolder(read.state)

@@ -168,8 +168,8 @@ def create_token(
     """
     from resight.service.access.auth import Role, TokenFile
 
-    lives = None if expires is None else _parse_lifetime(expires)
-    secret, made = TokenFile(data).create(name, Role[role.name], tenant=tenant, lives=lives)
+    lifetime = None if expires is None else _parse_lifetime(expires)
+    secret, made = TokenFile(data).create(name, Role[role.name], tenant=tenant, lifetime=lifetime)
     until = "never expires" if made.expires is None else f"expires {made.expires:%Y-%m-%d %H:%M} UTC"
     Console(stderr=True).print(
         f"token {made.token_id} of {name}, {role.value} in tenant {tenant}, {until}; it is shown only once:",
@@ -239,7 +239,7 @@ def create_snapshot(
 
     place = _tenant_folder(data, tenant)
     with DataFolder(data):
-        _print_snapshot(copies.create(place / DATABASE_FILE, name or copies.name_of_now()))
+        _print_snapshot(copies.create(place / DATABASE_FILE, name or copies.timestamp_name()))
 
 
 @snapshot.command("list")

@@ -1,13 +1,12 @@
 """The runs of a site: their database, and the lock that allows one cycle at a time.
 
-The lock is an flock, which the kernel releases however its holder dies. Runs and stages are in a small SQLite file,
+Runs and stages are in a small SQLite file,
 from which a killed cycle is resumed. The only writer is the cycle that holds the lock; `resight cycle status` reads
 concurrently. A commit is durable when it returns (WAL, synchronous FULL).
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sqlite3
@@ -22,8 +21,7 @@ from typing import Any, Literal, Self
 
 from resight.cycle.state_folder import StageOutcome
 from resight.errors import CycleBusyError, CycleError
-
-LOCK_POLL_S = 0.05  # between two attempts to take the lock
+from resight.locks import LockHeldError, hold_lock
 
 
 class CycleLock:
@@ -40,26 +38,15 @@ class CycleLock:
 
     def __init__(self, path: Path, what: str, *, wait_s: float = 0.0) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # contains crops of people: owner only
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        deadline = time.monotonic() + wait_s
-        while True:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() < deadline:
-                    time.sleep(LOCK_POLL_S)
-                    continue
-                holder = os.pread(self._file, 200, 0).decode(errors="replace").strip()
-                os.close(self._file)
-                raise CycleBusyError(
-                    f"{what} is held by {holder or 'a process that just started'}: wait for it; see "
-                    "`resight cycle status`",
-                    holder=holder.partition(" since")[0].removeprefix("process "),
-                ) from error
-        text = f"process {os.getpid()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n"
-        os.truncate(self._file, 0)
-        os.pwrite(self._file, text.encode(), 0)
+        text = f"process {os.getpid()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+        try:
+            self._lock = hold_lock(path, text, wait_s=wait_s)
+        except LockHeldError as error:
+            raise CycleBusyError(
+                f"{what} is held by {error.holder or 'a process that just started'}: wait for it; see "
+                "`resight cycle status`",
+                holder=error.holder.partition(" since")[0].removeprefix("process "),
+            ) from error
 
     def __enter__(self) -> Self:
         return self
@@ -67,22 +54,7 @@ class CycleLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._file)
-
-
-def lock_holder(path: Path) -> str | None:
-    """Description of the process that holds a lock; None = it is free."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return os.pread(file, 200, 0).decode(errors="replace").strip()
-    finally:
-        os.close(file)
-    return None
+        self._lock.release()
 
 
 RunState = Literal["running", "skipped", "refused", "promoted", "rolled_back", "failed"]

@@ -7,7 +7,6 @@ suggests the nearest known one.
 from __future__ import annotations
 
 import datetime
-import difflib
 import tomllib
 import zoneinfo
 from pathlib import Path
@@ -25,6 +24,7 @@ from pydantic import (
 )
 
 from resight.errors import RecipeError
+from resight.validation import Problem, first_problem, suggestion
 
 CLOCK_TIME = r"([01]\d|2[0-3]):[0-5]\d"
 
@@ -358,30 +358,18 @@ def load_site(path: Path) -> SiteFile:
     try:
         return SiteFile.model_validate(content, context={"folder": path.resolve().parent})
     except ValidationError as error:
-        raise RecipeError(f"{path}: {_describe_error(error)}", field=_dotted_key(error.errors()[0]["loc"])) from error
+        problem = first_problem(error)
+        raise RecipeError(f"{path}: {_describe_problem(problem)}", field=problem.key) from error
 
 
-def _describe_error(error: ValidationError) -> str:
-    """The first error: what was expected, what was found, what to do."""
-    first = error.errors()[0]
-    name = _dotted_key(first["loc"])
-    if first["type"] == "missing":
-        return f"{name} is missing: add a line for it (docs/cycle.md lists all keys)"
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(first["loc"][-1]), _known_keys(first["loc"][:-1]), 1)
-        meant = f"did you mean {near[0]}?" if near else "remove the line"
-        return f"there is no key {name}, {meant} (docs/cycle.md lists all keys)"
-    reason = str(first["msg"]).removeprefix("Value error, ")
-    found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
-    return f"{name or 'the file'}: {reason}{found} (docs/cycle.md lists all keys)"
-
-
-def _dotted_key(place: tuple[int | str, ...]) -> str:
-    """A location in the file as text, such as ``camera[0].source``."""
-    text = ""
-    for part in place:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
+def _describe_problem(problem: Problem) -> str:
+    """What was expected, what was found, what to do."""
+    if problem.kind == "missing":
+        return f"{problem.key} is missing: add a line for it (docs/cycle.md lists all keys)"
+    if problem.kind == "unknown":
+        meant = suggestion(str(problem.location[-1]), _known_keys(problem.location[:-1])) or ": remove the line"
+        return f"there is no key {problem.key}{meant} (docs/cycle.md lists all keys)"
+    return f"{problem.key or 'the file'}: {problem.reason} (docs/cycle.md lists all keys)"
 
 
 def _known_keys(place: tuple[int | str, ...]) -> list[str]:

@@ -1,4 +1,8 @@
-"""Dense rerank."""
+"""k-reciprocal re-ranking of one query's candidates, on dense matrices.
+
+The same scores as `resight.neighbours.rerank` gives (tested), in a form of its own for two reasons: the service is
+installed without scipy, and at 200 candidates dense matrices take 1.1 ms on one core, sparse ones 4.3 ms (512-d).
+"""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
 
 d is the squared Euclidean distance of unit features, each crop's divided by its largest, as in the authors' code;
 d_J the Jaccard distance of k-reciprocal encodings. MSMT17's test would need 33 GiB for each dense matrix; here a crop
-costs some tens of weights. `resight.neighbours.search` has the same encoding in the form clustering uses: k1 counts
-the crop itself and distances are not divided.
+costs some tens of weights. The graph for clustering (`resight.neighbours.jaccard`) uses the same encoding with two
+differences: there k1 counts the crop itself and distances are not divided.
 
 All queries and the whole gallery take part in every ranking, so these are figures of a batch, not of single searches.
 
@@ -17,16 +17,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
-from resight.arrays import Floats, Ints
-from resight.neighbours.search import nearest_neighbours
+from resight.arrays import Floats
+from resight.neighbours.reciprocal import Neighbours, normalize_and_expand, widened_sets
 
 K1, K2, BALANCE = 20, 6, 0.3  # k1, k2 and lambda of the paper, section 4.2
-EXPANSION_OVERLAP = 2 / 3  # equation 5: the half-size set of a member joins when 2/3 of it agrees
-BLOCK_ROWS = 1024  # crops at a time: 1024 x 93,820 crops of MSMT17's test are 370 MiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +35,7 @@ class Reranking:
         gallery: float32 (G, D), unit rows.
         farthest: float32 (N,), the squared distance from each crop to the one farthest from it, queries first.
         weights: CSR (N, N), the encodings V of equations 7 and 11; rows sum to 1.
-        inverted: CSC (N, G'), the gallery's rows of ``weights`` as lists: who has an entry.
+        inverted: CSC (N, G'), the gallery's rows of ``weights`` by column.
         balance: lambda of equation 12.
     """
 
@@ -61,68 +58,30 @@ class Reranking:
 
 
 def rerank(
-    query: Floats, gallery: Floats, *, k1: int = K1, k2: int = K2, balance: float = BALANCE, device: str = "cpu"
+    query: Floats,
+    gallery: Floats,
+    near: Neighbours,
+    farthest: Floats,
+    *,
+    k1: int = K1,
+    k2: int = K2,
+    balance: float = BALANCE,
 ) -> Reranking:
     """Encode queries and gallery together, ready to rank.
 
     Args:
         query: float32 (Q, D), unit rows.
         gallery: float32 (G, D), unit rows.
+        near: k1 + 1 neighbours of each row of both, queries first (`search_neighbours`).
+        farthest: float32 (Q + G,), their `farthest_distances`.
         k1: neighbours considered beside the crop itself.
         k2: rows averaged over, the crop itself included; 1 leaves it out.
         balance: lambda, the share of the original distance; 1 ranks by it alone.
-        device: where neighbours are searched.
     """
-    features = np.concatenate([query, gallery])
-    ranks = nearest_neighbours(features, k1 + 1, device=device)
-    farthest = _farthest(features, device)
-    members = _members(ranks, k1)
-    weights = _encode(members, features, farthest)
-    if k2 > 1:
-        weights = (_listed(ranks[:, :k2]) @ weights).tocsr() / np.float32(min(k2, ranks.shape[1]))
+    closeness = widened_sets(np.concatenate([query, gallery]), near, k1 + 1, round(k1 / 2) + 1)
+    closeness.data **= 1 / np.repeat(farthest, np.diff(closeness.indptr))  # exp(-d / farthest)
+    weights = normalize_and_expand(closeness, near.indices[:, :k2]).weights
     return Reranking(query, gallery, farthest, weights, weights[len(query) :].tocsc(), balance)
-
-
-def _listed(columns: Ints) -> sparse.csr_matrix:
-    """CSR (N, N) of ones, row i holding the entries of columns[i]."""
-    n, k = columns.shape
-    return sparse.csr_matrix((np.ones(n * k, np.float32), columns.ravel(), np.arange(0, n * k + 1, k)), shape=(n, n))
-
-
-def _members(ranks: Ints, k1: int) -> sparse.csr_matrix:
-    """R*(i, k1), equations 3 to 5: mutual neighbours, widened by the half-size sets of members that agree in 2/3."""
-    full, half = (
-        listed.multiply(listed.T).tocsr() for listed in (_listed(ranks), _listed(ranks[:, : round(k1 / 2) + 1]))
-    )
-    size = np.diff(half.indptr)
-    blocks = []
-    for start in range(0, len(ranks), BLOCK_ROWS):  # in blocks: the sets' products are several times their size
-        part = full[start : start + BLOCK_ROWS]
-        overlap = part.multiply(part @ half.T).tocsr()  # |R(c, k1/2) & R(i, k1)| for each member c
-        overlap.data = (overlap.data > EXPANSION_OVERLAP * size[overlap.indices]).astype(np.float32)
-        overlap.eliminate_zeros()
-        blocks.append(part + overlap @ half)
-    return sparse.vstack(blocks, format="csr")
-
-
-def _encode(members: sparse.csr_matrix, features: Floats, farthest: Floats) -> sparse.csr_matrix:
-    """V[i, j] = exp(-d(i, j)) over the members of i, made to sum to 1 (equation 7)."""
-    rows = np.repeat(np.arange(len(features)), np.diff(members.indptr))
-    squared = np.empty(len(rows), np.float32)
-    for start in range(0, len(rows), BLOCK_ROWS * 64):
-        part = slice(start, start + BLOCK_ROWS * 64)
-        squared[part] = 2 - 2 * np.einsum("ed,ed->e", features[rows[part]], features[members.indices[part]])
-    raw = np.exp(-squared / farthest[rows])
-    totals = np.add.reduceat(raw, members.indptr[:-1])  # every row holds at least its own crop
-    return sparse.csr_matrix((raw / totals[rows], members.indices, members.indptr), shape=members.shape)
-
-
-def _farthest(features: Floats, device: str) -> Floats:
-    """Squared distance of each crop to the farthest one, float32 (N,); 1 where all crops are the same."""
-    data = torch.from_numpy(features).to(device)
-    lowest = [(data[start : start + BLOCK_ROWS] @ data.T).amin(dim=1) for start in range(0, len(data), BLOCK_ROWS)]
-    farthest = 2 - 2 * torch.cat(lowest)
-    return torch.where(farthest > 0, farthest, 1).cpu().numpy()
 
 
 def _shared(rows: sparse.csr_matrix, inverted: sparse.csc_matrix) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""Who is near whom: exact nearest neighbours by cosine similarity, among all crops or by camera.
+"""Exact nearest neighbours by cosine similarity, among all crops or by camera. The package's only user of torch.
 
 The (N, N) similarities are visited in tiles. They are symmetric, so those above the diagonal are computed once and
 serve their rows and their columns: half the multiplications of a plain search. Of a tile only the groups of
@@ -10,7 +10,6 @@ Letters: N crops, D feature size, k neighbours, T columns of a tile.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,25 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resight.arrays import Floats, Ints
+from resight.neighbours.reciprocal import NO_NEIGHBOUR, Neighbours
 
-NO_NEIGHBOUR = -1  # fills the list of a crop that has fewer than k neighbours
 SELF_SIMILARITY = 2.0  # above any cosine: a duplicate never takes a crop's own first place
 GROUP = 32  # columns whose maximum is taken at once; 64 takes 15 % more time beside the products, 128 70 % more
 TILE = 2048  # rows of a tile: enough for the multiplication to run at full speed
 ASPECT = 8  # columns for each row of a tile: few steps, so that threads seldom wait for one another; 128 MiB
-
-
-@dataclass(frozen=True)
-class Neighbours:
-    """The nearest crops of each crop, nearest first.
-
-    Attributes:
-        indices: int64 (N, k), `NO_NEIGHBOUR` where there are no more.
-        similarity: float32 (N, k), cosines; 0 where there is nobody.
-    """
-
-    indices: Ints
-    similarity: Floats
 
 
 def nearest_neighbours(features: Floats, k: int, *, device: str = "cpu", chunk: int = TILE) -> Ints:
@@ -86,6 +72,20 @@ def search_neighbours_by_camera(
         intra.offer_both(rows, columns, similarity.masked_fill(~same, -torch.inf))
         inter.offer_both(rows, columns, similarity.masked_fill_(same, -torch.inf))
     return intra.found(), inter.found()
+
+
+def farthest_distances(features: Floats, *, device: str = "cpu", chunk: int = TILE) -> Floats:
+    """Squared distance of each row to the row farthest from it, float32 (N,); 1 where all rows are the same.
+
+    Args:
+        features: (N, D) unit rows.
+        device: where the products are computed.
+        chunk: rows at a time; memory is chunk x N floats.
+    """
+    data = torch.from_numpy(np.ascontiguousarray(features, np.float32)).to(device)
+    lowest = [(data[start : start + chunk] @ data.T).amin(dim=1) for start in range(0, len(data), chunk)]
+    farthest = 2 - 2 * torch.cat(lowest)
+    return torch.where(farthest > 0, farthest, 1).cpu().numpy()
 
 
 def _tiles(features: Floats, device: str, height: int) -> Iterator[tuple[slice, slice, Tensor]]:

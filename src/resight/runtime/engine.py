@@ -12,7 +12,6 @@ determines the precision: TensorRT 11 only has strongly typed networks, and 10 i
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import hmac
 import importlib
@@ -29,10 +28,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from resight.bundle.manifest import GRAPH_INPUT
 from resight.errors import BundleError, ReIDError, StartupError
 from resight.files import write_atomic
 from resight.image import ImageSpec
+from resight.locks import OWNER_ONLY
 
 log = logging.getLogger(__name__)
 
@@ -100,17 +102,16 @@ class EngineCache:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Lock the folder: one process builds at a time, since two builds would distort each other's timings."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(self.folder / LOCK_FILE, flags, 0o600)
+        lock = FileLock(self.folder / LOCK_FILE, mode=OWNER_ONLY)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("another process builds an engine in %s: waiting for it", self.folder)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("another process builds an engine in %s: waiting for it", self.folder)
+            lock.acquire()
+        try:
             yield
         finally:
-            os.close(descriptor)
+            lock.release()
 
     def load(self, name: str, key: bytes) -> bytes | None:
         """Read a file that `store` wrote with this name and key.

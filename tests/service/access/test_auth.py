@@ -36,11 +36,11 @@ def test_every_method_of_the_api_has_a_role_and_no_other_does():
     assert all(REQUIRED_ROLES[name] is not None for name in ours)
 
 
-def test_only_health_is_for_anybody():
+def test_only_health_needs_no_role():
     assert {name.split("/")[1] for name, role in REQUIRED_ROLES.items() if role is None} == {"grpc.health.v1.Health"}
 
 
-def test_what_nobody_put_in_the_table_is_for_admins():
+def test_methods_missing_in_the_table_require_an_admin():
     assert required_role("/resight.v1.AdminService/FormatDisk") is Role.ADMIN
 
 
@@ -63,11 +63,11 @@ def test_the_roles_are_those_of_the_design(method, role):
     assert required_role(f"/resight.v1.{method}") is role
 
 
-def test_roles_rise():
+def test_roles_are_ordered():
     assert Role.READER < Role.ENROLLER < Role.OPERATOR < Role.ADMIN
 
 
-def test_the_principal_is_there_within_its_block_only():
+def test_the_principal_is_set_within_its_block_only():
     anna = Principal("anna", "north", Role.READER)
     assert current() is ANONYMOUS_ADMIN
     with acting_as(anna):
@@ -93,7 +93,7 @@ def requests() -> list[Descriptor]:
     return list(found.values())
 
 
-def test_no_request_names_a_place_to_fetch_from_or_to_write_to():
+def test_no_request_has_a_url_or_path():
     words = re.compile(r"(^|_)(url|uri|path|paths|file|filename|dir|directory|folder|host|address|command)(_|$)")
     fields = [field.full_name for message in requests() for field in message.fields]
     assert len(fields) > 60
@@ -101,7 +101,7 @@ def test_no_request_names_a_place_to_fetch_from_or_to_write_to():
     assert {name for name in fields if words.search(name.rpartition(".")[2])} <= allowed
 
 
-def test_no_request_says_whose_tenant_it_is():
+def test_no_request_has_a_tenant_field():
     assert [m.full_name for m in requests() if any("tenant" in field.name for field in m.fields)] == []
 
 

@@ -126,7 +126,7 @@ def _eager(monkeypatch):
     monkeypatch.setattr(tokens_module, "RELOAD_EVERY_S", 0.0)
 
 
-def test_without_tokens_everybody_is_an_admin_until_the_first_is_made(tmp_path):
+def test_without_tokens_callers_are_admins_until_the_first_is_created(tmp_path):
     async def body():
         async with Running(tmp_path) as server:
             assert "anonymous" in (await server.info(INFO)).server_version
@@ -138,7 +138,7 @@ def test_without_tokens_everybody_is_an_admin_until_the_first_is_made(tmp_path):
     asyncio.run(body())
 
 
-def test_always_means_also_before_the_first_token(tmp_path):
+def test_always_requires_a_token_before_the_first_is_created(tmp_path):
     async def body():
         async with Running(tmp_path, always=True) as server:
             error, _ = await error_of(server.info(INFO))
@@ -149,7 +149,7 @@ def test_always_means_also_before_the_first_token(tmp_path):
     asyncio.run(body())
 
 
-def test_a_token_says_who_calls_and_what_they_may(tmp_path, caplog):
+def test_a_token_determines_principal_and_permissions(tmp_path, caplog):
     async def body():
         async with Running(tmp_path) as server:
             reader, _ = server.file.create("anna", Role.READER, tenant="north")
@@ -157,7 +157,7 @@ def test_a_token_says_who_calls_and_what_they_may(tmp_path, caplog):
             told = (await server.info(INFO, metadata=bearer(reader))).server_version
             assert "name='anna', tenant='north', role=<Role.READER: 1>" in told
             error, _ = await error_of(server.rebuild(admin_pb2.RebuildIndexRequest(), metadata=bearer(reader)))
-            assert type(error) is PermissionDeniedError and "needs the role admin, and anna is reader" in str(error)
+            assert type(error) is PermissionDeniedError and "requires the role admin, and anna has reader" in str(error)
             assert error.facts == {"role": "reader", "needed": "admin"}
             await server.rebuild(admin_pb2.RebuildIndexRequest(), metadata=bearer(admin))
             server.file.revoke("root")
@@ -168,7 +168,7 @@ def test_a_token_says_who_calls_and_what_they_may(tmp_path, caplog):
 
     with caplog.at_level(logging.DEBUG):
         asyncio.run(body())
-    assert "refused /resight.v1.AdminService/RebuildIndex from ipv4:127.0.0.1" in caplog.text
+    assert "rejected /resight.v1.AdminService/RebuildIndex from ipv4:127.0.0.1" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_a_token_says_who_calls_and_what_they_may(tmp_path, caplog):
         (("x-authorization", "Bearer {}"),),
     ],
 )
-def test_whatever_is_no_bearer_token_is_refused(tmp_path, metadata):
+def test_credentials_other_than_a_bearer_token_are_refused(tmp_path, metadata):
     async def body():
         async with Running(tmp_path) as server:
             secret, _ = server.file.create("anna", Role.ADMIN)
@@ -198,7 +198,7 @@ def test_whatever_is_no_bearer_token_is_refused(tmp_path, metadata):
     asyncio.run(body())
 
 
-def test_health_asks_for_nothing(tmp_path):
+def test_health_needs_no_token(tmp_path):
     async def body():
         async with Running(tmp_path, always=True) as server:
             reply = await server.health.Check(health_pb2.HealthCheckRequest())
@@ -210,14 +210,14 @@ def test_health_asks_for_nothing(tmp_path):
     asyncio.run(body())
 
 
-def test_damaged_tokens_let_nobody_in_and_tell_callers_nothing_of_the_file(tmp_path, caplog):
+def test_a_damaged_token_file_rejects_all_and_reveals_nothing(tmp_path, caplog):
     async def body():
         async with Running(tmp_path) as server:
             secret, _ = server.file.create("anna", Role.ADMIN)
             good = server.file.path.read_text()
             server.file.path.write_text("{")
             error, _ = await error_of(server.info(INFO, metadata=bearer(secret)))
-            assert type(error) is UnavailableError and "its log says why" in str(error) and "json" not in str(error)
+            assert type(error) is UnavailableError and "see its log" in str(error) and "json" not in str(error)
             server.file.path.write_text(good)
             await server.info(INFO, metadata=bearer(secret))
 
@@ -225,7 +225,7 @@ def test_damaged_tokens_let_nobody_in_and_tell_callers_nothing_of_the_file(tmp_p
     assert "tokens.json is damaged" in caplog.text
 
 
-def test_streams_are_guarded_as_unary_calls_are(tmp_path, caplog):
+def test_streams_are_authenticated_like_unary_calls(tmp_path, caplog):
     async def body():
         async with Running(tmp_path) as server:
             secret, _ = server.file.create("anna", Role.READER)
@@ -246,7 +246,7 @@ def test_streams_are_guarded_as_unary_calls_are(tmp_path, caplog):
     asyncio.run(body())
 
 
-def test_a_stream_without_a_deadline_outlives_that_of_unary_calls(tmp_path):
+def test_streams_have_no_default_deadline(tmp_path):
     async def body():
         running = Running(tmp_path)
         running.stages = (report_errors, Deadlines(Settings(bundle=tmp_path, data=tmp_path, deadline_s=0.1)))
@@ -262,7 +262,7 @@ def test_a_stream_without_a_deadline_outlives_that_of_unary_calls(tmp_path):
     asyncio.run(body())
 
 
-def test_a_principal_that_calls_too_fast_is_told_when_to_come_back(tmp_path):
+def test_a_rate_limited_call_has_a_retry_delay(tmp_path):
     async def body():
         async with Running(tmp_path, rate=(0.5, 2)) as server:
             secret, _ = server.file.create("anna", Role.READER)
@@ -319,7 +319,7 @@ def test_every_call_has_an_id_in_its_log_lines_and_trailers(tmp_path, given, kep
     assert request_id() == "-"
 
 
-def test_a_refusal_carries_the_id_too(tmp_path):
+def test_a_rejected_call_has_a_request_id_too(tmp_path):
     async def body():
         async with Running(tmp_path, always=True) as server:
             error, trailers = await error_of(server.info(INFO, metadata=(("x-request-id", "r-7"),)))
@@ -328,7 +328,7 @@ def test_a_refusal_carries_the_id_too(tmp_path):
     asyncio.run(body())
 
 
-def test_the_clients_channel_shows_its_token_on_every_kind_of_call(tmp_path):
+def test_the_client_sends_its_token_on_every_kind_of_call(tmp_path):
     def ask(address: str, secret: str) -> None:
         with open_channel(address, [], None, secret) as channel:
             admin_pb2_grpc.AdminServiceStub(channel).GetServerInfo(INFO, timeout=5)
@@ -347,17 +347,17 @@ def test_the_clients_channel_shows_its_token_on_every_kind_of_call(tmp_path):
 @pytest.mark.parametrize(
     "address", ["10.0.0.1:50051", "gallery.example:50051", "dns:///gallery:50051", "[2001:db8::1]:1"]
 )
-def test_a_client_sends_no_token_in_clear_to_another_machine(address):
+def test_a_client_sends_no_token_unencrypted_to_another_machine(address):
     with pytest.raises(InputError, match="in plaintext"):
         open_channel(address, [], None, "rst_x")
     open_channel(address, [], None, None).close()
 
 
 @pytest.mark.parametrize("token", ["", "a b", "ä", "a\nb"])
-def test_a_token_that_no_header_can_carry_is_refused(token):
+def test_a_token_invalid_as_header_is_refused(token):
     with pytest.raises(InputError, match="without spaces"):
         open_channel("127.0.0.1:1", [], None, token)
 
 
-def test_a_token_stays_out_of_what_is_printed_of_a_channel():
+def test_the_repr_of_a_channel_hides_its_token():
     assert "rst_secret" not in repr(Bearer("rst_secret"))

@@ -52,7 +52,7 @@ def failure(tmp_path, act, *, timeout_s=None, deadline_s=5.0) -> grpc.aio.AioRpc
     return asyncio.run(body())
 
 
-def test_the_unforeseen_tells_a_number_the_log_has_and_nothing_else(tmp_path, caplog):
+def test_an_unexpected_error_shows_only_a_correlation_id(tmp_path, caplog):
     async def act():
         raise RuntimeError("/secret/path of subject anna")
 
@@ -67,7 +67,7 @@ def test_the_unforeseen_tells_a_number_the_log_has_and_nothing_else(tmp_path, ca
     assert "/secret/path" in caplog.text
 
 
-def test_a_call_without_a_deadline_gets_ours(tmp_path):
+def test_a_call_without_a_deadline_gets_the_default(tmp_path):
     async def act():
         await asyncio.sleep(60)
 
@@ -76,7 +76,7 @@ def test_a_call_without_a_deadline_gets_ours(tmp_path):
     assert type(error) is DeadlineError and "allow more time" in str(error)
 
 
-def test_the_clients_own_deadline_ends_the_work(tmp_path):
+def test_the_clients_deadline_cancels_the_call(tmp_path):
     ended = []
 
     async def act():

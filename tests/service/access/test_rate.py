@@ -19,12 +19,12 @@ class Clock:
         return self.now
 
 
-def test_a_burst_then_the_rate_and_each_for_themselves():
+def test_burst_then_rate_per_principal():
     clock = Clock()
     limit = RateLimit(2.0, 3, clock=clock)
     for _ in range(3):
         limit.take(ANNA)
-    with pytest.raises(RateLimitedError, match="2 calls a second, and 3 at once") as refused:
+    with pytest.raises(RateLimitedError, match="2 calls per second, with bursts of 3") as refused:
         limit.take(ANNA)
     assert refused.value.retry_after_s == pytest.approx(0.5) and refused.value.facts["principal"] == "anna"
     limit.take(BOB)
@@ -34,7 +34,7 @@ def test_a_burst_then_the_rate_and_each_for_themselves():
         limit.take(ANNA)
 
 
-def test_two_of_a_name_in_two_tenants_are_two():
+def test_the_same_name_in_two_tenants_is_limited_separately():
     limit = RateLimit(0.1, 1, clock=Clock())
     limit.take(ANNA)
     limit.take(Principal("anna", "north", Role.READER))

@@ -57,7 +57,7 @@ async def check(channel: grpc.aio.Channel) -> int:
     return reply.status
 
 
-def test_a_renewed_certificate_counts_from_the_next_connection(authority):
+def test_a_renewed_certificate_is_used_from_the_next_connection(authority):
     certificate, key = authority.issue("first", at="server")
 
     async def body():
@@ -77,7 +77,7 @@ def test_a_renewed_certificate_counts_from_the_next_connection(authority):
     asyncio.run(body())
 
 
-def test_a_channel_that_reconnects_meets_the_new_authority(tmp_path):
+def test_a_reconnecting_channel_sees_the_new_authority(tmp_path):
     """The old certificate's authority is trusted no more, so only the new certificate can let the channel in."""
     old, new = Authority(tmp_path, "old"), Authority(tmp_path, "new")
     certificate, key = old.issue("a", at="server")
@@ -101,7 +101,7 @@ def test_a_channel_that_reconnects_meets_the_new_authority(tmp_path):
     asyncio.run(body())
 
 
-def test_files_that_do_not_fit_leave_the_old_certificate_in_place(authority, caplog):
+def test_mismatched_files_keep_the_old_certificate(authority, caplog):
     certificate, key = authority.issue("first", at="server")
     good, other = certificate.read_bytes(), authority.issue("second")
 
@@ -118,11 +118,11 @@ def test_files_that_do_not_fit_leave_the_old_certificate_in_place(authority, cap
 
     with caplog.at_level(logging.INFO):
         asyncio.run(body())
-    assert "is not the key of" in caplog.text and "no certificate in PEM" in caplog.text
-    assert "the old certificate stays" in caplog.text and "TLS files changed" in caplog.text
+    assert "does not match" in caplog.text and "no PEM certificate" in caplog.text
+    assert "the old certificate remains in use" in caplog.text and "TLS files changed" in caplog.text
 
 
-def test_mtls_lets_in_only_clients_of_the_authority(tmp_path, authority):
+def test_mtls_accepts_only_clients_of_the_authority(tmp_path, authority):
     certificate, key = authority.issue("server")
     mine, mine_key = authority.issue("client")
     stranger = Authority(tmp_path, "stranger")
@@ -150,7 +150,7 @@ def test_mtls_lets_in_only_clients_of_the_authority(tmp_path, authority):
 
 
 @pytest.mark.parametrize("newest, welcome", [(ssl.TLSVersion.TLSv1_1, False), (ssl.TLSVersion.TLSv1_2, True)])
-def test_nothing_below_tls_1_2_is_spoken(authority, newest, welcome):
+def test_tls_below_1_2_is_rejected(authority, newest, welcome):
     certificate, key = authority.issue("server")
 
     def version(address: str) -> str:
@@ -177,32 +177,34 @@ def test_nothing_below_tls_1_2_is_spoken(authority, newest, welcome):
             asyncio.run(body())
 
 
-def test_a_key_that_others_may_read_is_refused(authority):
+def test_a_key_readable_by_others_is_refused(authority):
     certificate, key = authority.issue("server")
     for mode in (0o604, 0o640, 0o660, 0o644):
         key.chmod(mode)
-        with pytest.raises(StartupError, match=rf"open to others \(mode {mode:04o}\): chmod 600"):
+        with pytest.raises(StartupError, match=rf"accessible to other users \(mode {mode:04o}\): chmod 600"):
             Certificates(TlsFiles(certificate, key, None))
     key.chmod(0o400)
     Certificates(TlsFiles(certificate, key, None))
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
-def test_a_secret_that_another_user_owns_may_be_read_by_our_group(authority):
+def test_a_key_of_another_user_may_be_group_readable(authority):
     certificate, key = authority.issue("server")
     os.chown(key, 12345, os.getgid())
     key.chmod(0o640)
     Certificates(TlsFiles(certificate, key, None))
     key.chmod(0o644)
-    with pytest.raises(StartupError, match="open to others"):
+    with pytest.raises(StartupError, match="accessible to other users"):
         Certificates(TlsFiles(certificate, key, None))
 
 
-@pytest.mark.parametrize("which, told", [(0, "no certificate in PEM"), (1, "no private key"), (2, "no certificate in")])
-def test_files_that_are_no_pem_are_refused_by_name(authority, which, told):
+@pytest.mark.parametrize(
+    "which, message", [(0, "no PEM certificate"), (1, "not an unencrypted private key"), (2, "no PEM certificate")]
+)
+def test_files_that_are_not_pem_are_refused_by_name(authority, which, message):
     files = [*authority.issue("server"), authority.ca]
     files[which].write_bytes(b"-----BEGIN NOTHING-----")
-    with pytest.raises(StartupError, match=told) as refused:
+    with pytest.raises(StartupError, match=message) as refused:
         Certificates(TlsFiles(*files))
     assert files[which].name in str(refused.value)
     files[which].unlink()
@@ -210,7 +212,7 @@ def test_files_that_are_no_pem_are_refused_by_name(authority, which, told):
         Certificates(TlsFiles(*files))
 
 
-def test_damage_anywhere_in_a_file_is_an_error_of_ours_or_does_no_harm(authority):
+def test_damage_anywhere_in_a_file_is_a_startup_error_or_harmless(authority):
     certificate, key = authority.issue("server")
     rng = random.Random(5)
     outcomes = []
@@ -230,26 +232,26 @@ def test_damage_anywhere_in_a_file_is_an_error_of_ours_or_does_no_harm(authority
     Certificates(TlsFiles(certificate, key, authority.ca))
 
 
-def test_a_key_of_another_certificate_and_an_ended_certificate_are_refused(authority):
+def test_a_mismatched_key_and_an_expired_certificate_are_refused(authority):
     certificate, _ = authority.issue("server")
     _, other = authority.issue("other")
-    with pytest.raises(StartupError, match="is not the key of"):
+    with pytest.raises(StartupError, match="does not match"):
         Certificates(TlsFiles(certificate, other, None))
     ended, ended_key = authority.issue("ended", days=-1)
-    with pytest.raises(StartupError, match=r"ended on .* renew it"):
+    with pytest.raises(StartupError, match=r"expired on .* renew it"):
         Certificates(TlsFiles(ended, ended_key, None))
 
 
-def test_a_certificate_that_ends_soon_is_told_once_a_day(authority, caplog, monkeypatch):
+def test_a_certificate_that_expires_soon_is_logged_once_a_day(authority, caplog, monkeypatch):
     Certificates(TlsFiles(*authority.issue("far", days=15), None))
     assert caplog.text == ""
     certificates = Certificates(TlsFiles(*authority.issue("near", days=13), None))
-    assert certificates._fetch() is None
-    assert caplog.text.count("ends on") == 1 and "near.pem" in caplog.text
+    assert certificates._reload() is None
+    assert caplog.text.count("expires on") == 1 and "near.pem" in caplog.text
     later = time.monotonic() + module.WARN_EVERY_S + 1
     monkeypatch.setattr(module.time, "monotonic", lambda: later)
-    assert certificates._fetch() is None
-    assert caplog.text.count("ends on") == 2
+    assert certificates._reload() is None
+    assert caplog.text.count("expires on") == 2
 
 
 def test_a_clients_files_are_checked_before_it_connects(tmp_path, authority):

@@ -36,8 +36,8 @@ def test_a_token_is_256_random_bits_and_only_its_hash_is_kept(file):
     assert file.path.parent.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_token_opens_what_it_was_made_for(file):
-    secret, made = file.create("anna", Role.ENROLLER, tenant="north", lives=timedelta(days=1))
+def test_a_token_has_its_tenant_and_role(file):
+    secret, made = file.create("anna", Role.ENROLLER, tenant="north", lifetime=timedelta(days=1))
     book = TokenLookup(file)
     assert book.find(secret) == Principal("anna", "north", Role.ENROLLER)
     assert file.read() == [made]
@@ -45,12 +45,12 @@ def test_a_token_opens_what_it_was_made_for(file):
         assert book.find(wrong) is None
 
 
-def test_an_expired_token_opens_nothing(file):
-    secret, _ = file.create("anna", Role.ADMIN, lives=timedelta(seconds=-1))
+def test_an_expired_token_is_unknown(file):
+    secret, _ = file.create("anna", Role.ADMIN, lifetime=timedelta(seconds=-1))
     assert TokenLookup(file).find(secret) is None
 
 
-def test_two_of_a_name_serve_while_one_replaces_the_other(file, eager):
+def test_two_tokens_of_a_name_are_valid_during_rotation(file, eager):
     old, first = file.create("anna", Role.READER)
     book = TokenLookup(file)
     new, _ = file.create("anna", Role.READER)
@@ -59,23 +59,23 @@ def test_two_of_a_name_serve_while_one_replaces_the_other(file, eager):
     assert book.find(old) is None and book.find(new)
 
 
-def test_revoking_the_last_one_leaves_the_door_shut(file, eager):
+def test_revoking_the_last_token_keeps_authentication_on(file, eager):
     secret, _ = file.create("anna", Role.ADMIN)
     book = TokenLookup(file)
     assert file.revoke("anna") == 1
-    assert book.find(secret) is None and book.asked and TokenLookup(file).asked
+    assert book.find(secret) is None and book.required and TokenLookup(file).required
     file.path.unlink()
-    assert book.find(secret) is None and book.asked
+    assert book.find(secret) is None and book.required
 
 
-def test_the_first_token_shuts_a_door_that_stood_open(file, eager):
+def test_the_first_token_turns_authentication_on(file, eager):
     book = TokenLookup(file)
-    assert not book.asked
+    assert not book.required
     secret, _ = file.create("anna", Role.ADMIN)
-    assert book.find(secret) and book.asked
+    assert book.find(secret) and book.required
 
 
-def test_revoking_what_is_not_there_is_told(file):
+def test_revoking_an_unknown_token_is_an_error(file):
     file.create("anna", Role.READER)
     for wrong in ({"name": "bob"}, {"name": "anna", "token_id": "00000000"}):
         with pytest.raises(NotFoundError, match="resight token list"):
@@ -115,7 +115,7 @@ def damaged(raw: dict, **changes: object) -> str:
         lambda raw: json.dumps(raw)[:-5],
     ],
 )
-def test_a_damaged_file_lets_nobody_in(file, eager, spoil):
+def test_a_damaged_file_rejects_all_tokens(file, eager, spoil):
     secret, _ = file.create("anna", Role.ADMIN)
     book = TokenLookup(file)
     good = file.path.read_text()
@@ -129,14 +129,14 @@ def test_a_damaged_file_lets_nobody_in(file, eager, spoil):
     assert book.find(secret)
 
 
-def test_a_file_that_others_may_read_or_write_is_refused(file):
+def test_a_file_accessible_to_others_is_refused(file):
     file.create("anna", Role.ADMIN)
     file.path.chmod(0o640)
     with pytest.raises(FormatError, match="chmod 600"):
         file.read()
 
 
-def test_processes_that_make_tokens_at_once_lose_none(file):
+def test_concurrent_processes_lose_no_tokens(file):
     code = (
         "import sys; from pathlib import Path; from resight.service.access.auth import Role\n"
         "from resight.service.access.auth import TokenFile\n"

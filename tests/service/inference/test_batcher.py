@@ -109,7 +109,7 @@ def test_each_caller_gets_the_feature_of_its_own_crop():
     run(test)
 
 
-def test_what_comes_while_the_model_is_busy_is_one_batch_and_an_idle_model_does_not_wait():
+def test_crops_arriving_while_the_model_is_busy_form_one_batch():
     async def test(batcher, runtime):
         first = await blocked(batcher, runtime)
         others = [asyncio.create_task(submit(batcher, crop(seed))) for seed in range(1, 6)]
@@ -121,7 +121,7 @@ def test_what_comes_while_the_model_is_busy_is_one_batch_and_an_idle_model_does_
     run(test)
 
 
-def test_a_full_queue_refuses_and_says_when_to_come_back():
+def test_a_full_queue_refuses_with_a_retry_delay():
     async def test(batcher, runtime):
         first = await blocked(batcher, runtime)
         second = asyncio.create_task(submit(batcher, crop(1)))
@@ -138,7 +138,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back():
     run(test, max_queue=2)
 
 
-def test_what_expires_in_the_queue_never_reaches_the_model():
+def test_crops_that_expire_in_the_queue_are_not_embedded():
     async def test(batcher, runtime):
         first = await blocked(batcher, runtime)
         late = asyncio.create_task(submit(batcher, crop(1), time.monotonic() + 0.05))
@@ -153,13 +153,13 @@ def test_what_expires_in_the_queue_never_reaches_the_model():
     run(test)
 
 
-def test_who_would_be_answered_too_late_is_refused_counting_its_own_batch():
+def test_calls_that_would_miss_their_deadline_are_refused():
     async def body(batcher, runtime):
         runtime.pace_s = 0.03
         for seed in range(12):  # so it learns how long a batch takes
             await submit(batcher, crop(seed))
         first = await blocked(batcher, runtime)
-        took_s = batcher._batch_s
+        took_s = batcher._admission.batch_s
         with pytest.raises(OverloadedError, match="longer than the deadline") as refused:
             await submit(batcher, crop(50), time.monotonic() + 1.5 * took_s)  # one ahead, and then its own
         assert refused.value.retry_after_s >= 1.9 * took_s
@@ -180,7 +180,7 @@ def test_a_deadline_that_has_passed_is_not_admitted():
     run(test)
 
 
-def test_a_caller_who_leaves_frees_the_place_and_is_not_embedded():
+def test_a_cancelled_call_frees_its_capacity_and_is_not_embedded():
     async def test(batcher, runtime):
         first = await blocked(batcher, runtime)
         leaving = asyncio.create_task(submit(batcher, crop(1)))
@@ -212,7 +212,7 @@ def test_a_poisoned_crop_fails_alone():
     run(test)
 
 
-def test_a_crop_that_made_a_batch_fail_is_not_tried_again():
+def test_a_crop_that_failed_a_batch_is_quarantined():
     async def test(batcher, runtime):
         poison = crop(1)
         poison[0, 0, 0] = 255
@@ -236,7 +236,7 @@ def test_a_crop_that_made_a_batch_fail_is_not_tried_again():
 
 
 @pytest.mark.parametrize("room, served", [(4, 8), (3, 0)])
-def test_without_memory_a_batch_is_halved_once_and_the_queue_goes_on(room, served):
+def test_an_out_of_memory_batch_is_halved_once_and_the_queue_continues(room, served):
     async def test(batcher, runtime):
         first = await blocked(batcher, runtime)
         tasks = [asyncio.create_task(batcher.submit(crop(seed))) for seed in range(1, 9)]
@@ -259,7 +259,7 @@ def marked(value: int) -> np.ndarray:
     return image
 
 
-def test_callers_go_before_enrolments_which_fill_their_batch_and_both_before_a_migration():
+def test_calls_precede_enrolments_and_both_precede_a_migration():
     async def test(batcher, runtime):
         first = await blocked(batcher, runtime)
         order = [Priority.REEMBED, Priority.ENROL, Priority.INTERACTIVE]
@@ -269,7 +269,7 @@ def test_callers_go_before_enrolments_which_fill_their_batch_and_both_before_a_m
             for number in range(3)
         ]
         await asyncio.sleep(0.02)
-        batcher._lanes.ran(Priority.REEMBED, 1.0)  # it had its turn just now
+        batcher._queue.record_batch_time(Priority.REEMBED, 1.0)  # it had its turn just now
         runtime.gate.set()
         await asyncio.gather(first, *tasks)
         assert runtime.batches[:3] == [1, 4, 2] and sum(runtime.batches[3:]) == 3 and runtime.firsts[1:4] == [0, 11, 20]
@@ -277,10 +277,10 @@ def test_callers_go_before_enrolments_which_fill_their_batch_and_both_before_a_m
     run(test, max_batch=4)
 
 
-def test_an_idle_model_waits_for_what_is_being_decoded_but_not_for_ever():
+def test_an_idle_model_waits_a_limited_time_for_crops_being_decoded():
     async def test(batcher, runtime):
         await batcher.submit(crop(0))
-        batcher._batch_s = SOON / 3
+        batcher._admission.batch_s = SOON / 3
         far = time.monotonic() + FAR
         jobs = [
             CropJob(b"", runtime, Priority.INTERACTIVE, far, batcher.loop.create_future(), crop(n)) for n in range(4)
@@ -290,11 +290,11 @@ def test_an_idle_model_waits_for_what_is_being_decoded_but_not_for_ever():
             batcher.put(job)
         await asyncio.sleep(0.05)
         assert runtime.batches == [1]
-        batcher.missed(jobs[2])
+        batcher.discard(jobs[2])
         batcher.put(jobs[3])
         await asyncio.gather(*(job.answer for job in jobs if job is not jobs[2]))
         assert runtime.batches == [1, 3]
-        batcher._batch_s = 0.05
+        batcher._admission.batch_s = 0.05
         batcher.expect(jobs[:1])  # and never comes
         await batcher.submit(crop(5))
         assert runtime.batches == [1, 3, 1]
@@ -302,7 +302,7 @@ def test_an_idle_model_waits_for_what_is_being_decoded_but_not_for_ever():
     run(test)
 
 
-def test_a_full_lane_refuses_its_own_priority_only():
+def test_a_full_queue_refuses_only_its_priority():
     async def test(batcher, runtime):
         first = await blocked(batcher, runtime)
         enrolling = [asyncio.create_task(batcher.submit(crop(n), None, Priority.ENROL)) for n in range(2)]
@@ -318,7 +318,7 @@ def test_a_full_lane_refuses_its_own_priority_only():
     run(test, max_queue=2)
 
 
-def test_two_models_take_turns_and_never_share_a_batch():
+def test_two_models_alternate_and_never_share_a_batch():
     async def test(batcher, runtime):
         first = await blocked(batcher, runtime)
         other = GatedRuntime()
@@ -331,7 +331,7 @@ def test_two_models_take_turns_and_never_share_a_batch():
     run(test)
 
 
-def test_who_waits_when_it_stops_is_told():
+def test_waiting_jobs_fail_at_shutdown():
     async def test(batcher, runtime):
         first = await blocked(batcher, runtime)
         waiting = asyncio.create_task(batcher.submit(crop(1)))
@@ -340,7 +340,7 @@ def test_who_waits_when_it_stops_is_told():
         await asyncio.sleep(0.02)
         runtime.gate.set()
         await asyncio.gather(first, stopping)
-        with pytest.raises(UnavailableError, match="going down"):
+        with pytest.raises(UnavailableError, match="shutting down"):
             await waiting
 
     run(test)

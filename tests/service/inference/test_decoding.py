@@ -42,7 +42,7 @@ def through(tmp_path, crops, *, check=lambda crop: None, start=True, **settings)
     return out
 
 
-def test_jobs_come_out_with_the_contracts_pixels_callers_first(tmp_path):
+def test_decoded_jobs_have_the_fitted_pixels_and_come_in_order_of_priority(tmp_path):
     crops = [(priority, jpeg(n, size=(50, 90))) for priority in reversed(Priority) for n in range(4)]
     out = through(tmp_path, crops, decode_threads=1)
     assert [job.priority for job in out] == sorted(priority for priority, _ in crops)
@@ -51,7 +51,7 @@ def test_jobs_come_out_with_the_contracts_pixels_callers_first(tmp_path):
         assert 0 < job.quality < 1 and job.decode_ns > 0
 
 
-def test_each_failure_is_that_crops_own(tmp_path):
+def test_each_crop_fails_alone(tmp_path):
     def check(crop):
         if crop == b"poison":
             raise ModelError("before")
@@ -65,7 +65,7 @@ def test_each_failure_is_that_crops_own(tmp_path):
     assert kinds == [ModelError, ImageUndecodableError, ImageTooLargeError, type(None)]
 
 
-def test_what_waits_when_it_stops_is_told(tmp_path):
+def test_waiting_crops_fail_at_shutdown(tmp_path):
     (job,) = through(tmp_path, [(Priority.ENROL, jpeg(1))], start=False)
     assert isinstance(job.outcome, UnavailableError)
 
@@ -74,18 +74,18 @@ def test_no_more_pixels_than_the_budget_are_decoded_at_once(tmp_path, monkeypatc
     held, most, lock = 0, 0, threading.Lock()
 
     class Watched(PixelBudget):
-        def take(self, pixels):
+        def acquire(self, pixels):
             nonlocal held, most
-            super().take(pixels)
+            super().acquire(pixels)
             with lock:
                 held += pixels
                 most = max(most, held)
 
-        def give(self, pixels):
+        def release(self, pixels):
             nonlocal held
             with lock:
                 held -= pixels
-            super().give(pixels)
+            super().release(pixels)
 
     monkeypatch.setattr(module, "PixelBudget", Watched)
     buffer = io.BytesIO()
@@ -96,7 +96,7 @@ def test_no_more_pixels_than_the_budget_are_decoded_at_once(tmp_path, monkeypatc
     assert held == 0 and most == 500_000
 
 
-def test_an_image_larger_than_the_budget_is_let_in_alone(tmp_path):
+def test_an_image_larger_than_the_budget_is_decoded_alone(tmp_path):
     crops = [(Priority.INTERACTIVE, jpeg(n, size=(200, 200))) for n in range(4)]
     out = through(tmp_path, crops, decode_threads=4, decode_pixels=256)
     assert all(job.outcome is None for job in out)

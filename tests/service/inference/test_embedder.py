@@ -29,7 +29,7 @@ def run(test, tmp_path, **settings):
     return asyncio.run(body())
 
 
-def test_features_are_those_of_the_one_decoder_and_the_one_resize(tmp_path):
+def test_features_equal_those_of_offline_decoding(tmp_path):
     crops = [jpeg(n, size=(40 + n, 90)) for n in range(40)]
 
     async def test(embedder):
@@ -41,7 +41,7 @@ def test_features_are_those_of_the_one_decoder_and_the_one_resize(tmp_path):
     assert all(0 < one.quality < 1 and one.timings.decode_ns > 0 for one in found)
 
 
-def test_limits_of_the_settings_hold(tmp_path):
+def test_limits_of_the_settings_are_enforced(tmp_path):
     async def test(embedder):
         return await embedder.embed(RUNTIME, [jpeg(1, size=(30, 30)), jpeg(1, size=(64, 64))], time.monotonic() + 60)
 
@@ -49,7 +49,7 @@ def test_limits_of_the_settings_hold(tmp_path):
     assert isinstance(small, Embedded) and "at most 1000" in str(large)
 
 
-def test_more_than_the_queue_holds_is_refused_before_any_of_it_is_decoded(tmp_path):
+def test_a_batch_over_the_queue_limit_is_refused_before_decoding(tmp_path):
     async def test(embedder):
         with pytest.raises(OverloadedError):
             await embedder.embed(RUNTIME, [b"never looked at"] * 65, time.monotonic() + 60)
@@ -66,7 +66,7 @@ def embedded(values, figure):
     return Embedded(row / np.linalg.norm(row), figure, Timings(1, 2, 3))
 
 
-def test_shots_are_weighed_by_quality():
+def test_shots_are_weighted_by_quality():
     joined = combine_crops([embedded([1, 0], 0.9), embedded([0, 1], 0.3)])
     assert joined.feature == pytest.approx(np.array([0.9, 0.3]) / np.hypot(0.9, 0.3), abs=1e-6)
     assert joined.quality == pytest.approx(0.6)
@@ -77,7 +77,7 @@ def test_shots_are_weighed_by_quality():
         combine_crops([embedded([1, 0], 0.5), embedded([-1, 0], 0.5)])
 
 
-def test_the_first_failure_is_told_with_its_field():
+def test_the_first_failure_is_raised_with_its_field():
     bad = ImageUndecodableError("broken")
     with pytest.raises(ImageUndecodableError) as told:
         require_embedded([embedded([1, 0], 1.0), bad], ["shots.images[0].data", "shots.images[1].data"])

@@ -18,7 +18,7 @@ def at(*degrees: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("calibration", [None, CURVE])
-def test_one_far_from_a_close_crowd_is_left_out(calibration):
+def test_an_outlier_is_rejected(calibration):
     kept = same_person_shots(at(0, 2, 4, 88, 6, 8), calibration)
     assert kept.tolist() == [True, True, True, False, True, True]
 
@@ -37,14 +37,14 @@ def test_a_match_is_never_an_outlier():
     assert same_person_shots(tight, CURVE)[-1]
 
 
-def test_the_reject_threshold_needs_no_crowd():
+def test_the_reject_threshold_applies_to_any_spread():
     assert same_person_shots(at(0, 10, 90), CURVE).tolist() == [True, True, False]
     assert same_person_shots(at(0, 10, 90), None).all()
     assert MIN_SHOTS == 3 and same_person_shots(at(0, 90), CURVE).all()
 
 
 @pytest.mark.real
-def test_a_foreign_shot_in_a_real_track_is_mostly_noticed(shared_data, shared_weights):
+def test_foreign_shots_in_real_tracks_are_mostly_rejected(shared_data, shared_weights):
     import onnxruntime
 
     from resight.image import ImageSpec, decode, fit

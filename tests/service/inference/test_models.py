@@ -57,7 +57,7 @@ def by_model(client: Client, crop: bytes, model_id: str) -> np.ndarray:
     return client.embed(crop, model=model_id)
 
 
-def test_a_model_is_loaded_beside_activated_and_taken_back(serving):
+def test_a_model_is_loaded_activated_and_deactivated(serving):
     assert [(one.model_id, one.state, one.active) for one in serving.models()] == [
         ("a", "ready", True), ("b", "available", False), ("bad", "available", False),
     ]  # fmt: skip
@@ -87,7 +87,7 @@ def test_a_model_is_loaded_beside_activated_and_taken_back(serving):
         serving.activate_model("b")
 
 
-def test_a_load_that_fails_leaves_everything_as_it_was_and_says_why(serving, root):
+def test_a_failed_load_changes_nothing_and_is_reported(serving, root):
     crop = jpeg(1)
     for _ in range(2):
         with pytest.raises(BundleError, match="other features") as told:
@@ -110,14 +110,14 @@ def test_a_load_that_fails_leaves_everything_as_it_was_and_says_why(serving, roo
 
 
 @pytest.mark.parametrize("name", ["../a", "/etc", "A", "", "a/b", "x" * 64, "nothing", "link", "http://example.org/a"])
-def test_a_name_never_leads_out_of_the_folder(root, name):
+def test_a_model_name_cannot_leave_the_folder(root, name):
     (root / "link").symlink_to(root / "a")
     with pytest.raises(ModelNotFoundError):
         ModelRoot(root).find(name)
     assert ModelRoot(root).names() == ["a", "b", "bad"]
 
 
-def test_what_was_loaded_and_active_is_so_after_a_restart_unless_another_bundle_is_named(root, tmp_path):
+def test_loaded_models_survive_a_restart_unless_the_bundle_changes(root, tmp_path):
     data, crop = tmp_path / "data", jpeg(3)
     first = ServerProcess(root / "a", data, RESIGHT_MODELS=str(root))
     with Client(first.wait_ready()) as client:
@@ -165,7 +165,7 @@ def resident_kib(pid: int) -> int:
 
 
 @pytest.mark.slow
-def test_fifty_swaps_under_load_answer_every_call_and_leave_no_memory_behind(root, tmp_path):
+def test_fifty_swaps_under_load_fail_no_call_and_leak_no_memory(root, tmp_path):
     server = ServerProcess(root / "a", tmp_path / "data", RESIGHT_MODELS=str(root))
     crops = [jpeg(n) for n in range(8)]
     expected = [features_by_hand(crops, seed) for seed in (0, 1)]
@@ -201,7 +201,7 @@ def test_fifty_swaps_under_load_answer_every_call_and_leave_no_memory_behind(roo
     assert np.mean(sizes[-10:]) < np.mean(sizes[5:15]) + 8 * 1024  # a leaked session of this tiny model takes 1 MiB
 
 
-def test_a_request_ends_on_the_model_it_began_with_and_only_then_is_it_freed(root, tmp_path):
+def test_a_model_is_freed_after_the_last_request_that_uses_it(root, tmp_path):
     async def body():
         settings = Settings(bundle=root / "a", models=root, data=tmp_path)
         embedder = Embedder(settings)
@@ -219,7 +219,7 @@ def test_a_request_ends_on_the_model_it_began_with_and_only_then_is_it_freed(roo
             assert gone is old and not old.freed
             with pytest.raises(ModelNotFoundError), host.lease("a"):
                 pass
-            with pytest.raises(SpaceMismatchError, match="load it beside"), host.lease_space(old.space, collection="c"):
+            with pytest.raises(SpaceMismatchError, match="load it too"), host.lease_space(old.space, collection="c"):
                 pass
             (made,) = await old.embed([jpeg(1)], time.monotonic() + 60)
             assert np.allclose(made.feature, features_by_hand([jpeg(1)])[0], atol=1e-5)
@@ -232,7 +232,7 @@ def test_a_request_ends_on_the_model_it_began_with_and_only_then_is_it_freed(roo
     asyncio.run(body())
 
 
-def test_a_newer_bundle_of_another_space_does_not_take_the_active_ones_place(root, tmp_path, serving):
+def test_the_active_model_cannot_be_replaced_by_one_of_another_space(root, tmp_path, serving):
     shutil.rmtree(root / "a")
     make_bundle(root / "a", seed=9)
     with pytest.raises(ModelInUseError, match="another name"):
@@ -242,7 +242,7 @@ def test_a_newer_bundle_of_another_space_does_not_take_the_active_ones_place(roo
     assert open_bundle(root / "a").manifest.name == "tiny-9"
 
 
-def test_without_a_folder_of_models_there_is_only_the_bundle(client):
+def test_without_a_model_folder_there_is_only_the_bundle(client):
     assert [one.model_id for one in client.models()] == ["tiny-0"]
     with pytest.raises(ModelNotFoundError, match="--models"):
         client.load_model("other")

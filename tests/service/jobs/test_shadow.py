@@ -229,7 +229,7 @@ def test_what_cannot_be_shadowed_is_refused(client):
     client.wait(client.migrate("lobby", "c"))
     with pytest.raises(ConflictError, match="stop it first"):
         client.start_shadow("lobby", "c")
-    with pytest.raises(ModelInUseError, match="shadow needs model b"):
+    with pytest.raises(ModelInUseError, match="shadow uses model b"):
         client.unload_model("b")
     client.stop_shadow("lobby")
 

@@ -14,7 +14,7 @@ from resight.client import Client, NewEntry
 from resight.errors import ReIDError
 from resight.service.access.auth import Role, TokenFile
 from resight.service.access.interceptors import RequestIdFilter
-from resight.service.monitoring.setup import JsonFormatter
+from resight.service.monitoring.setup import json_formatter
 from resight.v1 import gallery_pb2, gallery_pb2_grpc
 
 SUBJECT, ENTRY, CAMERA, LABEL = "SUBJECT-q7", "ENTRY-q7", "CAMERA-q7", "LABEL-q7"
@@ -72,7 +72,7 @@ def test_no_crop_feature_token_or_name_of_anybody_is_in_the_log(bundle_path, tmp
         raise
     assert server.end() == 0
     text = server.log.read_text(errors="replace")
-    assert "refused" in text and "unknown token" in text  # the log was alive
+    assert "rejected" in text and "unknown token" in text  # the log was alive
     assert [secret for secret in secrets if secret in text or secret in metrics] == []
     if form == "json":
         lines = [json.loads(line) for line in text.splitlines()]
@@ -87,7 +87,7 @@ def test_an_error_with_its_stack_stays_one_line():
     except ValueError as error:
         record.exc_info = (ValueError, error, error.__traceback__)
     assert RequestIdFilter().filter(record)
-    (line,) = JsonFormatter().format(record).splitlines()
+    (line,) = json_formatter().format(record).splitlines()
     body = json.loads(line)
     assert body["message"] == "two\nlines of it" and body["request"] == "-" and body["level"] == "ERROR"
     assert "ValueError: deep" in body["stack"] and body["time"].endswith("+00:00")

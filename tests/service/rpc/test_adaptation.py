@@ -25,7 +25,7 @@ def pending(client, site="") -> list[str]:
     return [one.operation_id for one in client.pending_adaptations(site)]
 
 
-def test_it_is_asked_for_taken_reported_and_ended(client):
+def test_an_adaptation_is_requested_taken_reported_and_ended(client):
     asked = client.start_adaptation("lobby")
     assert (asked.kind, asked.state, asked.result, asked.ended) == ("adapt", "pending", {"site": "lobby"}, False)
     yard = client.start_adaptation("yard")
@@ -47,7 +47,7 @@ def test_it_is_asked_for_taken_reported_and_ended(client):
     assert client.cancel_operation(yard.operation_id).state == "cancelled" and pending(client) == []
 
 
-def test_what_was_cancelled_is_told_to_who_works_on_it(client):
+def test_a_reporter_sees_that_its_adaptation_was_cancelled(client):
     asked = client.start_adaptation("lobby")
     client.report_adaptation(asked.operation_id, "running")
     assert client.cancel_operation(asked.operation_id).state == "cancelled"
@@ -56,7 +56,7 @@ def test_what_was_cancelled_is_told_to_who_works_on_it(client):
     assert client.operation(asked.operation_id).result == {"site": "lobby"}
 
 
-def test_it_waits_and_goes_on_over_restarts_of_the_server(bundle_path, tmp_path):
+def test_requested_adaptations_survive_restarts_of_the_server(bundle_path, tmp_path):
     server = ServerProcess(bundle_path, tmp_path / "data")
     with Client(server.wait_ready()) as client:
         taken = client.start_adaptation("lobby")
@@ -82,7 +82,7 @@ def call(channel, method, request):
         raise from_status(rpc_status.from_call(failure)) from None
 
 
-def test_a_replay_is_answered_with_the_first_operation(client, channel):
+def test_a_retry_returns_the_first_operation(client, channel):
     request = admin_pb2.StartAdaptationRequest(job_spec_id="lobby", request_id="r-adapt")
     first = call(channel, "StartAdaptation", request).operation
     client.report_adaptation(first.operation_id, "succeeded")
@@ -129,7 +129,7 @@ def test_a_wrong_report_changes_nothing(client, channel, wrong, error, field):
     client.cancel_operation(asked.operation_id)
 
 
-def test_nothing_else_can_be_reported_or_listed_by_a_state_that_is_none(client, channel):
+def test_only_adaptations_can_be_reported_and_unknown_states_are_refused(client, channel):
     snapshot = client.wait(client.create_snapshot())
     with pytest.raises(OperationNotFoundError, match="only adaptations"):
         client.report_adaptation(snapshot.operation_id, "succeeded")
@@ -162,7 +162,7 @@ def test_roles_and_tenants(guarded):
         assert operator.cancel_operation(asked.operation_id).state == "cancelled"
 
 
-def test_the_command_line_asks(client, address, monkeypatch):
+def test_the_command_line_requests_an_adaptation(client, address, monkeypatch):
     monkeypatch.setenv("RESIGHT_SERVER", address)
     done = resight_here("models", "adapt", "by-hand")
     (asked,) = client.pending_adaptations("by-hand")

@@ -23,7 +23,7 @@ def test_statistics_count_what_there_is(client, collection):
         client.stats("nowhere")
 
 
-def test_an_index_is_built_anew_while_it_serves(client, collection):
+def test_an_index_is_rebuilt_while_it_serves(client, collection):
     client.enrol_batch(collection, [NewEntry(jpeg(p), f"e{p}") for p in range(60)])
     before = client.search(collection, jpeg(7), top_k=5).hits
     begun = client.rebuild_index(collection, "flat-fp16")
@@ -40,7 +40,7 @@ def test_an_index_is_built_anew_while_it_serves(client, collection):
         client.rebuild_index("nowhere")
 
 
-def test_a_snapshot_is_made_while_it_serves(client, collection, server: ServerProcess):
+def test_a_snapshot_is_created_while_the_server_runs(client, collection, server: ServerProcess):
     client.enrol(collection, NewEntry(jpeg(1)))
     done = client.wait(client.create_snapshot("before-the-change"))
     assert (done.state, done.result["snapshot_id"]) == ("succeeded", "before-the-change") and done.finished is not None
@@ -53,7 +53,7 @@ def test_a_snapshot_is_made_while_it_serves(client, collection, server: ServerPr
             client.create_snapshot(name)
 
 
-def test_long_work_is_listed_and_asked_after(client, collection):
+def test_operations_are_listed_and_queried(client, collection):
     made = [client.wait(client.rebuild_index(collection)).operation_id for _ in range(3)]
     listed = [one.operation_id for one in client.operations()]
     assert listed[:3] == made[::-1]
@@ -64,7 +64,7 @@ def test_long_work_is_listed_and_asked_after(client, collection):
         client.operation("nothing")
 
 
-def test_the_audit_tells_who_looked_for_whom(client, collection):
+def test_the_audit_records_searches_and_erasures(client, collection):
     begun = datetime.now(UTC)
     client.enrol_batch(collection, [NewEntry(jpeg(p), f"e{p}", camera_id="door") for p in range(4)])
     client.search(collection, jpeg(1), top_k=3)

@@ -53,7 +53,7 @@ def test_a_stranger_is_unknown(judged):
     assert judged.search("nobody", jpeg(3)).decision == "unknown"
 
 
-def test_hits_can_be_asked_to_be_probable(judged):
+def test_hits_are_filtered_by_min_probability(judged):
     everyone = judged.search("lobby", jpeg(3, 9), top_k=24).hits
     for hit in everyone:
         kept = judged.search("lobby", jpeg(3, 9), top_k=24, min_probability=hit.probability).hits
@@ -65,7 +65,7 @@ def test_hits_can_be_asked_to_be_probable(judged):
     assert len(judged.search("lobby", jpeg(3, 9), top_k=24, min_probability=0.0).hits) == 24
 
 
-def test_two_crops_are_judged(judged):
+def test_verification_has_a_decision(judged):
     same, other = judged.verify("lobby", jpeg(3), jpeg(3, 1)), judged.verify("lobby", jpeg(3), jpeg(4))
     assert same.decision == "match" and other.decision == expected(other.similarity) != "match"
     assert abs(same.probability - float(CURVE.probability(same.similarity))) < 1e-5
@@ -87,7 +87,7 @@ def test_a_collection_has_its_own_thresholds(judged):
             judged.update_collection("strict", CollectionChange(accept_probability=accept, reject_probability=reject))
 
 
-def test_shots_of_somebody_else_are_left_out_by_the_reject_threshold(judged):
+def test_shots_of_another_person_are_rejected_by_the_reject_threshold(judged):
     answer = judged.search("lobby", [jpeg(3, 7), jpeg(99), jpeg(3, 8)], top_k=1)
     assert (answer.shots_used, answer.shots_rejected) == (2, 1)
     pair = judged.search("lobby", [jpeg(3, 7), jpeg(99)], top_k=1)  # of two nobody knows which is the foreign one

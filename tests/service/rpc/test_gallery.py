@@ -27,7 +27,7 @@ from resight.v1 import (
 )
 
 
-def test_an_entry_comes_back_as_it_was_told(client, collection):
+def test_an_entry_is_returned_as_it_was_enrolled(client, collection):
     seen = datetime(2026, 3, 1, 12, 30, 15, 250_000, tzinfo=UTC)
     gone = datetime.now(UTC).replace(microsecond=0) + timedelta(days=2)
     new = NewEntry([jpeg(1, 0), jpeg(1, 1)], "e", "anna", "door", "t7", seen, gone, {"hat": "röd"})
@@ -100,7 +100,7 @@ def test_copies_of_one_crop_are_found_in_order_of_enrolment(client, collection):
     assert names == [f"copy{number:02d}" for number in range(12)]
 
 
-def test_deleted_entries_are_gone_from_every_answer(client, collection):
+def test_deleted_entries_are_never_returned(client, collection):
     client.enrol_batch(collection, [NewEntry(jpeg(p), f"e{p}", camera_id=f"c{p % 2}") for p in range(10)])
     client.delete_entry(collection, "e3")
     assert "e3" not in {hit.entry.entry_id for hit in client.search(collection, jpeg(3), top_k=10).hits}
@@ -121,7 +121,7 @@ def test_deleted_entries_are_gone_from_every_answer(client, collection):
         client.delete_entries(collection, Where())
 
 
-def test_what_was_deleted_is_not_found_by_searches_running_meanwhile(client, collection, address):
+def test_deleted_entries_are_not_found_by_concurrent_searches(client, collection, address):
     """And a search begun after an enrolment was answered finds it."""
     client.enrol_batch(collection, [NewEntry(jpeg(1, n), f"e{n:02d}") for n in range(20)])
     deleted: set[str] = set()
@@ -150,7 +150,7 @@ def test_what_was_deleted_is_not_found_by_searches_running_meanwhile(client, col
     assert failures == []
 
 
-def test_collections_are_made_listed_and_dropped(client, bundle):
+def test_collections_are_created_listed_and_deleted(client, bundle):
     with pytest.raises(InputError, match="must expire"):
         client.create_collection("made-here")
     made = client.create_collection("made-here", ttl=timedelta(hours=1.5), keep_crops=True)
@@ -195,7 +195,7 @@ def test_lists_come_in_pages(client, collection, channel):
     assert len(one.collections) == 1
 
 
-def test_an_id_that_is_taken_is_refused_or_replaced(client, collection):
+def test_a_duplicate_id_is_refused_or_replaced(client, collection):
     client.enrol(collection, NewEntry(jpeg(1), "e", "anna"))
     with pytest.raises(EntryExistsError) as refused:
         client.enrol(collection, NewEntry(jpeg(2), "e", "bo"))
@@ -205,7 +205,7 @@ def test_an_id_that_is_taken_is_refused_or_replaced(client, collection):
     assert [(hit.entry.subject_id, round(hit.similarity, 3)) for hit in hits] == [("bo", 1.0)]
 
 
-def test_a_replayed_enrolment_answers_the_same_and_stores_nothing(client, collection, channel):
+def test_a_retried_enrolment_returns_the_same_and_stores_nothing(client, collection, channel):
     stub = gallery_pb2_grpc.GalleryServiceStub(channel)
     request = NewEntry(jpeg(1), subject_id="anna").message(collection, "request-1-" + collection)
     first, second = stub.EnrollEntry(request), stub.EnrollEntry(request)

@@ -60,7 +60,7 @@ def test_a_feature_over_the_wire_equals_the_one_computed_offline(client):
         assert abs(float(np.linalg.norm(outcome)) - 1) < 1e-5
 
 
-def test_embed_tells_space_quality_and_times(channel, bundle):
+def test_embed_returns_space_quality_and_timings(channel, bundle):
     stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
     reply = stub.Embed(embedding_pb2.EmbedRequest(image=common_pb2.ImageCrop(data=jpeg(1))))
     assert (reply.space.space_id, reply.space.dim) == (bundle.manifest.space_id, DIM)
@@ -69,14 +69,14 @@ def test_embed_tells_space_quality_and_times(channel, bundle):
     assert reply.timings.decode_ns > 0 and reply.timings.infer_ns > 0
 
 
-def test_a_crop_that_tells_nothing_has_no_quality_but_a_feature(channel):
+def test_a_featureless_crop_has_quality_zero_but_a_feature(channel):
     stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
     black = encoded(Image.new("RGB", (64, 128)))
     reply = stub.Embed(embedding_pb2.EmbedRequest(image=common_pb2.ImageCrop(data=black)))
     assert reply.quality == 0 and len(reply.embedding.float32_le) == 4 * DIM
 
 
-def test_one_bad_crop_never_fails_its_neighbours(client, bad_crops):
+def test_one_bad_crop_does_not_fail_the_rest_of_its_batch(client, bad_crops):
     crops = [jpeg(1), *(data for data, _ in bad_crops.values()), jpeg(2)]
     outcomes = client.embed_batch(crops)
     for (name, (_, kind)), outcome in zip(bad_crops.items(), outcomes[1:-1], strict=True):
@@ -137,7 +137,7 @@ def test_a_feature_of_another_length_or_space_is_refused(client, collection, bun
         client.search(collection, GivenFeature(feature[:-1], space))
     with pytest.raises(InputError, match="finite"):
         client.enrol(collection, NewEntry(GivenFeature(feature * np.nan, space)))
-    with pytest.raises(InputError, match="above 0"):
+    with pytest.raises(InputError, match="finite and not zero"):
         client.enrol(collection, NewEntry(GivenFeature(feature * 0, space)))
     for wrong in ("", "f" * 32):
         with pytest.raises(SpaceMismatchError) as refused:
@@ -158,7 +158,7 @@ def test_top_k_has_published_limits(client, collection, top_k):
     assert client.info().limits["max_top_k"] == 1000
 
 
-def test_top_k_left_out_is_ten_and_large_ones_give_what_there_is(client, collection):
+def test_top_k_defaults_to_ten_and_may_exceed_the_entries(client, collection):
     client.enrol_batch(collection, [NewEntry(jpeg(p)) for p in range(14)])
     assert len(client.search(collection, jpeg(1)).hits) == 10
     assert len(client.search(collection, jpeg(1), top_k=1000).hits) == 14
@@ -166,7 +166,7 @@ def test_top_k_left_out_is_ten_and_large_ones_give_what_there_is(client, collect
     assert 0 < len(above) < 14 and all(hit.similarity >= 0.5 for hit in above)
 
 
-def test_batches_have_a_size(channel, collection, client):
+def test_batches_have_a_size_limit(channel, collection, client):
     embedding = embedding_pb2_grpc.EmbeddingServiceStub(channel)
     for count in (0, 65):
         images = [common_pb2.ImageCrop(data=b"x")] * count
@@ -184,7 +184,7 @@ def test_batches_have_a_size(channel, collection, client):
     )
 
 
-def test_more_than_a_batch_is_sent_in_parts_in_order(client, collection):
+def test_the_client_splits_large_batches_in_order(client, collection):
     outcomes = client.enrol_batch(collection, [NewEntry(jpeg(n % 5, n), f"e{n:03d}") for n in range(150)])
     assert [entry.entry_id for entry in outcomes] == [f"e{n:03d}" for n in range(150)]
     assert len(client.embed_batch([jpeg(1)] * 70)) == 70
@@ -207,7 +207,7 @@ def test_a_quality_outside_its_range_is_refused(client, collection, wrong):
         client.search(collection, jpeg(1), min_similarity=wrong - 1.2 if wrong < 0 else wrong)
 
 
-def test_health_of_the_whole_and_of_each_service(channel):
+def test_health_of_the_server_and_of_each_service(channel):
     stub = health_pb2_grpc.HealthStub(channel)
     for name in ("", *SERVICES):
         reply = stub.Check(health_pb2.HealthCheckRequest(service=name))
@@ -231,7 +231,7 @@ def test_info_publishes_the_limits(client, bundle):
     assert min(info.limits.values()) > 0
 
 
-def test_answers_are_plain_enough_for_json(channel, collection, client):
+def test_responses_can_be_serialised_as_json(channel, collection, client):
     client.enrol(collection, NewEntry(jpeg(1), "e"))
     stub = search_pb2_grpc.SearchServiceStub(channel)
     reply = stub.Search(search_pb2.SearchRequest(collection_id=collection, entry_id="e"))

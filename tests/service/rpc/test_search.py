@@ -53,7 +53,7 @@ def test_groups_equal_brute_force(client, crowd, group_by, field, top_k):
         assert alone and all(sizes[name] == 1 for name in alone)
 
 
-def test_groups_go_with_filters_limits_and_batches(client, crowd):
+def test_groups_work_with_filters_limits_and_batches(client, crowd):
     where = Where(exclude_camera_ids=["c0"])
     answer = client.search(crowd, EntryId("0-00"), top_k=3, group_by="subject", where=where, min_similarity=0.9)
     assert {hit.entry.subject_id for hit in answer.hits} == {"p0"}
@@ -66,7 +66,7 @@ def test_groups_go_with_filters_limits_and_batches(client, crowd):
 @pytest.mark.parametrize(
     "how", [Rerank(candidates=40), Rerank("query_expansion", 40), Rerank("k_reciprocal", 30, 7, 3, 0.5)]
 )
-def test_a_new_order_equals_the_loops(client, crowd, how):
+def test_reranking_equals_the_reference(client, crowd, how):
     query = jpeg(1, 99)
     near = client.search(crowd, query, top_k=how.candidates, with_features=True).hits
     candidates, own = np.stack([hit.feature for hit in near]), features_by_hand([query])[0]
@@ -85,7 +85,7 @@ def test_a_new_order_equals_the_loops(client, crowd, how):
     assert all(hit.feature is None for hit in answer.hits)
 
 
-def test_a_new_order_goes_with_groups_and_thresholds(client, crowd):
+def test_reranking_works_with_groups_and_thresholds(client, crowd):
     plain = client.search(crowd, jpeg(1, 99), top_k=3)
     assert plain.rerank_ns == 0 and [hit.ranking_score for hit in plain.hits] == [hit.similarity for hit in plain.hits]
     grouped = client.search(crowd, jpeg(1, 99), top_k=4, group_by="subject", rerank=True)
@@ -97,7 +97,7 @@ def test_a_new_order_goes_with_groups_and_thresholds(client, crowd):
     assert len(tight.hits) == 5  # further groups join the candidates
 
 
-def test_what_is_out_of_range_is_named(client, crowd):
+def test_fields_out_of_range_are_named(client, crowd):
     for how, field in (
         (Rerank(candidates=1001), "reranking.candidates"),
         (Rerank(candidates=5), "reranking.candidates"),  # fewer than top_k
@@ -118,7 +118,7 @@ def test_what_is_out_of_range_is_named(client, crowd):
     assert client.info().limits["max_rerank_candidates"] == 1000
 
 
-def test_a_space_without_calibration_knows_no_probability(client, crowd):
+def test_a_space_without_calibration_has_no_probabilities(client, crowd):
     answer = client.search(crowd, jpeg(1), top_k=2)
     assert answer.decision is None and all((hit.probability, hit.decision) == (None, None) for hit in answer.hits)
     with pytest.raises(UncalibratedError):
@@ -127,7 +127,7 @@ def test_a_space_without_calibration_knows_no_probability(client, crowd):
     assert found[0].hits and type(found[1]) is UncalibratedError
 
 
-def test_a_search_waits_for_a_write_and_says_when_it_did_not_come(client, collection, address):
+def test_a_search_waits_for_a_revision_until_its_deadline(client, collection, address):
     client.enrol(collection, NewEntry(jpeg(1), "first"))
     reached = client.collection(collection).revision
     assert client.search(collection, jpeg(1), min_revision=reached).revision >= reached
@@ -150,11 +150,11 @@ def test_a_search_waits_for_a_write_and_says_when_it_did_not_come(client, collec
     assert refused.value.facts["min_revision"] == str(10**9) and int(refused.value.facts["revision"]) > reached
 
 
-def test_exact_and_approximate_are_told(client, crowd):
+def test_the_response_says_whether_the_search_was_exact(client, crowd):
     assert client.search(crowd, jpeg(1), exact=True).exact
 
 
-def test_a_track_is_searched_without_what_cannot_be_decoded(client, crowd):
+def test_undecodable_shots_of_a_track_are_left_out(client, crowd):
     answer = client.search(crowd, [jpeg(1, 90), b"no picture", jpeg(1, 91)], top_k=3)
     assert (answer.shots_used, answer.shots_rejected) == (2, 1)
     assert {hit.entry.subject_id for hit in answer.hits} == {"p1"}

@@ -73,7 +73,7 @@ def streamed(client, collection) -> list[int]:
     return [row.affected for row in reversed(rows) if row.method == "GalleryService.StreamCrops"]
 
 
-def test_every_crop_comes_as_it_was_enrolled_and_in_that_order(client, album):
+def test_crops_are_streamed_unchanged_in_order_of_enrolment(client, album):
     found = list(client.stream_crops(album))
     assert ids(found) == [f"e{number}" for number in range(FEW)]
     assert [list(one.images) for one in found] == [shots(number) for number in range(FEW)]
@@ -84,7 +84,7 @@ def test_every_crop_comes_as_it_was_enrolled_and_in_that_order(client, album):
     assert streamed(client, album) == [FEW, FEW // 2 - 1]
 
 
-def test_a_cursor_goes_on_behind_what_was_taken(client, album):
+def test_a_cursor_resumes_after_the_last_entry(client, album):
     first = list(itertools.islice(client.stream_crops(album), 5))
     rest = list(client.stream_crops(album, cursor=first[-1].cursor))
     assert ids(first + rest) == [f"e{number}" for number in range(FEW)]
@@ -95,7 +95,7 @@ def test_a_cursor_goes_on_behind_what_was_taken(client, album):
     assert ids(client.stream_crops(album, cursor=first[-1].cursor))[0] == "e5"
 
 
-def test_only_what_is_new_since_an_instant(client, album):
+def test_only_entries_enrolled_since_a_time(client, album):
     since = client.get_entry(album, "e7").create_time
     found = ids(client.stream_crops(album, since=since))
     assert set(found) == {e.entry_id for e in client.entries(album) if e.create_time >= since} and "e7" in found
@@ -113,7 +113,7 @@ def test_entries_without_crops_are_left_out(client, collection):
         next(client.stream_crops(collection))
 
 
-def test_what_goes_while_a_stream_waits_is_not_answered(client, collection):
+def test_entries_deleted_while_a_stream_waits_are_not_sent(client, collection):
     """Also what was there when it began, and was looked up ahead of it."""
     client.update_collection(collection, CollectionChange(keep_crops=True))
     client.enrol_batch(collection, [NewEntry(BIG, f"e{number}", "anna") for number in range(24)])
@@ -131,7 +131,7 @@ def test_what_goes_while_a_stream_waits_is_not_answered(client, collection):
     assert rest[-1] == "last" and not {"e22", "e23", "short", "late"} & set(rest)
 
 
-def test_who_takes_slowly_is_waited_for_and_keeps_nobody_else(client, collection, address):
+def test_a_slow_reader_does_not_block_others(client, collection, address):
     client.update_collection(collection, CollectionChange(keep_crops=True))
     client.enrol_batch(collection, [NewEntry(BIG, f"e{number}") for number in range(24)])
     with Client(address) as slow:
@@ -147,7 +147,7 @@ def test_who_takes_slowly_is_waited_for_and_keeps_nobody_else(client, collection
         assert list(pool.map(lambda _: len(ids(client.stream_crops(collection))), range(4))) == [24] * 4
 
 
-def test_a_stream_that_is_left_is_in_the_audit_with_what_it_took(client, album):
+def test_a_cancelled_stream_is_audited_with_the_entries_sent(client, album):
     stream = client.stream_crops(album)
     for _ in range(3):
         next(stream)
@@ -159,7 +159,7 @@ def test_a_stream_that_is_left_is_in_the_audit_with_what_it_took(client, album):
     assert len(told) == 1 and 3 <= told[0] <= FEW
 
 
-def test_a_stream_outlives_the_limit_of_a_call_and_ends_with_its_own(bundle_path, tmp_path):
+def test_a_stream_may_exceed_the_default_deadline_but_not_its_own(bundle_path, tmp_path):
     """And when the server dies in the middle of it, it goes on behind what was taken."""
     server = ServerProcess(bundle_path, tmp_path / "data", RESIGHT_DEADLINE_S="0.5")
     address = server.wait_ready()
@@ -190,7 +190,7 @@ def test_a_stream_outlives_the_limit_of_a_call_and_ends_with_its_own(bundle_path
         next(nobody.stream_crops("album"))
 
 
-def test_tries_of_a_stream_begin_anew_with_each_answer_and_end():
+def test_stream_retries_are_limited_and_reset_by_each_response():
     stream = ResumableStream("gallery.StreamCrops", gallery_pb2.StreamCropsRequest(), lambda reply: reply.cursor)
     for _ in range(3):
         for _ in range(4):
@@ -223,7 +223,7 @@ def test_hostile_requests_are_refused_by_their_field(client, album, channel):
         assert len(found) == (FEW if cursor[0] == "g" else 0)
 
 
-def test_pictures_are_for_operators_of_the_tenant(guarded):
+def test_crops_require_an_operator_of_the_tenant(guarded):
     with guarded.client(Role.OPERATOR) as operator, guarded.client(Role.OPERATOR, "north") as north:
         for own, number in ((operator, 1), (north, 2)):
             own.create_collection("album", unlimited_retention=True, keep_crops=True)
@@ -237,7 +237,7 @@ def test_pictures_are_for_operators_of_the_tenant(guarded):
             own.delete_collection("album", force=True)
 
 
-def test_the_client_to_await_streams_the_same(client, album, address):
+def test_the_async_client_streams_the_same(client, album, address):
     async def body():
         async with AsyncClient(address) as own:
             found = [one async for one in own.stream_crops(album)]

@@ -23,7 +23,7 @@ def test_every_crop_is_answered_once_and_a_bad_one_does_not_end_the_stream(clien
         assert float(found[number] @ feature) > 0.9999
 
 
-def test_searches_are_answered_as_alone(client, collection):
+def test_streamed_searches_equal_single_ones(client, collection):
     client.enrol_batch(collection, [NewEntry(jpeg(p, s), f"{p}-{s}", f"p{p}") for p in range(5) for s in range(3)])
     queries = [Query(jpeg(number % 5, 50 + number), 2, group_by="subject") for number in range(30)]
     queries[7] = Query(jpeg(1), top_k=0)
@@ -60,7 +60,7 @@ def test_ids_of_request_and_crop_come_back(address):
 
 
 @pytest.mark.parametrize("most", [1, 3])
-def test_no_more_is_read_than_may_be_unanswered(most):
+def test_no_more_requests_are_read_than_may_be_pending(most):
     """What is not read stays in gRPC's window, and holds the sender back."""
     read, ended = [], []
 
@@ -85,7 +85,7 @@ def test_no_more_is_read_than_may_be_unanswered(most):
     asyncio.run(body())
 
 
-def test_a_stream_that_breaks_ends_its_work_and_is_told():
+def test_a_broken_stream_cancels_its_work_and_raises():
     cancelled = []
 
     async def requests():
@@ -122,7 +122,7 @@ def test_a_stream_keeps_to_its_deadline(client):
     never.set()
 
 
-def test_a_stream_that_is_left_disturbs_no_other_call(client, address):
+def test_a_cancelled_stream_disturbs_no_other_call(client, address):
     for _ in range(5):
         stream = client.stream_embed(jpeg(1, number) for number in range(200))
         next(stream)

@@ -38,7 +38,7 @@ def test_an_entry_is_changed_in_place(client, collection):
         client.update_entry(collection, "nobody", subject_id="x")
 
 
-def test_only_what_may_change_is_changed(client, collection, address):
+def test_only_mutable_fields_can_be_changed(client, collection, address):
     client.enrol(collection, NewEntry(jpeg(1), "e", camera_id="door"))
     with pytest.raises(InputError, match="update_mask"):
         client.update_entry(collection, "e")
@@ -56,7 +56,7 @@ def test_only_what_may_change_is_changed(client, collection, address):
     assert client.get_entry(collection, "e").camera_id == "door"
 
 
-def test_an_etag_that_is_old_is_refused(client, collection):
+def test_a_stale_etag_is_refused(client, collection):
     first = client.enrol(collection, NewEntry(jpeg(1), "e", "anna"))
     second = client.update_entry(collection, "e", subject_id="bo", etag=first.etag)
     for stale in (
@@ -97,7 +97,7 @@ def test_a_collections_settings(client, collection):
         client.create_collection("other-model", unlimited_retention=True, model="nobody")
 
 
-def test_whoever_reads_while_settings_change_sees_no_older_state_than_was_acknowledged(client, collection):
+def test_readers_never_see_settings_older_than_acknowledged(client, collection):
     acknowledged, stop = [0], threading.Event()
 
     def reading() -> int:
@@ -123,7 +123,7 @@ def test_whoever_reads_while_settings_change_sees_no_older_state_than_was_acknow
     assert client.search(collection, jpeg(1), top_k=1).hits[0].entry.entry_id == "e"
 
 
-def test_a_time_to_live_is_not_taken_away(client, collection, address):
+def test_a_time_to_live_cannot_be_removed(client, collection, address):
     client.update_collection(collection, CollectionChange(ttl=timedelta(days=2)))
     with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as refused:
         gallery_pb2_grpc.GalleryServiceStub(channel).UpdateCollection(
@@ -146,7 +146,7 @@ def test_a_full_collection_refuses_new_entries_and_takes_replacements(client, co
     client.enrol(collection, NewEntry(jpeg(3)))
 
 
-def test_a_crop_below_the_floor_is_refused(client, collection, bundle):
+def test_a_crop_below_min_quality_is_refused(client, collection, bundle):
     plain = client.enrol(collection, NewEntry(jpeg(1), "good"))
     client.update_collection(collection, CollectionChange(min_quality=min(1.0, plain.quality + 0.01)))
     with pytest.raises(QualityTooLowError) as refused:
@@ -161,7 +161,7 @@ def test_a_crop_below_the_floor_is_refused(client, collection, bundle):
     assert client.search(collection, jpeg(1), top_k=1).hits[0].entry.entry_id == "good"
 
 
-def test_a_batch_of_all_or_none(client, collection):
+def test_an_atomic_batch(client, collection):
     client.enrol(collection, NewEntry(jpeg(1), "taken"))
     for wrong, kind, field in (
         (NewEntry(jpeg(3), "taken"), EntryExistsError, "requests[2].entry.entry_id"),

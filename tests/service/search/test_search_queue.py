@@ -30,20 +30,20 @@ def thread():
         yield made
 
 
-def test_what_one_turn_of_the_loop_brings_is_one_run(thread):
+def test_jobs_of_one_loop_iteration_are_one_run(thread):
     run = Doubled()
-    queue = SearchQueue(thread, run, most=1000)
+    queue = SearchQueue(thread, run, max_queries=1000)
 
     async def body():
         return await asyncio.gather(*(queue.submit("k", [number, -number], deadline=FOREVER) for number in range(20)))
 
     assert asyncio.run(body()) == [[2 * number, -2 * number] for number in range(20)]
-    assert [len(jobs) for _, jobs in run.runs] == [40] and queue.taken == 0
+    assert [len(jobs) for _, jobs in run.runs] == [40] and queue.waiting == 0
 
 
-def test_more_than_fit_into_one_run_are_all_answered_and_kinds_stay_apart(thread):
+def test_large_batches_are_split_and_kinds_are_not_mixed(thread):
     run = Doubled()
-    queue = SearchQueue(thread, run, most=1000)
+    queue = SearchQueue(thread, run, max_queries=1000)
     kinds = ["even" if number % 2 else "odd" for number in range(300)]
 
     async def body():
@@ -56,8 +56,8 @@ def test_more_than_fit_into_one_run_are_all_answered_and_kinds_stay_apart(thread
     assert len(run.runs) == 2 * -(-300 // MAX_BATCH)
 
 
-def test_a_run_that_fails_fails_its_own_kind_only(thread):
-    queue = SearchQueue(thread, Doubled(), most=1000)
+def test_a_failing_run_fails_only_its_kind(thread):
+    queue = SearchQueue(thread, Doubled(), max_queries=1000)
 
     async def body():
         kinds = ("broken", "sound", "broken")
@@ -67,8 +67,8 @@ def test_a_run_that_fails_fails_its_own_kind_only(thread):
     assert isinstance(first, ValueError) and second == [2] and isinstance(third, ValueError)
 
 
-def test_one_queue_serves_one_loop_after_another(thread):
-    queue = SearchQueue(thread, Doubled(), most=1000)
+def test_one_queue_serves_successive_event_loops(thread):
+    queue = SearchQueue(thread, Doubled(), max_queries=1000)
 
     async def left() -> None:
         asyncio.get_running_loop().create_task(queue.submit("k", [1], deadline=FOREVER))
@@ -78,7 +78,7 @@ def test_one_queue_serves_one_loop_after_another(thread):
         with pytest.raises(asyncio.CancelledError):
             asyncio.run(_cancelled(left()))
         assert asyncio.run(queue.submit("k", [21], deadline=FOREVER)) == [42]
-    assert queue.taken == 0
+    assert queue.waiting == 0
 
 
 async def _cancelled(work) -> None:
@@ -86,9 +86,9 @@ async def _cancelled(work) -> None:
     raise asyncio.CancelledError
 
 
-def test_who_comes_when_the_thread_has_ended_is_refused():
+def test_jobs_after_shutdown_are_refused():
     thread = ThreadPoolExecutor(1)
-    queue = SearchQueue(thread, Doubled(), most=1000)
+    queue = SearchQueue(thread, Doubled(), max_queries=1000)
     thread.shutdown()
     with pytest.raises(DrainingError):
         asyncio.run(queue.submit("k", [1], deadline=FOREVER))

@@ -163,7 +163,7 @@ def test_deleted_expired_and_foreign_entries_never_return(tmp_path, kind):
     asyncio.run(body())
 
 
-def test_a_filter_is_respected_and_filled(tmp_path, kind):
+def test_a_filter_is_respected_and_top_k_hits_returned(tmp_path, kind):
     features = people()
 
     async def body():
@@ -199,7 +199,7 @@ def test_equal_entries_come_in_order_of_enrolment(tmp_path, kind):
     asyncio.run(body())
 
 
-def test_what_is_enrolled_while_an_index_is_built_is_found_and_what_is_deleted_is_not(tmp_path):
+def test_writes_during_an_index_build_are_not_lost(tmp_path):
     features = people(count=900)
 
     async def body():
@@ -226,7 +226,7 @@ def test_what_is_enrolled_while_an_index_is_built_is_found_and_what_is_deleted_i
     asyncio.run(body())
 
 
-def test_many_tombstones_make_it_build_anew(tmp_path, monkeypatch):
+def test_many_tombstones_cause_a_rebuild(tmp_path, monkeypatch):
     monkeypatch.setattr("resight.service.index.base.MIN_TOMBSTONES", 10)
     features = people()
 
@@ -249,7 +249,7 @@ def test_many_tombstones_make_it_build_anew(tmp_path, monkeypatch):
     asyncio.run(body())
 
 
-def test_a_graph_that_misses_too_much_does_not_go_live_and_says_why(tmp_path):
+def test_a_graph_with_low_recall_is_rejected_with_a_note(tmp_path):
     rng = np.random.default_rng(1)
 
     async def body():
@@ -293,7 +293,7 @@ def test_rebuild_changes_the_kind_and_samples_recall(tmp_path):
     asyncio.run(body())
 
 
-def test_entries_that_come_among_older_ones_are_found(tmp_path, kind):
+def test_entries_inserted_among_older_keys_are_found(tmp_path, kind):
     """As when a migration fills a space in: features of old entries arrive after those of new ones."""
     features = people()
 
@@ -330,7 +330,7 @@ def test_entries_that_come_among_older_ones_are_found(tmp_path, kind):
     asyncio.run(body())
 
 
-def test_searches_that_wait_are_run_together_and_each_gets_its_own(tmp_path):
+def test_waiting_searches_are_batched_and_each_gets_its_result(tmp_path):
     features = people()
 
     async def body():
@@ -371,7 +371,7 @@ def test_a_full_queue_and_a_past_deadline_are_refused_and_a_deleted_collection_f
     asyncio.run(body())
 
 
-def test_a_kept_graph_serves_again_after_changes_made_meanwhile(tmp_path):
+def test_a_saved_graph_is_updated_after_a_restart(tmp_path):
     features = people(count=600)
 
     async def body():
@@ -402,7 +402,7 @@ def test_a_kept_graph_serves_again_after_changes_made_meanwhile(tmp_path):
     asyncio.run(body())
 
 
-def test_a_build_that_fails_leaves_the_old_index_serving_and_says_why(tmp_path, monkeypatch):
+def test_a_failed_build_keeps_the_old_index_with_a_note(tmp_path, monkeypatch):
     def no_room(*_):
         raise MemoryError("no room for a graph")
 

@@ -13,12 +13,12 @@ from resight.calibration import Calibration
 from resight.client import Client, NewEntry, Query
 from resight.errors import CollectionNotFoundError, InputError
 from resight.service.records import EntryRecord, Hit, now_us
-from resight.service.search import statistics
+from resight.service.search import statistics as statistics_module
 from resight.service.search.ranking import RankedAnswer, ScoredHit
 from resight.service.search.statistics import (
     MIN_HITS,
     MINUTE_US,
-    RECENT,
+    RECENT_HITS,
     REFERENCE_HITS,
     SearchCounts,
     SearchStatistics,
@@ -136,7 +136,7 @@ def counted(cosines, minute: int) -> SearchCounts:
     return whole
 
 
-def test_the_drift_compares_the_newest_with_the_first_and_outlives_what_holds_it(tmp_path):
+def test_drift_compares_the_newest_hits_with_the_first_and_survives_restarts(tmp_path):
     rng, now = np.random.default_rng(0), now_us() // MINUTE_US
     parts = [rng.normal(0.7, 0.05, 400) for _ in range(3)]  # the third fills the reference, and counts whole
     parts += [rng.normal(0.7, 0.05, 50), rng.normal(0.6, 0.05, 600), rng.normal(0.6, 0.05, 600)]
@@ -144,48 +144,52 @@ def test_the_drift_compares_the_newest_with_the_first_and_outlives_what_holds_it
     async def body(store) -> None:
         lobby = await made(store)
         place = (lobby.key, SPACE.space_id)
-        figures = SearchStatistics(store)
+        statistics = SearchStatistics(store)
         for number, part in enumerate(parts):
-            drifts = await store.book(statistics.write_counts, {(place, now - 10 + number): counted(part, now)})
+            drifts = await store.write_unchecked(
+                statistics_module.write_counts, {(place, now - 10 + number): counted(part, now)}
+            )
             if number < 4:
                 assert drifts == {}  # the reference is not full, or fewer than enough came after it
         assert (
             sum(map(len, parts[:3])) >= REFERENCE_HITS
             and len(parts[3]) < MIN_HITS
-            and sum(map(len, parts[4:])) >= RECENT
+            and sum(map(len, parts[4:])) >= RECENT_HITS
         )
         reference = counted(np.concatenate(parts[:3]), now)
         late = counted(np.concatenate(parts[4:]), now)
         expected = stability_index(reference.bins, late.bins), late.cosine_sum / late.hits - reference.cosine_sum / 1200
         assert drifts[place] == pytest.approx(expected) and expected[0] > 0.25
-        figures.note(lobby, [answered(0.6)])
-        assert figures.drift(lobby) is None
-        await figures.stop()
-        assert figures.drift(lobby)[0] > 0.25
-        (told,) = await figures.told(lobby)
-        assert (told.counted.searches, told.reference.hits) == (sum(map(len, parts)) + 1, 1200)
+        statistics.record(lobby, [answered(0.6)])
+        assert statistics.drift(lobby) is None
+        await statistics.stop()
+        assert statistics.drift(lobby)[0] > 0.25
+        (told,) = await statistics.window_stats(lobby)
+        assert (told.counts.searches, told.reference.hits) == (sum(map(len, parts)) + 1, 1200)
         window = ((now - 7) * MINUTE_US, (now - 6) * MINUTE_US)
-        (told,) = await figures.told(lobby, window=window, reference=((now - 10) * MINUTE_US, (now - 9) * MINUTE_US))
-        assert (told.counted.hits, told.reference.hits) == (50, 400)
+        (told,) = await statistics.window_stats(
+            lobby, window=window, reference=((now - 10) * MINUTE_US, (now - 9) * MINUTE_US)
+        )
+        assert (told.counts.hits, told.reference.hits) == (50, 400)
 
     with opened(tmp_path) as store:
         asyncio.run(body(store))
 
 
-def test_minutes_are_added_up_kept_for_a_month_and_go_with_their_collection(tmp_path):
+def test_minutes_are_summed_kept_for_a_month_and_deleted_with_their_collection(tmp_path):
     async def body(store) -> None:
         lobby = await made(store)
         place, now = (lobby.key, SPACE.space_id), now_us() // MINUTE_US
         for minute in (now - 31 * 1440, now - 29 * 1440, now, now):
-            await store.book(statistics.write_counts, {(place, minute): counted((0.5, 0.9), minute)})
-        assert await store.book(statistics.purge_counts) == 1
-        figures = SearchStatistics(store)
-        (told,) = await figures.told(lobby)
-        assert (told.counted.searches, told.reference.hits) == (6, 8)
-        assert told.counted.cosine_sum == pytest.approx(4.2) and told.counted.bins.sum() == 6
+            await store.write_unchecked(statistics_module.write_counts, {(place, minute): counted((0.5, 0.9), minute)})
+        assert await store.write_unchecked(statistics_module.purge_counts) == 1
+        statistics = SearchStatistics(store)
+        (told,) = await statistics.window_stats(lobby)
+        assert (told.counts.searches, told.reference.hits) == (6, 8)
+        assert told.counts.cosine_sum == pytest.approx(4.2) and told.counts.bins.sum() == 6
         await store.erase(writes.delete_collection, "lobby", force=True)
-        figures.note(lobby, [answered(0.5)])
-        await figures.flush()  # nothing is there to be written to, and nothing fails
+        statistics.record(lobby, [answered(0.5)])
+        await statistics.flush()  # nothing is there to be written to, and nothing fails
         counts = "SELECT (SELECT count(*) FROM search_minute) + (SELECT count(*) FROM search_reference)"
         assert await store.read(lambda c: c.execute(counts).fetchone()[0]) == 0
 
@@ -193,22 +197,22 @@ def test_minutes_are_added_up_kept_for_a_month_and_go_with_their_collection(tmp_
         asyncio.run(body(store))
 
 
-def test_what_cannot_be_written_waits_and_a_caller_who_leaves_loses_nothing(tmp_path):
+def test_failed_writes_are_retried_and_cancelled_flushes_lose_nothing(tmp_path):
     async def body(store) -> None:
-        lobby, figures = await made(store), SearchStatistics(store)
-        figures.note(lobby, [answered(0.5)])
-        leaving = asyncio.create_task(figures.flush())
+        lobby, statistics = await made(store), SearchStatistics(store)
+        statistics.record(lobby, [answered(0.5)])
+        leaving = asyncio.create_task(statistics.flush())
         await asyncio.sleep(0)
         leaving.cancel()
-        (told,) = await figures.told(lobby)
-        assert told.counted.searches == 1
-        figures.note(lobby, [answered(0.5)])
-        await store.book(lambda c: c.execute("ALTER TABLE search_minute RENAME TO away") and None)
-        await figures.flush()  # refused
-        figures.note(lobby, [answered(0.5)])
-        await store.book(lambda c: c.execute("ALTER TABLE away RENAME TO search_minute") and None)
-        (told,) = await figures.told(lobby)
-        assert told.counted.searches == 3
+        (told,) = await statistics.window_stats(lobby)
+        assert told.counts.searches == 1
+        statistics.record(lobby, [answered(0.5)])
+        await store.write_unchecked(lambda c: c.execute("ALTER TABLE search_minute RENAME TO away") and None)
+        await statistics.flush()  # refused
+        statistics.record(lobby, [answered(0.5)])
+        await store.write_unchecked(lambda c: c.execute("ALTER TABLE away RENAME TO search_minute") and None)
+        (told,) = await statistics.window_stats(lobby)
+        assert told.counts.searches == 3
 
     with opened(tmp_path) as store:
         asyncio.run(body(store))

@@ -23,7 +23,7 @@ def test_searches_are_written_within_a_moment_and_listed_newest_first(store, tmp
         book = AuditLog(store)
         await book.start()
         for number in range(30):
-            book.note(AuditEvent("vms", "SearchService.Search", "lobby", affected=number, reason="r"))
+            book.add(AuditEvent("vms", "SearchService.Search", "lobby", affected=number, reason="r"))
         for _ in range(100):
             raw = sqlite3.connect(tmp_path / "gallery.sqlite3")
             (count,) = raw.execute("SELECT count(*) FROM audit").fetchone()
@@ -32,16 +32,16 @@ def test_searches_are_written_within_a_moment_and_listed_newest_first(store, tmp
                 break
             await asyncio.sleep(0.05)
         assert count == 30
-        book.note(AuditEvent("vms", "SearchService.Search"))
-        first = await book.listed(limit=10)
+        book.add(AuditEvent("vms", "SearchService.Search"))
+        first = await book.list_events(limit=10)
         assert len(first) == 10 and first[0].affected == 0 and first[1].affected == 29
-        second = await book.listed(before=int(first[-1].audit_id), limit=10)
+        second = await book.list_events(before=int(first[-1].audit_id), limit=10)
         assert [event.affected for event in second] == list(range(20, 10, -1))
-        assert await book.listed(end_us=first[0].at_us - DAY_US) == []
-        assert len(await book.listed(start_us=first[0].at_us - DAY_US)) == 31
-        book.note(AuditEvent("vms", "last"))
+        assert await book.list_events(end_us=first[0].at_us - DAY_US) == []
+        assert len(await book.list_events(start_us=first[0].at_us - DAY_US)) == 31
+        book.add(AuditEvent("vms", "last"))
         await book.stop()
-        assert (await book.listed(limit=1))[0].method == "last"
+        assert (await book.list_events(limit=1))[0].method == "last"
 
     asyncio.run(body())
 
@@ -59,9 +59,9 @@ def test_rows_can_be_neither_changed_nor_removed(store):
         ):
             with pytest.raises(ReIDError, match="audit log"):
                 await store.write(lambda c, s=statement: c.execute(s))
-        assert len(await book.listed()) == 2
+        assert len(await book.list_events()) == 2
         assert await audit.purge_older_events(store, 10.0) == 1  # no less than a day is kept, whatever is asked
-        (left,) = await book.listed()
+        (left,) = await book.list_events()
         assert left.method == "m" and int(left.audit_id) < int(old)
         with pytest.raises(ReIDError, match="audit log"):
             await store.write(lambda c: c.execute("DELETE FROM audit"))
@@ -79,10 +79,10 @@ def test_a_disk_that_takes_nothing_delays_rows_and_what_is_lost_is_told(store, m
         with pytest.raises(StorageFullError):
             await book.record(AuditEvent("x" * 100_000, "fill"))
         for number in range(25):
-            book.note(AuditEvent("y" * 5000, "SearchService.Search", affected=number))
+            book.add(AuditEvent("y" * 5000, "SearchService.Search", affected=number))
         await book.flush()
         await store.write(lambda c: c.execute("PRAGMA max_page_count=1000000").fetchall())
-        found = await book.listed()
+        found = await book.list_events()
         assert [(event.method, event.affected) for event in found[:2]] == [
             (audit.LOST_EVENT, 5),
             ("SearchService.Search", 19),

@@ -31,7 +31,7 @@ def test_an_entry_changes_in_place_and_its_old_name_is_gone_from_the_disk(store,
         assert not holding(tmp_path, b"SECRET")
         change = await store.read(reads.changes_since, lobby.key, SPACE, first.revision)
         assert (len(change.added), len(change.removed), change.revision) == (0, 0, done.revision)
-        with pytest.raises(ConflictError, match="changed meanwhile"):
+        with pytest.raises(ConflictError, match="changed in the meantime"):
             await store.erase(writes.update_entry, lobby, new, ["labels"], etag=before.etag)
         with pytest.raises(ConflictError):
             await store.erase(writes.delete_entry, lobby, "e1", allow_missing=False, etag=before.etag)
@@ -105,7 +105,7 @@ def test_a_full_collection_takes_no_more_until_one_goes_or_expires(store):
         lobby = await made(store, max_entries=3)
         for number in range(3):
             await store.write(writes.enrol, lobby, enrolment(number))
-        with pytest.raises(CollectionFullError, match="may hold 3") as refused:
+        with pytest.raises(CollectionFullError, match="at most 3 are allowed") as refused:
             await store.write(writes.enrol, lobby, enrolment(4))
         assert refused.value.facts["max_entries"] == "3"
         await store.write(writes.enrol, lobby, enrolment(1, replace=True))

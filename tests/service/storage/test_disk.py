@@ -40,7 +40,7 @@ def test_writes_stop_at_the_mark_and_go_on_well_above_it(monkeypatch, tmp_path):
     def low(*told: int) -> list[tuple[bool, bool]]:
         answers = []
         for free[0] in told:
-            answers.append((by_percent.low, by_bytes.low))
+            answers.append((by_percent.is_low, by_bytes.is_low))
         return answers
 
     assert low(101, 100, 99) == [(False, False), (False, False), (True, True)]
@@ -48,7 +48,7 @@ def test_writes_stop_at_the_mark_and_go_on_well_above_it(monkeypatch, tmp_path):
     free[0] = 5
     with pytest.raises(DiskWatermarkError, match="5 of 1000 bytes free"):
         by_percent.check()
-    assert not DiskWatermark(tmp_path, low_bytes=0, low_percent=0.0).low
+    assert not DiskWatermark(tmp_path, low_bytes=0, low_percent=0.0).is_low
 
 
 def test_the_disk_is_measured_as_the_system_tells_it(tmp_path):

@@ -61,7 +61,7 @@ def test_no_byte_of_an_erased_person_is_left_in_any_file(tmp_path):
             assert holding(tmp_path, feature(1000 + number).tobytes()) == []
         assert holding(tmp_path, b"SOMEBODY-003") and holding(tmp_path, feature(1003).tobytes())
         assert (await held(store), await held(store, "yard")) == (before[0] - 4, before[1] - 4)
-        (event,) = await AuditLog(store).listed()
+        (event,) = await AuditLog(store).list_events()
         assert (event.audit_id, event.affected, event.reason) == (done.audit_id, 9, "asked to")
         assert event.subject_hash == keyed_hash(store.key, ANNA) and event.principal == "op"
         again = await erase_subject(store, ANNA, principal="op", deadline=soon())

@@ -58,7 +58,7 @@ def test_a_verdict_is_told_listed_changed_and_taken_back(client, people):
     assert told(client, people) == [("a", "b", False), ("c", "d", False)]
     client.remove_feedback(people, "d", "c")
     assert told(client, people) == [("a", "b", False)]
-    with pytest.raises(FeedbackNotFoundError, match="nothing is said"):
+    with pytest.raises(FeedbackNotFoundError, match="there is no feedback"):
         client.remove_feedback(people, "c", "d")
     client.remove_feedback(people, "c", "d", allow_missing=True)
     client.remove_feedback(people, "c", "nobody", allow_missing=True)
@@ -72,11 +72,11 @@ def test_a_verdict_is_told_listed_changed_and_taken_back(client, people):
 def test_what_contradicts_is_refused_and_the_pairs_are_named(client, people):
     client.confirm(people, "a", "b")
     client.confirm(people, "b", "c")
-    with pytest.raises(FeedbackConflictError, match="'c', 'b', 'a' were told to be one") as refused:
+    with pytest.raises(FeedbackConflictError, match="'c', 'b', 'a' are recorded as the same person") as refused:
         client.reject(people, "c", "a")
     assert refused.value.field == "verdict"
     client.reject(people, "c", "d")
-    with pytest.raises(FeedbackConflictError, match="'c', 'd' were told to be two"):
+    with pytest.raises(FeedbackConflictError, match="'c', 'd' are recorded as different people"):
         client.confirm(people, "d", "a")
     assert told(client, people) == [("a", "b", True), ("b", "c", True), ("c", "d", False)]
     client.reject(people, "b", "c")  # the pair's own verdict is no contradiction
@@ -260,7 +260,7 @@ def test_what_is_stored_never_contradicts_itself(tmp_path, seed):
             verdicts[one, other] = same
             taken += 1
         assert taken > 40 and refused > 40
-        found = await store.read(feedback.listed, lobby.key, after=0, limit=1000)
+        found = await store.read(feedback.list_records, lobby.key, after=0, limit=1000)
         assert {(int(one.entry_id[1:]), int(one.other_entry_id[1:])): one.same for one in found} == verdicts
 
     with opened(tmp_path) as store:

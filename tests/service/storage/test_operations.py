@@ -30,9 +30,9 @@ def test_work_is_counted_finished_and_listed_newest_first(store):
         assert failed.state is OperationState.FAILED and isinstance(failed.error, InputError)
         assert (str(failed.error), failed.error.field, failed.error.facts) == ("no such thing", "x", {"limit": "3"})
         assert await work.finish(two.operation_id) == failed
-        listed = await work.listed(limit=2)
+        listed = await work.list_operations(limit=2)
         assert [each.operation_id for each in listed] == [three.operation_id, two.operation_id]
-        assert await work.listed(before=listed[-1].key) == [done]
+        assert await work.list_operations(before=listed[-1].key) == [done]
         with pytest.raises(OperationNotFoundError, match="ListOperations"):
             await work.get("nothing")
 
@@ -59,11 +59,11 @@ def test_what_ran_when_the_process_died_is_interrupted(tmp_path):
 
     async def after():
         work = Operations(store)
-        assert await work.recover() == 1
+        assert await work.interrupt_unfinished() == 1
         found = await work.get(running)
         assert found.state is OperationState.INTERRUPTED and found.details == {"collection": "lobby", "after": 5}
         assert found.end_us is not None and await work.get(done.operation_id) == done
-        assert await work.recover() == 0
+        assert await work.interrupt_unfinished() == 0
 
     with opened(tmp_path) as store:
         running, done = asyncio.run(before())
@@ -77,7 +77,7 @@ def test_what_goes_on_is_told_by_what_was_interrupted_in_the_same_commit(store):
     async def body():
         work = Operations(store)
         old = await work.start("migrate", collection="lobby")
-        assert await work.recover() == 1
+        assert await work.interrupt_unfinished() == 1
         commits = store.commits
         new = await work.start("migrate", continues=old.operation_id, collection="lobby")
         assert store.commits == commits + 1
@@ -93,7 +93,7 @@ def test_cancelling_is_a_wish_that_the_worker_hears(store):
         work = Operations(store)
         one = await work.start("migrate")
         assert (await work.cancel(one.operation_id)).state is OperationState.RUNNING
-        assert (await work.progress(one.operation_id, succeeded=1)).cancel_asked
+        assert (await work.progress(one.operation_id, succeeded=1)).cancel_requested
         assert (await work.finish(one.operation_id, cancelled=True)).state is OperationState.CANCELLED
         assert (await work.cancel(one.operation_id)).state is OperationState.CANCELLED
 

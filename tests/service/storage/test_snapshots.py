@@ -69,7 +69,7 @@ def test_a_snapshot_brings_back_what_it_saw_and_nothing_after_it(tmp_path):
         new = await store.write(writes.enrol, lobby, Enrolment(EntryRecord("late"), feature(98)))
         key, _ = await store.read(reads.entry, lobby, "late")
         assert key > 31 and new.revision > lobby.revision  # 31 was given to the other "late"
-        methods = [event.method for event in await AuditLog(store).listed()]
+        methods = [event.method for event in await AuditLog(store).list_events()]
         assert methods == ["snapshot.restore", "since then"]
         assert (await store.read(spaces.collection_spaces, lobby.key))[1].entries == 30
 
@@ -134,7 +134,7 @@ def test_an_erased_person_does_not_come_back(tmp_path, lost):
         assert not await store.read(
             lambda c: c.execute("SELECT 1 FROM crop WHERE image IN (x'43524f502d32', x'43524f502d37')").fetchall()
         )
-        (event, *_) = await AuditLog(store).listed()
+        (event, *_) = await AuditLog(store).list_events()
         assert (event.method, event.affected) == ("snapshot.restore", 6)
 
     async def anew(store):
@@ -212,7 +212,7 @@ def test_names_are_never_paths(tmp_path, name):
 
 def test_names_are_taken_once_and_a_lost_key_is_asked_for(tmp_path):
     run(tmp_path, fill)
-    snapshots.create(tmp_path / DATABASE, snapshots.name_of_now())
+    snapshots.create(tmp_path / DATABASE, snapshots.timestamp_name())
     snapshots.create(tmp_path / DATABASE, "s")
     with pytest.raises(InputError, match="exists"):
         snapshots.create(tmp_path / DATABASE, "s")

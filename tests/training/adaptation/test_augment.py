@@ -11,7 +11,7 @@ def ramp(count: int) -> np.ndarray:
     return np.repeat(np.stack([rows, columns, rows + columns], -1)[None].astype(np.uint8), count, axis=0)
 
 
-def test_without_padding_and_flips_pixels_stay() -> None:
+def test_without_padding_and_flips_pixels_are_unchanged() -> None:
     out = shift_and_flip(ramp(3), AugmentSettings(flip=0, pad=0), np.random.default_rng(0))
     assert np.array_equal(out, ramp(3))
 
@@ -51,11 +51,11 @@ def test_about_half_of_the_images_are_erased() -> None:
 
 
 @pytest.mark.parametrize("ends", [(0, 12), (0, 5), (5, 12), (3, 4)])
-def test_a_part_of_a_batch_gets_the_pixels_it_has_in_the_whole(ends: tuple[int, int]) -> None:
+def test_a_part_of_a_batch_is_augmented_as_in_the_whole_batch(ends: tuple[int, int]) -> None:
     settings, part = AugmentSettings(pad=16), slice(*ends)
     images = np.random.default_rng(0).integers(0, 256, (12, 64, 32, 3), np.uint8)
     moving, alone = np.random.default_rng(1), np.random.default_rng(1)
-    for _ in range(2):  # chance goes on as if the whole batch had been at hand
+    for _ in range(2):  # the random stream advances as for the whole batch
         whole = shift_and_flip(images, settings, moving)
         assert np.array_equal(shift_and_flip(images[part], settings, alone, batch=12, start=ends[0]), whole[part])
     erasing, alone = np.random.default_rng(2), np.random.default_rng(2)

@@ -28,7 +28,7 @@ def test_batches_hold_blocks_of_one_cluster_and_never_an_outlier() -> None:
         assert (blocks == blocks[:, :1]).all() and (blocks >= 0).all()
 
 
-def test_partners_come_from_other_cameras_where_there_are_any() -> None:
+def test_partners_come_from_other_cameras_if_there_are_any() -> None:
     labels = np.repeat([0, 1], 12)
     cameras = np.concatenate([np.repeat([0, 1, 2], 4), np.full(12, 5)])
     for rows in draw(labels, cameras, batch=8, instances=4, count=30):
@@ -39,7 +39,7 @@ def test_partners_come_from_other_cameras_where_there_are_any() -> None:
                 assert block[0] not in block[1:]
 
 
-def test_partners_repeat_only_where_there_are_too_few() -> None:
+def test_partners_repeat_only_if_there_are_too_few() -> None:
     labels, cameras = np.zeros(6, np.int64), np.array([0, 0, 0, 1, 1, 1])
     for rows in draw(labels, cameras, batch=4, instances=4, count=20):
         assert len(set(rows[1:])) == 3
@@ -47,11 +47,11 @@ def test_partners_repeat_only_where_there_are_too_few() -> None:
         assert set(rows[1:]) <= set(np.flatnonzero(cameras != cameras[rows[0]]))
 
 
-def test_a_cluster_of_one_crop_gives_it_once_a_pass() -> None:
+def test_a_cluster_of_one_crop_yields_it_once_per_pass() -> None:
     labels, cameras = np.array([0, 0, 0, 1]), np.zeros(4, np.int64)
     rows = np.concatenate(draw(labels, cameras, batch=4, instances=3, count=30))
     single = rows == 3
-    assert 0.2 < single.mean() < 0.3  # one in four drawn crops: 3 of cluster 0 and 1 of cluster 1 a pass
+    assert 0.2 < single.mean() < 0.3  # one in four drawn crops: 3 of cluster 0 and 1 of cluster 1 per pass
     assert not (single[1:] & single[:-1]).any() or len(set(labels)) == 2
 
 
@@ -67,7 +67,7 @@ def test_every_pass_visits_every_cluster_once() -> None:
         assert sorted(labels[rows].reshape(8, 4)[:, 0]) == list(range(8))
 
 
-def test_camera_ids_need_not_count_from_zero_and_chance_is_the_seed() -> None:
+def test_camera_ids_are_arbitrary_and_batches_depend_only_on_the_seed() -> None:
     labels, cameras = np.repeat(np.arange(4), 6), np.tile([7, 100, -3], 8)
     first = draw(labels, cameras, batch=16, instances=4, count=4, seed=5)
     again = draw(labels, cameras, batch=16, instances=4, count=4, seed=5)
@@ -80,7 +80,7 @@ def test_only_outliers_is_an_error() -> None:
         draw(np.full(5, -1), np.zeros(5, np.int64), batch=4, instances=2, count=1)
 
 
-def test_balanced_batches_are_as_even_over_a_clusters_cameras_as_can_be() -> None:
+def test_balanced_batches_are_spread_evenly_over_a_clusters_cameras() -> None:
     rng = np.random.default_rng(3)
     labels, cameras = rng.integers(-1, 6, 150), 10 * rng.integers(0, 4, 150)
     batches = balanced_batches(labels, cameras, batch=16, instances=8, rng=np.random.default_rng(1))
@@ -108,7 +108,7 @@ def test_proxy_batches_visit_every_proxy_with_equal_shares() -> None:
     for rows in drawn:  # 24 = 6 proxies x 4: a batch is a pass
         assert np.bincount(labels[rows]).tolist() == [4] * 6
         for label in (3, 4, 5):
-            assert len(set(rows[labels[rows] == label])) == 4  # enough crops: none twice
+            assert len(set(rows[labels[rows] == label])) == 4  # enough crops: no repeats
     pairs = np.concatenate([rows[labels[rows] == 1] for rows in drawn]).reshape(30, 4)
     assert len({tuple(sorted(block)) for block in pairs.tolist()}) > 1  # a shuffled list cut short may miss one
 

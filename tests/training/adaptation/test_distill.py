@@ -1,4 +1,4 @@
-"""Guidance by a teacher, and students of another architecture."""
+"""Distillation losses, and students of another architecture than the teacher."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ def encoder(backbone: str = "osnet_x0_25", dim: int = 16, image: ImageSpec = SMA
 
 
 def test_guidance_is_the_squared_distance_on_every_view_and_the_teacher_has_no_gradient() -> None:
-    guide = Teacher(encoder())
+    teacher = Teacher(encoder())
     images = torch.randn(5, 3, 64, 32)
-    targets = guide.look(images)
+    targets = teacher.views(images)
     torch.manual_seed(9)
-    student = Encoder(guide.encoder.config).eval()
+    student = Encoder(teacher.encoder.config).eval()
     features = student(images)
-    found = guide.losses(features, targets, RECIPE)
+    found = teacher.losses(features, targets, RECIPE)
     assert list(found) == ["guidance"]
     gaps = [((f - t) ** 2).sum(1) for f, t in zip(features, targets, strict=True)]
     assert torch.allclose(found["guidance"], 0.8 * gaps[0] + 0.2 * gaps[1] + 0.2 * gaps[2])
     found["guidance"].sum().backward()
-    assert all(parameter.grad is None for parameter in guide.encoder.parameters())
+    assert all(parameter.grad is None for parameter in teacher.encoder.parameters())
     assert any(parameter.grad is not None for parameter in student.parameters())
 
 
 def test_relations_are_measured_to_the_teachers_anchors() -> None:
-    guide = Teacher(encoder(), anchors=torch.nn.functional.normalize(torch.randn(7, 16)))
+    teacher = Teacher(encoder(), anchors=torch.nn.functional.normalize(torch.randn(7, 16)))
     images = torch.randn(4, 3, 64, 32)
-    targets = guide.look(images)
-    same = guide.losses(targets, targets, RECIPE)
+    targets = teacher.views(images)
+    same = teacher.losses(targets, targets, RECIPE)
     assert same["relation"].tolist() == pytest.approx([0] * 4, abs=1e-5)
-    other = guide.losses([view.flip(0) for view in targets], targets, RECIPE)
+    other = teacher.losses([view.flip(0) for view in targets], targets, RECIPE)
     assert (other["relation"] > 0).all()
 
 
@@ -55,25 +55,25 @@ def test_relations_are_measured_to_the_teachers_anchors() -> None:
         (("osnet_x0_25", 16, SMALL), ("resnet18", 0, SMALL)),
     ],
 )
-def test_a_student_speaks_in_its_teachers_terms(
+def test_fitted_student_has_the_input_and_feature_size_of_its_teacher(
     teacher: tuple[str, int, ImageSpec], student: tuple[str, int, ImageSpec]
 ) -> None:
-    guide, start = encoder(*teacher), encoder(*student)
+    teacher, start = encoder(*teacher), encoder(*student)
     before = copy.deepcopy(start.state_dict())
-    fitted = fit_student(start, guide)
-    assert fitted.feature_dim == guide.feature_dim and fitted.config.image == guide.config.image
+    fitted = fit_student(start, teacher)
+    assert fitted.feature_dim == teacher.feature_dim and fitted.config.image == teacher.config.image
     assert fitted.config.backbone == student[0]
     with torch.inference_mode():
-        views = zip(fitted(torch.randn(2, 3, 64, 32)), guide(torch.randn(2, 3, 64, 32)), strict=True)
-        assert all(mine.shape == theirs.shape for mine, theirs in views)
+        views = zip(fitted(torch.randn(2, 3, 64, 32)), teacher(torch.randn(2, 3, 64, 32)), strict=True)
+        assert all(one.shape == other.shape for one, other in views)
     for name, tensor in fitted.backbone.state_dict().items():
         assert torch.equal(tensor, before[f"backbone.{name}"]), name
-    again = fit_student(start, guide).state_dict()
+    again = fit_student(start, teacher).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in fitted.state_dict().items())
     assert all(torch.equal(before[name], tensor) for name, tensor in start.state_dict().items())
 
 
-def test_heads_that_fit_are_kept() -> None:
+def test_heads_with_matching_shapes_keep_their_weights() -> None:
     start = encoder("osnet_x0_25", 48)
     with torch.no_grad():
         start.heads["global"].neck.weight.fill_(3.0)

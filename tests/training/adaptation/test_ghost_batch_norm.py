@@ -1,4 +1,4 @@
-"""Grouped batch norm against loops, and as a thing nobody but training notices."""
+"""Grouped batch norm against loop implementations, and unchanged behaviour outside training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Doubles = NDArray[np.float64]
 
 
 def sizes(batch: int, samples: int) -> list[int]:
-    """The groups a batch falls into, from what the norm does to it: rows that see the same statistics."""
+    """Sizes of the groups a batch is split into."""
     count = group_count(batch, samples)
     return [len(part) for part in np.array_split(np.arange(batch), count)]
 
@@ -36,7 +36,7 @@ def sizes(batch: int, samples: int) -> list[int]:
         (1, 8, [1]),
     ],
 )
-def test_groups_are_as_equal_as_can_be_and_never_of_one(batch: int, samples: int, expected: list[int]) -> None:
+def test_groups_are_as_equal_as_possible_and_never_of_one(batch: int, samples: int, expected: list[int]) -> None:
     assert sizes(batch, samples) == expected
 
 
@@ -107,11 +107,11 @@ def test_outputs_gradients_and_running_statistics_are_those_of_loops(
     expected, means, variances = by_loops(flat(x), weight, bias, groups, norm.eps)
     gradients = by_loops_backward(flat(x), weight, flat(upstream), groups, norm.eps)
     np.testing.assert_allclose(flat(out), expected, rtol=1e-9, atol=1e-9)
-    for found, wanted in zip((flat(x.grad), norm.weight.grad, norm.bias.grad), gradients, strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-8, atol=1e-8)
-    for name, groups_saw in (("running_mean", means), ("running_var", variances)):
+    for found, expected_gradient in zip((flat(x.grad), norm.weight.grad, norm.bias.grad), gradients, strict=True):
+        np.testing.assert_allclose(found, expected_gradient, rtol=1e-8, atol=1e-8)
+    for name, group_values in (("running_mean", means), ("running_var", variances)):
         np.testing.assert_allclose(
-            getattr(norm, name), 0.9 * before[name].numpy() + 0.1 * groups_saw.mean(0), rtol=1e-9
+            getattr(norm, name), 0.9 * before[name].numpy() + 0.1 * group_values.mean(0), rtol=1e-9
         )
     assert norm.num_batches_tracked == 1
 
@@ -125,17 +125,17 @@ def test_a_batch_no_larger_than_a_group_takes_the_plain_path() -> None:
         assert torch.equal(tensor, grouped.state_dict()[name]), name
 
 
-def test_groups_of_an_encoder_are_its_batches_one_by_one() -> None:
-    grouped, apart = random_encoder().train(), random_encoder().train()
+def test_groups_equal_separate_batches() -> None:
+    grouped, separate = random_encoder().train(), random_encoder().train()
     group_batch_norm(grouped, 4)
     images = torch.randn(12, 3, 64, 32)
     whole = grouped(images)
     for start in (0, 4, 8):
-        for view, part in zip(whole, apart(images[start : start + 4]), strict=True):
+        for view, part in zip(whole, separate(images[start : start + 4]), strict=True):
             torch.testing.assert_close(view[start : start + 4], part, rtol=1e-4, atol=1e-5)
 
 
-def test_only_training_notices() -> None:
+def test_parameters_and_eval_mode_are_unchanged() -> None:
     encoder, plain = random_encoder(), random_encoder()
     parameters = dict(encoder.named_parameters())
     buffers = dict(encoder.named_buffers())
@@ -170,24 +170,24 @@ def test_the_mean_of_two_processes_running_statistics_is_that_of_one() -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_batch_in_parts_moves_running_statistics_as_the_whole_does(momentum: float | None) -> None:
+def test_running_statistics_are_equal_for_a_batch_in_parts(momentum: float | None) -> None:
     images = torch.randn(2, 12, 3, 64, 32)
-    whole, parted = random_encoder().train(), random_encoder().train()
-    for encoder in (whole, parted):
+    whole, split = random_encoder().train(), random_encoder().train()
+    for encoder in (whole, split):
         group_batch_norm(encoder, 2)
         for norm in (module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d)):
             norm.momentum = momentum
     for batch in images:
         features = whole(batch)[0]
         for index, part in enumerate(batch.split(4)):
-            with batch_part(parted, index, 3):
-                found = parted(part)[0]
+            with batch_part(split, index, 3):
+                found = split(part)[0]
             torch.testing.assert_close(found, features[4 * index : 4 * index + 4], rtol=1e-4, atol=1e-5)
     for name, buffer in whole.named_buffers():
-        torch.testing.assert_close(parted.get_buffer(name), buffer, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(split.get_buffer(name), buffer, rtol=1e-4, atol=1e-6)
 
 
-def test_layout_and_precision_stay() -> None:
+def test_memory_layout_and_precision_are_preserved() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
     group_batch_norm(network, 2)
@@ -200,6 +200,6 @@ def test_layout_and_precision_stay() -> None:
 
 
 @pytest.mark.parametrize("samples", [1, -1])
-def test_groups_nobody_can_measure_in_are_refused(samples: int) -> None:
-    with pytest.raises(ValueError, match=r"0 \(the whole batch\) or from 2"):
+def test_invalid_group_sizes_are_refused(samples: int) -> None:
+    with pytest.raises(ValueError, match=r"0 \(the whole batch\) or at least 2"):
         group_batch_norm(random_encoder(), samples)

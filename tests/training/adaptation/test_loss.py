@@ -50,7 +50,7 @@ def test_contrast_equals_the_definition_gradients_included(batch: int, clusters:
         assert features.grad[row, column].item() == pytest.approx((up - down) / (2 * step), rel=1e-3, abs=1e-5)
 
 
-def world(batch: int, proxies: int, clusters: int, cameras: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def random_case(batch: int, proxies: int, clusters: int, cameras: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Features, memory, own proxies, and each proxy's cluster and camera, every camera present."""
     rng = np.random.default_rng(proxies)
     own = torch.from_numpy(rng.integers(0, proxies, batch))
@@ -77,58 +77,58 @@ SIZES = [(7, 90, 20, 5), (1, 12, 5, 3), (5, 9, 4, 1), (3, 6, 1, 2), (2, 1, 1, 1)
 def test_offline_association_equals_the_definition_gradients_included(
     batch: int, proxies: int, clusters: int, cameras: int
 ) -> None:
-    features, memory, own, of, _ = world(batch, proxies, clusters, cameras)
+    features, memory, own, of, _ = random_case(batch, proxies, clusters, cameras)
     features.requires_grad_()
     found = offline_association(features @ memory.T, of[own], of, temperature=0.07, negatives=50)
     found.sum().backward()
 
-    def slowly(x: Tensor) -> NDArray[np.float64]:
+    def by_loops(x: Tensor) -> NDArray[np.float64]:
         rows = x.detach().numpy()
         return np.array([offline(rows[i], memory.numpy(), int(own[i]), of.numpy(), 0.07, 50) for i in range(batch)])
 
-    expected = slowly(features)
+    expected = by_loops(features)
     assert found.detach().numpy() == pytest.approx(expected, rel=1e-6, abs=1e-9)
     moved = features.detach().clone()
     moved[batch // 2, 3] += 1e-7
     assert features.grad is not None
-    assert features.grad[batch // 2, 3].item() == pytest.approx(slope(expected, slowly(moved), 1e-7), abs=1e-4)
+    assert features.grad[batch // 2, 3].item() == pytest.approx(slope(expected, by_loops(moved), 1e-7), abs=1e-4)
 
 
 @pytest.mark.parametrize("batch, proxies, clusters, cameras", SIZES)
 def test_online_association_equals_the_definition_gradients_included(
     batch: int, proxies: int, clusters: int, cameras: int
 ) -> None:
-    features, memory, own, _, seen = world(batch, proxies, clusters, cameras)
+    features, memory, own, _, seen = random_case(batch, proxies, clusters, cameras)
     features.requires_grad_()
     similarity = features @ memory.T
     scores = association_scores(similarity, memory[own] @ memory.T, balance=0.15)
     found = online_association(similarity, scores, seen, temperature=0.07, positives=3, negatives=50)
     found.sum().backward()
 
-    def slowly(x: Tensor) -> NDArray[np.float64]:
+    def by_loops(x: Tensor) -> NDArray[np.float64]:
         rows, entries = x.detach().numpy(), memory.numpy()
         return np.array([online(rows[i], entries, int(own[i]), seen.numpy(), 0.07, 0.15, 3, 50) for i in range(batch)])
 
-    expected = slowly(features)
+    expected = by_loops(features)
     assert found.detach().numpy() == pytest.approx(expected, rel=1e-6, abs=1e-9)
     moved = features.detach().clone()
     moved[batch // 2, 3] += 1e-7
     assert features.grad is not None
-    assert features.grad[batch // 2, 3].item() == pytest.approx(slope(expected, slowly(moved), 1e-7), abs=1e-4)
+    assert features.grad[batch // 2, 3].item() == pytest.approx(slope(expected, by_loops(moved), 1e-7), abs=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_barred_proxies_are_never_positives_gradients_finite(seed: int) -> None:
-    features, memory, own, _, seen = world(7, 12, 5, 4)
+def test_excluded_proxies_are_never_positives_and_gradients_are_finite(seed: int) -> None:
+    features, memory, own, _, seen = random_case(7, 12, 5, 4)
     features.requires_grad_()
     similarity = features @ memory.T
     scores = association_scores(similarity, memory[own] @ memory.T, balance=0.15)
-    barred = torch.from_numpy(np.random.default_rng(seed).random((7, 12)) < 0.1 + 0.1 * seed)
-    barred[torch.arange(7), own] = False
-    found = online_association(similarity, scores, seen, temperature=0.07, positives=3, negatives=6, barred=barred)
+    excluded = torch.from_numpy(np.random.default_rng(seed).random((7, 12)) < 0.1 + 0.1 * seed)
+    excluded[torch.arange(7), own] = False
+    found = online_association(similarity, scores, seen, temperature=0.07, positives=3, negatives=6, excluded=excluded)
     rows, entries = features.detach().numpy(), memory.numpy()
-    foes = [frozenset(np.flatnonzero(row).tolist()) for row in barred.numpy()]
-    slow = [online(rows[i], entries, int(own[i]), seen.numpy(), 0.07, 0.15, 3, 6, foes[i]) for i in range(7)]
+    excluded_sets = [frozenset(np.flatnonzero(row).tolist()) for row in excluded.numpy()]
+    slow = [online(rows[i], entries, int(own[i]), seen.numpy(), 0.07, 0.15, 3, 6, excluded_sets[i]) for i in range(7)]
     assert found.detach().numpy() == pytest.approx(np.array(slow), rel=1e-6, abs=1e-9)
     found.sum().backward()
     assert features.grad is not None and torch.isfinite(features.grad).all()
@@ -148,21 +148,21 @@ def test_selective_contrast_equals_the_definition_gradients_included(neighbours:
     found.sum().backward()
     candidates = list(range(len(bank)))
 
-    def slowly(rows: Tensor) -> NDArray[np.float64]:
+    def by_loops(rows: Tensor) -> NDArray[np.float64]:
         return np.array(
             [selective(row, bank.numpy(), candidates, neighbours, 0.5, 1.75) for row in rows.detach().numpy()]
         )
 
-    expected = slowly(x)
+    expected = by_loops(x)
     assert found.detach().numpy() == pytest.approx(expected, rel=1e-9)
     moved = x.detach().clone()
     moved[1, 2] += 1e-7
     assert x.grad is not None
-    assert x.grad[1, 2].item() == pytest.approx(slope(expected, slowly(moved), 1e-7), abs=1e-4)
+    assert x.grad[1, 2].item() == pytest.approx(slope(expected, by_loops(moved), 1e-7), abs=1e-4)
 
 
 def test_selective_weights_of_the_released_values_sum_to_1_375() -> None:
-    """Every candidate equally likely: each cross entropy is log J, and 0.5 + 7 x 0.125 of them are taken."""
+    """With equally likely candidates each cross entropy is log J; the weights are 0.5 + 7 x 0.125."""
     found = selective_contrast(torch.zeros(1, 20), positives=7, temperature=0.1, self_share=0.5, neighbour_gain=1.75)
     assert found.item() == pytest.approx(1.375 * np.log(20))
 
@@ -177,22 +177,22 @@ def test_distillation_is_twice_one_minus_cosine() -> None:
 
 
 def test_relation_is_the_divergence_of_similarity_distributions() -> None:
-    found, wanted = unit(5, 6, 1) @ unit(6, 6, 2).T, unit(5, 6, 3) @ unit(6, 6, 4).T
+    found, target = unit(5, 6, 1) @ unit(6, 6, 2).T, unit(5, 6, 3) @ unit(6, 6, 4).T
     expected = []
-    for row, other in zip(found.numpy(), wanted.numpy(), strict=True):
+    for row, other in zip(found.numpy(), target.numpy(), strict=True):
         p, q = (np.exp(x / 0.05) / np.exp(x / 0.05).sum() for x in (other, row))
         expected.append(sum(a * np.log(a / b) for a, b in zip(p, q, strict=True)))
-    assert relation(found, wanted, temperature=0.05).numpy() == pytest.approx(expected)
+    assert relation(found, target, temperature=0.05).numpy() == pytest.approx(expected)
     assert relation(found, found, temperature=0.05).numpy() == pytest.approx(0, abs=1e-12)
 
 
-def test_shares_are_a_mean_or_the_sum_of_each_cameras_mean() -> None:
+def test_sample_weights_give_the_mean_or_the_sum_of_camera_means() -> None:
     cameras = np.array([7, 7, 7, 2, 100, 100])
     assert sample_weights(cameras, "mean").tolist() == pytest.approx([1 / 6] * 6)
     assert sample_weights(cameras, "cameras").tolist() == pytest.approx([1 / 3] * 3 + [1.0, 0.5, 0.5])
 
 
-def test_lp_weighs_its_views_with_0_8_and_twice_0_2() -> None:
+def test_lp_view_weights_are_0_8_and_twice_0_2() -> None:
     terms = [torch.tensor(1.0), torch.tensor(10.0), torch.tensor(100.0)]
     assert weigh_views(terms, 0.2).item() == pytest.approx(0.8 + 2 + 20)
     assert weigh_views(terms[:1], 0.0).item() == 1.0

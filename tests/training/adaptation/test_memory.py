@@ -18,7 +18,7 @@ def test_hand_example_of_two_samples_in_order() -> None:
 @pytest.mark.parametrize(
     "batch, clusters, momentum", [(1, 1, 0.1), (15, 4, 0.1), (64, 8, 0.2), (33, 33, 0.5), (7, 1, 0.0)]
 )
-def test_update_equals_one_sample_after_the_other(batch: int, clusters: int, momentum: float) -> None:
+def test_update_equals_sequential_updates(batch: int, clusters: int, momentum: float) -> None:
     rng = np.random.default_rng(batch)
     centroids = functional.normalize(torch.from_numpy(rng.normal(size=(clusters, 6))).float())
     features = functional.normalize(torch.from_numpy(rng.normal(size=(batch, 6))).float())
@@ -29,7 +29,7 @@ def test_update_equals_one_sample_after_the_other(batch: int, clusters: int, mom
     assert np.abs(memory.centroids.numpy() - expected).max() < 1e-5
 
 
-def test_a_frozen_memory_stays_and_half_precision_features_do_not_lower_its_own() -> None:
+def test_frozen_memory_is_unchanged_and_half_precision_features_keep_it_in_float32() -> None:
     centroids = functional.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)))
     frozen = CentroidMemory(centroids.clone(), momentum=1.0)
     frozen.update(torch.eye(8)[:2], torch.tensor([0, 1]))

@@ -1,4 +1,4 @@
-"""Objectives against loops: losses of a batch over all views, and memories after it."""
+"""Objectives against loop implementations: losses over all views, and the updated memories."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def unit(count: int, seed: int) -> NDArray[np.float32]:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def world(cameras: int) -> tuple[list[NDArray[np.float32]], Clustering, NDArray[np.int64]]:
+def random_case(cameras: int) -> tuple[list[NDArray[np.float32]], Clustering, NDArray[np.int64]]:
     """Three views of 60 crops in 5 clusters with outliers."""
     rng = np.random.default_rng(cameras)
     labels = np.concatenate([np.arange(5), rng.integers(-1, 5, N - 5)])
@@ -41,7 +41,7 @@ def batch(clustering: Clustering, size: int) -> tuple[list[Tensor], Tensor]:
 
 @pytest.mark.parametrize("size", [1, 7, 16])
 def test_cluster_objective_is_contrast_on_each_view_with_weights_0_8_0_2_0_2(size: int) -> None:
-    views, clustering, _ = world(3)
+    views, clustering, _ = random_case(3)
     objective = ClusterObjective(views, clustering, CLUSTERS, momentum=0.1, device="cpu")
     features, rows = batch(clustering, size)
     own = clustering.labels[rows.numpy()]
@@ -60,7 +60,7 @@ def test_cluster_objective_is_contrast_on_each_view_with_weights_0_8_0_2_0_2(siz
 
 @pytest.mark.parametrize("size, cameras, online_weight", [(9, 3, 1.0), (5, 1, 1.0), (16, 6, 0.0)])
 def test_proxy_objective_is_both_associations_on_each_view(size: int, cameras: int, online_weight: float) -> None:
-    views, clustering, seen = world(cameras)
+    views, clustering, seen = random_case(cameras)
     recipe = dataclasses.replace(PROXIES, proxies=ProxySettings(online=online_weight, negatives=4))
     objective = ProxyObjective(views, clustering, seen, recipe, momentum=0.2, device="cpu")
     proxies = split_by_camera(clustering.labels, seen)
@@ -78,8 +78,8 @@ def test_proxy_objective_is_both_associations_on_each_view(size: int, cameras: i
     assert np.abs(objective.memories[0].centroids.numpy() - after).max() < 1e-5
 
 
-def test_the_global_view_alone_needs_one_memory_and_no_weights() -> None:
-    views, clustering, seen = world(3)
+def test_global_view_only_needs_one_memory() -> None:
+    views, clustering, seen = random_case(3)
     recipe = dataclasses.replace(PROXIES, local_loss_weight=0.0)
     objective = ProxyObjective(views[:1], clustering, seen, recipe, momentum=0.2, device="cpu")
     features, rows = batch(clustering, 4)
@@ -88,8 +88,8 @@ def test_the_global_view_alone_needs_one_memory_and_no_weights() -> None:
     assert leaf.grad is not None and leaf.grad.abs().sum() > 0
 
 
-def test_a_frozen_memory_does_not_follow() -> None:
-    views, clustering, _ = world(2)
+def test_a_frozen_memory_is_not_updated() -> None:
+    views, clustering, _ = random_case(2)
     objective = ClusterObjective(views, clustering, CLUSTERS, momentum=1.0, device="cpu")
     before = [memory.centroids.clone() for memory in objective.memories]
     objective.update(*batch(clustering, 8))

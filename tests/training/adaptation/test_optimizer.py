@@ -14,7 +14,7 @@ LP = Recipe("lp", epochs=50, lr_steps=(0.4, 0.8), lr=3.5e-4)
     "round_, expected", [(0, 3.5e-4), (19, 3.5e-4), (20, 3.5e-5), (39, 3.5e-5), (40, 3.5e-6), (50, 3.5e-6)]
 )
 def test_lp_table_of_rates(round_: int, expected: float) -> None:
-    # A student's round -1 is round 0 here: 3.5e-4 for -1..18, 3.5e-5 for 19..38, 3.5e-6 for 39..49.
+    # A student's epoch -1 is round 0 here: 3.5e-4 for -1..18, 3.5e-5 for 19..38, 3.5e-6 for 39..49.
     assert learning_rate(LP, round_) == pytest.approx(expected)
 
 
@@ -50,9 +50,9 @@ def test_packed_state_continues_exactly(kind: str, layout: torch.memory_format) 
     resumed.load_state_dict(whole.state_dict())
     second = make_optimizer(resumed, recipe)
     unpack_optimizer(second, {name: tensor.contiguous().clone() for name, tensor in pack_optimizer(optimizer).items()})
-    for encoder, stepper in ((whole, optimizer), (resumed, second)):
-        set_learning_rate(stepper, LP, 30)
-        train(encoder, stepper, range(2, 4))
+    for encoder, its_optimizer in ((whole, optimizer), (resumed, second)):
+        set_learning_rate(its_optimizer, LP, 30)
+        train(encoder, its_optimizer, range(2, 4))
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 

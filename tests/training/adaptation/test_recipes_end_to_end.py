@@ -1,4 +1,4 @@
-"""Every recipe on a drawn site: it trains, goes on after a break to the same weights, and meets its failure cases."""
+"""Every recipe on a synthetic site: training, resuming to the same weights, and failure cases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from resight.training.adaptation import adapt as adapt_module
 from resight.training.adaptation.adapt import adapt, train_epoch
 from resight.training.adaptation.checkpoints import Adaptation
 from resight.training.adaptation.recipe import Recipe, load_recipe
-from resight.training.adaptation.run import EpochState, RunLog, TrainingRun, TrainState
+from resight.training.adaptation.run import RunLog, StageState, TrainingRun
 from resight.training.store.crops import CropStore
 from resight.training.store.datasets import Site
 
@@ -30,7 +30,7 @@ SOURCE = {"name": "random", "sha256": "00", "licence": "none"}
 
 
 def short(name: str) -> Recipe:
-    """Two epochs of two batches, with stripes that fit into a map of four rows."""
+    """Two epochs of two batches, with stripes that fit a feature map of four rows."""
     recipe = load_recipe(name).with_schedule(epochs=2, iters=2)
     return dataclasses.replace(recipe, parts=4, warmup=1) if name == "selective" else recipe
 
@@ -51,17 +51,17 @@ def store(tiny_site: Site) -> CropStore:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-def test_a_run_that_broke_off_goes_on_to_the_same_weights(
+def test_resumed_run_gives_the_same_weights(
     store: CropStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     recipe = short(name)
     whole = run(store, tmp_path / "whole" / "model", recipe)
     out, last = tmp_path / "broken" / "model", "student" if recipe.student else "teacher"
 
-    def interrupted(run: TrainingRun, now: EpochState, trainee: TrainState) -> dict[str, float]:
-        if (now.stage, now.epoch) == (last, 1):
+    def interrupted(run: TrainingRun, state: StageState) -> dict[str, float]:
+        if (state.stage, state.epoch) == (last, 1):
             raise KeyboardInterrupt
-        return train_epoch(run, now, trainee)
+        return train_epoch(run, state)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(adapt_module, "train_epoch", interrupted)
@@ -74,7 +74,7 @@ def test_a_run_that_broke_off_goes_on_to_the_same_weights(
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_figures_are_finite_and_weights_move(store: CropStore, tmp_path: Path, name: str) -> None:
+def test_metrics_are_finite_and_weights_change(store: CropStore, tmp_path: Path, name: str) -> None:
     recipe = short(name).with_schedule(epochs=1)
     found = run(store, tmp_path / "model", recipe)
     for row in found.provenance.history:
@@ -99,8 +99,8 @@ def test_one_camera_and_camera_numbers_that_do_not_count_from_zero(store: CropSt
         assert np.isfinite([row["loss"] for row in found.provenance.history]).all()
 
 
-def test_a_small_student_learns_under_a_large_teacher(store: CropStore, tmp_path: Path) -> None:
-    """The student has another backbone, input and feature length; relations guide it too."""
+def test_a_small_student_learns_from_a_large_teacher(store: CropStore, tmp_path: Path) -> None:
+    """The student has another backbone, input and feature length; relations are distilled too."""
     recipe = short("cluster-contrast").with_student()
     small = Encoder(EncoderConfig("resnet18", "gem", 0, ImageSpec(128, 64))).eval()
     found = run(store, tmp_path / "model", recipe, student=small)

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: lines, labels and what TensorBoard reads."""
+"""Files a run writes: JSON lines, labels and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in board.Scalars(tag)]
 
 
-def test_each_epoch_is_a_line_a_scalar_and_a_sentence(tmp_path: Path) -> None:
+def test_each_epoch_is_logged_as_json_scalar_and_console_line(tmp_path: Path) -> None:
     shown = console()
     with RunLog(tmp_path / "log", console=shown) as log:
         log.epoch("teacher", 0, {"loss": 2.5, "clusters": 7})
-        # a line is on the disk at once, not at the end
+        # a line is written at once, not at the end
         assert lines(tmp_path / "log") == [{"stage": "teacher", "epoch": 0, "loss": 2.5, "clusters": 7}]
         log.epoch("student", -1, {"loss": 1.25, "clusters": 8})
     assert [row["stage"] for row in lines(tmp_path / "log")] == ["teacher", "student"]
     assert scalars(tmp_path / "log", "teacher/loss") == [(0, 2.5)]
     assert scalars(tmp_path / "log", "student/clusters") == [(-1, 8.0)]
-    told = shown.file.getvalue()  # type: ignore[attr-defined]
-    assert "teacher epoch  0  loss 2.5  clusters 7" in told
+    printed = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert "teacher epoch  0  loss 2.5  clusters 7" in printed
 
 
 def test_an_append_keeps_the_earlier_part_and_a_new_run_does_not(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_an_append_keeps_the_earlier_part_and_a_new_run_does_not(tmp_path: Path)
         assert sorted(step for step, _ in scalars(tmp_path, "teacher/loss")) == epochs
 
 
-def test_a_run_that_tells_nothing_leaves_an_earlier_log_alone(tmp_path: Path) -> None:
+def test_a_run_without_metrics_does_not_change_an_earlier_log(tmp_path: Path) -> None:
     with RunLog(tmp_path, console=console()) as log:
         log.epoch("teacher", 0, {"loss": 1.0})
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
@@ -69,9 +69,9 @@ def test_the_last_labels_of_each_stage_are_kept(tmp_path: Path) -> None:
     assert np.load(tmp_path / "student-labels.npy", allow_pickle=False).tolist() == [1, 1, 0]
 
 
-def test_a_bar_goes_away_also_when_its_work_fails(tmp_path: Path) -> None:
+def test_a_progress_bar_is_removed_when_its_work_fails(tmp_path: Path) -> None:
     with RunLog(tmp_path, console=console()) as log:
-        with pytest.raises(KeyError), log.bar("features", 3) as advance:
+        with pytest.raises(KeyError), log.progress("features", 3) as advance:
             advance(1)
             raise KeyError
         assert not log._progress.tasks

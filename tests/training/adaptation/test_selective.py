@@ -1,4 +1,4 @@
-"""Selective contrast against loops: who is chosen, what it costs, what the banks become."""
+"""Selective contrast against loop implementations: selected neighbours, losses and updated banks."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_loss_takes_the_nearest_as_positives_and_the_next_as_negatives(count: in
         assert found == pytest.approx(0.7 * terms[0] + 0.3 * terms[1], rel=1e-4)
 
 
-def test_warming_up_only_oneself_is_pulled_to_and_never_pushed_from() -> None:
+def test_during_warm_up_only_the_own_entry_is_positive_and_never_negative() -> None:
     features, rows = batch(6)
     made = objective(warming=True)
     drawn = made._random(rows)
@@ -120,7 +120,7 @@ def test_update_writes_every_positive_last_first_and_the_ranking_banks_of_the_ba
         assert made.banks[f"view{v}"].numpy() == pytest.approx(expected, abs=1e-5)
 
 
-def test_few_crops_cap_the_candidates_and_banks_are_taken_over() -> None:
+def test_few_crops_limit_the_candidates_and_banks_are_carried_over() -> None:
     greedy = dataclasses.replace(RECIPE, selective=SelectiveSettings(neighbours=7, negatives=500))
     features, rows = batch(3)
     made = objective(greedy)
@@ -140,7 +140,7 @@ def test_few_crops_cap_the_candidates_and_banks_are_taken_over() -> None:
 
 
 def test_stripes_that_do_not_add_up_are_refused() -> None:
-    with pytest.raises(RecipeError, match="add up to 8 values, found \\[2, 2, 2\\]"):
+    with pytest.raises(RecipeError, match="8 values in total, found \\[2, 2, 2\\]"):
         InstanceObjective(
             views(N, 0)[:4],
             np.zeros(N, np.int64),
@@ -153,9 +153,9 @@ def test_stripes_that_do_not_add_up_are_refused() -> None:
 
 
 @pytest.mark.parametrize("start", ["zeros", "features"])
-def test_the_mixture_begins_with_zeros_or_features_of_its_own(start: str) -> None:
-    begun = dataclasses.replace(RECIPE, selective=SelectiveSettings(mixture=start))  # type: ignore[arg-type]
-    made = objective(begun, mixture=False)
+def test_the_mixture_is_initialised_with_zeros_or_a_copy_of_the_features(start: str) -> None:
+    recipe = dataclasses.replace(RECIPE, selective=SelectiveSettings(mixture=start))  # type: ignore[arg-type]
+    made = objective(recipe, mixture=False)
     expected = views(N, 0)[0] if start == "features" else np.zeros((N, DIM))
     assert made.banks[MIXTURE].numpy() == pytest.approx(expected)
     made.banks[MIXTURE].fill_(7.0)

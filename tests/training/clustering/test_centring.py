@@ -9,13 +9,13 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 def site(counts: list[int], *, cast: float, dim: int = 32, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Crops of unrelated people before cameras that colour everything."""
+    """Features of unrelated people with a colour cast per camera."""
     rng = np.random.default_rng(seed)
     cameras = np.repeat(np.arange(len(counts)), counts)
     return unit(rng.normal(size=(len(cameras), dim)) + cast * rng.normal(size=(len(counts), dim))[cameras]), cameras
 
 
-def test_well_filled_cameras_lose_their_mean() -> None:
+def test_the_mean_of_cameras_with_many_crops_is_subtracted() -> None:
     rows, cameras = site([700, 500, 900], cast=0.7)
     shuffled = np.random.default_rng(1).permutation(len(rows))
     rows, cameras = rows[shuffled], np.array([7, -2, 40])[cameras[shuffled]]
@@ -26,7 +26,7 @@ def test_well_filled_cameras_lose_their_mean() -> None:
     assert np.linalg.norm(found, axis=1) == pytest.approx(np.ones(len(rows)), abs=1e-6)
 
 
-def test_the_share_taken_away_is_the_analysis_of_variances_estimate() -> None:
+def test_shrinkage_equals_the_analysis_of_variance_estimate() -> None:
     rows, cameras = site([40, 11, 3, 1], cast=0.5)
     n, groups = np.bincount(cameras), 4
     mean = rows.astype(float).mean(0)
@@ -37,12 +37,12 @@ def test_the_share_taken_away_is_the_analysis_of_variances_estimate() -> None:
     spread = (between - (groups - 1) * noise) / (len(rows) - (n**2).sum() / len(rows))
     found = centre_cameras(rows, cameras)
     for i, camera in enumerate(cameras):
-        trust = n[camera] / (n[camera] + noise / spread)
-        assert found[i] == pytest.approx(unit(rows[i] - mean - trust * (means[camera] - mean)), abs=1e-5)
+        shrink = n[camera] / (n[camera] + noise / spread)
+        assert found[i] == pytest.approx(unit(rows[i] - mean - shrink * (means[camera] - mean)), abs=1e-5)
 
 
-def test_a_camera_with_few_crops_keeps_what_tells_its_people() -> None:
-    """Three crops of one person alone before a camera: without its mean nothing of the person would be left."""
+def test_a_camera_with_few_crops_keeps_the_features_of_its_people() -> None:
+    """A camera with three crops of one person: subtracting its mean would remove the person's features."""
     rng = np.random.default_rng(2)
     rows, cameras = site([300, 300], cast=0.5)
     person = rng.normal(size=32)
@@ -54,7 +54,7 @@ def test_a_camera_with_few_crops_keeps_what_tells_its_people() -> None:
     assert kept > 0.85 > 0.3 > abs(bare.mean())
 
 
-def test_cameras_that_do_not_differ_lose_the_mean_of_all_alone() -> None:
+def test_cameras_without_differences_lose_only_the_global_mean() -> None:
     rows = unit(np.random.default_rng(5).normal(size=(64, 8)) + 1)
     rows = np.vstack([rows, rows])
     found = centre_cameras(rows, np.repeat([0, 1], 64))
@@ -66,6 +66,6 @@ def test_few_crops_and_few_cameras_give_unit_rows(cameras: list[int]) -> None:
     rows = site([len(cameras)], cast=0)[0]
     found = centre_cameras(rows, np.array(cameras))
     assert np.linalg.norm(found, axis=1) == pytest.approx(np.ones(len(rows)), abs=1e-5)
-    assert len(rows) > 1 or np.array_equal(found, rows)  # nothing is left of a store's only crop: it stays
+    assert len(rows) > 1 or np.array_equal(found, rows)  # a single crop equals its mean and is unchanged
     same = np.repeat(rows[:1], 4, axis=0)
     assert np.array_equal(centre_cameras(same, np.array([0, 0, 1, 1])), same)

@@ -2,12 +2,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from reciprocal_encodings import camera_encoding_of, encoding_of
 from references import dense_camera_jaccard, dense_jaccard, dense_silhouette
 from scipy import sparse
 from sklearn.cluster import DBSCAN
 
 from resight.errors import TrainingError
-from resight.neighbours.jaccard import encode_camera_aware, encode_reciprocal, jaccard_graph
+from resight.neighbours.jaccard import jaccard_graph
 from resight.training.clustering.cluster import (
     Clustering,
     ClusterSettings,
@@ -26,11 +27,11 @@ def people(count: int, each: int, *, spread: float, seed: int = 0) -> tuple[np.n
 
 
 def graph_of(rows: np.ndarray, max_distance: float = 0.7):
-    return jaccard_graph([encode_reciprocal(rows, k1=12, k2=3)], [1.0], max_distance=max_distance)
+    return jaccard_graph([encoding_of(rows, k1=12, k2=3)], [1.0], max_distance=max_distance)
 
 
 @pytest.mark.parametrize("eps", [0.3, 0.4, 0.5, 0.6])
-def test_sparse_labels_are_those_of_the_dense_matrix(eps: float) -> None:
+def test_sparse_labels_equal_those_of_the_dense_matrix(eps: float) -> None:
     rows, _ = people(15, 9, spread=0.45)
     dense = dense_jaccard(rows, 12, 3)
     expected = DBSCAN(eps=eps, min_samples=4, metric="precomputed").fit_predict(dense)
@@ -39,7 +40,7 @@ def test_sparse_labels_are_those_of_the_dense_matrix(eps: float) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_labels_are_scikit_learns_to_the_bit_ties_and_border_crops_included(seed: int) -> None:
+def test_labels_are_identical_to_scikit_learn_with_ties_and_border_crops(seed: int) -> None:
     rng = np.random.default_rng(seed)
     n = int(rng.integers(1, 90))
     distance = np.round(np.triu(rng.uniform(0, 1, (n, n)), 1) * 20).astype(np.float32) / np.float32(20)
@@ -63,24 +64,24 @@ def test_a_border_crop_joins_the_first_of_two_clusters_that_reach_it() -> None:
 
 
 @pytest.mark.parametrize("eps", [0.4, 0.5, 0.6])
-def test_camera_aware_labels_are_those_of_the_dense_matrix(eps: float) -> None:
+def test_camera_aware_labels_equal_those_of_the_dense_matrix(eps: float) -> None:
     rows, _ = people(15, 9, spread=0.45)
     cameras = np.random.default_rng(3).integers(0, 3, len(rows))
     dense = dense_camera_jaccard(rows, cameras, (5, 20), (2, 4))
     expected = DBSCAN(eps=eps, min_samples=4, metric="precomputed").fit_predict(dense)
-    encoded = encode_camera_aware(rows, cameras, k1_intra=5, k1_inter=20, k2_intra=2, k2_inter=4)
+    encoded = camera_encoding_of(rows, cameras, k1_intra=5, k1_inter=20, k2_intra=2, k2_inter=4)
     assert np.array_equal(dbscan(jaccard_graph([encoded], [1.0], max_distance=0.7), eps, 4), expected)
     if eps == 0.5:
         found = cluster([rows], ClusterSettings(eps=eps, camera_aware=True), cameras=cameras)
         assert found.count > 2 and np.array_equal(found.labels, expected)
 
 
-def test_camera_aware_neighbours_without_cameras_are_an_error_that_says_so() -> None:
+def test_camera_aware_neighbours_without_cameras_are_refused() -> None:
     with pytest.raises(TrainingError, match="need the camera of every crop"):
         cluster([people(5, 6, spread=0.2)[0]], ClusterSettings(camera_aware=True))
 
 
-def test_scanning_leaves_the_graph_as_it_was() -> None:
+def test_dbscan_does_not_modify_the_graph() -> None:
     graph = graph_of(people(6, 8, spread=0.4)[0])
     before = (graph.data.copy(), graph.indices.copy())
     dbscan(graph, 0.5, 4)
@@ -91,7 +92,7 @@ def test_scanning_leaves_the_graph_as_it_was() -> None:
 def test_sparse_silhouette_equals_the_dense_definition(eps: float) -> None:
     rows, _ = people(12, 7, spread=0.5, seed=2)
     labels = dbscan(graph_of(rows), eps, 4)
-    # Pairs that are not stored count as 1 apart, so the oracle sees the same matrix.
+    # Pairs that are not stored have distance 1, so the reference gets the same matrix.
     dense = np.ones((len(rows), len(rows)))
     coo = graph_of(rows).tocoo()
     dense[coo.row, coo.col] = coo.data
@@ -105,14 +106,14 @@ def test_the_chosen_eps_is_near_the_best_one_for_the_true_persons() -> None:
     graph = graph_of(rows)
 
     def agreement(labels: np.ndarray) -> float:
-        alone = labels < 0
-        return float(adjusted_rand_score(persons, np.where(alone, 10_000 + np.arange(len(labels)), labels)))
+        outlier = labels < 0
+        return float(adjusted_rand_score(persons, np.where(outlier, 10_000 + np.arange(len(labels)), labels)))
 
     best = max(agreement(dbscan(graph, eps, 4)) for eps in np.arange(0.3, 0.71, 0.05).round(2))
     assert agreement(choose_eps(graph, 4).labels) > best - 0.1
 
 
-def test_three_views_are_weighed_and_found_people_are_the_people() -> None:
+def test_weighted_views_give_the_true_persons() -> None:
     views = [people(20, 8, spread=spread, seed=seed)[0] for seed, spread in ((1, 0.2), (1, 0.3), (1, 0.3))]
     found = cluster(views, ClusterSettings(k1=12, k2=3))
     health = found.health(np.repeat(np.arange(20), 8))
@@ -120,7 +121,7 @@ def test_three_views_are_weighed_and_found_people_are_the_people() -> None:
     assert health["largest_share"] == pytest.approx(1 / 20) and health["outlier_share"] == 0
 
 
-def test_no_cluster_is_an_error_that_says_so() -> None:
+def test_no_cluster_is_refused() -> None:
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(30, 64)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
@@ -128,7 +129,7 @@ def test_no_cluster_is_an_error_that_says_so() -> None:
         cluster([rows], ClusterSettings(k1=4, k2=1, eps=0.05))
 
 
-def test_one_giant_cluster_is_an_error_that_says_so() -> None:
+def test_one_giant_cluster_is_refused() -> None:
     rows, _ = people(1, 60, spread=0.05)
     with pytest.raises(TrainingError, match="fell into one cluster"):
         cluster([rows], ClusterSettings(k1=12, k2=3, eps=0.6))
@@ -144,21 +145,21 @@ def test_centroids_are_the_unit_means_of_their_members() -> None:
         assert found[label] == pytest.approx(mean / np.linalg.norm(mean), abs=1e-6)
 
 
-def test_health_without_truth_has_no_agreement_figures() -> None:
-    figures = Clustering(np.array([0, 0, 1, -1]), 0.5, 0.2).health()
-    assert figures["clusters"] == 2 and figures["outlier_share"] == 0.25 and "nmi" not in figures
+def test_health_without_persons_has_no_agreement_metrics() -> None:
+    metrics = Clustering(np.array([0, 0, 1, -1]), 0.5, 0.2).health()
+    assert metrics["clusters"] == 2 and metrics["outlier_share"] == 0.25 and "nmi" not in metrics
 
 
-def test_a_collapse_is_not_chosen_while_people_can_be_told_apart() -> None:
+def test_a_collapsed_clustering_is_not_chosen_if_another_exists() -> None:
     near = people(30, 6, spread=0.9, seed=7)[0]
     chosen = choose_eps(graph_of(near), 4)
-    sound = [eps for eps in (0.3, 0.4, 0.5, 0.6, 0.7) if not Clustering(dbscan(graph_of(near), eps, 4), eps).collapsed]
-    assert sound and not chosen.collapsed
+    valid = [eps for eps in (0.3, 0.4, 0.5, 0.6, 0.7) if not Clustering(dbscan(graph_of(near), eps, 4), eps).collapsed]
+    assert valid and not chosen.collapsed
     assert Clustering(np.zeros(10, np.int64)).collapsed and Clustering(np.full(10, -1)).collapsed
     assert not Clustering(np.array([0, 0, 1, 1])).collapsed
 
 
-def test_people_are_found_across_cameras_that_colour_everything() -> None:
+def test_people_are_found_across_cameras_with_colour_casts() -> None:
     rows, persons = people(20, 12, spread=0.3, seed=9)
     cameras = np.tile(np.repeat([0, 1, 2], 4), 20)
     cast = 1.2 * np.random.default_rng(1).normal(size=(3, rows.shape[1])) / np.sqrt(rows.shape[1]) * 2

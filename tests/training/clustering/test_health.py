@@ -1,4 +1,4 @@
-"""Figures of labels against loops over crops, tracks and every order of the cameras."""
+"""Label health against loops over crops, tracks and all orders of the cameras."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from resight.training.store.track_pairs import draw_track_pairs
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_cameras_of_clusters_and_what_chance_gives_are_counted(seed: int) -> None:
+def test_cameras_per_cluster_and_chance_equal_the_loops(seed: int) -> None:
     rng = np.random.default_rng(seed)
     labels = rng.integers(-1, 3, 9)
     labels[:7] = rng.integers(0, 3, 7) * 5  # numbers with gaps
@@ -35,7 +35,7 @@ def test_one_camera_and_no_cluster() -> None:
     assert camera_mix(np.full(5, -1), np.zeros(5, np.int64)) is None
 
 
-def test_chance_of_a_large_site_is_what_shuffling_gives() -> None:
+def test_chance_of_a_large_site_equals_shuffling() -> None:
     rng = np.random.default_rng(0)
     cameras = rng.choice(6, 3000, p=[0.5, 0.2, 0.15, 0.1, 0.04, 0.01])
     labels = rng.integers(-1, 400, 3000)
@@ -49,7 +49,7 @@ def test_chance_of_a_large_site_is_what_shuffling_gives() -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("n", [1, 3, 50, 97])
-def test_agreement_with_tracks_is_that_of_the_loops(n: int, seed: int) -> None:
+def test_agreement_with_tracks_equals_the_loops(n: int, seed: int) -> None:
     store = random_store(n, seed)
     labels = np.random.default_rng(seed).integers(-1, 4, n) * 3
     labels[labels < 0] = -1
@@ -70,7 +70,7 @@ def test_one_cluster_keeps_tracks_and_confuses_pairs_and_outliers_do_the_reverse
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_stability_is_counted_among_crops_clustered_in_both(seed: int) -> None:
+def test_stability_is_computed_on_crops_clustered_in_both(seed: int) -> None:
     rng = np.random.default_rng(seed)
     labels, previous = rng.integers(-1, 5, 43), rng.integers(-1, 4, 43) * 7
     previous[previous < 0] = -1
@@ -83,7 +83,7 @@ def test_stability_is_counted_among_crops_clustered_in_both(seed: int) -> None:
     assert (found.moved_share, found.shared_crops) == (moved / 43, both.sum())
 
 
-def test_equal_labels_are_stable_whatever_their_numbers() -> None:
+def test_equal_labels_are_stable_under_renumbering() -> None:
     labels = np.array([0, 0, 1, 1, 2, 2, -1])
     found = stability(labels, np.array([5, 5, 0, 0, 9, 9, -1]))
     assert found is not None and (found.ari, found.nmi, found.moved_share) == (1, pytest.approx(1), 0)
@@ -91,7 +91,7 @@ def test_equal_labels_are_stable_whatever_their_numbers() -> None:
     assert stability(np.array([0, -1]), np.array([0, 0])) is None
 
 
-def test_an_epoch_tells_finite_figures_and_leaves_out_what_it_has_not() -> None:
+def test_epoch_health_is_finite_and_omits_unavailable_metrics() -> None:
     rng = np.random.default_rng(0)
     labels, previous, cameras = rng.integers(-1, 9, 60), rng.integers(-1, 9, 60), rng.integers(0, 4, 60)
     first, later = epoch_health(labels, None, cameras), epoch_health(labels, previous, cameras)

@@ -1,4 +1,4 @@
-"""What each of the processes of test_distributed.py does. Run by torchrun: `processes.py SITE OUT`."""
+"""Script of the processes in test_distributed.py, run by torchrun: `processes.py SITE OUT`."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from resight.training.store.crops import CropStore
 from resight.training.store.datasets import open_site
 
 
-def told(work: Callable[[], object]) -> str:
-    """The error of some work, which is over within its turn everywhere."""
+def error_text(work: Callable[[], object]) -> str:
+    """The error raised by `work`, as text."""
     try:
         work()
     except Exception as error:
@@ -57,7 +57,7 @@ def refused() -> object:
 
 
 def helpers() -> dict[str, object]:
-    """Every helper on numbers that tell the processes apart, and one step in slices beside the whole."""
+    """Every helper with values that differ between processes, and a step in slices compared with the whole batch."""
     rows = torch.arange(7.0)
     found: dict[str, object] = {
         "rank": rank(),
@@ -66,11 +66,13 @@ def helpers() -> dict[str, object]:
         "gathered": gather_slices(rows[local_slice(7)] * 10, 7).tolist(),
         "nothing": list(gather_slices(torch.zeros(0, 3), 0).shape),
         "sum": all_reduce_sum(torch.tensor([1.0, float(rank())])).tolist(),
-        "from_first": on_first_process(lambda: {"said by": rank()}),
-        "ours": told(lambda: fails_on_last(TrainingError("lower lr"))),
-        "foreign": told(lambda: fails_on_last(TrainingError("out of memory") if not rank() else MemoryError("full"))),
-        "refused": told(lambda: on_first_process(refused)),
-        "after": all_reduce_sum(torch.tensor(1.0)).item(),  # nobody was left behind
+        "from_first": on_first_process(lambda: {"rank": rank()}),
+        "ours": error_text(lambda: fails_on_last(TrainingError("lower lr"))),
+        "foreign": error_text(
+            lambda: fails_on_last(TrainingError("out of memory") if not rank() else MemoryError("full"))
+        ),
+        "refused": error_text(lambda: on_first_process(refused)),
+        "after": all_reduce_sum(torch.tensor(1.0)).item(),  # no process is left waiting
     }
     images = torch.from_numpy(np.random.default_rng(0).normal(size=(16, 3, 64, 32)).astype(np.float32))
     whole, part = random_encoder().train(), random_encoder().train()
@@ -90,12 +92,12 @@ def helpers() -> dict[str, object]:
 
 
 def refusals(site: Path, out: Path) -> dict[str, object]:
-    """Runs that end early end everywhere, with one error, and leave nothing."""
+    """Runs that fail do so in all processes, with the same error, and write no checkpoint."""
     whole, start = open_site(site).train, InitialWeights(random_encoder(), {"name": "random"})
 
     def run(recipe: Recipe, store: CropStore, name: str) -> str:
         with RunLog(out / f"{name}-log", console=Console(stderr=True, quiet=True), silent=rank() > 0) as log:
-            return told(lambda: adapt(Adaptation(TrainingRun(store, recipe, 1, "cpu", log), start, out / name)))
+            return error_text(lambda: adapt(Adaptation(TrainingRun(store, recipe, 1, "cpu", log), start, out / name)))
 
     purify = replace(load_recipe("purify"), batch=32, samples_per_bn=8, epochs=1, iters=1, student=False)
     lost = replace(

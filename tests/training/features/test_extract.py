@@ -26,52 +26,52 @@ def store(tmp_path: Path) -> CropStore:
 
 
 def test_batches_come_in_order_with_the_pixels_of_image_fit(store: CropStore) -> None:
-    wanted = [np.array([3, 1]), np.array([2]), np.array([5, 5, 69])]
-    found = list(read_batches(store, wanted, SPEC))
+    requested = [np.array([3, 1]), np.array([2]), np.array([5, 5, 69])]
+    found = list(read_batches(store, requested, SPEC))
     assert [rows.tolist() for rows, _ in found] == [[3, 1], [2], [5, 5, 69]]
     for rows, pixels in found:
         for row, image in zip(rows, pixels, strict=True):
             assert np.array_equal(image, fit(decode(store.read(int(row))), SPEC))
 
 
-def test_crops_are_read_once_as_far_as_memory_goes(store: CropStore) -> None:
+def test_crops_are_cached_up_to_the_memory_limit(store: CropStore) -> None:
     rows = [np.array([3, 1]), np.array([1, 2])]
     cache = PixelCache(limit_bytes=2 * 64 * 32 * 3)
     first, again = (
-        list(read_batches(store, rows, SPEC, cache=cache, then=lambda pixels: pixels[:, ::-1])) for _ in range(2)
+        list(read_batches(store, rows, SPEC, cache=cache, transform=lambda pixels: pixels[:, ::-1])) for _ in range(2)
     )
     for (_, one), (_, other) in zip(first, again, strict=True):
         assert np.array_equal(one, other)
     for row in (1, 2, 3):
         (store.root / store.paths[row]).unlink()
-    [(_, kept)] = read_batches(store, rows[:1], SPEC, cache=cache)
-    assert np.array_equal(kept[:, ::-1], first[0][1])
+    [(_, cached)] = read_batches(store, rows[:1], SPEC, cache=cache)
+    assert np.array_equal(cached[:, ::-1], first[0][1])
     with pytest.raises(StoreError, match=r"2.jpg"):
         list(read_batches(store, rows[1:], SPEC, cache=cache))
     with pytest.raises(StoreError, match=r"3.jpg"):
         list(read_batches(store, rows[:1], ImageSpec(32, 32), cache=cache))  # another size
 
 
-def test_what_is_done_in_the_background_is_done_in_order(store: CropStore) -> None:
-    chance = np.random.default_rng(4)
+def test_background_transforms_run_in_order(store: CropStore) -> None:
+    rng = np.random.default_rng(4)
     rows = [np.array([i]) for i in range(20)]
     added = [
         int(pixels[0, 0, 0, 0])
         for _, pixels in read_batches(
-            store, rows, SPEC, then=lambda pixels: np.full_like(pixels, chance.integers(0, 256))
+            store, rows, SPEC, transform=lambda pixels: np.full_like(pixels, rng.integers(0, 256))
         )
     ]
     again = np.random.default_rng(4)
     assert added == [int(again.integers(0, 256)) for _ in range(20)]
 
 
-def test_a_corrupt_crop_is_an_error_not_a_silent_hole(store: CropStore) -> None:
+def test_a_corrupt_crop_is_an_error(store: CropStore) -> None:
     (store.root / "7.jpg").write_bytes(b"no image")
     with pytest.raises(ImageError):
         list(read_batches(store, [np.arange(10)], SPEC))
 
 
-def test_features_are_those_of_single_crops_in_row_order(store: CropStore) -> None:
+def test_features_equal_those_of_single_crops_in_row_order(store: CropStore) -> None:
     torch.manual_seed(0)
     encoder = Encoder(EncoderConfig(embedding_dim=24, image=SPEC)).train()
     views = extract_features(encoder, store)

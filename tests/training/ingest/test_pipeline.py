@@ -226,7 +226,7 @@ def test_a_disk_without_room_for_the_journal_is_told(tmp_path: Path) -> None:
 def test_one_source_is_read_by_one_process(day: Path, tmp_path: Path) -> None:
     store = GrowingStore(tmp_path / "s")
     key = open_footage(str(day / "door.mp4"), camera="door", fps=5).fingerprint()[: module.KEY_LENGTH]
-    with store.claimed(key), pytest.raises(StoreError, match="another process adds the same"):
+    with store.exclusive(key), pytest.raises(StoreError, match="another process adds the same"):
         read(day, tmp_path / "s")
 
 

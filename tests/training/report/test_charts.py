@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import re
 from typing import Any
+from xml.etree import ElementTree
+
+from drawings import titled_groups
 
 from resight.training.report.charts import constant_figures, epoch_charts, epoch_rows, figures_by_group
 
@@ -50,9 +53,24 @@ def test_constant_metrics_are_listed_instead_of_drawn() -> None:
 
 def test_shares_are_drawn_in_percent_and_lines_end_with_their_stage() -> None:
     drawn = {chart.title: chart for chart in epoch_charts(epoch_rows(history()))}
-    share = str(drawn["Share of crops, %"].svg)
-    assert "teacher epoch 0, outliers: 10<" in share
-    assert share.count("<polyline") == 2 and share.count("<circle") == 6
-    assert all(len(points.split()) == 3 for points in re.findall(r'points="([^"]*)"', share))
+    share = titled_groups(drawn["Share of crops, %"].svg)
+    assert list(share) == ["teacher, outliers", "student, outliers"]
+    assert all(len(list(line.iter("use"))) == 3 for line in share.values())  # one mark an epoch
+    assert "10" in [text.text for text in ElementTree.fromstring(drawn["Share of crops, %"].svg).iter("text")]
     assert drawn["Loss"].legend == ["loss", "loss offline", "relation", "guidance"]
-    assert str(drawn["Loss"].svg).count("<polyline") == 7  # no guidance in the teacher
+    assert len(titled_groups(drawn["Loss"].svg)) == 7  # no guidance in the teacher
+
+
+def test_a_drawing_names_no_outside_resource_and_no_fixed_colour() -> None:
+    for chart in epoch_charts(epoch_rows(history())):
+        assert not re.search(r'href="(?!#)|https?://|<script|<style>.*import', chart.svg)
+        assert "#fe01" not in chart.svg and "var(--s0)" in chart.svg
+
+
+def test_names_with_markup_or_a_dollar_sign_are_plain_text() -> None:
+    rows = [{"stage": "$a$ <b>", "epoch": epoch, "odd $x$ & <i>": float(epoch)} for epoch in range(2)]
+    [chart] = epoch_charts(epoch_rows(rows))
+    root = ElementTree.fromstring(chart.svg)
+    assert root.get("aria-label") == "Odd $x$ & <i>"
+    assert "$a$ <b>" in [text.text for text in root.iter("text")]
+    assert list(titled_groups(chart.svg)) == ["$a$ <b>, odd $x$ & <i>"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drawings import marks, theme_colours, titled_groups
 from tiny import without_persons
 
 import resight.training.report.adaptation
@@ -103,33 +104,30 @@ def shown(clusters: np.ndarray, cameras: np.ndarray, names: list[str]) -> Embedd
     return EmbeddingMap(places, clusters, cameras, names, len(clusters), 0.4, 0.2)
 
 
-def marks(svg: str) -> dict[str, int]:
-    """Class of the marks -> their number."""
-    found: dict[str, int] = {}
-    for name, path in re.findall(r'<path class="mark ([^"]*)" d="([^"]*)"', svg):
-        found[name] = found.get(name, 0) + path.count("M")
-    return found
-
-
 def test_every_crop_is_marked_once_in_each_panel() -> None:
     rng = np.random.default_rng(0)
     clusters, cameras = rng.integers(-1, 30, 700), rng.integers(0, 3, 700)
     by_cluster, by_camera = map_panels(shown(clusters, cameras, ["<a>", "b", "c"]))
     found = marks(by_cluster.svg)
-    assert found["none dot"] == (clusters == -1).sum()
-    assert sum(count for name, count in found.items() if name != "hole") == 700
+    outliers, sizes = int((clusters == -1).sum()), np.bincount(clusters[clusters >= 0])
+    assert found[f"outliers, {outliers} crops"] == outliers
+    assert sum(found.values()) == 700
     looks = [(colour, shape) for colour, shape, _ in by_cluster.legend]
     assert len(set(looks)) == len(looks) == LABELLED_GROUPS + 2
-    assert found["s0 dot"] == np.bincount(clusters[clusters >= 0]).max()
-    assert marks(by_camera.svg) == {f"s{c} dot": int((cameras == c).sum()) for c in range(3)}
-    assert by_camera.legend[0][2] == f"<a> ({(cameras == 0).sum()})" and "<a>" not in by_camera.svg
+    assert found[f"cluster {sizes.argmax()}, {sizes.max()} crops"] == sizes.max()
+    counts = np.bincount(cameras)
+    assert marks(by_camera.svg) == {
+        f"{name}, {count} crops": count for name, count in zip(["<a>", "b", "c"], counts, strict=True)
+    }
+    assert [theme_colours(group) for group in titled_groups(by_camera.svg).values()] == [{"s0"}, {"s1"}, {"s2"}]
+    assert by_camera.legend[0][2] == f"<a> ({counts[0]})" and "<a>" not in by_camera.svg
     assert "40%" in by_camera.hint
 
 
 def test_a_map_of_one_camera_or_only_outliers_is_drawn() -> None:
     alone = shown(np.full(20, -1), np.zeros(20, np.int64), ["door"])
     [panel] = map_panels(replace(alone, own_camera=None, own_camera_chance=None))
-    assert marks(panel.svg) == {"none dot": 20}
+    assert marks(panel.svg) == {"outliers, 20 crops": 20}
 
 
 def luminance(colour: str) -> float:

@@ -6,6 +6,7 @@ import re
 from xml.etree import ElementTree
 
 import numpy as np
+from drawings import theme_colours, titled_groups
 
 from resight.image import ImageSpec
 from resight.training.judging.latency import LATENCY_BATCH, measure_latency
@@ -18,30 +19,37 @@ def test_a_forest_plot_has_a_row_per_metric_coloured_by_direction() -> None:
         "auc": Estimate(0.02, 0.01, 0.03), "reference.auc": Estimate(-0.02, -0.03, -0.01),
         "cameras.<b>.auc": Estimate(0.0, -0.01, 0.01),
     }  # fmt: skip
-    drawn = ElementTree.fromstring(draw_forest(changes))
-    dots = drawn.findall("circle")
-    assert [dot.get("class") for dot in dots] == ["right", "wrong", "none"]
-    bars = [list(map(float, re.split("[ ,]", line.get("points", "")))) for line in drawn.findall("polyline")]
-    [zero] = [float(line.get("x1", "")) for line in drawn.findall("line") if line.get("class") == "stage"]
-    for dot, bar, change in zip(dots, bars, changes.values(), strict=True):
-        assert bar[0] < float(dot.get("cx", "")) < bar[2] and bar[1] == bar[3] == float(dot.get("cy", ""))
-        assert (bar[0] > zero) == (change.low > 0) and (bar[2] < zero) == (change.high < 0)
-    assert "cameras.<b>.auc" in [text.text for text in drawn.findall("text")]
+    drawn = draw_forest(changes)
+    dots = titled_groups(drawn)
+    assert list(dots) == [
+        "auc: +0.0200, +0.0100 to +0.0300",
+        "reference.auc: -0.0200, -0.0300 to -0.0100",
+        "cameras.<b>.auc: +0.0000, -0.0100 to +0.0100",
+    ]
+    assert [theme_colours(dot) for dot in dots.values()] == [{"right"}, {"wrong"}, {"other"}]
+    x = [float(dot.find(".//use").get("x", "")) for dot in dots.values()]  # type: ignore[union-attr]
+    assert x[1] < x[2] < x[0]
+    assert "cameras.<b>.auc" in [text.text for text in ElementTree.fromstring(drawn).iter("text")]
 
 
 def test_a_forest_plot_without_changes_is_drawn() -> None:
-    assert ElementTree.fromstring(draw_forest({"auc": Estimate(0.0, 0.0, 0.0)})).findall("circle")
+    assert list(titled_groups(draw_forest({"auc": Estimate(0.0, 0.0, 0.0)}))) == ["auc: +0.0000, +0.0000 to +0.0000"]
 
 
-def test_histograms_share_an_axis_and_hold_every_pair() -> None:
+def test_histograms_share_an_axis_and_have_their_peaks_where_the_pairs_are() -> None:
     rng = np.random.default_rng(0)
     one, two = rng.normal(0.7, 0.1, 500).astype(np.float32), rng.normal(0.2, 0.1, 300).astype(np.float32)
-    drawn = ElementTree.fromstring(draw_similarities({"candidate": (one, two), "active model": (two, one)}))
-    outlines = drawn.findall("polyline")
-    assert [line.get("class") for line in outlines] == ["s0", "s1", "s0", "s1"]
+    outlines = titled_groups(draw_similarities({"candidate": (one, two), "active model": (two, one)}))
+    assert list(outlines) == [
+        f"{model}, pairs of {kind}"
+        for model in ("candidate", "active model")
+        for kind in ("one track", "certainly two persons")
+    ]
+    assert [theme_colours(outline) for outline in outlines.values()] == [{"s0"}, {"s1"}, {"s0"}, {"s1"}]
     peaks = []
-    for line in outlines:
-        points = [tuple(map(float, point.split(","))) for point in line.get("points", "").split()]
+    for outline in outlines.values():
+        numbers = re.findall(r"[-\d.]+", outline.find(".//path").get("d", ""))  # type: ignore[union-attr]
+        points = [(float(x), float(y)) for x, y in zip(numbers[::2], numbers[1::2], strict=True)]
         peaks.append(min(points, key=lambda point: point[1])[0])
     assert peaks[0] == peaks[3] > peaks[1] == peaks[2]
 

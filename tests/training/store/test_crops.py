@@ -200,7 +200,7 @@ def test_another_schema_version_is_refused(root: Path, version: bytes | None) ->
 def test_a_missing_column_is_named(root: Path, name: str) -> None:
     table = pq.read_table(root / INDEX_FILE)
     pq.write_table(table.drop_columns([name]), root / INDEX_FILE)
-    with pytest.raises(StoreError, match=f"misses the columns {name}"):
+    with pytest.raises(StoreError, match=f"lacks the columns {name}"):
         open_store(root)
 
 
@@ -245,14 +245,14 @@ def test_damage_is_refused_and_never_another_error(root: Path) -> None:
     assert refused > 75
     for content in (b"", b"PAR1", good[:-1], good[: len(good) // 2], b"no parquet at all" * 50):
         (root / INDEX_FILE).write_bytes(content)
-        with pytest.raises(StoreError, match=r"is damaged .* make the index again"):
+        with pytest.raises(StoreError, match=r"is damaged .* rebuild the index"):
             open_store(root)
 
 
 def test_no_index_is_no_store(tmp_path: Path) -> None:
     assert not is_store(tmp_path)
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(StoreError, match=r"is no crop store: index\.parquet is missing"):
+        with pytest.raises(StoreError, match=r"is not a crop store: index\.parquet is missing"):
             open_store(folder)
 
 

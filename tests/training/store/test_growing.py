@@ -45,7 +45,7 @@ def test_crops_leave_with_their_files_and_strays_are_swept(tmp_path: Path) -> No
 
 def test_folders_of_other_things_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("chapter 1")
-    with pytest.raises(StoreError, match="holds other things than a crop store"):
+    with pytest.raises(StoreError, match="is not a crop store and not empty"):
         GrowingStore(tmp_path)
     with pytest.raises(StoreError, match="holds other things"):
         GrowingStore(tmp_path / "thesis.txt")

@@ -83,7 +83,7 @@ def test_columns_are_those_of_the_format(tmp_path: Path, name: str) -> None:
     at = table.schema.get_field_index(name)
     for column, told in (
         (pa.array([7]), f"column {name} must be .* found int64"),
-        (None, f"misses the columns {name}"),
+        (None, f"lacks the columns {name}"),
     ):
         changed = table.remove_column(at) if column is None else table.set_column(at, name, column)
         pq.write_table(changed, tmp_path / LINKS_FILE)
@@ -114,7 +114,7 @@ def test_a_chain_that_a_rejection_contradicts_is_left_out_and_the_rest_kept(
     with caplog.at_level(logging.WARNING):
         found = links_of(rows(tmp_path, 8))
     assert found.rows.tolist() == [[2, 3], [0, 2], [5, 6]] and found.refuted == 2
-    assert "left out 2 confirmed pairs" in caplog.text and "crops/000.jpg" in caplog.text
+    assert "omitted 2 confirmed pairs" in caplog.text and "crops/000.jpg" in caplog.text
 
 
 @pytest.mark.parametrize("seed", range(30))
