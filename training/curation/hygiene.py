@@ -83,8 +83,8 @@ class Hygiene:
         """Whether nothing is wrong."""
         return not self.problems and not self.problems_by_camera
 
-    def told(self) -> list[str]:
-        """Every problem as a sentence, those of cameras with their names."""
+    def all_problems(self) -> list[str]:
+        """All problems as sentences; those of a camera start with its name."""
         return [*(f"camera {name}: {problem}" for name, problem in self.problems_by_camera.items()), *self.problems]
 
     def to_json(self) -> dict[str, Any]:
@@ -286,7 +286,7 @@ def filter_nights(
             kept[rows] = False
             refused |= index == 0
         when = "" if index == 0 else f"{(times_s.max() - times_s[rows].max()) / DAY_S:.0f} days before: "
-        reasons += [when + words for words in found.told()]
+        reasons += [when + words for words in found.all_problems()]
     return NightFilter(kept, refused, tuple(reasons))
 
 

@@ -203,7 +203,7 @@ def hygiene_problems(hygiene: Mapping[str, Hygiene]) -> Iterator[str]:
         hygiene: by the description of the crops.
     """
     for which, found in hygiene.items():
-        for words in found.told():
+        for words in found.all_problems():
             yield f"{which}: {words}"
 
 

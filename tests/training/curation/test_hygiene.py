@@ -66,7 +66,7 @@ FAULTS: list[tuple[Callable[[Pixels, np.random.Generator], Pixels], str]] = [
 
 def test_drawn_crops_are_sound_and_every_figure_serialises(drawn: Site, small: Pixels) -> None:
     found = check_hygiene(drawn.train)
-    assert found.sound and found.told() == []
+    assert found.sound and found.all_problems() == []
     assert set(found.figures) == {"cam1", "cam2", "cam3"}
     told = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert told["figures"]["cam1"]["repeated_share"] == 0 and told["figures"]["cam1"]["correlation"] > 0.8
@@ -82,7 +82,7 @@ def test_a_dead_camera_is_named_and_the_others_are_not(
     found = check_hygiene(drawn.train, thumbnails=spoilt)
     assert list(found.problems_by_camera) == ["cam2"] and words in found.problems_by_camera["cam2"]
     assert not found.problems and not found.sound
-    assert found.told()[0].startswith("camera cam2: ")
+    assert found.all_problems()[0].startswith("camera cam2: ")
     rest = np.flatnonzero(drawn.train.cameras != 1)
     assert check_hygiene(drawn.train.subset(rest), thumbnails=spoilt[rest]).sound
 
