@@ -18,7 +18,7 @@ from resight.training.store.datasets import Site
 
 
 def servers_of(folder: Path) -> list[str]:
-    """Command lines of running processes that serve from below a folder."""
+    """Command lines of running servers with data below a folder."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -71,7 +71,7 @@ def test_the_figures_are_percentages_and_every_step_is_timed(finished: Path) -> 
 
 
 @pytest.mark.slow
-def test_the_report_is_one_page_that_loads_nothing(finished: Path) -> None:
+def test_the_report_is_one_page_without_external_resources(finished: Path) -> None:
     report = Path(figures(finished)["report"])
     assert report == finished / "demo" / "report.html"
     page = report.read_text()
@@ -99,7 +99,7 @@ def test_no_server_keeps_running(finished: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_service_scores_as_the_bundle_offline(finished: Path, tiny_site: Site) -> None:
+def test_the_services_scores_equal_the_bundles_offline(finished: Path, tiny_site: Site) -> None:
     for model in ("initial", "adapted"):
         target = finished / f"{model}.json"
         done = resight_here(

@@ -25,7 +25,7 @@ from resight.training.synthetic.nights import Night
 SMALL = DemoScale(
     visitors=36, enrolled=14, cameras=3, iters=24, precision="fp32"
 )  # with fewer tracks no candidate can be judged
-FAINT = 300.0  # what is added to features, in their mean lengths: a variance of about 1 / FAINT**2, under MIN_VARIANCE
+FAINT = 300.0  # added to features, in their mean length: a variance of about 1 / FAINT**2, below MIN_VARIANCE
 NIGHTS = [
     (Night(1, SMALL.visitors, SMALL.cameras), "the first night the cycle sees"),
     (Night(2, SMALL.visitors, SMALL.cameras, dead=SMALL.cameras), "every camera delivers noise"),
@@ -37,7 +37,7 @@ refused by its pixels. Whether the judge decides well on nights between these is
 
 
 def faint_encoder() -> Encoder:
-    """The built-in weights plus a constant in each feature: the same ranking, and to the judge a broken model."""
+    """The built-in weights plus a constant in each feature: the same ranking, but unusable for the judge."""
     encoder = load_weights("builtin").encoder
     neck = encoder.heads["global"].neck
     with torch.no_grad():
