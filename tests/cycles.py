@@ -130,8 +130,3 @@ def logs(site: Path) -> str:
 
 def crops(site: Path) -> CropStore:
     return open_store(StateFolder(load_site(site).state).crops)["train"]
-
-
-def read_json(path: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads(path.read_text())
-    return found
