@@ -34,7 +34,7 @@ from resight.bundle.probes import EmbedBatch
 from resight.encoder.model import Encoder, EncoderConfig
 from resight.encoder.weights import load_weights
 from resight.exporters.fp16 import to_fp16
-from resight.exporters.int8 import Int8Criteria, calibrate, check_int8, keep_sensitive
+from resight.exporters.int8 import Int8Criteria, calibrate, check_int8, keep_sensitive_blocks
 from resight.exporters.onnx_graph import ServingGraph, to_onnx
 from resight.exporters.verify import run_onnx, run_torch
 from resight.image import ImageSpec, decode, fit
@@ -143,7 +143,7 @@ def compare(backbone: str, site: Site, seconds: float) -> None:
     started = time.perf_counter()
     fp32 = to_onnx(ServingGraph(encoder), encoder.config.image)
     exported, started = time.perf_counter() - started, time.perf_counter()
-    made = keep_sensitive(calibrate(fp32, pixels))
+    made = keep_sensitive_blocks(calibrate(fp32, pixels))
     quantised = time.perf_counter() - started
     ours, int8 = (CpuSession(model).run for model in (fp32, made.model))
     eager = run_torch(encoder)

@@ -30,7 +30,7 @@ from resight.training.adaptation.distill import Teacher
 from resight.training.adaptation.epoch import draw_batches
 from resight.training.adaptation.ghost_batch_norm import group_batch_norm
 from resight.training.adaptation.recipe import load_recipe, views_used
-from resight.training.adaptation.run import EpochState, RunLog, Stage, TrainingRun, TrainState, make_optimizer
+from resight.training.adaptation.run import RunLog, Stage, StageState, TrainingRun, make_optimizer
 from resight.training.features.extract import autocast, read_batches, to_input
 from resight.training.synthetic.site import SiteSettings, render_site
 
@@ -51,7 +51,7 @@ def same_batches(run: TrainingRun, stage: Stage, encoder: Encoder) -> list[Tenso
     return [erase(to_input(encoder, pixels, run.device), recipe.augment, erasing) for _, pixels in read]
 
 
-def bare_steps(run: TrainingRun, state: TrainState, batches: list[Tensor]) -> float:
+def bare_steps(run: TrainingRun, state: StageState, batches: list[Tensor]) -> float:
     """Seconds of forward, backward and step over all batches, for a loss that costs nothing."""
     state.encoder.train()
     if state.teacher is not None:
@@ -78,13 +78,13 @@ def compare(run: TrainingRun, stage: Stage, repeats: int) -> tuple[float, float]
     states = []
     for _ in range(2):
         encoder = copy.deepcopy(initial)
-        states.append(TrainState(encoder, make_optimizer(encoder, run.recipe), teacher))
+        states.append(StageState(stage, encoder, make_optimizer(encoder, run.recipe), teacher))
     batches = same_batches(run, stage, initial)
     images = repeats * run.recipe.iters * run.recipe.batch
     seconds = {"loop": 0.0, "bare": 0.0}
     bare_steps(run, states[1], batches[:2])  # both sides find warm caches
     for _ in range(repeats):
-        seconds["loop"] += train_epoch(run, EpochState(stage, 0), states[0])["train_s"]
+        seconds["loop"] += train_epoch(run, states[0])["train_s"]
         seconds["bare"] += bare_steps(run, states[1], batches)
     return images / seconds["loop"], images / seconds["bare"]
 

@@ -201,6 +201,6 @@ def export(folder: Path) -> Bundle:
         name="bench",
         training={},
         weights_licence=initial.source["licence"],
-        wanted=ExportOptions(precisions=("fp32", "fp16")),
+        options=ExportOptions(precisions=("fp32", "fp16")),
     )
     return open_bundle(folder / "bundle")

@@ -1,1 +1,1 @@
-"""A checkpoint becomes a bundle; see `resight.exporters.export`."""
+"""Export of checkpoints to bundles; see `resight.exporters.export`."""

@@ -1,4 +1,4 @@
-"""Checkpoint to bundle: graph, files, parity, manifest. The one entry point of the exporters."""
+"""Export a checkpoint to a bundle: graph, precisions, parity check and manifest. The entry point of the exporters."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ def export_checkpoint(
     out: Path,
     *,
     name: str | None = None,
-    wanted: ExportOptions | None = None,
-    lent: SiteData | None = None,
+    options: ExportOptions | None = None,
+    site: SiteData | None = None,
     key: PrivateKey | None = None,
     replace: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Make a bundle of a checkpoint folder.
+    """Export a checkpoint folder to a bundle.
 
     Args:
-        checkpoint: what `resight adapt` wrote.
-        out: the bundle folder to make.
-        name: of the model; ``out``'s own name by default, spelled as names are.
-        wanted: which forms beside fp32.
-        lent: the site's crops and measures.
-        key: signs the bundle.
-        replace: whether a bundle at ``out`` gives way.
-        progress: told which step begins.
+        checkpoint: folder written by `resight adapt`.
+        out: the bundle folder to create.
+        name: name of the model; by default the name of ``out``, normalised by `model_name`.
+        options: the forms to export beside fp32.
+        site: the site's crops and evaluation functions.
+        key: private key that signs the bundle.
+        replace: replace an existing bundle at ``out``.
+        progress: called with the name of each step when it begins.
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another architecture.
         BundleError: an exported graph does not reproduce the encoder, or INT8 lacks crops.
-        AlreadyExistsError: something stands at ``out``.
+        AlreadyExistsError: ``out`` exists.
     """
     loaded = load_checkpoint(checkpoint)
     origin = loaded.provenance
@@ -71,8 +71,8 @@ def export_checkpoint(
             "initial_weights": dict(origin.initial_weights),
         },
         weights_licence=origin.initial_weights.get("licence") or "unknown",
-        wanted=wanted,
-        lent=lent,
+        options=options,
+        site=site,
         key=key,
         replace=replace,
         progress=progress,
@@ -86,41 +86,41 @@ def export_encoder(
     name: str,
     training: Mapping[str, Any],
     weights_licence: str,
-    wanted: ExportOptions | None = None,
-    lent: SiteData | None = None,
+    options: ExportOptions | None = None,
+    site: SiteData | None = None,
     key: PrivateKey | None = None,
     replace: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Make a bundle of an encoder in memory, which is left as it is.
+    """Export an encoder in memory to a bundle; the encoder itself is not modified.
 
-    What was measured, and why a form that was asked for is missing, stands in the manifest's ``evaluation``.
+    The manifest's ``evaluation`` holds the measurements and, for each requested form that was skipped, the reason.
 
     Raises:
         BundleError: a weight is not finite, an exported graph does not reproduce the encoder, or INT8 lacks crops.
-        AlreadyExistsError: something stands at ``out``.
+        AlreadyExistsError: ``out`` exists.
     """
-    wanted, lent = wanted or ExportOptions(), lent or SiteData()
-    require_crops(wanted, lent)
-    tell = progress or (lambda step: None)
+    options, site = options or ExportOptions(), site or SiteData()
+    require_crops(options, site)
+    report = progress or (lambda step: None)
     require_free_folder(out, replace=replace)
     encoder = copy.deepcopy(encoder).cpu().float().eval()
     broken = [key for key, tensor in encoder.state_dict().items() if not tensor.isfinite().all()]
     if broken:
-        raise BundleError(f"weights {', '.join(broken[:3])} are not finite: adapt again from sound weights")
+        raise BundleError(f"weights {', '.join(broken[:3])} are not finite: adapt again from valid weights")
     image = encoder.config.image
-    tell("reference features")
+    report("reference features")
     probes = make_probes(image, run_torch(encoder))
-    tell("graph")
+    report("graph")
     model = to_onnx(ServingGraph(encoder), image)
-    tell("parity")
+    report("parity")
     fp32 = Graph(model, verify_graph(model, probes, what="the ONNX graph"))
-    forms = make_forms(fp32, probes, wanted, lent, tell)
+    forms = make_forms(fp32, probes, options, site, report)
     calibration = None
-    if lent.calibrate is not None:
-        tell("calibration")
-        calibration = lent.calibrate(run_onnx(model))
-    tell("files")
+    if site.calibrate is not None:
+        report("calibration")
+        calibration = site.calibrate(run_onnx(model))
+    report("files")
     write_bundle(
         out,
         name=name,
@@ -148,14 +148,14 @@ def export_encoder(
 
 
 def encoder_space_id(encoder: Encoder) -> str:
-    """Name an encoder's embedding space by its config and every tensor its global feature depends on.
+    """Id of an encoder's embedding space: a hash of its config and of every tensor its global feature depends on.
 
-    Two exports of one checkpoint share it, whatever the precision or the version of the exporter.
+    All exports of one checkpoint share the id, whatever the precision or the version of the exporter.
     """
     config = encoder.config
     shape = f"{config.backbone} {config.pooling} {config.embedding_dim}"
     heads = "heads." if config.local_share else "heads.global."
-    if config.local_share:  # left out elsewhere: unused parts change nothing
+    if config.local_share:  # omitted otherwise: unused parts do not change the feature
         shape += f" {config.parts} {config.part_dim} {config.local_share}"
     digest = hashlib.sha256(shape.encode())
     parts = {"mean": encoder.mean, "std": encoder.std}
@@ -168,5 +168,5 @@ def encoder_space_id(encoder: Encoder) -> str:
 
 
 def model_name(text: str) -> str:
-    """Turn a folder's name into a model's: ``My Site (2)`` becomes ``my-site-2``."""
+    """Normalise a folder name to a model name: ``My Site (2)`` becomes ``my-site-2``."""
     return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")[:63] or "model"

@@ -1,4 +1,4 @@
-"""The runnable forms of one model: fp32 always, fp16 and INT8 where they are asked for and hold what they promise."""
+"""The forms of one model: fp32 always, fp16 and INT8 if requested and accurate enough."""
 
 from __future__ import annotations
 
@@ -26,24 +26,25 @@ from resight.exporters.int8 import (
     Progress,
     calibrate,
     check_int8,
-    keep_sensitive,
+    keep_sensitive_blocks,
 )
 from resight.exporters.verify import run_onnx, verify_graph
 from resight.machine import cores
 from resight.runtime.onnx import CpuSession
 
 TIMED_BATCH = 32  # the service's default max_batch
-TIMED_S = 0.5  # and one batch at least; ratios of a few per cent are for benchmarks/bench_runtime.py
+TIMED_S = 0.5  # and at least one batch; benchmarks/bench_runtime.py resolves differences of a few per cent
 
 
 @dataclass(frozen=True, eq=False)
 class SiteData:
-    """What a site lends to an export; nothing of it but figures enters the bundle.
+    """A site's data for an export; only measurements of it are written to the bundle.
 
     Attributes:
         crops: uint8 (N, H, W, 3), fitted, unlabelled: INT8 is calibrated and compared on them.
-        calibrate: fits similarity to probability with the features of a run; None where the site cannot.
-        measure: mAP, 0..1, of a run on a labelled set; None where there is none.
+        calibrate: given an embedding function, fits the calibration of similarity to probability; None without
+            crops of the site.
+        measure: given an embedding function, its mAP in 0..1 on a labelled set; None without a labelled set.
     """
 
     crops: Pixels | None = None
@@ -53,12 +54,12 @@ class SiteData:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Which forms are asked for.
+    """The forms to export.
 
     Attributes:
-        precisions: of `resight.bundle.manifest.PRECISIONS`; fp32 is always made.
-        tensorrt: whether TensorRT's own INT8 form is made as well.
-        keep_slow: keep an INT8 form that is slower than fp32 here.
+        precisions: from `resight.bundle.manifest.PRECISIONS`; fp32 is always exported.
+        tensorrt: also export an INT8 form for TensorRT.
+        keep_slow: keep an INT8 form even if it is slower than fp32 on this machine.
 
     Raises:
         RecipeError: an unknown precision.
@@ -70,11 +71,11 @@ class ExportOptions:
 
     @classmethod
     def parse(cls, text: str, *, crops: bool, tensorrt: bool = False) -> ExportOptions:
-        """Read ``fp32,int8``, or ``auto``: whatever can be made, INT8 only where it is the faster one here.
+        """Parse ``fp32,int8``, or ``auto``: every form that can be made, INT8 only if it is faster on this machine.
 
         Args:
-            text: from a command line.
-            crops: whether the site lends crops, without which there is no INT8.
+            text: value of the command line option.
+            crops: whether there are crops of the site, which INT8 requires.
             tensorrt: see `ExportOptions`.
         """
         if text.strip() == "auto":
@@ -89,73 +90,73 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ExportedForms:
-    """What was made: graphs with their figures by file name, and why a form that was asked for is missing."""
+    """The exported graphs and, by file name, their measurements and the reasons for skipped forms."""
 
     graphs: list[Graph] = field(default_factory=list)
-    figures: dict[str, dict[str, float]] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+    measurements: dict[str, dict[str, float]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
-    def add(self, graph: Graph, figures: Mapping[str, float]) -> None:
-        """Take a form in."""
+    def add(self, graph: Graph, measurements: Mapping[str, float]) -> None:
+        """Add an exported form."""
         self.graphs.append(graph)
-        self.figures[graph.file] = dict(figures)
+        self.measurements[graph.file] = dict(measurements)
 
     def evaluation(self) -> dict[str, Any]:
-        """As the manifest tells it, with the machine the speeds were measured on."""
-        return {"forms": self.figures, "left_out": self.left_out, "measured_on": machine_name()}
+        """The manifest's ``evaluation``, with the name of the machine the speeds were measured on."""
+        return {"forms": self.measurements, "left_out": self.skipped, "measured_on": machine_name()}
 
 
-def require_crops(wanted: ExportOptions, lent: SiteData) -> None:
-    """Refuse INT8 without crops; worth asking before anything is computed.
+def require_crops(options: ExportOptions, site: SiteData) -> None:
+    """Check that there are enough crops for INT8, before anything is computed.
 
     Raises:
-        BundleError: there are none, or fewer than `MIN_CROPS`.
+        BundleError: there are fewer than `MIN_CROPS`.
     """
-    found = 0 if lent.crops is None else len(lent.crops)
-    if "int8" in wanted.precisions and found < MIN_CROPS:
+    found = 0 if site.crops is None else len(site.crops)
+    if "int8" in options.precisions and found < MIN_CROPS:
         raise BundleError(
             f"INT8 is calibrated on at least {MIN_CROPS} crops of the site, found {found}: give a crop store with "
             "--site"
         )
 
 
-def export_steps(wanted: ExportOptions, lent: SiteData) -> tuple[str, ...]:
-    """What an export will tell of, in order."""
-    forms = ["fp32", *(precision for precision in ("fp16", "int8") if precision in wanted.precisions)]
-    if "int8" in wanted.precisions and wanted.tensorrt:
+def export_steps(options: ExportOptions, site: SiteData) -> tuple[str, ...]:
+    """The names of an export's steps as passed to ``progress``, in order."""
+    forms = ["fp32", *(precision for precision in ("fp16", "int8") if precision in options.precisions)]
+    if "int8" in options.precisions and options.tensorrt:
         forms.append("int8 for TensorRT")
-    return ("reference features", "graph", "parity", *forms, *(["calibration"] if lent.calibrate else []), "files")
+    return ("reference features", "graph", "parity", *forms, *(["calibration"] if site.calibrate else []), "files")
 
 
-def make_forms(fp32: Graph, probes: Probes, wanted: ExportOptions, lent: SiteData, tell: Progress) -> ExportedForms:
-    """Make and measure every form that is asked for.
+def make_forms(fp32: Graph, probes: Probes, options: ExportOptions, site: SiteData, report: Progress) -> ExportedForms:
+    """Make and measure every requested form.
 
     Args:
-        fp32: the graph that all others are made of, and compared with.
+        fp32: the graph that all other forms are made from and compared with.
         probes: golden images with torch's features.
-        wanted: which.
-        lent: crops and measures of the site.
-        tell: told what begins.
+        options: the requested forms.
+        site: the site's crops and evaluation functions.
+        report: called with the name of each step when it begins.
 
     Raises:
         BundleError: fp16 does not reproduce the model.
     """
     forms = ExportedForms()
-    tell("fp32")
-    forms.add(fp32, _measure_form(fp32.data, probes, lent))
-    if "fp16" in wanted.precisions:
-        tell("fp16")
+    report("fp32")
+    forms.add(fp32, _measure_form(fp32.data, probes, site))
+    if "fp16" in options.precisions:
+        report("fp16")
         model = to_fp16(fp32.data)
         parity = verify_graph(model, probes, what="the fp16 graph", min_cosine=MIN_COSINE_BY_PRECISION["fp16"])
-        forms.add(Graph(model, parity, "fp16"), {})  # its speed on a CPU, which widens every number first, says nothing
-    if "int8" in wanted.precisions:
-        assert lent.crops is not None, "require_crops comes first"
-        tell("int8")
-        calibrated = calibrate(fp32.data, lent.crops)
-        _add_int8(forms, fp32, probes, wanted, lent, calibrated, "onnx")
-        if wanted.tensorrt:
-            tell("int8 for TensorRT")
-            _add_int8(forms, fp32, probes, wanted, lent, calibrated, "tensorrt")
+        forms.add(Graph(model, parity, "fp16"), {})  # not timed: a CPU converts fp16 to fp32 first
+    if "int8" in options.precisions:
+        assert site.crops is not None, "call require_crops first"
+        report("int8")
+        calibrated = calibrate(fp32.data, site.crops)
+        _add_int8(forms, fp32, probes, options, site, calibrated, "onnx")
+        if options.tensorrt:
+            report("int8 for TensorRT")
+            _add_int8(forms, fp32, probes, options, site, calibrated, "tensorrt")
     return forms
 
 
@@ -163,51 +164,55 @@ def _add_int8(
     forms: ExportedForms,
     fp32: Graph,
     probes: Probes,
-    wanted: ExportOptions,
-    lent: SiteData,
+    options: ExportOptions,
+    site: SiteData,
     calibrated: CalibratedGraph,
     runtime: str,
 ) -> None:
-    """Quantise, measure, and take the form in if the gate lets it."""
-    made = keep_sensitive(calibrated, symmetric=runtime == "tensorrt")
+    """Quantise and measure a form; add it if it meets `Int8Criteria`, else record why it was skipped."""
+    made = keep_sensitive_blocks(calibrated, symmetric=runtime == "tensorrt")
     graph = Graph(made.model, measure_parity(probes, run_onnx(made.model)), "int8", runtime)
-    base = forms.figures[fp32.file]
-    figures = {"mean_cosine": made.mean_cosine, "min_cosine": made.min_cosine, "blocks_in_float": float(len(made.kept))}
+    base = forms.measurements[fp32.file]
+    measurements = {
+        "mean_cosine": made.mean_cosine,
+        "min_cosine": made.min_cosine,
+        "blocks_in_float": float(len(made.kept)),
+    }
     if runtime == "onnx":
-        figures |= _measure_form(made.model, probes, lent)
-    elif lent.measure is not None:  # its speed on a CPU says nothing
-        figures["mAP"] = lent.measure(run_onnx(made.model))
+        measurements |= _measure_form(made.model, probes, site)
+    elif site.measure is not None:  # not timed: it runs on a GPU only
+        measurements["mAP"] = site.measure(run_onnx(made.model))
     reason = check_int8(
         Int8Criteria(),
         mean_cosine=made.mean_cosine,
         map_before=base.get("mAP"),
-        map_after=figures.get("mAP"),
-        speedup=None if wanted.keep_slow or runtime != "onnx" else figures["images_per_s"] / base["images_per_s"],
+        map_after=measurements.get("mAP"),
+        speedup=None if options.keep_slow or runtime != "onnx" else measurements["images_per_s"] / base["images_per_s"],
     )
     if reason:
-        forms.left_out[graph.file] = reason
+        forms.skipped[graph.file] = reason
     else:
-        forms.add(graph, figures)
+        forms.add(graph, measurements)
 
 
-def _measure_form(model: bytes, probes: Probes, lent: SiteData) -> dict[str, float]:
-    """Crops a second and, where the site can tell, mAP."""
-    run = CpuSession(model).run  # as the service will
-    figures = {"images_per_s": images_per_s(run, probes.pixels)}
-    if lent.measure is not None:
-        figures["mAP"] = lent.measure(run)
-    return figures
+def _measure_form(model: bytes, probes: Probes, site: SiteData) -> dict[str, float]:
+    """Images per second and, if the site has a labelled set, mAP."""
+    run = CpuSession(model).run  # the session class that the service uses
+    measurements = {"images_per_s": images_per_s(run, probes.pixels)}
+    if site.measure is not None:
+        measurements["mAP"] = site.measure(run)
+    return measurements
 
 
 def images_per_s(run: EmbedBatch, like: Pixels) -> float:
-    """Crops a second at the service's batch size: the best run of `TIMED_S` seconds, so other work counts least.
+    """Images per second at the service's batch size, of the fastest run within `TIMED_S` seconds.
 
     Args:
-        run: of the form.
-        like: uint8 (P, H, W, 3), crops to be repeated to a batch.
+        run: embeds a batch with the form.
+        like: uint8 (P, H, W, 3), crops that are repeated to fill a batch.
     """
     batch = np.resize(like, (TIMED_BATCH, *like.shape[1:]))
-    run(batch)  # allocates
+    run(batch)  # warm-up
     best, until = float("inf"), time.perf_counter() + TIMED_S
     while best == float("inf") or time.perf_counter() < until:
         started = time.perf_counter()
@@ -217,7 +222,7 @@ def images_per_s(run: EmbedBatch, like: Pixels) -> float:
 
 
 def machine_name() -> str:
-    """The processor's name and how many cores this process may use."""
+    """The processor's name and the number of cores this process may use."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():

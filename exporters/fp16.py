@@ -1,7 +1,7 @@
-"""A serving graph in half precision, for GPUs: the trunk in fp16, what comes before and after it in fp32.
+"""Conversion of a serving graph to half precision for GPUs: the trunk in fp16, the nodes before and after it in fp32.
 
-fp16 has 11 bits and ends at 65504. The trunk's batch-normalised maps stay far below; what does not is kept in fp32
-and costs nothing, being small: see `_outside_trunk`.
+fp16 has 11 bits of precision and a maximum of 65504. The trunk's batch-normalised maps stay far below it. The other
+nodes need fp32's range or precision; they are small, so keeping them costs no time: see `_outside_trunk`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 
 
 def to_fp16(model: bytes) -> bytes:
-    """Make the fp16 form of a serving graph; deterministic.
+    """Convert a serving graph to fp16; deterministic.
 
     Args:
-        model: fp32 ONNX, as `resight.exporters.onnx_graph` writes it.
+        model: fp32 ONNX model written by `resight.exporters.onnx_graph`.
 
     Returns:
         A model of the same signature: uint8 ``images`` in, float32 ``features`` of unit length out.
@@ -27,7 +27,7 @@ def to_fp16(model: bytes) -> bytes:
         convert_float_to_float16(plain, keep_io_types=outputs, op_block_list=[], node_block_list=_outside_trunk(plain))
     )
     _join_casts(half.model.graph)
-    half.topological_sort()  # the converter puts its casts at the end
+    half.topological_sort()  # the converter appends its casts at the end
     half.model.graph.ClearField("value_info")
     onnx.checker.check_model(half.model, full_check=True)
     data: bytes = half.model.SerializeToString(deterministic=True)
@@ -52,15 +52,15 @@ def _outside_trunk(model: onnx.ModelProto) -> list[str]:
 
 
 def _join_casts(graph: onnx.GraphProto) -> None:
-    """Leave out detours through fp16: the converter rounds between any two nodes, even if both are in fp32."""
+    """Remove casts to fp16 and back: the converter rounds between any two nodes, even if both are in fp32."""
     rounding = {node.output[0]: node.input[0] for node in graph.node if _casts_to(node, TensorProto.FLOAT16)}
-    exact = {  # of a tensor, the fp32 tensor that it is a rounded copy of
+    exact = {  # rounded tensor -> the fp32 tensor it is a copy of
         node.output[0]: rounding[node.input[0]]
         for node in graph.node
         if _casts_to(node, TensorProto.FLOAT) and node.input[0] in rounding
     }
     outputs = {exact[value.name]: value.name for value in graph.output if value.name in exact}
-    unique = {tuple(node.output): node for node in graph.node}  # it casts a tensor once for each reader, by one name
+    unique = {tuple(node.output): node for node in graph.node}  # it repeats a cast per reader
     nodes = [node for node in unique.values() if not exact.keys() & set(node.output)]
     for node in nodes:
         node.input[:] = [outputs.get(exact.get(name, name), exact.get(name, name)) for name in node.input]

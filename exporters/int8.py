@@ -1,21 +1,20 @@
 """Static INT8 forms of a serving graph: calibration, quantisation, and the choice of blocks that stay in float.
 
-For CPUs the graph is first rewritten in operators that onnxruntime has fast INT8 kernels for. The rewrites are exact up
-to rounding and made INT8 OSNet x1.0 a quarter faster and OSNet x0.25 a third (`benchmarks/bench_runtime.py`). TensorRT
-has its own fusions and takes the graph as it is.
+For CPUs the graph is first rewritten with operators for which onnxruntime has fast INT8 kernels. The rewrites are exact
+up to rounding and made INT8 OSNet x1.0 a quarter faster and OSNet x0.25 a third (`benchmarks/bench_runtime.py`).
+TensorRT has its own fusions and gets the original graph.
 
 Activations are uint8 with a zero point of their own, weights int8 per output channel in -64..64. CPUs without VNNI add
 two products of uint8 and int8 in 16 bits with saturation (``vpmaddubsw``): 255 * 64 * 2 = 32,640 always fits, so every
-CPU computes the same sums, whichever weights a kernel pairs. The lost bit costs accuracy, of which correcting the
-biases (`_correct_biases`) returns two thirds. The ``symmetric`` form has int8 activations around zero, weights in
--127..127 and the bias left in float, as TensorRT demands, whose sums have 32 bits.
+CPU computes the same sums, whichever weights a kernel pairs. The lost bit costs accuracy; correcting the biases
+(`_correct_biases`) recovers two thirds of it. The ``symmetric`` form has int8 activations around zero, weights in
+-127..127 and the bias in float, as TensorRT requires; its sums have 32 bits.
 
 Ranges are the smallest and largest value seen (MinMax) on the site's own crops. On OSNet x0.25 adapted to the real
-subset it reaches a mean cosine of 0.993 and a worst of 0.979; the 99.99th percentile 0.994 and 0.970, for three times
-the time and every activation held in memory.
+subset MinMax reaches a mean cosine of 0.993 and a worst of 0.979; the 99.99th percentile reaches 0.994 and 0.970, but
+takes three times as long and holds every activation in memory.
 
-Which blocks stay in float, and whether the form may enter a bundle, is decided by measuring on crops that took no part
-in the calibration.
+Crops held back from the calibration decide which blocks stay in float and whether the form is added to the bundle.
 """
 
 from __future__ import annotations
@@ -45,16 +44,16 @@ def rewrite_for_cpu(model: onnx.ModelProto) -> onnx.ModelProto:
     """Rewrite a serving graph for onnxruntime's INT8 kernels on CPUs.
 
     Args:
-        model: what `resight.exporters.onnx_graph` writes, every node named; left as it is.
+        model: written by `resight.exporters.onnx_graph`, every node named; not modified.
 
     Returns:
-        A model of the same input and output; node names are kept.
+        A model with the same input and output; node names are kept.
     """
-    suited = onnx.ModelProto()
-    suited.CopyFrom(model)
-    graph = suited.graph
+    rewritten = onnx.ModelProto()
+    rewritten.CopyFrom(model)
+    graph = rewritten.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
-    channels: dict[str, int] = {}  # of a tensor, as far as the last convolution says
+    channels: dict[str, int] = {}  # of a tensor, from the last convolution before it
     nodes: list[NodeProto] = []
     stem = next((node.name for node in graph.node if node.op_type == "Conv"), "")
     for node in graph.node:
@@ -81,7 +80,7 @@ def rewrite_for_cpu(model: onnx.ModelProto) -> onnx.ModelProto:
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
-    return suited
+    return rewritten
 
 
 def _attributes(node: NodeProto) -> dict[str, object]:
@@ -92,14 +91,14 @@ def _is_stem(node: NodeProto, graph: onnx.GraphProto) -> bool:
     """Whether a convolution is 7x7 with stride 2 and padding 3 over an image of even sides."""
     found = _attributes(node)
     sides = [side.dim_value for side in graph.input[0].type.tensor_type.shape.dim[1:3]]
-    wanted = {"kernel_shape": [7, 7], "strides": [2, 2], "pads": [3, 3, 3, 3], "group": 1, "dilations": [1, 1]}
-    return all(found.get(name) == value for name, value in wanted.items()) and all(side % 2 == 0 for side in sides)
+    expected = {"kernel_shape": [7, 7], "strides": [2, 2], "pads": [3, 3, 3, 3], "group": 1, "dilations": [1, 1]}
+    return all(found.get(name) == value for name, value in expected.items()) and all(side % 2 == 0 for side in sides)
 
 
 def _fold_stem(node: NodeProto, weights: dict[str, onnx.TensorProto]) -> Iterator[NodeProto | onnx.TensorProto]:
     """7x7 with stride 2 over 3 channels -> 4x4 over the 12 channels of 2x2 blocks.
 
-    onnxruntime gathers INT8 patches channel run by channel run, and runs of 3 bytes are nearly all overhead.
+    onnxruntime copies INT8 patches one run of channels at a time, and with runs of 3 bytes that is nearly all overhead.
     Output o reads rows 2o-3..2o+3; with a row of zero weights before them these are the blocks o-2..o+1.
     """
     kernel = numpy_helper.to_array(weights[node.input[1]])
@@ -134,7 +133,7 @@ def _is_halving(node: NodeProto) -> bool:
 
 
 def _convolve_average(node: NodeProto, channels: int) -> Iterator[NodeProto | onnx.TensorProto]:
-    """2x2 averages -> a convolution of each channel by itself; onnxruntime's INT8 pooling is slower than its fp32."""
+    """2x2 average pool -> a depthwise convolution; onnxruntime's INT8 pooling is slower than its fp32 pooling."""
     name = f"{node.name}_weight"
     yield numpy_helper.from_array(np.full((channels, 1, 2, 2), 0.25, np.float32), name)
     yield helper.make_node(
@@ -160,17 +159,18 @@ def _is_spatial(node: NodeProto, weights: dict[str, onnx.TensorProto]) -> bool:
 
 
 CalibrationCrops = Pixels
-"""uint8 (N, H, W, 3), crops of the site, already through `resight.image.fit`."""
+"""uint8 (N, H, W, 3), crops of the site, fitted by `resight.image.fit`."""
 
 MIN_CROPS = 16
-MAX_CALIBRATED, MAX_HELD_BACK = 128, 64  # more crops widen ranges more than they tell of the site
+MAX_CALIBRATED, MAX_HELD_BACK = 128, 64  # more crops add outliers to the ranges, not accuracy
 HOLD_BACK_EVERY = 4
 BATCH = 16
-# On a CPU every step between two convolutions, gates included: each way to float and back costs more than it does.
+# On a CPU every operator between two convolutions, gates included: converting to float and back costs more than the
+# operator itself.
 INT8_OPERATORS = {"Conv", "Gemm", "Add", "Relu", "MaxPool", "GlobalAveragePool", "Sigmoid", "Mul"}
 WEIGHTED = {"Conv", "Gemm"}
 TENSORRT_INT8_OPERATORS = WEIGHTED
-# Its documentation: pairs before what is computed in bytes and never behind it, one for each user, weights as well.
+# TensorRT's documentation: Q/DQ pairs before an INT8 operator and never behind it, one pair per user, also for weights.
 TENSORRT_QDQ_OPTIONS = {
     "ActivationSymmetric": True,
     "QuantizeBias": False,
@@ -182,20 +182,20 @@ TENSORRT_QDQ_OPTIONS = {
 
 @dataclass(frozen=True, eq=False)
 class CalibratedGraph:
-    """A serving graph with the ranges of its tensors, from which INT8 forms are made in a second or two.
+    """A serving graph with the ranges of its tensors; making an INT8 form from it takes a second or two.
 
     Attributes:
-        plain: as it was exported, with the shapes of its tensors; what TensorRT takes.
-        suited: the same function as onnxruntime's CPU likes it.
+        original: as exported, with the shapes of its tensors; for TensorRT.
+        rewritten: the same function after `rewrite_for_cpu`.
         ranges: smallest and largest value of each float tensor of both.
-        means: float64 (C,), mean of each channel of every tensor that a convolution or a Gemm of ``suited`` reads.
+        means: float64 (C,), mean of each channel of every tensor that a convolution or a Gemm of ``rewritten`` reads.
         blocks: the network's blocks in order, from the image to the feature.
         held_back: uint8 (M, H, W, 3), crops that took no part in the calibration.
-        features: float32 (M, D), unit rows: what the fp32 graph says of them.
+        features: float32 (M, D), unit rows: the fp32 graph's features of the held-back crops.
     """
 
-    plain: onnx.ModelProto
-    suited: onnx.ModelProto
+    original: onnx.ModelProto
+    rewritten: onnx.ModelProto
     ranges: TensorsData
     means: dict[str, NDArray[np.float64]]
     blocks: tuple[str, ...]
@@ -204,7 +204,7 @@ class CalibratedGraph:
 
 
 def calibrate(model: bytes, crops: CalibrationCrops) -> CalibratedGraph:
-    """Find the range of every tensor over three in four of the crops; the others are held back.
+    """Measure the range of every tensor over three quarters of the crops; the others are held back.
 
     Args:
         model: fp32 ONNX, as `resight.exporters.onnx_graph` writes it.
@@ -213,19 +213,19 @@ def calibrate(model: bytes, crops: CalibrationCrops) -> CalibratedGraph:
     Raises:
         BundleError: too few crops, or not of the model's size.
     """
-    plain = onnx.load_model_from_string(model)
-    fitting, held_back = split_crops(crops, plain)
-    plain = onnx.shape_inference.infer_shapes(plain, strict_mode=True)
-    suited = onnx.shape_inference.infer_shapes(rewrite_for_cpu(plain), strict_mode=True)
-    ranges = _collect_ranges(suited, fitting)  # every tensor of the plain graph is one of the suited graph
-    means = _collect_means(suited, fitting)
+    original = onnx.load_model_from_string(model)
+    fitting, held_back = split_crops(crops, original)
+    original = onnx.shape_inference.infer_shapes(original, strict_mode=True)
+    rewritten = onnx.shape_inference.infer_shapes(rewrite_for_cpu(original), strict_mode=True)
+    ranges = _collect_ranges(rewritten, fitting)  # every tensor of the original graph is one of the rewritten graph
+    means = _collect_means(rewritten, fitting)
     return CalibratedGraph(
-        plain, suited, ranges, means, tuple(find_blocks(suited)), held_back, run_graph(model, held_back)
+        original, rewritten, ranges, means, tuple(find_blocks(rewritten)), held_back, run_graph(model, held_back)
     )
 
 
 def split_crops(crops: CalibrationCrops, model: onnx.ModelProto) -> tuple[Pixels, Pixels]:
-    """Crops to calibrate on and crops to measure on, each spread over all of them.
+    """Split crops into those to calibrate on and those to measure on, each spread evenly over all crops.
 
     Raises:
         BundleError: too few, or not of the model's size.
@@ -246,15 +246,15 @@ def split_crops(crops: CalibrationCrops, model: onnx.ModelProto) -> tuple[Pixels
 
 
 def _evenly_spaced(crops: Pixels, most: int) -> Pixels:
-    """At most so many of the crops, evenly spaced: neighbours are of one person or camera."""
+    """At most ``most`` of the crops, evenly spaced: adjacent crops show the same person or camera."""
     count = min(len(crops), most)
     return crops[np.arange(count) * len(crops) // count]
 
 
 def find_blocks(model: onnx.ModelProto, computed: Collection[str] = INT8_OPERATORS) -> dict[str, tuple[str, ...]]:
-    """Nodes of the operators ``computed``, by block of the network, in the order of the graph.
+    """Nodes whose operators are in ``computed``, by block of the network, in the order of the graph.
 
-    A block is what a weight's name says, such as ``conv4.1`` in ``backbone.conv4.1.gate.fc1.weight``; nodes without
+    A block is a part of a weight's name, such as ``conv4.1`` in ``backbone.conv4.1.gate.fc1.weight``; nodes without
     weights belong to the block before them.
     """
     made_by = {name: node.op_type for node in model.graph.node for name in node.output}
@@ -264,7 +264,7 @@ def find_blocks(model: onnx.ModelProto, computed: Collection[str] = INT8_OPERATO
         if node.op_type in ("Conv", "Gemm") and node.input[1].startswith(("backbone.", "heads.")):
             block = _block_of(node.input[1])
         if node.op_type == "Mul" and not any(made_by.get(name) == "Sigmoid" for name in node.input):
-            continue  # not a gate: scales features, once for each crop
+            continue  # not a gate: scales the final feature, once per crop
         if node.op_type in computed:
             blocks.setdefault(block, []).append(node.name)
     return {name: tuple(nodes) for name, nodes in blocks.items()}
@@ -286,7 +286,7 @@ def _collect_ranges(model: onnx.ModelProto, crops: Pixels) -> TensorsData:
         calibrator = create_calibrator(
             source, augmented_model_path=str(augmented), calibrate_method=CalibrationMethod.MinMax
         )
-        # Its own session runs without any optimisation: twice the time for the same ranges.
+        # The calibrator's own session disables graph optimisation: same ranges in twice the time.
         calibrator.infer_session = open_session(augmented.read_bytes(), threads())
         calibrator.collect_data(_CalibrationReader(model.graph.input[0].name, crops))
         ranges: TensorsData = calibrator.compute_data()
@@ -294,7 +294,7 @@ def _collect_ranges(model: onnx.ModelProto, crops: Pixels) -> TensorsData:
 
 
 def _collect_means(model: onnx.ModelProto, crops: Pixels) -> dict[str, NDArray[np.float64]]:
-    """Mean of each channel, over crops and places, of the tensors that convolutions and Gemms read."""
+    """Mean of each channel, over crops and positions, of the input tensors of convolutions and Gemms."""
     augmented = onnx.ModelProto()
     augmented.CopyFrom(model)
     graph = augmented.graph
@@ -314,7 +314,7 @@ def _collect_means(model: onnx.ModelProto, crops: Pixels) -> dict[str, NDArray[n
 
 
 class _CalibrationReader:
-    """Batches of crops, as the calibrator asks for them."""
+    """Batches of crops in onnxruntime's ``CalibrationDataReader`` interface."""
 
     def __init__(self, name: str, crops: Pixels) -> None:
         self.batches: Iterator[dict[str, Pixels]] = ({name: batch} for batch in _batches(crops))
@@ -339,7 +339,7 @@ def quantize_graph(calibrated: CalibratedGraph, *, symmetric: bool = False, keep
     if unknown:
         raise BundleError(f"unknown block {unknown[0]!r} to keep in float: choose among {', '.join(calibrated.blocks)}")
     model = onnx.ModelProto()
-    model.CopyFrom(calibrated.plain if symmetric else calibrated.suited)  # the quantizer writes into it
+    model.CopyFrom(calibrated.original if symmetric else calibrated.rewritten)  # quantised in place
     blocks = find_blocks(model, TENSORRT_INT8_OPERATORS if symmetric else INT8_OPERATORS)
     chosen = [node for block, nodes in blocks.items() if block not in keep for node in nodes]
     if chosen:  # an empty list would mean every node
@@ -357,39 +357,39 @@ def quantize_graph(calibrated: CalibratedGraph, *, symmetric: bool = False, keep
         )
         with _quiet_quantizer():
             quantizer.quantize_model()
-        quantizer.model.topological_sort()  # it puts what it adds behind its users
+        quantizer.model.topological_sort()  # the quantizer appends its nodes behind their users
         model = quantizer.model.model
         if not symmetric:
             _correct_biases(model, calibrated)
     model.graph.ClearField("value_info")
     for tensor in model.graph.initializer:
-        tensor.ClearField("data_location")  # "here", said aloud; a bundle's reader accepts no word of places
-    model.producer_name = calibrated.plain.producer_name
+        tensor.ClearField("data_location")  # the default value set explicitly; `check_graph` rejects any data location
+    model.producer_name = calibrated.original.producer_name
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString(deterministic=True)
 
 
 def _correct_biases(model: onnx.ModelProto, calibrated: CalibratedGraph) -> None:
-    """Add to each bias what rounding the weights takes from the mean output: the sum over inputs of (W - Wq) E[x].
+    """Add to each bias the mean output lost by rounding the weights: the sum over inputs of (W - Wq) E[x].
 
     Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction" (ICCV 2019), Eq. 13-17, with
-    the mean input measured instead of derived. Of OSNet x0.25's mean cosine to fp32 on market-subset, 0.9922 with
-    weights of 8 bits, 7 bits leave 0.9863 and 7 bits with corrected biases 0.9905.
+    the mean input measured instead of derived. Mean cosine to fp32 of OSNet x0.25 on market-subset: 0.9922 with
+    8-bit weights, 0.9863 with 7 bits, 0.9905 with 7 bits and corrected biases.
     """
-    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in calibrated.suited.graph.initializer}
-    plain = {node.name: node for node in calibrated.suited.graph.node}
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in calibrated.rewritten.graph.initializer}
+    nodes = {node.name: node for node in calibrated.rewritten.graph.node}
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     dequantised = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
     for node in model.graph.node:
         if node.op_type not in WEIGHTED or not {*node.input[1:]} <= dequantised.keys() or len(node.input) < 3:
-            continue  # left in float, or without a bias
+            continue  # kept in float, or without a bias
         weight, weight_scale, bias, bias_scale = (
             numpy_helper.to_array(tensors[name]) for output in node.input[1:] for name in dequantised[output].input[:2]
         )
         rounded = weight * weight_scale.astype(np.float64).reshape(-1, *[1] * (weight.ndim - 1))
-        lost = weights[plain[node.name].input[1]] - rounded
+        lost = weights[nodes[node.name].input[1]] - rounded
         lost = lost.reshape(*weight.shape[:2], -1).sum(2)  # (O, I / groups)
-        mean = calibrated.means[plain[node.name].input[0]].reshape(-1, lost.shape[1])  # (groups, I / groups)
+        mean = calibrated.means[nodes[node.name].input[0]].reshape(-1, lost.shape[1])  # (groups, I / groups)
         steps = np.rint((lost * np.repeat(mean, len(lost) // len(mean), axis=0)).sum(1) / bias_scale.reshape(-1))
         limits, name = np.iinfo(np.int32), dequantised[node.input[2]].input[0]
         corrected = np.clip(bias + steps, limits.min, limits.max).astype(np.int32)
@@ -398,7 +398,7 @@ def _correct_biases(model: onnx.ModelProto, calibrated: CalibratedGraph) -> None
 
 @contextmanager
 def _quiet_quantizer() -> Iterator[None]:
-    """Keep what the library tells the root logger of every bias and scale from the user's terminal."""
+    """Suppress the library's log messages to the root logger about every bias and scale."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -418,19 +418,19 @@ def _batches(crops: Pixels) -> Iterator[Pixels]:
     return (crops[start : start + BATCH] for start in range(0, len(crops), BATCH))
 
 
-MAX_KEPT_BLOCKS = 32  # crops a block is judged by; only an order of blocks hangs on it
+MAX_SENSITIVITY_CROPS = 32  # per block; they only decide the order of the blocks
 Progress = Callable[[str], None]
-"""Called with what begins."""
+"""Called with the name of a step when it begins."""
 
 
 @dataclass(frozen=True)
 class Int8Criteria:
-    """What an INT8 form must hold to enter a bundle.
+    """The criteria an INT8 form must meet to be added to a bundle.
 
     Attributes:
-        min_mean_cosine: mean cosine similarity to fp32 on held-back crops, at least.
-        max_map_loss: mAP, 0..1, that may be lost against fp32.
-        min_speedup: throughput against fp32 on this machine, at least.
+        min_mean_cosine: smallest accepted mean cosine similarity to fp32 on held-back crops.
+        max_map_loss: largest accepted loss of mAP, 0..1, against fp32.
+        min_speedup: smallest accepted throughput relative to fp32 on this machine.
     """
 
     min_mean_cosine: float = 0.98
@@ -440,14 +440,14 @@ class Int8Criteria:
 
 @dataclass(frozen=True, eq=False)
 class Int8Form:
-    """An INT8 form and how near it is to fp32 on crops it was not calibrated on.
+    """An INT8 form and its similarity to fp32 on crops it was not calibrated on.
 
     Attributes:
         model: serialised ONNX, QDQ.
-        kept: blocks left in float, the most sensitive first.
-        mean_cosine: of the features of the two forms.
-        min_cosine: the worst crop's.
-        crops: how many were compared.
+        kept: blocks kept in float, the most sensitive first.
+        mean_cosine: mean over crops of the cosine between the features of the two forms.
+        min_cosine: the worst crop's cosine.
+        crops: number of crops compared.
     """
 
     model: bytes
@@ -457,29 +457,29 @@ class Int8Form:
     crops: int
 
 
-def keep_sensitive(
+def keep_sensitive_blocks(
     calibrated: CalibratedGraph,
     *,
     symmetric: bool = False,
-    gate: Int8Criteria | None = None,
+    criteria: Int8Criteria | None = None,
     progress: Progress | None = None,
 ) -> Int8Form:
-    """Make an INT8 form, with blocks kept in float only where the gate asks for it.
+    """Make an INT8 form that keeps as few blocks in float as its accuracy allows.
 
-    If all of it in INT8 is near enough, nothing is kept. Else each block alone is put in INT8 to see what it costs,
-    and the 1, 2, 4, ... costliest are kept until the gate is met, nothing gains any more, or half of the blocks are
-    in float: with more there would be nothing left of the speed. So at most B + log2(B) + 1 forms of B blocks are
-    tried (OSNet 11, ResNet-18 9, ResNet-50 17), each for a second or three.
+    If the graph with all blocks in INT8 is accurate enough, no block is kept. Otherwise each block alone is quantised
+    to measure its cost, and the 1, 2, 4, ... costliest are kept until the criterion is met, the accuracy no longer
+    improves, or half of the blocks are in float: with more, INT8 would not be faster. At most B + log2(B) + 1 forms
+    of B blocks are tried (OSNet 11, ResNet-18 9, ResNet-50 17), each for one to three seconds.
 
     Args:
         calibrated: one calibration serves both forms.
-        symmetric: for TensorRT.
-        gate: whose `min_mean_cosine` is aimed at.
-        progress: told what begins.
+        symmetric: make the form for TensorRT.
+        criteria: its `min_mean_cosine` is the target.
+        progress: called with each step.
     """
-    wanted = (gate or Int8Criteria()).min_mean_cosine
+    required = (criteria or Int8Criteria()).min_mean_cosine
     best = _measure_int8(calibrated, symmetric, ())
-    if best.mean_cosine >= wanted:
+    if best.mean_cosine >= required:
         return best
     costs = {}
     for block in calibrated.blocks:
@@ -488,7 +488,7 @@ def keep_sensitive(
         costs[block] = _cosine_cost(calibrated, symmetric, block)
     order = sorted(costs, key=lambda block: (-costs[block], block))
     count = 1
-    while best.mean_cosine < wanted and count <= len(order) // 2:
+    while best.mean_cosine < required and count <= len(order) // 2:
         if progress is not None:
             progress(f"keeping {count} blocks in float")
         found = _measure_int8(calibrated, symmetric, tuple(order[:count]))
@@ -500,56 +500,56 @@ def keep_sensitive(
 
 
 def _measure_int8(calibrated: CalibratedGraph, symmetric: bool, keep: tuple[str, ...]) -> Int8Form:
-    """A form and its cosines on the crops held back."""
+    """Make an INT8 form and measure its cosines on the held-back crops."""
     model = quantize_graph(calibrated, symmetric=symmetric, keep=keep)
     cosines = _cosines(run_graph(model, calibrated.held_back), calibrated.features)
     return Int8Form(model, keep, float(cosines.mean()), float(cosines.min()), len(cosines))
 
 
 def _cosine_cost(calibrated: CalibratedGraph, symmetric: bool, block: str) -> float:
-    """What one block alone in INT8 takes from the mean cosine."""
+    """Loss of mean cosine if only this block is in INT8."""
     others = [other for other in calibrated.blocks if other != block]
     model = quantize_graph(calibrated, symmetric=symmetric, keep=others)
-    crops = calibrated.held_back[:MAX_KEPT_BLOCKS]
+    crops = calibrated.held_back[:MAX_SENSITIVITY_CROPS]
     return 1.0 - float(_cosines(run_graph(model, crops), calibrated.features[: len(crops)]).mean())
 
 
-def _cosines(features: NDArray[np.float32], wanted: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Cosine of each row; what is not a number is as wrong as can be."""
-    cosines: NDArray[np.float64] = (features.astype(np.float64) * wanted).sum(1)
+def _cosines(features: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Cosine of each pair of rows; NaN counts as -1, the worst value."""
+    cosines: NDArray[np.float64] = (features.astype(np.float64) * expected).sum(1)
     return np.nan_to_num(cosines, nan=-1.0)
 
 
 def check_int8(
-    gate: Int8Criteria,
+    criteria: Int8Criteria,
     *,
     mean_cosine: float,
     map_before: float | None = None,
     map_after: float | None = None,
     speedup: float | None = None,
 ) -> str:
-    """Say why an INT8 form may not enter the bundle.
+    """Check an INT8 form against the criteria.
 
     Args:
-        gate: what is asked of it.
+        criteria: the limits.
         mean_cosine: to fp32, on crops it was not calibrated on.
-        map_before: mAP of fp32, 0..1; None where no labelled set was given.
+        map_before: mAP of fp32, 0..1; None without a labelled set.
         map_after: mAP of the form.
-        speedup: its throughput against fp32's on this machine; None where that must not decide, because the form is
-            meant for another machine or was asked for by name.
+        speedup: its throughput relative to fp32's on this machine; None if speed must not decide, because the form
+            is for another machine or was requested by name.
 
     Returns:
-        The reason with its figures; empty: it may enter.
+        The reason for rejecting the form, with numbers; empty if it is accepted.
     """
-    if not mean_cosine >= gate.min_mean_cosine:
-        return f"mean cosine to fp32 {mean_cosine:.4f} on crops not calibrated on, under {gate.min_mean_cosine}"
+    if not mean_cosine >= criteria.min_mean_cosine:
+        return f"mean cosine to fp32 {mean_cosine:.4f} on crops not calibrated on, under {criteria.min_mean_cosine}"
     if map_before is not None and map_after is not None:
         lost = map_before - map_after
-        if not lost <= gate.max_map_loss + 1e-9:  # 0.50 less 0.49 is a trifle more than 0.01 in binary
+        if not lost <= criteria.max_map_loss + 1e-9:  # in binary, 0.50 - 0.49 is slightly more than 0.01
             return (
                 f"mAP {100 * map_after:.1f} against {100 * map_before:.1f} of fp32: {100 * lost:.1f} lost, "
-                f"more than {100 * gate.max_map_loss:g}"
+                f"more than {100 * criteria.max_map_loss:g}"
             )
-    if speedup is not None and not speedup >= gate.min_speedup:
-        return f"{speedup:.2f} of the speed of fp32 on this machine, under {gate.min_speedup:g}"
+    if speedup is not None and not speedup >= criteria.min_speedup:
+        return f"{speedup:.2f} of the speed of fp32 on this machine, under {criteria.min_speedup:g}"
     return ""

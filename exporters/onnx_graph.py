@@ -1,6 +1,7 @@
-"""The serving graph of a bundle: RGB bytes in, unit vectors out, as one ONNX file.
+"""The serving graph of a bundle as one ONNX file: RGB bytes in, unit vectors out.
 
-Normalisation and L2 are inside. Dynamic batch, standard operators, no external data.
+Pixel normalisation and L2 normalisation are part of the graph. Dynamic batch size, standard operators, no external
+data.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from resight.image import ImageSpec
 
 
 class ServingGraph(nn.Module):
-    """An encoder's embedding with normalisation and L2 inside; heads it does not use stay behind.
+    """An encoder's embedding with pixel and L2 normalisation inside, without the heads it does not use.
 
     The division by the standard deviation is folded into the first convolution (exact: it is linear).
     The mean is subtracted, not folded: a convolution pads with zeros, and zero means "average colour" only
@@ -37,7 +38,7 @@ class ServingGraph(nn.Module):
         source = copy.deepcopy(encoder).cpu().float().eval()
         self.config = source.config
         self.backbone = source.backbone
-        # a list: "global" is a word of Python's, and the exporter writes Python
+        # a list: "global" is a Python keyword, and the exporter generates Python code
         self.heads = nn.ModuleList(list(source.heads.values())[: None if source.config.local_share else 1])
         self.register_buffer("mean", source.mean)
         first = next(module for module in self.backbone.modules() if isinstance(module, nn.Conv2d))
@@ -56,7 +57,7 @@ class ServingGraph(nn.Module):
         Returns:
             float32 (N, D), unit rows.
         """
-        # Cast first: TensorRT takes bytes only as an input that a cast follows. It costs nothing measurable.
+        # Cast first: TensorRT accepts a uint8 input only if a cast follows it. The cost is not measurable.
         pixels = images.float().permute(0, 3, 1, 2) - self.mean  # (N, 3, H, W)
         maps = split_stripes(self.backbone(pixels), self.config.parts)
         views = [_unit_rows(head(part)) for head, part in zip(self.heads, maps, strict=False)]
@@ -69,16 +70,16 @@ def _unit_rows(features: Tensor) -> Tensor:
     return features / length.clamp_min(1e-12)
 
 
-OPSET = 20  # torch's newest tested translation; onnxruntime has run it since 1.17
+OPSET = 20  # the newest opset that torch's exporter is tested with; onnxruntime supports it since 1.17
 log = logging.getLogger(__name__)
 
 
 def to_onnx(graph: ServingGraph, image: ImageSpec) -> bytes:
-    """Translate a graph, fold its constants and batch norms, and check the result.
+    """Export a graph to ONNX, fold its constants and batch norms, and check the result.
 
     Args:
         graph: in eval mode.
-        image: the height and width to fix; the batch stays free.
+        image: the fixed height and width; the batch size is dynamic.
 
     Returns:
         A serialised ONNX model: input ``images`` uint8 (batch, H, W, 3), output ``features`` float32 (batch, D).
@@ -86,7 +87,7 @@ def to_onnx(graph: ServingGraph, image: ImageSpec) -> bytes:
     Raises:
         BundleError: the result is not a self-contained standard ONNX model of that form.
     """
-    example = torch.zeros((2, image.height, image.width, 3), dtype=torch.uint8)  # a batch of 1 would be fixed
+    example = torch.zeros((2, image.height, image.width, 3), dtype=torch.uint8)  # 1 would become a constant
     with _quiet_exporter(), torch.no_grad():
         program: Any = torch.onnx.export(
             graph,
@@ -110,9 +111,9 @@ def to_onnx(graph: ServingGraph, image: ImageSpec) -> bytes:
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Keep the exporter's pass-by-pass log and its own deprecations away from the user.
+    """Silence the exporter's log of each pass and its deprecation warnings.
 
-    Nothing is lost: a wrong graph is caught by the checker and the probes.
+    Errors are still found: the graph checker and the probes detect a wrong graph.
     """
     loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript", "torch.onnx", "torch.export")]
     levels = [logger.level for logger in loggers]
@@ -128,7 +129,7 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Drop traces of the exporting machine: source lines and module paths, half the file for a small model."""
+    """Remove source lines and module paths of the exporting machine, half of the file for a small model."""
     model.ClearField("metadata_props")
     model.graph.ClearField("metadata_props")
     model.graph.ClearField("value_info")

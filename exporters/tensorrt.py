@@ -1,7 +1,7 @@
-"""Build a bundle's TensorRT engines ahead of the first start, on the machine that will serve them.
+"""Build a bundle's TensorRT engines before the first start of the service, on the machine that will serve them.
 
-An engine runs on the GPU and the version of TensorRT it was built for, and is executable code, so none enters a
-bundle: they lie in this machine's engine cache, where the service finds them.
+An engine runs only on the GPU and with the version of TensorRT it was built for, and it is executable code. Therefore
+engines are never part of a bundle: they are stored in this machine's engine cache, from which the service loads them.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ MAX_BATCH = 32  # the service's default
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """One engine that proved itself.
+    """An engine that passed the bundle's probes.
 
     Attributes:
         precision: fp32, fp16 or int8.
-        seconds: it took; a second or two where it was in the cache already.
+        seconds: time to build it, or a second or two to load it from the cache.
         min_cosine: smallest cosine similarity of a probe's feature to torch's.
         max_abs_diff: largest difference of a component.
     """
@@ -40,10 +40,10 @@ class BuiltEngine:
 
 
 def engine_precisions(bundle: Bundle) -> tuple[str, ...]:
-    """The precisions of a bundle that TensorRT can run: fp32 and fp16 as they are, int8 where made for it."""
+    """The precisions of a bundle that TensorRT can run: fp32, fp16, and int8 if it was exported for TensorRT."""
     forms = {(artefact.precision, artefact.runtime) for artefact in bundle.manifest.artefacts}
-    wanted = (("fp32", "onnx"), ("fp16", "onnx"), ("int8", "tensorrt"))
-    return tuple(precision for precision, runtime in wanted if (precision, runtime) in forms)
+    usable = (("fp32", "onnx"), ("fp16", "onnx"), ("int8", "tensorrt"))
+    return tuple(precision for precision, runtime in usable if (precision, runtime) in forms)
 
 
 def build_engines(
@@ -55,41 +55,41 @@ def build_engines(
     device_id: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[BuiltEngine, ...]:
-    """Build each engine, or find it in the cache, and prove it on the bundle's probes.
+    """Build each engine, or load it from the cache, and check it on the bundle's probes.
 
     Args:
         bundle: verified by `resight.bundle.bundle.open_bundle`.
-        precisions: of `engine_precisions`; all of them by default.
-        cache: folder of engines; `resight.runtime.engine.default_folder` by default.
-        max_batch: what the service will be started with: another one needs another engine.
-        device_id: the GPU.
-        progress: told which precision begins.
+        precisions: a subset of `engine_precisions`; all of them by default.
+        cache: the engine cache folder; `resight.runtime.engine.default_folder` by default.
+        max_batch: the service's ``max_batch``; an engine is built for one value of it.
+        device_id: index of the GPU.
+        progress: called with the name of each engine before it is built.
 
     Returns:
-        One entry for each precision, in their order.
+        One entry per precision, in the given order.
 
     Raises:
-        BundleError: the bundle has no such form, TensorRT does not take it, or an engine fails the probes.
+        BundleError: the bundle has no such form, TensorRT rejects it, or an engine fails the probes.
         StartupError: TensorRT, CUDA or the GPU is missing, or the cache cannot be used.
     """
-    load_tensorrt(), load_cudart()  # before anything is computed
-    wanted = engine_precisions(bundle) if precisions is None else precisions
-    missing = sorted(set(wanted) - set(engine_precisions(bundle)))
+    load_tensorrt(), load_cudart()  # raises early if they are missing
+    requested = engine_precisions(bundle) if precisions is None else precisions
+    missing = sorted(set(requested) - set(engine_precisions(bundle)))
     if missing:
         raise BundleError(
             f"bundle {bundle.manifest.name} has no graph of {', '.join(missing)} for TensorRT, only of "
             f"{', '.join(engine_precisions(bundle))}: export it with --precision {missing[0]} --tensorrt"
         )
     built = []
-    for precision in wanted:
+    for precision in requested:
         if progress is not None:
             progress(f"TensorRT engine {precision}")
         started = time.monotonic()
         session, found = open_engine(
             bundle, precision=precision, max_batch=max_batch, device_id=device_id, folder=cache
         )
-        session.close()  # the next one may need its memory
+        session.close()  # free its GPU memory for the next engine
         seconds = time.monotonic() - started
         built.append(BuiltEngine(precision, seconds, found.min_cosine, found.max_abs_diff))
-        log.info("engine proven precision=%s seconds=%.0f min_cosine=%.6f", precision, seconds, found.min_cosine)
+        log.info("engine verified precision=%s seconds=%.0f min_cosine=%.6f", precision, seconds, found.min_cosine)
     return tuple(built)

@@ -1,4 +1,4 @@
-"""Parity: the same probes through torch and through each exported form, at batch 1 and 7."""
+"""Parity checks: the same probes through torch and through each exported form, at batch sizes 1 and 7."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from resight.runtime.onnx import open_session
 
 
 def run_torch(encoder: Encoder) -> EmbedBatch:
-    """The reference: the encoder itself on the CPU, in eval mode and fp32."""
+    """An embedding function that runs the encoder itself on the CPU, in eval mode and fp32: the reference."""
 
     def run(pixels: Pixels) -> NDArray[np.float32]:
         with torch.inference_mode():
@@ -29,14 +29,14 @@ def run_torch(encoder: Encoder) -> EmbedBatch:
 
 
 def run_onnx(model: bytes) -> EmbedBatch:
-    """An ONNX model in onnxruntime on the CPU, as the service would run it.
+    """An embedding function that runs an ONNX model in onnxruntime on the CPU, as the service does.
 
     Raises:
         BundleError: onnxruntime does not accept it.
     """
     try:
         session = open_session(model, threads())
-    except Exception as error:  # onnxruntime's exceptions have no common root of their own
+    except Exception as error:  # onnxruntime's exceptions have no common base class
         raise BundleError(f"onnxruntime {onnxruntime.__version__} does not accept the graph: {error}") from error
     name = session.get_inputs()[0].name
 
@@ -69,7 +69,7 @@ def verify_bundle(bundle: Bundle) -> dict[str, Parity]:
         Parity by file name.
 
     Raises:
-        BundleError: a form does not reproduce what its manifest says, or this machine's decoder differs.
+        BundleError: a form does not reproduce the probes' features, or this machine decodes the images differently.
     """
     probes = bundle.probes()
     found = {}

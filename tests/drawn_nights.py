@@ -1,4 +1,4 @@
-"""A growing crop store of several synthetic nights, in which every track has a colour field of its own."""
+"""A growing crop store of several synthetic nights, in which every track has its own colour field."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def black() -> bytes:
 def add_night(
     root: Path, number: int, tracks: Mapping[str, int], *, each: int = 4, dead: tuple[str, ...] = (), one: bool = False
 ) -> None:
-    """Tracks of one night, each 8 s long and begun 5 s after the one before it: two of a camera overlap.
+    """Tracks of one night, each 8 s long and starting 5 s after the previous one, so two of a camera overlap.
 
     Args:
-        root: of the store.
-        number: of the night, from 0.
-        tracks: how many each camera has.
-        each: crops a track.
+        root: folder of the store.
+        number: number of the night, from 0.
+        tracks: number of tracks of each camera.
+        each: crops per track.
         dead: cameras whose crops are black.
-        one: whether all tracks show one crop again and again.
+        one: whether all crops are the same.
     """
     rng = np.random.default_rng(number)
     again = jpeg(rng, rng.integers(30, 226, (8, 4, 3)).astype(float))

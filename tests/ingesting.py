@@ -1,4 +1,4 @@
-"""Reading a film into a store, here or in a process that is killed on the way: `ingesting.py kill|read ...`."""
+"""Ingesting a video into a store, in this process or in one that is killed: `ingesting.py kill|read ...`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from resight.training.ingest.sources import open_footage
 from resight.training.store import growing
 from resight.training.store.growing import GrowingStore
 
-PLACES: dict[str, tuple[Any, str, bool]] = {
+KILL_POINTS: dict[str, tuple[Any, str, bool]] = {
     "file": (GrowingStore, "_write", False),
     "file-written": (GrowingStore, "_write", True),
     "index": (growing, "write_table", False),
     "index-written": (growing, "write_table", True),
     "journal": (pipeline.IngestJournal, "advance", False),
     "journal-written": (pipeline.IngestJournal, "advance", True),
-    "frame": (module._SourceReader, "_look", False),
+    "frame": (module._SourceReader, "_process", False),
 }
-COMMIT_S = 6.0  # of footage; the program's own would be longer than the tests' films
+COMMIT_S = 6.0  # of footage; the default is longer than the test videos
 
 
 def read(
@@ -37,9 +37,9 @@ def read(
         return ingest(footage, BoxFile(folder / boxes, 5), store, opened, **more)
 
 
-def deadly(place: str, count: int) -> None:
-    """Let the so-manieth call of a step end this process, before or after its work."""
-    owner, name, after = PLACES[place]
+def kill_at(step: str, count: int) -> None:
+    """Kill this process at the given call of a step, before or after its work."""
+    owner, name, after = KILL_POINTS[step]
     real, calls = getattr(owner, name), 0
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -61,11 +61,11 @@ def main() -> None:
         read(Path(folder), Path(root), boxes=f"{rest[0]}.jsonl", name=f"{rest[0]}.mp4", camera=rest[0])
         return
     module.COMMIT_S = COMMIT_S
-    for where in rest:  # forks of a process that has imported everything and started nothing
+    for where in rest:  # forks of a process that has imported everything and started no threads
         child = os.fork()
         if not child:
-            place, _, count = where.partition(":")
-            deadly(place, int(count))
+            step, _, count = where.partition(":")
+            kill_at(step, int(count))
             read(Path(folder), Path(root) / where)
             os._exit(0)
         _, status = os.waitpid(child, 0)

@@ -1,4 +1,4 @@
-"""A camera on the network: a small RTSP server (RFC 2326) that plays a film over TCP, again and again."""
+"""A camera on the network: a small RTSP server (RFC 2326) that plays a video over TCP in a loop."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ SDP = (
 
 
 class RtspCamera:
-    """Where it is, who asked it for what, and how many frames a connection gets before it breaks."""
+    """Its port, the methods requested, and the number of frames after which a connection breaks."""
 
     def __init__(self, images: list[np.ndarray], fps: int, frames: int) -> None:
         self.images, self.fps, self.frames = images, fps, frames
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self.port = 0
 
     def url(self, user: str = "") -> str:
         return f"rtsp://{user}127.0.0.1:{self.port}/live"
 
     def play(self, wire: socket.socket) -> None:
-        """RTP packets as FFmpeg makes them, each behind a dollar sign, channel 0 and its length."""
+        """Send RTP packets made by FFmpeg, each prefixed with a dollar sign, channel 0 and its length."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as inside:
             inside.bind(("127.0.0.1", 0))
             inside.settimeout(0.05)
@@ -55,7 +55,7 @@ class RtspCamera:
 
 @contextmanager
 def rtsp_camera(images: list[np.ndarray], *, fps: int = 20, frames: int = 10_000) -> Iterator[RtspCamera]:
-    """A camera on a free port; a connection ends after so many frames."""
+    """A camera on a free port; a connection ends after ``frames`` frames."""
     camera = RtspCamera(images, fps, frames)
 
     class Handler(socketserver.StreamRequestHandler):
@@ -63,7 +63,7 @@ def rtsp_camera(images: list[np.ndarray], *, fps: int = 20, frames: int = 10_000
             with contextlib.suppress(OSError):
                 while request := self._request():
                     method, number = request
-                    camera.asked.append(method)
+                    camera.requests.append(method)
                     more, body = "", ""
                     if method == "OPTIONS":
                         more = "Public: OPTIONS, DESCRIBE, SETUP, PLAY, TEARDOWN\r\n"

@@ -1,4 +1,4 @@
-"""The examples as processes, against real servers. Node's is tested beside the other foreign clients."""
+"""The examples as processes, against real servers. Node's is tested with the other foreign clients."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_analytics_finds_the_people_of_one_camera_in_another(tmp_path: Path) -> 
         name="builtin",
         training={},
         weights_licence=initial.source["licence"],
-        lent=SiteDataLoader(site.train, initial.encoder.config.image).load(crops=False),
+        site=SiteDataLoader(site.train, initial.encoder.config.image).load(crops=False),
     )
     assert bundle.manifest.calibration is not None
     server = ServerProcess(bundle.path, tmp_path / "data")

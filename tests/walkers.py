@@ -1,4 +1,4 @@
-"""Small films of drawn people who walk through a picture, with the boxes and tracks of everybody in it."""
+"""Small videos of synthetic people walking through the image, with their boxes and tracks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ POSES = 5
 
 @dataclass(frozen=True)
 class Walker:
-    """Somebody who walks from x0 to x1 (left side of the box, pixels) between two frames, feet at one height."""
+    """A person who walks from x0 to x1 (left side of the box, pixels) between two frames, at one height."""
 
     first: int
     last: int
@@ -39,11 +39,11 @@ class Walker:
 
 
 CROSSING = (Walker(0, 24, 10, 250), Walker(2, 26, 250, 10, top=75), Walker(45, 70, 20, 240))
-"""Two who meet in the middle, an empty street for 18 frames, and one more."""
+"""Two people who cross, an empty street for 18 frames, and a third person."""
 
 
 def shots(walkers: Sequence[Walker], frames: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """uint8 (HEIGHT, WIDTH, 3): a wall with people before it, the ones lower in the picture in front."""
+    """uint8 (HEIGHT, WIDTH, 3): a wall with people in front, lower ones nearer."""
     rng = np.random.default_rng(seed)
     (camera,) = make_cameras(1, rng, world="source", height=ROWS, width=COLUMNS)
     cast = sample_people(len(walkers), rng, world="source")
@@ -68,7 +68,7 @@ def write_film(
     codec: str = "libx264",
     **metadata,
 ) -> Path:
-    """A video of them; `creation_time` is written unless metadata says something else."""
+    """A video of the walkers; `creation_time` is written unless metadata overrides it."""
     with av.open(str(path), "w") as container:
         container.metadata.update({"creation_time": START} | metadata)
         stream = container.add_stream(codec, rate=fps)

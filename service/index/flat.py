@@ -1,13 +1,12 @@
-"""The exact faiss index of a small collection, in float32: derived from the store, never the truth.
+"""The exact float32 faiss index of a small collection, and the tuning of faiss's scan to this machine.
 
-Rows stand in order of their keys, so a key finds its row by bisection, and equal similarities are
-answered in order of enrolment. Not thread-safe: one thread owns it.
+Rows are in order of their keys, so a key's row is found by bisection and ties are returned in order of enrolment. Not
+thread-safe: one thread owns it.
 
-Half a second at start: how this machine's faiss scans fastest, instead of numbers from another one.
-
-faiss >= 1.14.2 splits a lone query over OpenMP threads and turns to matrix products late; both were chosen
-on many-core servers. On few cores splitting took 3.5-8 times the CPU time, and products won from 4-8 queries
-on (100 k x 512, 64 queries: 8.1 -> 1.3 ms each).
+`tune_faiss` measures for half a second at start how faiss scans fastest here. faiss >= 1.14.2 splits a single query
+over OpenMP threads and uses matrix products only for large batches; both defaults were chosen on many-core servers. On
+few cores splitting took 3.5-8 times the CPU time, and matrix products were faster from 4-8 queries on (100 k x 512,
+64 queries: 8.1 -> 1.3 ms each).
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ from resight.service.index.base import (
 )
 from resight.service.storage.reads import Keys
 
-# A selector keeps faiss from using matrix products, so a batch gathers the few rows it may find instead; above
+# With a selector faiss does not use matrix products, so for a batch the few selected rows are copied instead; above
 # 15 % of all rows the copy costs more than it saves.
 GATHER_SHARE = 0.15
-# From so many queries on the copy is worth it: about where matrix products begin to win (`resight.service.index.flat`).
+# The copy pays off from so many queries on, about where matrix products become faster.
 GATHER_QUERIES = 6
-# The scan's sums differ from ours in the last bits, so rows this near to the last one could stand before it.
+# faiss's sums differ from ours in the last bits, so rows this close to the last one could belong before it.
 TIE_TOLERANCE = 1e-5
 
 
 class FlatIndex:
-    """A `resight.service.index.base.VectorIndex`: float32 features, scanned. Removal is at once."""
+    """A `resight.service.index.base.VectorIndex` that scans float32 features. Removal is immediate."""
 
     kind, approximate, tail, tombstones = "flat", False, 0, 0
 
@@ -56,7 +55,7 @@ class FlatIndex:
 
     @property
     def nbytes(self) -> int:
-        """Memory, in bytes: features and keys."""
+        """Memory in bytes: features and keys."""
         return len(self) * (4 * self._flat.d + 8)
 
     def add(self, keys: Keys, features: Feature) -> bool:
@@ -71,14 +70,14 @@ class FlatIndex:
         return True
 
     def remove(self, keys: Keys) -> None:
-        """Take entries out; keys not held are no error."""
+        """Remove entries; unknown keys are no error."""
         rows = self._rows(keys)
         if len(rows):
             self._flat.remove_ids(faiss.IDSelectorBatch(rows))
             self._keys = np.delete(self._keys, rows)
 
     def _rows(self, keys: Keys) -> NDArray[np.int64]:
-        """Where keys stand; those not held are left out."""
+        """The rows of keys; unknown keys are left out."""
         rows = np.searchsorted(self._keys, keys)
         rows = rows[rows < len(self._keys)]
         return rows[np.isin(self._keys[rows], keys)]
@@ -92,14 +91,14 @@ class FlatIndex:
         return view
 
     def vectors(self, keys: Keys) -> tuple[Keys, Feature]:
-        """A copy of the features of those of ``keys`` that are held, float32 (N, D); ascending."""
+        """Those of ``keys`` that are present, ascending, and a copy of their features, float32 (N, D)."""
         rows = self._rows(np.sort(keys))
         return self._keys[rows], self._vectors()[rows]
 
     def search(self, queries: Feature, k: int, *, among: Keys | None = None, exact: bool = True) -> list[Candidates]:
-        """The k nearest rows of each query, always exactly; see `resight.service.index.base.VectorIndex.search`.
+        """The k nearest entries of each query, always exact; see `resight.service.index.base.VectorIndex.search`.
 
-        The similarity of a pair is the same whatever else is searched for or among.
+        The similarity of a pair does not depend on the other queries or rows of the search.
         """
         rows = None if among is None else self._rows(among)
         count = len(self) if rows is None else len(rows)
@@ -115,7 +114,7 @@ class FlatIndex:
         return [self._exact(query, found, k) for query, found in zip(queries, near, strict=True)]
 
     def _selector(self, rows: NDArray[np.int64]) -> faiss.IDSelector:
-        """One bit a row: ten times as fast to ask as a set of numbers."""
+        """A bitmap of rows: ten times as fast to test as a set of row numbers."""
         chosen = np.zeros(len(self), bool)
         chosen[rows] = True
         bits = np.packbits(chosen, bitorder="little")
@@ -124,7 +123,7 @@ class FlatIndex:
     def _fetch(
         self, index: faiss.IndexFlatIP, queries: Feature, k: int, count: int, selector: faiss.IDSelector | None
     ) -> list[NDArray[np.int64]]:
-        """Rows of ``index`` that hold the k nearest of each query, with all that may tie with the last one."""
+        """Rows of ``index`` with the k nearest of each query, and all that may tie with the last one."""
         parameters = faiss.SearchParameters()
         if selector is not None:
             parameters.sel = selector
@@ -146,33 +145,33 @@ class FlatIndex:
 log = logging.getLogger(__name__)
 
 TUNING_BUDGET_S = 0.5
-TUNING_ROWS = 8192  # 16 MB at 512-d: more than the cores' own caches hold, as a real gallery is
+TUNING_ROWS = 8192  # 16 MB at 512-d: larger than the cores' private caches, like a real gallery
 TUNING_QUERIES = (2, 3, 4, 6, 8, 12, 16, 24)
 NO_MATRIX_PRODUCTS = 2**31 - 1  # faiss's threshold is a C int
-# A split query must be this much faster to be worth it: requests beside it want the other cores too.
+# A split query must be this much faster to be worth it: concurrent requests need the other cores too.
 SPLIT_GAIN = 0.6
 
 
 @dataclass(frozen=True)
 class FaissTuning:
-    """What was found: OpenMP threads of a search, and from how many queries on matrix products win."""
+    """OpenMP threads per search, and the number of queries from which matrix products are faster."""
 
     threads: int = 1
-    blas_queries: int = 6  # in the middle of what was measured on 2 to 8 cores; for who does not tune
+    blas_queries: int = 6  # default without tuning: the middle of the results on 2 to 8 cores
 
     def apply(self, dim: int) -> None:
-        """Set faiss up for the calling thread. The threshold is the process's, so one thread searches."""
+        """Configure faiss for the calling thread. The BLAS threshold is process-wide, so only one thread searches."""
         faiss.omp_set_num_threads(self.threads)
         faiss.cvar.distance_compute_blas_threshold = self.blas_queries * dim
 
 
 @cache
 def tune_faiss(dim: int, *, budget_s: float = TUNING_BUDGET_S) -> FaissTuning:
-    """Time exact searches both ways on random rows, once in a process; `FaissTuning.apply` is for each thread.
+    """Time exact searches both ways on random rows, once per process; each thread calls `FaissTuning.apply`.
 
     Args:
         dim: length of the features to be searched.
-        budget_s: about how long it may take.
+        budget_s: approximate duration.
     """
     started = time.perf_counter()
     rows = np.random.default_rng(0).standard_normal((TUNING_ROWS, dim), np.float32)
@@ -180,13 +179,13 @@ def tune_faiss(dim: int, *, budget_s: float = TUNING_BUDGET_S) -> FaissTuning:
     index.add(rows)
     share_s = budget_s / (2 + len(TUNING_QUERIES))
 
-    def lone(threads: int) -> float:
+    def single_query_s(threads: int) -> float:
         faiss.omp_set_num_threads(threads)
         faiss.cvar.distance_compute_blas_threshold = NO_MATRIX_PRODUCTS
         return _best_s(lambda: index.search(rows[:1], 10), share_s)
 
     cores = faiss.omp_get_max_threads()
-    threads = cores if cores > 1 and lone(cores) < SPLIT_GAIN * lone(1) else 1
+    threads = cores if cores > 1 and single_query_s(cores) < SPLIT_GAIN * single_query_s(1) else 1
     faiss.omp_set_num_threads(threads)
     found = FaissTuning(
         threads, next((count for count in TUNING_QUERIES if _products_are_faster(index, rows[:count], share_s)), 32)
@@ -211,7 +210,7 @@ def _products_are_faster(index: faiss.IndexFlatIP, queries: Feature, limit_s: fl
 
 
 def _best_s(run: Callable[[], object], limit_s: float) -> float:
-    """The shortest of the runs that fit into a time, of at least two: the first one warms up."""
+    """The duration of the fastest run within the time limit, out of at least two: the first one warms up."""
     best, stop = float("inf"), time.perf_counter() + limit_s
     done = 0
     while done < 2 or time.perf_counter() < stop:

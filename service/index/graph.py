@@ -1,12 +1,11 @@
-"""The largest collections: a graph over sealed float16 rows, a scanned tail for what came since, tombstones.
+"""The index of the largest collections: an immutable HNSW graph over float16 rows, plus a scanned tail of newer rows.
 
-A graph cannot be taken out of (faiss's HNSW has no removal) and adding to it takes milliseconds an entry, so it
-is built in the background and never changed; what changes is small and searched exactly beside it.
+faiss's HNSW does not support removal, and adding takes milliseconds per entry. So the graph is built in the background
+and never changed: removed entries become tombstones, and new ones are searched exactly in the tail.
 
-Graphs kept on disk, so that a restart does not build them anew: private cache files, never the truth.
-
-A file holds keys and links, no features: those stand in the database alone, where a deletion erases them.
-Whatever is odd about a file, it is deleted and the graph is built again.
+`GraphFiles` saves graphs, so that a restart need not rebuild them. The files are a private cache with keys and links,
+but no features: those are only in the database, where a deletion erases them. A file with any inconsistency is deleted,
+and the graph is built again.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ from resight.service.storage.reads import Keys
 
 # M and efConstruction of the design's measurements (100 k x 512: recall@10 1.0 on clustered features).
 LINKS, EF_CONSTRUCTION = 32, 200
-EF_SEARCH = (64, 128, 256, 512)  # tried in turn until the recall is good enough
-OVERFETCH = 2  # float16 and tombstones both cost a few places
+EF_SEARCH = (64, 128, 256, 512)  # tried in turn until the recall is high enough
+OVERFETCH = 2  # to make up for float16 rounding and tombstones
 
 
 def empty_graph(dim: int) -> faiss.IndexHNSWSQ:
-    """A graph to add features to, with float16 rows of its own."""
+    """An empty graph, which stores float16 rows."""
     rounded = faiss.ScalarQuantizer.QT_fp16
     graph = faiss.IndexHNSWSQ(dim, rounded, LINKS, faiss.METRIC_INNER_PRODUCT)  # type: ignore[arg-type]
     graph.hnsw.efConstruction = EF_CONSTRUCTION
@@ -52,25 +51,25 @@ def empty_graph(dim: int) -> faiss.IndexHNSWSQ:
 
 
 class GraphIndex:
-    """A `resight.service.index.base.VectorIndex` that walks a graph; exact when told to be.
+    """A `resight.service.index.base.VectorIndex` that searches a graph; exact search scans its rows instead.
 
     Args:
         graph: over the features of ``keys``, in their order.
-        keys: of the sealed rows, ascending.
-        gone: those of them that are in the graph only for its links.
-        truth: the float32 features in the store.
+        keys: of the graph's rows, ascending.
+        deleted: those of ``keys`` that remain in the graph only for its links.
+        lookup: reads the float32 features from the store.
     """
 
     kind, approximate = "hnsw", True
 
-    def __init__(self, graph: faiss.IndexHNSWSQ, keys: Keys, gone: Keys, truth: FeatureLookup) -> None:
+    def __init__(self, graph: faiss.IndexHNSWSQ, keys: Keys, deleted: Keys, lookup: FeatureLookup) -> None:
         self.graph, self.ef = graph, EF_SEARCH[0]
         codes = faiss.downcast_index(graph.storage)
-        self.sealed = HalfIndex(graph.d, truth, codes)  # type: ignore[arg-type]  # an IndexScalarQuantizer
+        self.sealed = HalfIndex(graph.d, lookup, codes)  # type: ignore[arg-type]  # an IndexScalarQuantizer
         self.sealed.rows.append(keys)
-        self.sealed.remove(gone)
-        self.recent = HalfIndex(graph.d, truth)
-        self._truth = truth
+        self.sealed.remove(deleted)
+        self.recent = HalfIndex(graph.d, lookup)
+        self._lookup = lookup
         self.revision = -1
 
     def __len__(self) -> int:
@@ -78,64 +77,64 @@ class GraphIndex:
 
     @property
     def tail(self) -> int:
-        """Rows that came after the graph was sealed."""
+        """Number of rows outside the graph."""
         return self.recent.rows.filled
 
     @property
     def tombstones(self) -> int:
-        """Removed rows that still take room."""
+        """Number of removed rows that still use memory."""
         return self.sealed.tombstones + self.recent.tombstones
 
     @property
     def nbytes(self) -> int:
-        """Memory, in bytes: rows, and the links as faiss stores them (4 bytes each, 2 M on the lowest level)."""
+        """Memory in bytes: rows, and the links as faiss stores them (4 bytes each, 2 M on the lowest level)."""
         return self.sealed.nbytes + self.recent.nbytes + 4 * int(self.graph.hnsw.neighbors.size())  # type: ignore[attr-defined]
 
     def add(self, keys: Keys, features: Feature) -> bool:
         """Append to the tail; see `resight.service.index.base.VectorIndex.add`."""
         new = keys > (self.sealed.rows.keys[-1] if self.sealed.rows.filled else -1)
-        return self.sealed.rows.contains(keys[~new]) and self.recent.add(keys[new], features[new])
+        return self.sealed.rows.contains_all(keys[~new]) and self.recent.add(keys[new], features[new])
 
     def remove(self, keys: Keys) -> None:
-        """Bury entries; keys not held are no error."""
+        """Turn entries into tombstones; unknown keys are no error."""
         self.sealed.remove(keys)
         self.recent.remove(keys)
 
     def vectors(self, keys: Keys) -> tuple[Keys, Feature]:
-        """From the store, whole."""
-        return self._truth(keys)
+        """Those of ``keys`` that the store has, and their float32 features."""
+        return self._lookup(keys)
 
     def search(self, queries: Feature, k: int, *, among: Keys | None = None, exact: bool = False) -> list[Candidates]:
-        """The k nearest of each query; see `resight.service.index.base.VectorIndex.search`."""
+        """The k nearest entries of each query; see `resight.service.index.base.VectorIndex.search`."""
         if exact or among is not None:
             parts = [part.search(queries, k, among=among) for part in (self.sealed, self.recent)]
         else:
-            parts = [self.walk(queries, k), self.recent.search(queries, k)]
+            parts = [self.search_graph(queries, k), self.recent.search(queries, k)]
         return merge_candidates(parts, k)
 
-    def walk(self, queries: Feature, k: int) -> list[Candidates]:
-        """The k nearest of each query that the graph finds, without the tail."""
+    def search_graph(self, queries: Feature, k: int) -> list[Candidates]:
+        """The k nearest entries of each query that the graph finds, without the tail."""
         fetch = min(OVERFETCH * k + SPARE_CANDIDATES, len(self.sealed))
         if not fetch:
             return no_candidates(queries)
-        # bounded_queue stays on: without it faiss 1.15 does not look at the selector (issue #5504).
+        # bounded_queue stays on: without it faiss 1.15 ignores the selector (issue #5504).
         parameters = faiss.SearchParametersHNSW(efSearch=max(self.ef, fetch))  # type: ignore[attr-defined]
         selector = self.sealed.rows.selector(None)
         if selector is not None:
             parameters.sel = selector
         _, found = self.graph.search(queries, fetch, params=parameters)
-        return rescore_candidates(queries, [self.sealed.rows.keys[own[own >= 0]] for own in found], self._truth, k)
+        return rescore_candidates(queries, [self.sealed.rows.keys[own[own >= 0]] for own in found], self._lookup, k)
 
 
 log = logging.getLogger(__name__)
 
 GRAPH_FOLDER = "index"
 MAGIC, FORMAT = b"RSGTSEG\n", 1
-MAX_HEADER = 4096  # bytes; a real one takes 400
+MAX_HEADER = 4096  # bytes; a typical one has 400
 
 
 class GraphSegment(NamedTuple):
-    """A graph without its rows, the keys of those rows in their order, and the revision they were read at."""
+    """A graph without its rows, the keys of the rows in their order, and the revision at which they were read."""
 
     keys: Keys
     graph: faiss.IndexHNSWSQ
@@ -143,17 +142,17 @@ class GraphSegment(NamedTuple):
 
 
 class GraphFiles:
-    """The files of one gallery, in a folder of their own beside its database; made at the first writing."""
+    """The graph files of one gallery, in the sub-folder `GRAPH_FOLDER` of its folder; created when first needed."""
 
-    def __init__(self, beside: Path) -> None:
-        self._folder = beside / GRAPH_FOLDER
+    def __init__(self, data: Path) -> None:
+        self._folder = data / GRAPH_FOLDER
 
     def _path(self, collection: Collection, space: Space) -> Path:
-        name = hashlib.sha256(space.space_id.encode()).hexdigest()[:16]  # a space id is not ours to name files with
+        name = hashlib.sha256(space.space_id.encode()).hexdigest()[:16]  # a space id may not be a valid file name
         return self._folder / f"{collection.key}-{name}.graph"
 
     def save(self, collection: Collection, space: Space, segment: GraphSegment) -> None:
-        """Write a graph: a temporary file, flushed, renamed. A full disk costs only the next start's time."""
+        """Write a graph atomically. On a full disk it is not saved, and the next start takes longer."""
         writer = faiss.VectorIOWriter()
         faiss.write_index(segment.graph, writer, faiss.IO_FLAG_SKIP_STORAGE)
         body = segment.keys.astype("<i8").tobytes() + faiss.vector_to_array(writer.data).tobytes()
@@ -174,12 +173,12 @@ class GraphFiles:
             finally:
                 os.close(folder)
         except OSError as error:
-            log.warning("the graph of %s is not kept (%s); the next start builds it again", collection.name, error)
+            log.warning("the graph of %s is not saved (%s); the next start builds it again", collection.name, error)
             with contextlib.suppress(OSError):
                 temporary.unlink()
 
     def load(self, collection: Collection, space: Space) -> GraphSegment | None:
-        """The graph of a collection's space, if there is one beyond doubt; a doubtful file is deleted."""
+        """The saved graph of a collection in a space, or None; an invalid file is deleted."""
         path = self._path(collection, space)
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -188,12 +187,12 @@ class GraphFiles:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, FormatError) as error:
-            log.warning("the kept graph of %s is deleted and built again: %s", collection.name, error)
+            log.warning("the saved graph of %s is deleted and built again: %s", collection.name, error)
             self.delete(collection, space)
             return None
 
     def delete(self, collection: Collection, space: Space | None = None) -> None:
-        """Remove a collection's graph in one space, or in all."""
+        """Delete a collection's graph in one space, or in all."""
         found = [self._path(collection, space)] if space else list(self._folder.glob(f"{collection.key}-*.graph"))
         for path in found:
             with contextlib.suppress(OSError):
@@ -201,7 +200,7 @@ class GraphFiles:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a kept graph's bytes are those that were written; for who only looks."""
+    """Whether a saved graph matches its checksum; reads the file only, and never deletes it."""
     try:
         data = path.read_bytes()
         start = len(MAGIC) + 4
@@ -213,7 +212,7 @@ def is_intact(path: Path) -> bool:
 
 
 def _header(collection: Collection, space: Space, keys: Keys, revision: int) -> dict[str, object]:
-    """What a header says, but for the digest of the body."""
+    """The expected header, without the digest of the body."""
     return {
         "format": FORMAT,
         "collection": collection.key,
@@ -231,10 +230,10 @@ def _digest(data: bytes) -> str:
 
 
 def _read(data: bytes, collection: Collection, space: Space) -> GraphSegment:
-    """A file's bytes to a segment.
+    """Parse a graph file.
 
     Raises:
-        FormatError: they do not say what they should.
+        FormatError: it is damaged, of another format, or of another collection, space or version of faiss.
     """
     if data[: len(MAGIC)] != MAGIC:
         raise FormatError(f"it does not begin with {MAGIC!r}")
@@ -244,14 +243,14 @@ def _read(data: bytes, collection: Collection, space: Space) -> GraphSegment:
         raise FormatError(f"a header of {length} bytes, at most {MAX_HEADER} expected")
     header, body = json.loads(data[start : start + length]), data[start + length :]
     if header.pop("sha256") != _digest(body):  # before faiss reads a byte of it
-        raise FormatError("its bytes changed since it was written")
+        raise FormatError("its checksum does not match")
     count, revision = int(header["count"]), int(header["max_rev"])
     keys = np.frombuffer(body, "<i8", count).astype(np.int64)
     if header != _header(collection, space, keys, revision):
-        raise FormatError(f"it tells {header}, this is not what is served here")
+        raise FormatError(f"its header {header} is of another collection, space or version of faiss")
     graph = faiss.deserialize_index(np.frombuffer(body, np.uint8, offset=8 * count))
     if not isinstance(graph, faiss.IndexHNSWSQ) or graph.d != space.dim or graph.ntotal != count:
         raise FormatError(f"it holds a {type(graph).__name__}, expected a graph of {count} rows of {space.dim}")
     if count and not bool((np.diff(keys) > 0).all()):
-        raise FormatError("its keys do not ascend")
+        raise FormatError("its keys are not in ascending order")
     return GraphSegment(keys, graph, revision)

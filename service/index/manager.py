@@ -1,7 +1,7 @@
-"""The indexes of a gallery: each follows the store, climbs the ladder in the background, and is swapped at once.
+"""The indexes of a gallery: kept up to date with the store, and rebuilt in the background when the policy requires it.
 
-One thread, the owner, searches and changes them, so nothing is locked. Another builds new ones; a new one is
-handed to the owner, takes in what was committed meanwhile, and only then takes the old one's place.
+One thread, the owner, searches and changes them, so there are no locks. Another thread builds new ones; a new index is
+passed to the owner, which applies the changes committed in the meantime and then replaces the old index by it.
 """
 
 from __future__ import annotations
@@ -30,259 +30,266 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IndexKey = tuple[int, str]
-"""A collection's key and a space id: what one index is of."""
-RETRY_GROWTH = 1.2  # a graph that was refused is tried again when the collection has grown by so much
-RETRY_S = 60.0  # after a build that failed: a full disk or a lost reader does not heal at once
+"""A collection's key and a space id; identifies an index."""
+RETRY_GROWTH = 1.2  # a rejected graph is tried again when the collection has grown by this factor
+RETRY_S = 60.0  # after a failed build: a full disk, for example, is not resolved at once
 
 
 @dataclass
 class SampledRecall:
-    """What approximate searches found of what exact ones did, over the last hundred or so."""
+    """Recall of approximate searches against exact ones: an exponential average over about the last 100 samples."""
 
     found: float = 0.0
-    wanted: float = 0.0
+    expected: float = 0.0
     searches: int = 0
 
-    def add(self, found: int, wanted: int) -> None:
-        """Count one more search; older ones fade."""
-        self.found, self.wanted = 0.99 * self.found + found, 0.99 * self.wanted + wanted
+    def add(self, found: int, expected: int) -> None:
+        """Add one sample."""
+        self.found, self.expected = 0.99 * self.found + found, 0.99 * self.expected + expected
 
     @property
     def value(self) -> float | None:
-        """0..1; None before the first."""
-        return self.found / self.wanted if self.wanted else None
+        """0..1; None before the first sample."""
+        return self.found / self.expected if self.expected else None
 
 
 @dataclass
 class IndexState:
-    """One index and what is known of it.
+    """One index and its state.
 
     Attributes:
-        asked: the kind an operator asked for; empty = by size.
+        index: that serves searches now.
+        reader: of its features.
+        requested_kind: by an operator; empty = by size.
         note: why it is not of the kind it should be.
-        pinned: the revision a build began at, from which on the change log is needed; None = none runs.
-        refused_at: the size at which a graph was refused.
-        not_before: when a build that failed may be tried again, in `time.monotonic` seconds.
+        pinned: the revision at which a running build started, from which on the change log is needed; None = no build.
+        refused_at: the number of entries at which a graph was rejected.
+        retry_at_s: when a failed build may be tried again, in `time.monotonic` seconds.
+        recall: sampled, of the current index.
     """
 
     index: VectorIndex
-    feed: FeatureReader
-    asked: str = ""
+    reader: FeatureReader
+    requested_kind: str = ""
     note: str = ""
     pinned: int | None = None
     refused_at: int = 0
-    not_before: float = 0.0
+    retry_at_s: float = 0.0
     recall: SampledRecall = field(default_factory=SampledRecall)
 
 
 class IndexManager:
-    """All of one store.
+    """All indexes of one store. Only the owner thread calls its methods, unless they say otherwise.
 
     Args:
         store: whose features are indexed.
-        ladder: which kind each gets.
-        owner: runs a function in the thread that searches.
+        policy: decides the kind of each index.
+        owner: runs a function in the owner thread.
     """
 
-    def __init__(self, store: Store, ladder: IndexPolicy, owner: Callable[[Callable[[], None]], object]) -> None:
-        self._store, self._ladder, self._owner = store, ladder, owner
-        self._held: dict[IndexKey, IndexState] = {}
-        self._reading: dict[IndexKey, int] = {}  # from which revision on a first reading needs the change log
+    def __init__(self, store: Store, policy: IndexPolicy, owner: Callable[[Callable[[], None]], object]) -> None:
+        self._store, self._policy, self._owner = store, policy, owner
+        self._states: dict[IndexKey, IndexState] = {}
+        self._loading: dict[IndexKey, int] = {}  # from which revision on an initial load needs the change log
         self._stop = Event()
         self._milvus: MilvusClient | None = None
         self._gpu: Gpu | None = None
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="index")
 
     def close(self) -> None:
-        """End a running build at its next piece, and wait for it."""
+        """Stop a running build at its next chunk, and wait for it."""
         self._stop.set()
         self._builder.shutdown(cancel_futures=True)
 
-    def sweep(self) -> None:
-        """Remove from Milvus what belongs to no index, when every collection has its own."""
+    def drop_unused(self) -> None:
+        """Remove Milvus collections that belong to no index; call it once every collection has its index."""
         if self._milvus is not None:
-            indexes = [held.index for held in self._held.values()]
+            indexes = [state.index for state in self._states.values()]
             drop_stale_collections(
                 self._milvus, self._store, {index.name for index in indexes if isinstance(index, MilvusIndex)}
             )
 
     def disconnect(self) -> None:
-        """Leave Milvus, when nothing searches any more."""
+        """Close the connection to Milvus, after the last search."""
         if self._milvus is not None:
             self._milvus.close()
 
     def prepare(self) -> None:
-        """Take hold of the GPU or Milvus, and try whether filters are looked at; the owner does it before all else.
+        """Connect to the GPU or Milvus, and check that faiss applies filters. Must be called before everything else.
 
         Raises:
-            StartupError: filters are not, or the GPU or Milvus that is asked for is not there.
+            StartupError: faiss ignores filters, or the configured GPU or Milvus is not available.
         """
         check_index_filters(8)
-        if self._ladder.milvus:
-            self._milvus = connect_milvus(self._ladder.milvus, self._ladder.token)
+        if self._policy.milvus:
+            self._milvus = connect_milvus(self._policy.milvus, self._policy.token)
         else:
-            self._gpu = open_gpu(self._ladder.device)
+            self._gpu = open_gpu(self._policy.device)
 
-    def held(self, collection: Collection) -> IndexState | None:
-        """The index of a collection in its space, as it stands; from any thread, to look at."""
-        return self._held.get((collection.key, collection.space.space_id))
+    def state(self, collection: Collection) -> IndexState | None:
+        """The state of a collection's index, without updating it. Any thread may call this, but must not change it."""
+        return self._states.get((collection.key, collection.space.space_id))
 
     def revisions(self) -> list[tuple[int, int]]:
-        """For each collection the revision below which no index needs the change log any more."""
-        needed = list(self._reading.items())
-        for place, held in list(self._held.items()):
+        """For each collection, the revision up to which no index needs the change log any more. For any thread."""
+        needed = list(self._loading.items())
+        for place, state in list(self._states.items()):
             needed.append(
-                (place, held.index.revision if held.pinned is None else min(held.pinned, held.index.revision))
+                (place, state.index.revision if state.pinned is None else min(state.pinned, state.index.revision))
             )
         least: dict[int, int] = {}
         for (key, _), revision in needed:
             least[key] = min(least.get(key, revision), revision)
         return list(least.items())
 
-    def current(self, collection: Collection) -> IndexState:
-        """A collection's index with everything committed so far. Only the owner calls it, as all that follow.
+    def up_to_date(self, collection: Collection) -> IndexState:
+        """A collection's index with all changes committed so far; builds it first if there is none.
 
         Raises:
             CollectionNotFoundError: it was deleted.
         """
         place = (collection.key, collection.space.space_id)
-        held = self._held.get(place)
-        feed = FeatureReader(self._store, collection, collection.space) if held is None else held.feed
+        state = self._states.get(place)
+        reader = FeatureReader(self._store, collection, collection.space) if state is None else state.reader
         try:
-            if held is None:
-                self._reading[place] = feed.revision()
-                held = self._held[place] = IndexState(self._first(feed), feed)
-            self._follow(held)
+            if state is None:
+                self._loading[place] = reader.revision()
+                state = self._states[place] = IndexState(self._initial_index(reader), reader)
+            self._apply_changes(state)
         except CollectionNotFoundError:
             self.drop(collection)
             raise
         finally:
-            self._reading.pop(place, None)
-        self._climb(held)
-        return held
+            self._loading.pop(place, None)
+        self._rebuild_if_needed(state)
+        return state
 
-    def follow(self, collection: Collection) -> None:
-        """Take in what was committed, in every space of the collection that has an index."""
-        self.current(collection)
-        for (key, _), held in list(self._held.items()):
+    def apply_changes(self, collection: Collection) -> None:
+        """Apply committed changes to the collection's indexes in all spaces."""
+        self.up_to_date(collection)
+        for (key, _), state in list(self._states.items()):
             if key == collection.key:
-                self._follow(held)
+                self._apply_changes(state)
 
     def drop(self, collection: Collection, space: Space | None = None) -> None:
-        """Forget a collection, or one of its spaces."""
-        for place in [place for place in self._held if place[0] == collection.key]:
+        """Drop the indexes and files of a collection, in one space or in all."""
+        for place in [place for place in self._states if place[0] == collection.key]:
             if space is None or place[1] == space.space_id:
-                index = self._held.pop(place).index
+                index = self._states.pop(place).index
                 if isinstance(index, MilvusIndex):
                     index.drop()
-        if self._ladder.folder is not None:
-            GraphFiles(self._ladder.folder).delete(collection, space)
+        if self._policy.folder is not None:
+            GraphFiles(self._policy.folder).delete(collection, space)
 
-    def _first(self, feed: FeatureReader) -> VectorIndex:
-        """What serves until the ladder has something better: a scan, or Milvus."""
-        if not self._ladder.milvus:
-            return self._placed(build_scan(feed, self._ladder.wanted(feed.count()), self._stop))
+    def _initial_index(self, reader: FeatureReader) -> VectorIndex:
+        """The index to start with: a scan, or Milvus."""
+        if not self._policy.milvus:
+            return self._attach_gpu(build_scan(reader, self._policy.kind_for(reader.count()), self._stop))
         assert self._milvus is not None  # `prepare` has connected
-        index = MilvusIndex(self._milvus, feed)
+        index = MilvusIndex(self._milvus, reader)
         index.reconcile(self._stop)
         return index
 
-    def _placed(self, index: VectorIndex) -> VectorIndex:
-        """Let the GPU scan what it can."""
+    def _attach_gpu(self, index: VectorIndex) -> VectorIndex:
+        """Scan a float16 index on the GPU, if there is one."""
         if self._gpu is not None and isinstance(index, HalfIndex):
             index.gpu = self._gpu.scan(index.codes)
         return index
 
-    def _follow(self, held: IndexState) -> None:
-        reached = held.feed.revision()
-        if held.index.revision == reached:
+    def _apply_changes(self, state: IndexState) -> None:
+        reached = state.reader.revision()
+        if state.index.revision == reached:
             return
-        change = held.feed.changes(held.index.revision)
-        held.index.remove(change.removed)
-        if not held.index.add(change.added, change.features):  # entries came among older ones: a migration's
-            log.info("index of %s is built anew: entries came among older ones", held.feed.collection.name)
-            held.index = self._first(held.feed)
-            return self._follow(held)
-        held.index.revision = change.revision
+        change = state.reader.changes(state.index.revision)
+        state.index.remove(change.removed)
+        if not state.index.add(change.added, change.features):  # keys between existing ones, from a migration
+            log.info("index of %s is rebuilt: entries were added between older ones", state.reader.collection.name)
+            state.index = self._initial_index(state.reader)
+            return self._apply_changes(state)
+        state.index.revision = change.revision
 
-    def _climb(self, held: IndexState) -> None:
-        """Begin to build the index it should have, if it has another or that one is worn."""
-        index = held.index
-        if self._ladder.milvus or held.pinned is not None or time.monotonic() < held.not_before:
+    def _rebuild_if_needed(self, state: IndexState) -> None:
+        """Start a background build if the policy requires another kind or a rebuild."""
+        index = state.index
+        if self._policy.milvus or state.pinned is not None or time.monotonic() < state.retry_at_s:
             return
-        kind = self._ladder.wanted(len(index), held=index.kind, asked=held.asked)
-        if kind != index.kind and len(index) < RETRY_GROWTH * held.refused_at:
+        kind = self._policy.kind_for(len(index), current=index.kind, requested=state.requested_kind)
+        if kind != index.kind and len(index) < RETRY_GROWTH * state.refused_at:
             kind = cast(IndexKind, index.kind)
-        if kind != index.kind or self._ladder.worn(index):
-            self.rebuild(held, kind)
+        if kind != index.kind or self._policy.rebuild_reason(index):
+            self.rebuild(state, kind)
 
-    def begin(self, collection: Collection, asked: str) -> Future[None]:
-        """Begin to build a collection's index anew, of the kind that an operator asks for.
+    def start_rebuild(self, collection: Collection, kind: str) -> Future[None]:
+        """Start to rebuild a collection's index, on an operator's request.
+
+        Args:
+            collection: in its space.
+            kind: of `IndexKind`; empty or ``auto`` = by size.
 
         Raises:
-            InputError: no such kind, or one is being built.
+            InputError: no such kind, or an index is being built already.
         """
-        if asked not in ("", "auto", *get_args(IndexKind)):
+        if kind not in ("", "auto", *get_args(IndexKind)):
             raise InputError(
-                f"an index is {', '.join(get_args(IndexKind))} or auto, found {asked!r}: leave it out for auto",
+                f"an index is {', '.join(get_args(IndexKind))} or auto, found {kind!r}: leave it out for auto",
                 field="index_type",
             )
-        if self._ladder.milvus:
+        if self._policy.milvus:
             raise InputError(
                 f"{collection.name} is searched by Milvus, which builds its own index: change it there",
                 field="index_type",
             )
-        held = self.current(collection)
-        if held.pinned is not None:
+        state = self.up_to_date(collection)
+        if state.pinned is not None:
             raise InputError(
-                f"an index of {collection.name} is being built already: wait until it stands", field="collection_id"
+                f"an index of {collection.name} is being built already: wait until it is done", field="collection_id"
             )
-        held.asked, held.refused_at = asked, 0
-        return self.rebuild(held, self._ladder.wanted(len(held.index), held=held.index.kind, asked=asked))
+        state.requested_kind, state.refused_at = kind, 0
+        return self.rebuild(state, self._policy.kind_for(len(state.index), current=state.index.kind, requested=kind))
 
-    def rebuild(self, held: IndexState, kind: IndexKind) -> Future[None]:
-        """Build an index in the background and put it in the old one's place.
+    def rebuild(self, state: IndexState, kind: IndexKind) -> Future[None]:
+        """Build an index in the background and replace the old one by it.
 
         Returns:
-            Done when it stands there, or when it failed and the old one stays.
+            Completes when the index was replaced; fails or is cancelled when the old one stays.
         """
-        held.pinned = held.index.revision
+        state.pinned = state.index.revision
         done: Future[None] = Future()
 
         def work() -> None:
             try:
-                built = build_index(held.feed, kind, self._ladder, self._stop)
+                built = build_index(state.reader, kind, self._policy, self._stop)
             except Exception as error:
-                self._owner(partial(self._failed, held, error, done))
+                self._owner(partial(self._failed, state, error, done))
             else:
-                self._owner(partial(self._swap, held, built, done))
+                self._owner(partial(self._swap, state, built, done))
 
         self._builder.submit(work)
         return done
 
-    def _swap(self, held: IndexState, built: BuiltIndex, done: Future[None]) -> None:
-        old, held.index = held.index, self._placed(built.index)
+    def _swap(self, state: IndexState, built: BuiltIndex, done: Future[None]) -> None:
+        old, state.index = state.index, self._attach_gpu(built.index)
         try:
-            self._follow(held)
+            self._apply_changes(state)
         except Exception as error:
-            held.index = old
-            return self._failed(held, error, done)
-        held.pinned, held.note, held.recall = None, built.note, SampledRecall()
-        held.refused_at = len(built.index) if built.note else 0
+            state.index = old
+            return self._failed(state, error, done)
+        state.pinned, state.note, state.recall = None, built.note, SampledRecall()
+        state.refused_at = len(built.index) if built.note else 0
         if built.note:
-            log.warning("index of %s stays %s: %s", held.feed.collection.name, built.index.kind, built.note)
+            log.warning("index of %s stays %s: %s", state.reader.collection.name, built.index.kind, built.note)
         done.set_result(None)
 
-    def _failed(self, held: IndexState, error: Exception, done: Future[None]) -> None:
-        held.pinned = None
+    def _failed(self, state: IndexState, error: Exception, done: Future[None]) -> None:
+        state.pinned = None
         if not isinstance(error, ReIDError):
             log.error(
-                "an index of %s could not be built; the old one serves", held.feed.collection.name, exc_info=error
+                "an index of %s could not be built; the old one serves", state.reader.collection.name, exc_info=error
             )
-        held.not_before = time.monotonic() + RETRY_S
-        held.note = f"it could not be built anew: {error}"
+        state.retry_at_s = time.monotonic() + RETRY_S
+        state.note = f"the rebuild failed: {error}"
         if isinstance(error, CollectionNotFoundError):
-            self.drop(held.feed.collection)  # with the file that the build may have left
+            self.drop(state.reader.collection)  # with the file that the build may have left
         if isinstance(error, UnavailableError) and self._stop.is_set():
             done.cancel()
         else:

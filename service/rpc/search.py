@@ -71,7 +71,7 @@ def search_params(request: search_pb2.SearchRequest, settings: Settings) -> Sear
 
     Raises:
         InputError: a field out of its range.
-        LimitError: ``top_k`` or the candidates beyond what is published.
+        LimitError: ``top_k`` or the number of candidates is above its limit.
     """
     top_k = request.top_k if request.HasField("top_k") else DEFAULT_TOP_K
     if not 1 <= top_k <= settings.max_top_k:
@@ -270,7 +270,7 @@ class SearchServicer(search_pb2_grpc.SearchServiceServicer):
         valid = [one for one in prepared if not isinstance(one, ReIDError)]
         found = iter(await gallery.search(collection, [one.params for one in valid], deadline) if valid else ())
         answers: list[search_pb2.SearchResponse | ReIDError] = []
-        shadow = self._shadows.of(tenant, collection)
+        shadow = self._shadows.running_shadow(tenant, collection)
         for one in prepared:
             if isinstance(one, ReIDError):
                 answers.append(one)

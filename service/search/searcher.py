@@ -86,8 +86,8 @@ class NearestSearch:
             else:
                 unselective.setdefault(query.top_k.bit_length(), []).append(number)
         for filters, numbers in selective.items():
-            limit = self._policy.few(len(self._state.index))
-            among = self._state.feed.passing(filters, limit)
+            limit = self._policy.exact_limit(len(self._state.index))
+            among = self._state.reader.matching_keys(filters, limit)
             if among is None:
                 unselective.setdefault(max(queries[number].top_k for number in numbers).bit_length(), []).extend(
                     numbers
@@ -144,13 +144,13 @@ class NearestSearch:
                     hits = self._hits(near[place], entries, queries[number], with_features)
                     answers[number] = NearestAnswer(hits, self._exact)
             if short:
-                among = reads.candidates(self._connection, self._state.feed.collection.key, filters)
+                among = reads.candidates(self._connection, self._state.reader.collection.key, filters)
                 answers.update(self._search_among(queries, short, filters, among, with_features))
         return answers
 
     def _confirm(self, near: Sequence[Candidates], filters: Filter) -> dict[int, EntryRecord]:
         keys = np.unique(np.concatenate([keys for keys, _ in near]))
-        return reads.confirm_candidates(self._connection, self._state.feed.collection.key, keys, filters)
+        return reads.confirm_candidates(self._connection, self._state.reader.collection.key, keys, filters)
 
     def _hits(
         self, near: Candidates, entries: dict[int, EntryRecord], query: NearestQuery, with_features: bool
@@ -392,7 +392,7 @@ class Searcher:
         for collection in await self._store.read(reads.collections, limit=-1):
             started = time.monotonic()
             await self._run(tune_faiss, collection.space.dim)  # before the first search
-            index = (await self._run(self._indexes.current, collection)).index
+            index = (await self._run(self._indexes.up_to_date, collection)).index
             log.info(
                 "index loaded collection=%s kind=%s entries=%d seconds=%.2f",
                 collection.name,
@@ -400,7 +400,7 @@ class Searcher:
                 len(index),
                 time.monotonic() - started,
             )
-        await self._run(self._indexes.sweep)
+        await self._run(self._indexes.drop_unused)
 
     @property
     def waiting(self) -> int:
@@ -429,7 +429,7 @@ class Searcher:
     def _follow(self, collection: Collection) -> None:
         self._update_scheduled.discard(collection.key)
         try:
-            self._indexes.follow(collection)
+            self._indexes.apply_changes(collection)
         except CollectionNotFoundError:
             pass  # deleted meanwhile, and its index with it
         except Exception:
@@ -450,14 +450,14 @@ class Searcher:
 
     def revision(self, collection: Collection) -> int:
         """The last indexed revision of a collection; 0 before its first write."""
-        state = self._indexes.held(collection)
+        state = self._indexes.state(collection)
         return 0 if state is None else max(0, state.index.revision)
 
     def stats(self, collection: Collection) -> IndexStats:
         """State of a collection's index; that of an empty index before the first search."""
-        state = self._indexes.held(collection)
+        state = self._indexes.state(collection)
         if state is None:
-            return IndexStats(self._policy.wanted(0), 0, 0, None, 0)
+            return IndexStats(self._policy.kind_for(0), 0, 0, None, 0)
         index = state.index
         revision = max(0, index.revision)
         rest = (state.recall.value, revision, state.note, state.pinned is not None, len(index))
@@ -478,7 +478,7 @@ class Searcher:
             InputError: unknown type.
             CollectionNotFoundError: it was deleted meanwhile.
         """
-        done = await self._run(self._indexes.begin, collection, index_type)
+        done = await self._run(self._indexes.start_rebuild, collection, index_type)
         await asyncio.wrap_future(done)
         return self.stats(collection)
 
@@ -523,7 +523,7 @@ class Searcher:
         started_ns = time.perf_counter_ns()
         collection = jobs[0].collection
         try:
-            state = self._indexes.current(collection)
+            state = self._indexes.up_to_date(collection)
             tune_faiss(collection.space.dim).apply(collection.space.dim)
             nearest = NearestSearch(self._store.reader(), state, self._policy, exact=kind.exact)
             answers: list[NearestAnswer] = nearest.search([job.query for job in jobs], with_features=kind.with_features)

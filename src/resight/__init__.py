@@ -1,4 +1,4 @@
-"""Person re-identification that adapts itself to a site, without labels, and serves."""
+"""Person re-identification: unsupervised adaptation to a site, and serving."""
 
 from importlib.metadata import version
 

@@ -39,12 +39,12 @@ def cosine_similarity(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArr
             f"expected features (N, D) and (M, D) of one D, found {a.shape} and {b.shape}: pass rows of one model"
         )
     similarity = _unit(a) @ _unit(b).T
-    np.clip(similarity, -1.0, 1.0, out=similarity)  # rounding can pass 1 by an ulp
+    np.clip(similarity, -1.0, 1.0, out=similarity)  # rounding can exceed 1 by an ulp
     return similarity.astype(np.float32)
 
 
 def _unit(rows: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Rows at unit length, float64, so that a row of very large or small numbers neither overflows nor vanishes."""
+    """Rows of unit length, computed in float64 to avoid overflow and underflow."""
     wide = rows.astype(np.float64)
     lengths = np.linalg.norm(wide, axis=1, keepdims=True)
     bad = np.flatnonzero(~np.isfinite(lengths[:, 0]) | (lengths[:, 0] == 0))

@@ -1,7 +1,7 @@
-"""Every error a user of resight can meet.
+"""All errors that resight raises for its users.
 
     ReIDError
-    ├── InputError                 what was handed in cannot be used; the caller can mend it
+    ├── InputError                 the input cannot be used; the caller can correct it
     │   ├── ImageError
     │   │   ├── ImageUndecodableError
     │   │   ├── ImageTooLargeError
@@ -9,22 +9,22 @@
     │   │   └── QualityTooLowError
     │   ├── SiteError              a folder of crops is missing, empty or lacks what is needed
     │   ├── WeightsError           initial weights do not fit the encoder
-    │   ├── FootageError           footage is missing, cannot be read, or nobody knows when it was taken
-    │   ├── DetectorError          a person detector, or boxes from elsewhere, cannot be used
+    │   ├── FootageError           footage is missing, cannot be read, or has no known start time
+    │   ├── DetectorError          a person detector, or a file of boxes, cannot be used
     │   ├── RecipeError            a recipe or setting is unknown or out of range
     │   └── LimitError             a count or size outside its published limits
-    ├── FormatError                a file of ours is damaged, altered or newer than this program
+    ├── FormatError                a resight file is damaged, altered or newer than this program
     │   ├── CheckpointError
     │   ├── BundleError
     │   └── StoreError
-    ├── TrainingError              the adaptation cannot go on (no cluster, one cluster, NaN)
+    ├── TrainingError              the adaptation cannot continue (no cluster, one cluster, NaN)
     ├── ModelError                 the served model failed on this input
-    ├── ModelInUseError            a model that is needed would go or change
-    ├── CropsMissingError          crops are needed that were never kept
+    ├── ModelInUseError            a model in use would be unloaded or changed
+    ├── CropsMissingError          crops are needed that were not stored
     ├── MigrationError             a migration did not pass its gate
     ├── SpaceMismatchError         features of two embedding spaces would be compared
-    ├── NotCancellableError        long work of a kind that nothing stops
-    ├── UncalibratedError          a probability is asked of a space that knows none
+    ├── NotCancellableError        an operation of a kind that cannot be cancelled
+    ├── UncalibratedError          a probability is requested of a space without a calibration
     ├── NotFoundError
     │   ├── CollectionNotFoundError
     │   ├── EntryNotFoundError
@@ -38,12 +38,12 @@
     ├── ConflictError              a compare-and-swap was lost
     ├── CollectionNotEmptyError
     ├── CollectionFullError
-    ├── FeedbackConflictError      a verdict on two entries that earlier ones contradict
+    ├── FeedbackConflictError      feedback on two entries contradicts earlier feedback
     ├── DeleteCapError             a deletion would take more than the caller allowed
     ├── OverloadedError            try again after `retry_after_s`
     │   └── RateLimitedError
-    ├── UnauthenticatedError       no credential, or one the server does not know
-    ├── PermissionDeniedError      a credential whose role is too small for the call
+    ├── UnauthenticatedError       no credential, or an unknown one
+    ├── PermissionDeniedError      the credential's role does not permit the call
     ├── DeadlineError              the caller's deadline passed before the work was done
     │   ├── ExpiredInQueueError
     │   └── RevisionNotSearchableError
@@ -53,18 +53,18 @@
     ├── StorageFullError
     │   └── DiskWatermarkError
     ├── StartupError               a port or a data folder is taken
-    ├── CycleError                 the cycle of a site cannot go on
-    └── CycleBusyError             another process works on that site
+    ├── CycleError                 the cycle of a site cannot continue
+    └── CycleBusyError             another process runs the cycle of that site
 
-Messages say what was expected, what was found and what to do next. `field` names the part of a
-request at fault (``requests[3].image.data``), `facts` carries figures a program can read.
+Messages state what was expected, what was found and what to do next. `field` names the invalid part of a request
+(``requests[3].image.data``), `facts` holds machine-readable details.
 """
 
 from __future__ import annotations
 
 
 class ReIDError(Exception):
-    """Root of the tree. ``facts`` are machine-readable details such as limits and ids."""
+    """Base class of all errors. ``facts`` are machine-readable details such as limits and ids."""
 
     def __init__(self, message: str, *, field: str = "", **facts: object) -> None:
         super().__init__(message)
@@ -73,7 +73,7 @@ class ReIDError(Exception):
 
 
 class InputError(ReIDError):
-    """What was handed in cannot be used."""
+    """The input cannot be used."""
 
 
 class ImageError(InputError):
@@ -93,7 +93,7 @@ class ImageTooSmallError(ImageError):
 
 
 class QualityTooLowError(ImageError):
-    """A crop tells less than the collection asks of what is enrolled."""
+    """A crop's quality is below the minimum of the collection."""
 
 
 class SiteError(InputError):
@@ -105,11 +105,11 @@ class WeightsError(InputError):
 
 
 class FootageError(InputError):
-    """Footage is missing, cannot be read, or nobody knows when it was taken."""
+    """Footage is missing, cannot be read, or has no known start time."""
 
 
 class DetectorError(InputError):
-    """A person detector, or a file of boxes from elsewhere, cannot be used."""
+    """A person detector, or a file of boxes, cannot be used."""
 
 
 class RecipeError(InputError):
@@ -121,7 +121,7 @@ class LimitError(InputError):
 
 
 class FormatError(ReIDError):
-    """A file of ours is damaged, altered or of another version."""
+    """A resight file is damaged, altered or of another version."""
 
 
 class CheckpointError(FormatError):
@@ -137,23 +137,23 @@ class StoreError(FormatError):
 
 
 class TrainingError(ReIDError):
-    """The adaptation cannot go on."""
+    """The adaptation cannot continue."""
 
 
 class ModelError(ReIDError):
-    """The served model failed on this input, or answered what is no feature."""
+    """The served model failed on this input, or returned an invalid feature."""
 
 
 class ModelInUseError(ReIDError):
-    """A model that is active, or that a migration needs, would be unloaded or change its space."""
+    """A model that is active or needed by a migration would be unloaded or change its space."""
 
 
 class CropsMissingError(ReIDError):
-    """Crops are needed that were never kept: to embed entries with another model, or to learn from."""
+    """Crops are needed, for another model or for training, but were not stored."""
 
 
 class MigrationError(ReIDError):
-    """A migration did not pass its gate; the collection is searched as before."""
+    """A migration did not pass its checks; the collection is searched as before."""
 
 
 class SpaceMismatchError(ReIDError):
@@ -161,15 +161,15 @@ class SpaceMismatchError(ReIDError):
 
 
 class NotCancellableError(ReIDError):
-    """Long work of a kind that ends by itself and by nothing else."""
+    """An operation of a kind that cannot be cancelled."""
 
 
 class UncalibratedError(ReIDError):
-    """A probability is asked of an embedding space without a calibration."""
+    """A probability is requested of an embedding space without a calibration."""
 
 
 class NotFoundError(ReIDError):
-    """Something named does not exist."""
+    """A named resource does not exist."""
 
 
 class CollectionNotFoundError(NotFoundError):
@@ -181,7 +181,7 @@ class EntryNotFoundError(NotFoundError):
 
 
 class FeedbackNotFoundError(NotFoundError):
-    """Nobody said anything of these two entries, or it was taken back."""
+    """There is no feedback on these two entries."""
 
 
 class ModelNotFoundError(NotFoundError):
@@ -197,7 +197,7 @@ class ShadowNotFoundError(NotFoundError):
 
 
 class AlreadyExistsError(ReIDError):
-    """Something of that name exists."""
+    """A resource of that name already exists."""
 
 
 class CollectionExistsError(AlreadyExistsError):
@@ -209,23 +209,23 @@ class EntryExistsError(AlreadyExistsError):
 
 
 class ConflictError(ReIDError):
-    """Somebody changed it first."""
+    """The resource was changed concurrently."""
 
 
 class CollectionNotEmptyError(ReIDError):
-    """A collection that still has entries is deleted only by force."""
+    """A collection that has entries is deleted only with ``force``."""
 
 
 class CollectionFullError(ReIDError):
-    """A collection holds as many entries as it may."""
+    """A collection has reached its maximum number of entries."""
 
 
 class FeedbackConflictError(ReIDError):
-    """A verdict on two entries contradicts what was said of others; nothing was stored."""
+    """Feedback on two entries contradicts earlier feedback on others; nothing was stored."""
 
 
 class DeleteCapError(ReIDError):
-    """A deletion would take more entries than the caller allowed; nothing was deleted."""
+    """A deletion would remove more entries than the caller allowed; nothing was deleted."""
 
 
 class OverloadedError(ReIDError):
@@ -237,7 +237,7 @@ class OverloadedError(ReIDError):
 
 
 class RateLimitedError(OverloadedError):
-    """This caller has used up its share for now; nothing was started."""
+    """The caller has exceeded its rate limit; nothing was started."""
 
 
 class UnauthenticatedError(ReIDError):
@@ -245,7 +245,7 @@ class UnauthenticatedError(ReIDError):
 
 
 class PermissionDeniedError(ReIDError):
-    """The credential is good, and its role too small for the call."""
+    """The credential is valid, but its role does not permit the call."""
 
 
 class DeadlineError(ReIDError):
@@ -253,15 +253,15 @@ class DeadlineError(ReIDError):
 
 
 class ExpiredInQueueError(DeadlineError):
-    """The deadline passed while the work waited; nothing was started."""
+    """The deadline passed while the request was queued; nothing was started."""
 
 
 class RevisionNotSearchableError(DeadlineError):
-    """The write a search was to wait for was not committed before the deadline."""
+    """The revision that a search waited for was not committed before the deadline."""
 
 
 class UnavailableError(ReIDError):
-    """The server is starting or out of reach."""
+    """The server is starting or cannot be reached."""
 
 
 class DrainingError(UnavailableError):
@@ -277,7 +277,7 @@ class StorageFullError(ReIDError):
 
 
 class DiskWatermarkError(StorageFullError):
-    """So little room is left on the disk that writes are refused before it is full; reads and deletions go on."""
+    """The disk is nearly full: writes are rejected, reads and deletions continue."""
 
 
 class StartupError(ReIDError):
@@ -285,8 +285,8 @@ class StartupError(ReIDError):
 
 
 class CycleError(ReIDError):
-    """The cycle of a site cannot go on: a stage failed, or what it left cannot be read."""
+    """The cycle of a site cannot continue: a stage failed, or its output cannot be read."""
 
 
 class CycleBusyError(ReIDError):
-    """Another process works on that site."""
+    """Another process runs the cycle of that site."""

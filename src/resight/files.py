@@ -1,7 +1,7 @@
 """Atomic writes of files and folders, and reading of untrusted files.
 
-A reader finds the old file or folder or the new one, never half of one. An untrusted file is read only if it is
-regular, of limited size, and of the SHA-256 that was stated.
+A reader finds either the old file or folder or the new one, never an incomplete one. An untrusted file is read only if
+it is a regular file of limited size with the expected SHA-256.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def write_atomic(path: Path, data: bytes, *, mode: int | None = None) -> None:
     """Write a file under a temporary name beside it, flush it to the disk and rename it into place.
 
     Args:
-        path: where it shall stand.
+        path: the file to write or replace.
         data: its bytes.
-        mode: permission bits; None = what a plain ``open`` would give.
+        mode: permission bits; None = as from a plain ``open``.
 
     Raises:
-        OSError: the disk refused; whatever stood at ``path`` is untouched.
+        OSError: writing failed; an existing file at ``path`` is unchanged.
     """
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temp = Path(name)
@@ -47,7 +47,7 @@ def write_atomic(path: Path, data: bytes, *, mode: int | None = None) -> None:
 
 @contextmanager
 def temporary_folder(final: Path) -> Iterator[Path]:
-    """A new folder beside ``final`` to build its content in; whatever is left of it is removed at the end."""
+    """A new folder beside ``final`` to build its content in; what remains of it is removed at the end."""
     final.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:
@@ -60,12 +60,11 @@ def temporary_folder(final: Path) -> Iterator[Path]:
 def replace_folder(folder: Path, final: Path) -> None:
     """Flush every file below ``folder`` to the disk and rename it to ``final``, on the same file system.
 
-    A folder already standing at ``final`` is first moved aside and removed last, so that a crash
-    at any point leaves the old one or the new one whole (a crash between the two renames leaves the
-    old one under its hidden name ``.NAME.old``).
+    An existing folder ``final`` is first renamed and removed last, so that a crash at any point leaves either the old
+    or the new one complete (a crash between the two renames leaves the old one under its hidden name ``.NAME.old``).
 
     Raises:
-        OSError: the disk refused; the old folder is put back.
+        OSError: renaming failed; the old folder is restored.
     """
     for path in sorted(folder.rglob("*"), reverse=True):
         sync(path)
@@ -94,7 +93,7 @@ def sync(path: Path) -> None:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Every file at any depth below a folder, in no order; what is removed while the folder is read is left out.
+    """Every file at any depth below a folder, in no order; files removed meanwhile are skipped.
 
     `Path.rglob` raises FileNotFoundError when another process removes a sub-folder meanwhile.
     """
@@ -113,10 +112,10 @@ _CHUNK = 1024 * 1024
 
 
 def read_verified(path: Path, sha256: str, limit: int) -> bytes:
-    """The bytes of a file, when they are the stated ones; hashed as read, so what was checked is what is used.
+    """Read a file and verify its SHA-256; the returned bytes are the ones that were hashed.
 
     Raises:
-        BundleError: missing, a link or no regular file, over ``limit`` bytes, or altered.
+        BundleError: missing, a link, not a regular file, over ``limit`` bytes, or altered.
     """
     data = read_plain(path, limit)
     if hashlib.sha256(data).hexdigest() != sha256:
@@ -125,7 +124,7 @@ def read_verified(path: Path, sha256: str, limit: int) -> bytes:
 
 
 def check_digest(path: Path, sha256: str, limit: int) -> None:
-    """Hash a large file piece by piece.
+    """Verify the SHA-256 of a large file, read in chunks.
 
     Raises:
         BundleError: as `read_verified`.
@@ -139,17 +138,17 @@ def check_digest(path: Path, sha256: str, limit: int) -> None:
 
 
 def read_plain(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file of at most ``limit`` bytes.
+    """Read a regular file of at most ``limit`` bytes.
 
     Raises:
-        BundleError: missing, a link or no regular file, or too large.
+        BundleError: missing, a link, not a regular file, or too large.
     """
     with _open_plain(path, limit) as file:
         return file.read(limit + 1)
 
 
 def _open_plain(path: Path, limit: int) -> BinaryIO:
-    """Open a regular file of limited size; links, devices and pipes are refused, not followed."""
+    """Open a regular file of limited size; links, devices and pipes are rejected."""
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags)
@@ -165,7 +164,7 @@ def _open_plain(path: Path, limit: int) -> BinaryIO:
         os.close(descriptor)
         raise BundleError(
             f"{path.name} in {path.parent}: expected a regular file of at most {limit} bytes, found "
-            f"{stat.filemode(status.st_mode)} of {status.st_size} bytes: export the bundle anew"
+            f"{stat.filemode(status.st_mode)} of {status.st_size} bytes: export the bundle again"
         )
     return os.fdopen(descriptor, "rb")
 
@@ -173,5 +172,5 @@ def _open_plain(path: Path, limit: int) -> BinaryIO:
 def _refuse_altered(path: Path) -> NoReturn:
     raise BundleError(
         f"{path.name} in {path.parent} is not the file that was exported (its SHA-256 differs from the manifest's): "
-        "copy the bundle again or export it anew"
+        "copy the bundle again or export it again"
     )

@@ -1,21 +1,21 @@
 """Decoding, resizing and quality of crops: the only decoder and the only resize in training, export and serving.
 
-Two programs that resize differently compute different features (a different resize alone has cost 20 points of rank-1
-in this field), so nothing else may decode or resize a crop.
+Programs that resize differently compute different features (a different resize alone has cost 20 points of rank-1 in
+this field), so no other code may decode or resize a crop.
 
-A plain JPEG goes straight to libjpeg-turbo, in a third of Pillow's time; other and damaged files go to Pillow. Both run
-the same code (slow integer DCT, smooth upsampling), and their pixels are equal (tests/test_image.py).
+A plain JPEG is decoded by libjpeg-turbo, in a third of Pillow's time; other and damaged files by Pillow. Both use the
+same algorithms (slow integer DCT, smooth upsampling), and their pixels are equal (tests/test_image.py).
 
-Quality is how much a crop can show of a person, 0..1; it is no match score:
-quality = (size x sharpness x exposure) ^ 1/3, so that one factor of zero makes it zero:
+Quality, 0..1, measures how recognisable a person is in a crop; it is not a match score. It is the geometric mean of
+three factors, quality = (size x sharpness x exposure) ^ 1/3:
 
 - size: the crop's pixels over the encoder's, at most 1;
 - sharpness: v / (v + 100), v the variance of the 4-neighbour Laplacian of the fitted grey image on
-  levels of 0..255; 100 is the customary border between blurred and sharp for that variance;
+  levels of 0..255; 100 is the customary threshold between blurred and sharp;
 - exposure: the share of pixels that are neither nearly black (< 8) nor nearly white (> 247).
 
-Grey is the sum of the three channels, a whole number, so that all of it is integer arithmetic: 0.1 ms, where float32
-took 0.65 ms, more than decoding.
+Grey is the sum of the three channels, so that all arithmetic is in integers: 0.1 ms, where float32 took 0.65 ms, more
+than decoding.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from resight.arrays import Pixels
 from resight.errors import ImageError, ImageTooLargeError, ImageTooSmallError, ImageUndecodableError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_BYTES = 2 * 1024 * 1024  # a person crop is 5-50 KB; 2 MiB is what comparable servers accept
-MAX_PIXELS = 4_000_000  # Pillow itself lets an 81-megapixel JPEG (243 MB of RGB) through unwarned
+MAX_BYTES = 2 * 1024 * 1024  # a person crop has 5-50 KB; comparable servers accept 2 MiB
+MAX_PIXELS = 4_000_000  # Pillow decodes even an 81-megapixel JPEG (243 MB of RGB) without a warning
 MAX_SIDE = 4096
-MIN_SIDE = 16  # below this no person can be told from another
+MIN_SIDE = 16  # persons are not distinguishable in smaller crops
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _JPEG = b"\xff\xd8\xff"
-_TURNED = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/")  # what may hold an orientation in a JPEG: EXIF and XMP
+_ORIENTED = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/")  # marks of EXIF and XMP, which may hold an orientation
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What the encoder takes: height and width in pixels, and the resize filter.
+    """The encoder's input: height and width in pixels, and the resize filter.
 
     Raises:
         ValueError: a side outside 16..4096 or an unknown filter.
@@ -70,16 +70,16 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     on_header: Callable[[int], None] | None = None,
 ) -> Pixels:
-    """Decode one still image to RGB after its header has passed the limits.
+    """Decode one still image to RGB after checking its header against the limits.
 
-    EXIF orientation is applied, alpha is dropped, grey, palette and CMYK become RGB; animations and
-    more than 8 bits a channel are refused.
+    EXIF orientation is applied, alpha is dropped, grey, palette and CMYK are converted to RGB; animations and more than
+    8 bits per channel are rejected.
 
     Args:
         data: the file.
-        max_bytes: of it.
-        max_pixels: height times width.
-        on_header: is told the pixels to come before any is decoded; it may wait for memory.
+        max_bytes: limit on the file's size.
+        max_pixels: limit on height times width.
+        on_header: called with the number of pixels before they are decoded; may wait for memory.
 
     Returns:
         uint8 (H, W, 3), H and W in 16..4096.
@@ -95,29 +95,29 @@ def decode(
             found_bytes=len(data),
             max_bytes=max_bytes,
         )
-    told = on_header or _ignore_size
+    on_size = on_header or _ignore_size
     if (size := _plain_jpeg(data)) is not None:
         _check_size(*size, max_pixels)
-        told(size[0] * size[1])
-        with contextlib.suppress(ValueError):  # damaged, or nearly so: Pillow says which
+        on_size(size[0] * size[1])
+        with contextlib.suppress(ValueError):  # damaged, or slightly: Pillow decides
             pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
             return pixels
-        told = _ignore_size  # it has been told
+        on_size = _ignore_size  # already called
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as header:
             _check_header(header, max_pixels)
-            told(header.width * header.height)
+            on_size(header.width * header.height)
             image = ImageOps.exif_transpose(header)
             if "transparency" in image.info:
                 image = image.convert("RGBA")  # Pillow warns when palette transparency goes straight to RGB
-            return np.array(image.convert("RGB"))  # a copy: Pillow's own buffer is read-only, which torch warns of
+            return np.array(image.convert("RGB"))  # a copy: Pillow's buffer is read-only, about which torch warns
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLargeError(
             f"image claims far over {max_pixels} pixels ({error}): send the crop of one person", max_pixels=max_pixels
         ) from error
-    except Exception as error:  # on hostile bytes Pillow raises whatever its parsers meet: struct.error, KeyError, ...
+    except Exception as error:  # on invalid files Pillow raises struct.error, KeyError, ...
         kind = "empty" if not data else f"{len(data)} bytes beginning {data[:4].hex()}"
         raise ImageUndecodableError(
             f"expected a complete JPEG, PNG or WebP image, found {kind} that cannot be decoded: send the file again",
@@ -125,12 +125,12 @@ def decode(
 
 
 def _ignore_size(pixels: int) -> None:
-    """Tells nobody."""
+    """Default of ``on_header``."""
 
 
 def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG in grey or YCbCr that lies as it stands; None for anything else."""
-    if not data.startswith(_JPEG) or any(mark in data for mark in _TURNED):
+    """Width and height of a grey or YCbCr JPEG without orientation data; None for anything else."""
+    if not data.startswith(_JPEG) or any(mark in data for mark in _ORIENTED):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -140,10 +140,10 @@ def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
-    """Refuse by size before any pixel is decoded."""
+    """Check the size before any pixel is decoded."""
     if width * height > max_pixels or max(width, height) > MAX_SIDE:
         raise ImageTooLargeError(
-            f"image is {width}x{height} pixels, at most {max_pixels} in all and {MAX_SIDE} a side are accepted: "
+            f"image is {width}x{height} pixels, at most {max_pixels} in total and {MAX_SIDE} per side are accepted: "
             "send the crop of one person",
             found_pixels=width * height,
             max_pixels=max_pixels,
@@ -158,26 +158,26 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _check_header(header: Image.Image, max_pixels: int) -> None:
-    """Refuse by size and kind before any pixel is decoded."""
+    """Check size and kind before any pixel is decoded."""
     _check_size(*header.size, max_pixels)
-    # A JPEG with a second picture inside (a phone's gain map or depth map, "MPO") is a still: its first one counts.
+    # "MPO", a JPEG with a second picture (a phone's gain map or depth map), is a still image: its first is used.
     frames = 1 if header.format == "MPO" else getattr(header, "n_frames", 1)
     if frames > 1 or header.mode not in _EIGHT_BIT_MODES:
         raise ImageUndecodableError(
-            f"expected a still image of 8 bits a channel, found mode {header.mode} with {frames} frames: "
+            f"expected a still image of 8 bits per channel, found mode {header.mode} with {frames} frames: "
             "convert it to JPEG"
         )
 
 
 def fit(image: Pixels, spec: ImageSpec) -> Pixels:
-    """Resize an image to the encoder's size, aspect ratio not kept (as re-ID trains and tests).
+    """Resize an image to the encoder's size, without keeping the aspect ratio (as usual in re-ID).
 
     Args:
         image: uint8 (H, W, 3) RGB.
         spec: target size and filter.
 
     Returns:
-        uint8 (spec.height, spec.width, 3) RGB, antialiased when it shrinks.
+        uint8 (spec.height, spec.width, 3) RGB, antialiased when shrinking.
     """
     if image.shape[:2] == (spec.height, spec.width):
         return image
@@ -190,11 +190,11 @@ BLACK, WHITE = 8, 247  # 3 % of the range at each end, where cameras clip
 
 
 def quality(fitted: Pixels, size: tuple[int, int]) -> float:
-    """Judge one crop.
+    """Quality of one crop.
 
     Args:
         fitted: uint8 (H, W, 3) RGB at the encoder's size.
-        size: height and width the crop came with.
+        size: height and width of the original crop.
 
     Returns:
         0..1.
@@ -203,7 +203,7 @@ def quality(fitted: Pixels, size: tuple[int, int]) -> float:
     total += fitted[:, :, 1]
     total += fitted[:, :, 2]
     area = min(1.0, size[0] * size[1] / total.size)
-    laplacian = total[1:-1, 1:-1] * np.int16(-4)  # at most 4 x 765 either way: int16 holds it
+    laplacian = total[1:-1, 1:-1] * np.int16(-4)  # within +-4 x 765, which fits int16
     for neighbour in (total[:-2, 1:-1], total[2:, 1:-1], total[1:-1, :-2], total[1:-1, 2:]):
         laplacian += neighbour
     variance = float(laplacian.var(dtype=np.float32)) / 9  # of the grey levels themselves

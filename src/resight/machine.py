@@ -1,7 +1,6 @@
-"""How many cores this process may use, and how its threads wait.
+"""The number of cores this process may use, and OpenMP's settings.
 
-One place for the service, training and the exporters: a container's CPU quota is invisible to `os.cpu_count` and to
-OpenMP, which would start a thread for every core of the host.
+`os.cpu_count` and OpenMP ignore a container's CPU quota: they would start a thread for every core of the host.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SPIN_COUNT = 10_000
-"""Rounds that a thread of libgomp spins at a barrier before it sleeps; libgomp's own 300,000 last for milliseconds.
+"""Rounds that a thread of libgomp spins at a barrier before it sleeps; libgomp's default of 300,000 takes milliseconds.
 
 ResNet-18, forward and backward, 2 threads on 2 cores beside three busy processes: 1,280 ms a step with libgomp's own
 value, 660 ms with this one, 590 ms asleep at once (``OMP_WAIT_POLICY=PASSIVE``). On idle cores: 180-195, 181-198 and
@@ -32,14 +31,14 @@ def cores(root: Path = Path("/")) -> int:
 
 def threads() -> int:
     """Threads for one computation: ``OMP_NUM_THREADS`` where it is a positive number, otherwise `cores`."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return int(wanted) if wanted.isdecimal() and int(wanted) > 0 else cores()
+    setting = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(setting) if setting.isdecimal() and int(setting) > 0 else cores()
 
 
 def limit_threads() -> None:
     """Set OpenMP's environment for this process and its children, before any library that reads it is loaded.
 
-    What the user has set stays: ``OMP_NUM_THREADS``, ``OMP_WAIT_POLICY`` and ``GOMP_SPINCOUNT``.
+    Variables that are already set are kept: ``OMP_NUM_THREADS``, ``OMP_WAIT_POLICY`` and ``GOMP_SPINCOUNT``.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
     if "OMP_WAIT_POLICY" not in os.environ:

@@ -1,8 +1,8 @@
-"""Errors on the wire: one table names each leaf of the tree, and two functions cross over.
+"""Conversion between errors and gRPC statuses, by one table that server and client share.
 
-Every status carries ``ErrorInfo{reason, domain, metadata}`` (AIP-193), the request's field at fault
-as ``BadRequest``, and one more detail where gRPC's conventions have one: ``ResourceInfo`` for what
-is missing or exists, ``PreconditionFailure``, ``RetryInfo``. Server and client share this table.
+Every status has the details ``ErrorInfo{reason, domain, metadata}`` (AIP-193), ``BadRequest`` with the invalid field of
+the request, and one more if gRPC's conventions define it: ``ResourceInfo`` for missing or existing resources,
+``PreconditionFailure``, ``QuotaFailure``, ``RetryInfo``.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from resight import errors
 from resight.errors import OverloadedError, ReIDError, UnavailableError
 
 DOMAIN = "resight.v1"
-MAX_MESSAGE = 1024  # characters; gRPC refuses trailers over 8 KiB, and the details repeat the message
+MAX_MESSAGE = 1024  # characters; gRPC rejects trailers over 8 KiB, and the details repeat the message
 
 
 class StatusMapping(NamedTuple):
-    """How a leaf is told to the other side."""
+    """The gRPC code and the reason of an error class."""
 
     code: grpc.StatusCode
     reason: str
@@ -88,7 +88,7 @@ _ERROR_BY_REASON = {wire.reason: leaf for leaf, wire in STATUS_BY_ERROR.items()}
 _ERROR_BY_CODE: dict[int, type[ReIDError]] = {
     grpc.StatusCode.UNAVAILABLE.value[0]: errors.UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED.value[0]: errors.DeadlineError,
-    # Without our details this is the transport's own limit on calls in flight.
+    # Without our details this is gRPC's own limit on concurrent calls.
     grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]: errors.OverloadedError,
     grpc.StatusCode.INVALID_ARGUMENT.value[0]: errors.InputError,
     grpc.StatusCode.UNAUTHENTICATED.value[0]: errors.UnauthenticatedError,
@@ -97,7 +97,7 @@ _ERROR_BY_CODE: dict[int, type[ReIDError]] = {
 
 
 def reason_of(error: ReIDError) -> str:
-    """The reason an error is told with, such as ``OVERLOADED``."""
+    """The reason of an error in its status, such as ``OVERLOADED``."""
     return _mapping_of(error).reason
 
 
@@ -106,11 +106,11 @@ def _mapping_of(error: ReIDError) -> StatusMapping:
 
 
 def to_status(error: ReIDError, *, field: str = "") -> status_pb2.Status:
-    """Tell an error to the other side.
+    """Convert an error to a status.
 
     Args:
         error: any error of the tree.
-        field: where the item stands in the request (``requests[3]``); the error's own field follows it.
+        field: the item's path in the request (``requests[3]``), to which the error's own field is appended.
     """
     code, reason = _mapping_of(error)
     message = str(error)[:MAX_MESSAGE]
@@ -150,9 +150,9 @@ def _retry_after_s(error: ReIDError) -> float | None:
 
 
 def from_status(status: status_pb2.Status) -> ReIDError:
-    """Make of a status the leaf it was told from, with the server's message, field, facts and delay.
+    """Convert a status back to the error it was made from, with message, field, facts and retry delay.
 
-    A status without our ``ErrorInfo`` (gRPC's own, or a proxy's) becomes the leaf nearest to its code.
+    A status without our ``ErrorInfo`` (gRPC's own, or a proxy's) is converted by its code.
     """
     info, field, retry_after_s = details.ErrorInfo(), "", 1.0
     for packed in status.details:

@@ -1,4 +1,4 @@
-"""Bundles: written whole, read strictly, refused for any byte, name, link or version that is not as written."""
+"""Bundles: written atomically, read strictly, rejected for any altered byte, name, link or version."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GRAPH = bytes(range(256)) * 8  # the reader treats graphs as bytes; tests/export
 
 
 def embed(pixels: Pixels) -> NDArray[np.float32]:
-    """A stand-in encoder: twelve pixel values, centred, as a unit vector."""
+    """A fake encoder: twelve pixel values, centred, as a unit vector."""
     flat = pixels.reshape(len(pixels), -1)[:, :: pixels[0].size // DIM][:, :DIM].astype(np.float32) - 127.5
     return flat / np.linalg.norm(flat, axis=1, keepdims=True)
 
@@ -54,14 +54,14 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(original: Path, tmp_path: Path) -> Path:
-    """A copy to do harm to; it opens, as every moved bundle must."""
+    """A copy to modify; it opens, as every moved bundle must."""
     copy = tmp_path / "elsewhere" / "moved"
     shutil.copytree(original, copy)
     assert open_bundle(copy).manifest.name == "test-site.1"
     return copy
 
 
-def test_what_was_written_is_read(original: Path) -> None:
+def test_written_data_is_read_back(original: Path) -> None:
     bundle = open_bundle(str(original))
     manifest = bundle.manifest
     assert (manifest.name, manifest.feature_dim, manifest.image) == ("test-site.1", DIM, SPEC)
@@ -78,7 +78,7 @@ def test_what_was_written_is_read(original: Path) -> None:
     assert check_probes(probes, SPEC, embed, what="stand-in") == measure_parity(probes, embed)
 
 
-def test_a_form_that_is_not_there_is_named(original: Path) -> None:
+def test_a_missing_form_is_named(original: Path) -> None:
     with pytest.raises(BundleError, match="no fp16 tensorrt graph, only fp32 onnx, int8 onnx"):
         open_bundle(original).artefact("fp16", "tensorrt")
 
@@ -90,11 +90,11 @@ def test_files_are_readable_by_the_service_user(original: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "model.onnx", "model.int8.onnx", "probes.npz"])
-def test_any_flipped_byte_is_refused_and_the_file_named(folder: Path, file: str) -> None:
+def test_any_flipped_byte_is_rejected_and_the_file_named(folder: Path, file: str) -> None:
     path = folder / file
     whole = path.read_bytes()
     for place in np.linspace(0, len(whole) - 1, 25).astype(int):
-        for flip in (0x01, 0xFF):  # another letter, and no UTF-8
+        for flip in (0x01, 0xFF):  # another letter, and invalid UTF-8
             damaged = bytearray(whole)
             damaged[place] ^= flip
             path.write_bytes(damaged)
@@ -106,7 +106,7 @@ def test_any_flipped_byte_is_refused_and_the_file_named(folder: Path, file: str)
 
 @pytest.mark.parametrize("file", ["manifest.json", "model.onnx", "model.int8.onnx", "probes.npz"])
 @pytest.mark.parametrize("harm", ["missing", "truncated", "longer", "empty", "symlink", "folder", "pipe"])
-def test_a_file_that_is_not_as_written_is_refused(folder: Path, tmp_path: Path, file: str, harm: str) -> None:
+def test_an_altered_file_is_rejected(folder: Path, tmp_path: Path, file: str, harm: str) -> None:
     path = folder / file
     whole = path.read_bytes()
     path.unlink()
@@ -116,7 +116,7 @@ def test_a_file_that_is_not_as_written_is_refused(folder: Path, tmp_path: Path, 
         path.write_bytes(whole + b"\n")
     elif harm == "empty":
         path.write_bytes(b"")
-    elif harm == "symlink":  # to the very same bytes: still refused
+    elif harm == "symlink":  # to the same bytes: still rejected
         (tmp_path / "aside").write_bytes(whole)
         path.symlink_to(tmp_path / "aside")
     elif harm == "folder":
@@ -127,14 +127,14 @@ def test_a_file_that_is_not_as_written_is_refused(folder: Path, tmp_path: Path, 
         open_bundle(folder)
 
 
-def test_an_extra_file_is_refused(folder: Path) -> None:
+def test_an_extra_file_is_rejected(folder: Path) -> None:
     (folder / "weights.pkl").write_bytes(b"")
     with pytest.raises(BundleError, match=r"'weights\.pkl' in .* is not in the manifest"):
         open_bundle(folder)
 
 
 @pytest.mark.parametrize("kind", ["nothing", "file", "empty folder"])
-def test_what_is_no_bundle_is_refused(tmp_path: Path, kind: str) -> None:
+def test_other_folders_are_rejected(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "bundle"
     if kind == "file":
         path.write_text("")
@@ -150,7 +150,7 @@ def test_a_manifest_of_many_megabytes_is_not_read(folder: Path) -> None:
         open_bundle(folder)
 
 
-def test_probes_of_another_size_are_refused(folder: Path) -> None:
+def test_probes_of_another_size_are_rejected(folder: Path) -> None:
     other = to_npz(make_probes(ImageSpec(64, 32), embed, count=2))
     entry = FileEntry("probes.npz", sha256(other).hexdigest())
     manifest = dataclasses.replace(open_bundle(folder).manifest, probes=entry)
@@ -160,14 +160,14 @@ def test_probes_of_another_size_are_refused(folder: Path) -> None:
         open_bundle(folder).probes()
 
 
-def test_reading_checks_again(folder: Path) -> None:
+def test_reading_verifies_the_digest_again(folder: Path) -> None:
     bundle = open_bundle(folder)
     (folder / "model.onnx").write_bytes(GRAPH[::-1])
     with pytest.raises(BundleError, match=r"model\.onnx .* SHA-256"):
         bundle.read()
 
 
-def test_writing_never_overwrites_unasked(tmp_path: Path) -> None:
+def test_writing_does_not_overwrite_without_replace(tmp_path: Path) -> None:
     path = tmp_path / "bundle"
     first = write(path)
     with pytest.raises(AlreadyExistsError, match=r"found .*bundle"):
@@ -178,7 +178,7 @@ def test_writing_never_overwrites_unasked(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_replace_gives_way_to_bundles_only(tmp_path: Path) -> None:
+def test_only_bundles_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("kept")
     with pytest.raises(AlreadyExistsError):
         write(tmp_path, replace=True)
@@ -200,13 +200,13 @@ def test_replace_gives_way_to_bundles_only(tmp_path: Path) -> None:
         ({"image": ImageSpec(64, 32)}, "height, width"),
     ],
 )
-def test_nothing_is_left_of_a_bundle_that_cannot_be(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
     with pytest.raises(BundleError, match=what):
         write(tmp_path / "bundle", **changes)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_space_is_named_by_what_decides_the_vectors() -> None:
+def test_the_space_id_depends_on_weights_image_and_dimension() -> None:
     ids = {
         space_id(GRAPH, SPEC, DIM),
         space_id(GRAPH[1:], SPEC, DIM),

@@ -1,4 +1,4 @@
-"""Graphs: what our exporters write passes, everything else is refused by name, and onnxruntime never sees it."""
+"""The graph check: exported graphs pass, everything else is rejected before onnxruntime loads it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CONFIGS = {
 def refused(data: bytes, message: str, *, feature_dim: int | None = DIM) -> None:
     with pytest.raises(BundleError, match=message) as caught:
         check_graph(data, SPEC, feature_dim, what="model.onnx")
-    assert str(caught.value).startswith("model.onnx was refused before anything ran it: expected ")
+    assert str(caught.value).startswith("model.onnx was rejected before it was run: expected ")
     assert str(caught.value).endswith("take bundles only from those you trust")
 
 
@@ -52,7 +52,7 @@ def node(of: ModelProto, operator: str) -> NodeProto:
 
 
 def insert(of: ModelProto, operator: str, *inputs: str, after: str = "Transpose", copies: int = 1, **more: Any) -> None:
-    """Put nodes behind the first node of an operator, each taking what the one before it made (``*``)."""
+    """Insert nodes behind the first node of an operator, each reading the previous output (``*``)."""
     nodes = list(of.graph.node)
     place = next(i for i, entry in enumerate(nodes) if entry.op_type == after)
     name, made = nodes[place].output[0], []
@@ -68,7 +68,7 @@ def weights(of: ModelProto, name: str, values: NDArray[Any]) -> None:
     of.graph.initializer.append(numpy_helper.from_array(values, name))
 
 
-def test_a_small_graph_passes_and_its_length_is_checked_where_known() -> None:
+def test_a_small_graph_passes_and_its_feature_length_is_checked() -> None:
     check_graph(graph(0), SPEC, DIM)
     check_graph(graph(0), SPEC, None)
     refused(graph(0), rf"features as FLOAT \(N, {DIM + 1}\), found .*FLOAT .*{DIM}\)", feature_dim=DIM + 1)
@@ -110,7 +110,7 @@ def test_what_our_exporters_write_passes(forms: dict[str, bytes], form: str) -> 
 
 
 @pytest.mark.slow
-def test_no_operator_is_allowed_that_no_graph_of_ours_needs() -> None:
+def test_only_operators_that_our_graphs_need_are_allowed() -> None:
     found = {entry.op_type for entry in model().graph.node}
     for name in CONFIGS:
         for data in (exported(name), quantized(name)):
@@ -226,7 +226,7 @@ FOREIGN: dict[str, tuple[Callable[[ModelProto], None], str]] = {
 
 
 @pytest.mark.parametrize("harm", FOREIGN)
-def test_what_our_graphs_do_not_carry_is_refused(harm: str) -> None:
+def test_fields_that_our_graphs_do_not_have_are_rejected(harm: str) -> None:
     change, message = FOREIGN[harm]
     found = model()
     change(found)
@@ -323,10 +323,10 @@ ODD: dict[str, tuple[Callable[[ModelProto], None], str]] = {
 
 
 @pytest.mark.parametrize("harm", ODD)
-def test_a_graph_that_is_odd_is_refused(harm: str) -> None:
+def test_invalid_graphs_are_rejected(harm: str) -> None:
     change, message = ODD[harm]
     found = model()
-    insert(found, "Relu")  # a place for odd attributes
+    insert(found, "Relu")  # an attribute to modify
     change(found)
     refused(found.SerializeToString(), message, feature_dim=None)
 
@@ -336,24 +336,24 @@ def doubling(of: ModelProto) -> None:
 
 
 def wide_weights(of: ModelProto) -> None:
-    """32 KB of weights that make 64 million elements."""
+    """32 KB of weights that are expanded to 64 million elements."""
     weights(of, "row", np.ones((1, 8000), np.float32))
     of.graph.node.insert(0, helper.make_node("Transpose", ["row"], ["column"], perm=[1, 0]))
     of.graph.node.insert(1, helper.make_node("Mul", ["row", "column"], ["square"]))
 
 
 def many_values(of: ModelProto) -> None:
-    insert(of, "Concat", *["*"] * 20, axis=1)  # 60 elements a pixel, 200 times
+    insert(of, "Concat", *["*"] * 20, axis=1)  # 60 elements per pixel, 200 times
     insert(of, "Relu", after="Concat", copies=200)
 
 
 def much_work(of: ModelProto) -> None:
-    """Few bytes, no large tensor, and as many comparisons as eight ResNet-50."""
+    """Few bytes, no large tensor, but as many comparisons as eight ResNet-50."""
     insert(of, "MaxPool", kernel_shape=[63, 31], pads=[31, 15, 31, 15], copies=400)
 
 
 def free_length(of: ModelProto) -> None:
-    """A slice whose end is computed: nothing is known of its length."""
+    """A slice whose end is computed, so its length is unknown."""
     of.graph.node.insert(1, helper.make_node("ReduceL2", ["f"], ["all"], keepdims=0))
     of.graph.node.insert(2, helper.make_node("Cast", ["all"], ["ends"], to=TensorProto.INT64))
     weights(of, "zero", np.zeros(1, np.int64))
@@ -381,7 +381,7 @@ LARGE: dict[str, tuple[Callable[[ModelProto], None], str]] = {
 
 
 @pytest.mark.parametrize("harm", LARGE)
-def test_a_graph_out_of_proportion_is_refused(harm: str) -> None:
+def test_a_graph_that_is_too_costly_is_rejected(harm: str) -> None:
     change, message = LARGE[harm]
     found = model()
     change(found)
@@ -412,9 +412,9 @@ def field(number: int, content: bytes) -> bytes:
         (field(7, field(1, bytes(MAX_STRUCTURE_BYTES))), "bytes beside the weights"),
         (field(7, field(5, field(9, bytes(2000)) * 2)), "one field 9"),
         (field(7, b"\x28\x01"), "one field 5"),
-        (bytes([7 << 3 | 2]) + b"\xff" * 10, "no protobuf"),
-        (b"\x0b" * 9, "no protobuf"),
-        (b"\x0a\xff\xff\xff\xff\x07", "cut short"),
+        (bytes([7 << 3 | 2]) + b"\xff" * 10, "truncated or invalid"),
+        (b"\x0b" * 9, "invalid protobuf"),
+        (b"\x0a\xff\xff\xff\xff\x07", "truncated"),
         (bytes(MAX_GRAPH_BYTES + 1), f"1 to {MAX_GRAPH_BYTES} bytes"),
     ],
     ids=[
@@ -422,17 +422,17 @@ def field(number: int, content: bytes) -> bytes:
         "long node", "raw data twice", "weights that are a number", "endless number", "groups", "length beyond", "huge",
     ],
 )  # fmt: skip
-def test_bytes_that_are_no_graph_are_refused(data: bytes, message: str) -> None:
+def test_bytes_that_are_not_a_graph_are_rejected(data: bytes, message: str) -> None:
     refused(data, message)
 
 
-def test_a_graph_cut_anywhere_is_refused() -> None:
+def test_a_truncated_graph_is_rejected() -> None:
     whole = graph(0)
     for end in [*range(0, len(whole), 97), *range(len(whole) - 40, len(whole))]:
         refused(whole[:end], "expected")
 
 
-def test_any_bit_altered_beside_the_weights_is_refused_or_harmless() -> None:
+def test_any_altered_bit_outside_the_weights_is_rejected_or_harmless() -> None:
     whole = graph(0)
     begin = whole.index(weights_of(0).tobytes())
     structure = [*range(begin), *range(begin + weights_of(0).nbytes, len(whole))]
@@ -443,7 +443,7 @@ def test_any_bit_altered_beside_the_weights_is_refused_or_harmless() -> None:
         try:
             check_graph(bytes(damaged), SPEC, DIM)
         except BundleError as error:
-            assert "refused before anything ran it" in str(error)
+            assert "rejected before it was run" in str(error)
             continue
         found = onnx.load_from_string(bytes(damaged))
         assert {entry.op_type for entry in found.graph.node} <= OPERATORS
@@ -464,7 +464,7 @@ def test_weights_are_counted_not_copied() -> None:
         tracemalloc.stop()
 
 
-def test_onnxruntime_is_not_needed_to_refuse(tmp_path: Path) -> None:
+def test_the_check_does_not_need_onnxruntime(tmp_path: Path) -> None:
     hostile = model()
     external(hostile)
     (tmp_path / "good.onnx").write_bytes(graph(0))

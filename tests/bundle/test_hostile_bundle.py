@@ -1,4 +1,4 @@
-"""Hostile bundles, through the functions a service opens them with: refused, by file, before anything runs."""
+"""Hostile bundles, opened like in the service: rejected by file name before anything is run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (5, SPEC.height, SPEC.width, 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One small real graph in every form a bundle may hold, each of other bytes."""
+    """One small real graph in every form of a bundle, each with different bytes."""
     return write_bundle(
         tmp_path_factory.mktemp("hostile") / "original",
         name="forms",
@@ -59,7 +59,7 @@ def folder(original: Path, tmp_path: Path) -> Path:
 
 
 def spell(body: dict[str, Any]) -> bytes:
-    """A manifest's spelling, with the digest of its own body: what anybody can write who read the documentation."""
+    """A manifest with the digest of its own body, as anyone can write it from the documentation."""
 
     def plain(value: dict[str, Any]) -> bytes:
         return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
@@ -82,15 +82,15 @@ def refused(folder: Path, message: str) -> None:
         open_bundle(folder)
 
 
-def test_every_form_is_there_and_opens(folder: Path) -> None:
+def test_every_form_exists_and_opens(folder: Path) -> None:
     bundle = open_bundle(folder)
     assert len({bundle.read(*form) for form in FORMS}) == len(FORMS) == len(names(folder)) - 2
 
 
 @pytest.mark.parametrize("name", ["../model.onnx", "..", ".", "", "/etc/passwd", "sub/model.onnx", "model.onnx\0.txt", "..\\model.onnx", "c:model.onnx", "c:\\model.onnx", "\\\\host\\share", "model.onnx\n", "%2e%2e%2fmodel.onnx", "~", "con:", "MODEL.ONNX", "mödel.onnx", "a" * 64])  # fmt: skip  # noqa: E501
 @pytest.mark.parametrize("of", ["artefacts", "probes"])
-def test_a_name_that_leaves_the_folder_is_refused(folder: Path, name: str, of: str) -> None:
-    """The very bytes lie there, hash and all: only the name is wrong."""
+def test_a_name_outside_the_folder_is_rejected(folder: Path, name: str, of: str) -> None:
+    """Same bytes and hash, only the name is wrong."""
     body = json.loads((folder / MANIFEST_FILE).read_bytes())
     entry = body[of][0] if of == "artefacts" else body[of]
     source = folder / entry["file"]
@@ -102,12 +102,12 @@ def test_a_name_that_leaves_the_folder_is_refused(folder: Path, name: str, of: s
     refused(folder, r"manifest\.json: file: expected 1-63 of a-z 0-9")
 
 
-def test_each_file_that_is_a_link_is_refused_wherever_it_leads(folder: Path) -> None:
+def test_a_file_that_is_a_link_is_rejected(folder: Path) -> None:
     for name in names(folder):
         whole = (folder / name).read_bytes()
         aside = folder.parent / "aside"
         aside.write_bytes(whole)
-        for target in (aside, Path("../aside"), folder.parent / "nothing", Path(name)):  # the last leads to itself
+        for target in (aside, Path("../aside"), folder.parent / "nothing", Path(name)):  # the last one points to itself
             (folder / name).unlink()
             (folder / name).symlink_to(target)
             refused(folder, rf"{name} in .* is a symbolic link")
@@ -116,8 +116,8 @@ def test_each_file_that_is_a_link_is_refused_wherever_it_leads(folder: Path) -> 
     open_bundle(folder)
 
 
-def test_a_folder_in_place_of_a_file_is_not_entered(folder: Path) -> None:
-    """Neither a real one nor a link to one that holds the very file."""
+def test_a_folder_in_place_of_a_file_is_rejected(folder: Path) -> None:
+    """Neither a real folder nor a link to one that contains the file."""
     elsewhere = folder.parent / "elsewhere"
     shutil.copytree(folder, elsewhere)
     (folder / "model.onnx").unlink()
@@ -125,8 +125,8 @@ def test_a_folder_in_place_of_a_file_is_not_entered(folder: Path) -> None:
     refused(folder, r"model\.onnx in .* is a symbolic link")
 
 
-def test_a_bundle_reached_by_a_link_is_judged_by_what_it_leads_to(folder: Path) -> None:
-    """An operator may say `current -> 2026-01-02`; inside the bundle nothing may be a link."""
+def test_a_link_to_a_bundle_is_followed_and_its_target_verified(folder: Path) -> None:
+    """The bundle folder may be a link (`current -> 2026-01-02`); inside it links are rejected."""
     current = folder.parent / "current"
     current.symlink_to(folder, target_is_directory=True)
     assert open_bundle(current).read() == open_bundle(folder).read()
@@ -135,7 +135,7 @@ def test_a_bundle_reached_by_a_link_is_judged_by_what_it_leads_to(folder: Path) 
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
-def test_what_is_no_file_neither_blocks_nor_opens(folder: Path, kind: str) -> None:
+def test_special_files_are_rejected_without_blocking(folder: Path, kind: str) -> None:
     for name in names(folder):
         whole = (folder / name).read_bytes()
         (folder / name).unlink()
@@ -162,8 +162,8 @@ def make_device(path: Path) -> bool:
     return True
 
 
-def test_two_files_exchanged_are_refused(folder: Path) -> None:
-    """Both are of the bundle, both are whole: each one is named where it should not be."""
+def test_exchanged_files_are_rejected(folder: Path) -> None:
+    """Both files belong to the bundle and are intact, but exchanged in the manifest."""
     files = [name for name in names(folder) if name != MANIFEST_FILE]
     for one in files:
         for other in files:
@@ -180,8 +180,8 @@ def exchange(one: Path, other: Path) -> None:
     other.write_bytes(first)
 
 
-def test_one_form_under_another_forms_name_is_refused_by_what_it_says(folder: Path) -> None:
-    """With the hashes put right nothing but the forms' names disagree; which one runs is still the manifest's word."""
+def test_a_form_under_another_forms_name_fails_the_probes(folder: Path) -> None:
+    """With corrected hashes only the names of the forms disagree; the manifest decides which one is run."""
     body = json.loads((folder / MANIFEST_FILE).read_bytes())
     first, second = body["artefacts"][:2]
     first["file"], second["file"] = second["file"], first["file"]
@@ -190,7 +190,7 @@ def test_one_form_under_another_forms_name_is_refused_by_what_it_says(folder: Pa
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, -1])
-def test_each_truncated_file_is_refused(folder: Path, size: int) -> None:
+def test_each_truncated_file_is_rejected(folder: Path, size: int) -> None:
     for name in names(folder):
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[:size])
@@ -198,7 +198,7 @@ def test_each_truncated_file_is_refused(folder: Path, size: int) -> None:
         (folder / name).write_bytes(whole)
 
 
-def test_any_byte_flipped_in_any_file_is_refused_by_name(folder: Path) -> None:
+def test_any_flipped_byte_in_any_file_is_rejected_by_name(folder: Path) -> None:
     rng = np.random.default_rng(5)
     for name in names(folder):
         whole = (folder / name).read_bytes()
@@ -213,24 +213,24 @@ def test_any_byte_flipped_in_any_file_is_refused_by_name(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("version", [0, 1, SCHEMA_VERSION + 1, 10**6, -1, "2", None, [2]])
-def test_another_schema_is_refused_with_what_to_do(folder: Path, version: object) -> None:
+def test_another_schema_is_rejected_with_advice(folder: Path, version: object) -> None:
     rewrite(folder, schema_version=version)
     refused(folder, rf"manifest\.json has schema_version .*this program reads {SCHEMA_VERSION}: use the resight")
 
 
-def test_a_schema_that_is_no_whole_number_is_refused(folder: Path) -> None:
+def test_a_schema_version_that_is_not_an_integer_is_rejected(folder: Path) -> None:
     rewrite(folder, schema_version=float(SCHEMA_VERSION))
     refused(folder, r"manifest\.json: .*schema_version: expected int")
 
 
-def test_a_manifest_of_the_first_schema_is_told_apart_from_damage(folder: Path) -> None:
-    """As this program's first release wrote it: no calibration, no signer."""
+def test_a_manifest_of_the_first_schema_is_not_reported_as_damage(folder: Path) -> None:
+    """In the format of the first release: no calibration, no signer."""
     body = json.loads((folder / MANIFEST_FILE).read_bytes()) | {"schema_version": 1}
     (folder / MANIFEST_FILE).write_bytes(spell({k: v for k, v in body.items() if k not in ("calibration", "signer")}))
     refused(folder, r"has schema_version 1, .*export the checkpoint with this one")
 
 
-HUGE = "1" + "0" * 5000  # more digits than Python turns into a number
+HUGE = "1" + "0" * 5000  # more digits than Python parses
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ HUGE = "1" + "0" * 5000  # more digits than Python turns into a number
         "one line", "no last line end either",
     ],
 )  # fmt: skip
-def test_a_manifest_not_spelled_as_ours_is_refused(folder: Path, change: Any) -> None:
+def test_a_manifest_that_is_not_canonical_is_rejected(folder: Path, change: Any) -> None:
     text = (folder / MANIFEST_FILE).read_text()
     changed = change(text)
     assert changed != text
@@ -269,7 +269,7 @@ def test_a_manifest_not_spelled_as_ours_is_refused(folder: Path, change: Any) ->
 
 
 @pytest.mark.parametrize("depth", [50, 200, 300, 450, 600])
-def test_deep_manifests_of_the_right_hash_open_or_are_refused(folder: Path, depth: int) -> None:
+def test_deeply_nested_manifests_open_or_are_rejected(folder: Path, depth: int) -> None:
     value: Any = 1
     for _ in range(depth):
         value = [value]
@@ -298,8 +298,8 @@ def test_a_file_exchanged_after_opening_is_not_used(folder: Path) -> None:
         bundle.probes()
 
 
-def test_reading_while_somebody_exchanges_the_file_gives_the_right_bytes_or_none(folder: Path) -> None:
-    """Hash and content are of one reading: there is no moment between check and use."""
+def test_reading_during_an_exchange_gives_the_right_bytes_or_an_error(folder: Path) -> None:
+    """Hash and content come from one read: there is no race between check and use."""
     bundle, good = open_bundle(folder), renamed("fp32 onnx")
     stop = threading.Event()
 
@@ -348,13 +348,13 @@ def hostile_external(model: ModelProto) -> None:
 
 
 def hostile_operator(model: ModelProto) -> None:
-    """Onnxruntime would run it, and it changes nothing."""
+    """Onnxruntime would run it with the same result."""
     model.graph.node[-1].output[0] = "almost"
     model.graph.node.append(helper.make_node("Identity", ["almost"], ["features"]))
 
 
 def hostile_size(model: ModelProto) -> None:
-    """Half a terabyte for a batch of 32, of which the answer needs nothing: it would still be loaded, and planned."""
+    """Half a terabyte for a batch of 32 that the output does not need: it would still be loaded and planned."""
     nodes = [helper.make_node("Concat", [f"x{i}" if i else "t"] * 2, [f"x{i + 1}"], axis=1) for i in range(20)]
     model.graph.node.extend(nodes)
 
@@ -363,27 +363,25 @@ def hostile_size(model: ModelProto) -> None:
     ("harm", "message"),
     [(hostile_external, "external_data"), (hostile_operator, ":Identity"), (hostile_size, "elements of 'x")],
 )
-def test_a_hostile_graph_in_a_bundle_that_is_in_order_does_not_reach_onnxruntime(
-    tmp_path: Path, harm: Any, message: str
-) -> None:
-    """Every hash is right, since whoever made the bundle made the manifest."""
+def test_a_hostile_graph_in_a_valid_bundle_does_not_reach_onnxruntime(tmp_path: Path, harm: Any, message: str) -> None:
+    """Every hash matches, since the attacker wrote the manifest."""
     bundle = make_bundle(tmp_path / "bundle")
     model = onnx.load_from_string(bundle.read())
     harm(model)
-    with pytest.raises(BundleError, match=rf"model\.onnx was refused before anything ran it: .*{message}"):
+    with pytest.raises(BundleError, match=rf"model\.onnx was rejected before it was run: .*{message}"):
         open_runtime(with_graph(bundle, model.SerializeToString()))
 
 
 def with_graph(bundle: Bundle, data: bytes) -> Bundle:
-    """The bundle with another graph and a manifest that knows it."""
+    """The bundle with another graph and a matching manifest."""
     entry = dataclasses.replace(bundle.find(), sha256=hashlib.sha256(data).hexdigest())
     (bundle.path / entry.file).write_bytes(data)
     (bundle.path / MANIFEST_FILE).write_bytes(to_json(dataclasses.replace(bundle.manifest, artefacts=(entry,))))
     return open_bundle(bundle.path)
 
 
-def test_a_graph_that_loads_but_does_not_run_is_refused(tmp_path: Path) -> None:
-    """Shape inference does not compare the channels of a convolution; its first run does."""
+def test_a_graph_that_loads_but_does_not_run_is_rejected(tmp_path: Path) -> None:
+    """Shape inference does not compare the channels of a convolution; only its first run does."""
     bundle = make_bundle(tmp_path / "bundle")
     model = onnx.load_from_string(bundle.read())
     model.graph.initializer.append(numpy_helper.from_array(np.ones((3, 5, 1, 1), np.float32), "odd"))
@@ -391,6 +389,6 @@ def test_a_graph_that_loads_but_does_not_run_is_refused(tmp_path: Path) -> None:
     model.graph.node[place].output[0] = "before"
     model.graph.node.insert(place + 1, helper.make_node("Conv", ["before", "odd"], ["t"]))
     with pytest.raises(
-        BundleError, match=r"(model\.onnx.*does not run|cannot load model\.onnx).*export the bundle anew"
+        BundleError, match=r"(model\.onnx.*does not run|cannot load model\.onnx).*export the bundle again"
     ):
         open_runtime(with_graph(bundle, model.SerializeToString()))

@@ -1,4 +1,4 @@
-"""Manifests: read as written, refused for any key, type, name or number that is not."""
+"""Manifests: read as written, rejected for any other key, type, name or number."""
 
 from __future__ import annotations
 
@@ -33,32 +33,32 @@ MANIFEST = Manifest(
 
 
 def spell(body: dict[str, Any]) -> bytes:
-    """The canonical spelling, written down a second time."""
+    """An independent implementation of canonical JSON."""
     return (json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def altered(**changes: Any) -> bytes:
-    """The manifest changed by somebody who knows how to sign it; a key set to ``...`` is left out."""
+    """A changed manifest with a valid digest; a key set to ``...`` is removed."""
     body = json.loads(to_json(MANIFEST)) | changes
     body = {key: value for key, value in body.items() if value is not ... and key != "manifest_sha256"}
     return spell(body | {"manifest_sha256": sha256(spell(body)).hexdigest()})
 
 
-def test_what_was_written_is_read() -> None:
+def test_written_data_is_read_back() -> None:
     assert from_json(to_json(MANIFEST)) == MANIFEST
     assert altered() == to_json(MANIFEST)
 
 
-def test_every_single_byte_matters() -> None:
+def test_every_altered_byte_is_detected() -> None:
     whole = to_json(MANIFEST)
     for place in range(len(whole)):
         damaged = bytearray(whole)
-        damaged[place] ^= 0x01  # most of them leave valid JSON: another letter, another digit, a tab for a blank
+        damaged[place] ^= 0x01  # most are still valid JSON: another letter, another digit, a tab for a space
         with pytest.raises(BundleError, match=r"manifest\.json was altered"):
             from_json(bytes(damaged))
 
 
-def test_a_newer_schema_says_so() -> None:
+def test_a_newer_schema_is_reported() -> None:
     with pytest.raises(BundleError, match="schema_version 3, this program reads 2"):
         from_json(altered(schema_version=3, a_new_key=1))
 
@@ -106,7 +106,7 @@ GOOD = ENTRY | {"max_abs_diff": 0.0, "min_cosine": 1.0}
         ({"created": None}, "created"),
     ],
 )
-def test_a_manifest_out_of_its_bounds_is_refused(changes: dict[str, Any], what: str) -> None:
+def test_values_out_of_range_are_rejected(changes: dict[str, Any], what: str) -> None:
     with pytest.raises(BundleError, match=what):
         from_json(altered(**changes))
 
@@ -116,13 +116,13 @@ def test_a_manifest_out_of_its_bounds_is_refused(changes: dict[str, Any], what: 
     [b"", b"null", b"[]", b"{", b"{}\n", b"\xff\xfe", b"[" * 100_000, b'{\n  "a": NaN\n}\n', b'{\n  "a": 1e999\n}\n'],
     ids=["empty", "null", "list", "half", "nothing inside", "not UTF-8", "deep", "NaN", "infinite"],
 )
-def test_a_manifest_that_is_no_manifest_is_refused(text: bytes) -> None:
+def test_other_json_is_rejected(text: bytes) -> None:
     with pytest.raises(BundleError, match=r"manifest\.json was altered or damaged"):
         from_json(text)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), Path("x"), {1: 2, "a": 3}], ids=repr)
-def test_what_json_cannot_say_is_not_written(value: Any) -> None:
+def test_values_that_json_cannot_represent_are_not_written(value: Any) -> None:
     with pytest.raises(BundleError, match="plain JSON"):
         to_json(dataclasses.replace(MANIFEST, training={"value": value}))
 

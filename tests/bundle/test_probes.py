@@ -1,4 +1,4 @@
-"""Probes: drawn by code, packed without objects, and able to tell a machine that sees differently."""
+"""Probes: drawn by code, packed without objects, and sensitive to differences between machines."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ DIM = 12
 
 
 def embed(pixels: Pixels) -> NDArray[np.float32]:
-    """A stand-in encoder: twelve pixel values, centred, as a unit vector."""
+    """A fake encoder: twelve pixel values, centred, as a unit vector."""
     flat = pixels.reshape(len(pixels), -1)[:, :: pixels[0].size // DIM][:, :DIM].astype(np.float32) - 127.5
     return flat / np.linalg.norm(flat, axis=1, keepdims=True)
 
 
-def test_what_was_packed_is_unpacked() -> None:
+def test_packed_probes_are_unpacked() -> None:
     probes = make_probes(SPEC, embed, count=5)
     again = from_npz(to_npz(probes))
     assert again.jpegs == probes.jpegs == draw_jpegs(count=5)
@@ -41,7 +41,7 @@ def test_what_was_packed_is_unpacked() -> None:
     assert to_npz(again) == to_npz(probes)
 
 
-def test_the_machine_that_made_them_passes() -> None:
+def test_the_exporting_machine_passes() -> None:
     probes = make_probes(SPEC, embed)
     parity = check_probes(probes, SPEC, embed, what="stand-in")
     assert parity == measure_parity(probes, embed)
@@ -80,7 +80,7 @@ BAD_PROBES = {
 
 
 @pytest.mark.parametrize("kind", BAD_PROBES)
-def test_bad_probes_are_refused(kind: str) -> None:
+def test_invalid_probes_are_rejected(kind: str) -> None:
     with pytest.raises(BundleError, match=r"probes\.npz"):
         from_npz(BAD_PROBES[kind]())
 
@@ -89,7 +89,7 @@ def test_probes_catch_a_runtime_that_differs() -> None:
     probes = make_probes(SPEC, embed, count=8)
     wrong = {
         "min cosine": lambda pixels: embed(255 - pixels),
-        "other features": lambda pixels: embed(pixels) * np.float32(0.5),  # forgot to normalise
+        "other features": lambda pixels: embed(pixels) * np.float32(0.5),  # does not normalise
         "at batch size 7": lambda pixels: embed(pixels)[:1],  # ignores all but the first of a batch
         "expected finite": lambda pixels: embed(pixels) * np.float32(np.nan),
     }
@@ -102,12 +102,12 @@ def test_probes_catch_another_resize() -> None:
     probes = make_probes(SPEC, embed, count=5)
     other = np.stack([fit(decode(jpeg), ImageSpec(32, 16, "bilinear")) for jpeg in probes.jpegs])
     swapped = Probes(probes.jpegs, other, embed(other))
-    with pytest.raises(BundleError, match="becomes other pixels here"):
+    with pytest.raises(BundleError, match="is decoded to other pixels here"):
         check_probes(swapped, SPEC, embed, what="model.onnx")
 
 
 def test_probes_exercise_the_resize_both_ways() -> None:
-    """At the standard size every filter difference must show, or the check above means nothing."""
+    """At the standard size every filter difference must be visible, so that the check above is meaningful."""
     sizes = {decode(jpeg).shape[:2] for jpeg in draw_jpegs()}
     assert any(height < 256 and width < 128 for height, width in sizes)
     assert any(height > 256 and width > 128 for height, width in sizes)

@@ -1,4 +1,4 @@
-"""Signatures: minisign and we accept each other's, and nobody accepts one with a byte changed."""
+"""Signatures: interchangeable with minisign's, and rejected if any byte is changed."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> PrivateKey:
     return loaded
 
 
-def test_what_was_signed_is_verified_with_its_comment(key: PrivateKey) -> None:
+def test_a_signature_is_verified_with_its_comment(key: PrivateKey) -> None:
     for comment in (COMMENT, "", "Zoë", "x" * MAX_COMMENT):
         assert verify(DATA, sign(DATA, key, comment), key.public) == comment
     assert verify(b"", sign(b"", key, COMMENT), key.public) == COMMENT
-    assert sign(DATA, key, COMMENT) == sign(DATA, key, COMMENT)  # Ed25519 draws no numbers
+    assert sign(DATA, key, COMMENT) == sign(DATA, key, COMMENT)  # Ed25519 is deterministic
 
 
 def test_the_file_is_minisigns_format(key: PrivateKey) -> None:
-    """Taken apart by hand, as https://jedisct1.github.io/minisign/ says."""
+    """Parsed by the specification https://jedisct1.github.io/minisign/."""
     untrusted, signature, trusted, whole, end = sign(DATA, key, COMMENT).split(b"\n")
     assert (untrusted, end) == (b"untrusted comment: signature of a resight bundle", b"")
     assert trusted == b"trusted comment: " + COMMENT.encode()
@@ -82,7 +82,7 @@ def test_signatures_of_minisign_are_accepted_prehashed_and_legacy() -> None:
 
 
 @pytest.mark.parametrize("whose", ["ours", "prehashed", "legacy"])
-def test_every_changed_byte_of_a_signature_is_refused(key: PrivateKey, whose: str) -> None:
+def test_every_changed_byte_of_a_signature_is_rejected(key: PrivateKey, whose: str) -> None:
     public = key.public if whose == "ours" else THEIR_PUBLIC
     whole = {"ours": sign(DATA, key, COMMENT), "prehashed": THEIR_PREHASHED, "legacy": THEIR_LEGACY}[whose]
     verify(DATA, whole, public)
@@ -92,12 +92,12 @@ def test_every_changed_byte_of_a_signature_is_refused(key: PrivateKey, whose: st
             harms.append(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
         harms += [whole[:place] + whole[place + 1 :], whole[:place] + b"=" + whole[place:], whole[:place]]
     for harm in harms:
-        with pytest.raises(BundleError, match=r"^manifest\.json\.minisig is refused: .*: copy the bundle again"):
+        with pytest.raises(BundleError, match=r"^manifest\.json\.minisig is rejected: .*: copy the bundle again"):
             verify(DATA, harm, public)
 
 
-def test_base64_has_one_spelling(key: PrivateKey) -> None:
-    """The last letter before `=` holds bits that decode to nothing: all its spellings but one are refused."""
+def test_only_canonical_base64_is_accepted(key: PrivateKey) -> None:
+    """The last letter before `=` has unused bits: only its canonical value is accepted."""
     lines = sign(DATA, key, COMMENT).split(b"\n")
     assert lines[1].endswith(b"=") and lines[3].endswith(b"==")
     letters = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
@@ -116,7 +116,7 @@ def test_base64_has_one_spelling(key: PrivateKey) -> None:
                     verify(DATA, changed, key.public)
 
 
-def test_other_data_and_other_keys_are_refused(key: PrivateKey, tmp_path: Path) -> None:
+def test_other_data_and_other_keys_are_rejected(key: PrivateKey, tmp_path: Path) -> None:
     signature = sign(DATA, key, COMMENT)
     for place in range(len(DATA)):
         with pytest.raises(BundleError, match=r"manifest\.json is not the file"):
@@ -124,7 +124,7 @@ def test_other_data_and_other_keys_are_refused(key: PrivateKey, tmp_path: Path) 
     other = generate_key(tmp_path / "other.key")
     with pytest.raises(BundleError, match=r"it is by the key with id [0-9a-f]{16}, expected"):
         verify(DATA, signature, other)
-    # A key id proves nothing: another key under the same id is refused by the signature itself.
+    # A key id is no proof: another key with the same id fails the signature.
     posing = base64.b64encode(base64.b64decode(key.public)[:10] + base64.b64decode(other)[10:]).decode()
     with pytest.raises(BundleError, match="is not the file that"):
         verify(DATA, signature, posing)
@@ -133,12 +133,14 @@ def test_other_data_and_other_keys_are_refused(key: PrivateKey, tmp_path: Path) 
             verify(DATA, signature, junk)
 
 
-def test_a_signature_of_the_hash_is_none_of_the_data(key: PrivateKey) -> None:
-    """Ed says the data was signed, ED its hash; one must not pass for the other."""
+def test_a_signature_of_the_hash_is_not_one_of_the_data(key: PrivateKey) -> None:
+    """Ed is a signature of the data, ED of its hash; they must not be interchangeable."""
     digest = hashlib.blake2b(DATA).digest()
     lines = sign(DATA, key, COMMENT).split(b"\n")
     lines[1] = base64.b64encode(b"Ed" + base64.b64decode(lines[1])[2:])
-    assert verify(digest, b"\n".join(lines), key.public) == COMMENT  # the flaw of the format; a manifest is no hash
+    assert (
+        verify(digest, b"\n".join(lines), key.public) == COMMENT
+    )  # a weakness of the format; a manifest is never a hash
     with pytest.raises(BundleError, match="is not the file that"):
         verify(DATA, b"\n".join(lines), key.public)
 
@@ -149,7 +151,7 @@ def test_comments_that_could_not_be_read_back_are_not_signed(key: PrivateKey, co
         sign(DATA, key, comment)
 
 
-def test_a_key_file_is_its_owners_alone(tmp_path: Path) -> None:
+def test_a_key_file_is_readable_only_by_its_owner(tmp_path: Path) -> None:
     path = tmp_path / "site.key"
     mask = os.umask(0)
     try:
@@ -174,7 +176,7 @@ def test_no_key_is_overwritten(tmp_path: Path, taken: str) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == [taken]
 
 
-def test_a_passphrase_is_asked_for_and_checked(tmp_path: Path) -> None:
+def test_a_passphrase_is_required_and_checked(tmp_path: Path) -> None:
     path = tmp_path / "site.key"
     public = generate_key(path, "correct horse")
     assert is_encrypted(path.read_bytes())
@@ -193,7 +195,7 @@ def test_a_passphrase_is_asked_for_and_checked(tmp_path: Path) -> None:
     assert load_private_key(plain, "not needed").public == public
 
 
-def test_what_is_no_private_key_of_ours_is_refused(tmp_path: Path) -> None:
+def test_other_private_keys_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "some.key"
     with pytest.raises(BundleError, match="found none"):
         load_private_key(path)
@@ -216,7 +218,7 @@ def test_a_key_of_openssl_signs(tmp_path: Path) -> None:
     assert verify(DATA, sign(DATA, theirs, COMMENT), theirs.public) == COMMENT
 
 
-def test_public_keys_are_files_or_lines(key: PrivateKey, tmp_path: Path) -> None:
+def test_public_keys_are_read_from_files_or_lines(key: PrivateKey, tmp_path: Path) -> None:
     file = tmp_path / "site.pub"
     file.write_text(f"untrusted comment: ours\n{key.public}\n")
     crlf = tmp_path / "windows.pub"
@@ -232,7 +234,7 @@ def test_public_keys_are_files_or_lines(key: PrivateKey, tmp_path: Path) -> None
             load_public_keys([absent])
 
 
-def test_without_cryptography_all_else_works_and_verifying_says_what_to_install() -> None:
+def test_without_cryptography_only_verifying_fails_and_names_the_package() -> None:
     code = (
         "import sys; sys.modules['cryptography'] = None\n"
         "import resight.bundle.bundle, resight.bundle.signing as s\n"
@@ -267,7 +269,7 @@ def test_minisign_reads_our_public_key_file(tmp_path: Path) -> None:
 
 @needs_minisign
 @pytest.mark.parametrize("more", [[], ["-l"], ["-t", "trusted by Zoë"]])
-def test_we_accept_minisigns(tmp_path: Path, more: list[str]) -> None:
+def test_minisigns_signatures_are_accepted(tmp_path: Path, more: list[str]) -> None:
     (tmp_path / "m").write_bytes(DATA)
     for command in (
         ["-G", "-W", "-p", "k.pub", "-s", "k.key"],

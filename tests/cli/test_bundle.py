@@ -1,4 +1,4 @@
-"""`resight bundle` as users meet it: what is verified, shown, compared and signed, and what is refused."""
+"""`resight bundle`: verify, show, diff, sign, keygen, and their errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CALIBRATION = Calibration(
 )
 
 
-def tell(*arguments: object) -> str:
+def run_bundle(*arguments: object) -> str:
     done = resight_here("bundle", *arguments)
     assert done.returncode == 0, done.stderr
     return str(done.stdout)
@@ -78,7 +78,7 @@ def lobby(made: Path, tmp_path: Path) -> Path:
 
 
 def rewrite(folder: Path, data: bytes | None = None, **changes: Any) -> Bundle:
-    """A bundle whose hashes are all right and whose content somebody changed."""
+    """A bundle with altered content and matching hashes."""
     manifest = open_bundle(folder).manifest
     if data is not None:
         (folder / "model.onnx").write_bytes(data)
@@ -89,7 +89,7 @@ def rewrite(folder: Path, data: bytes | None = None, **changes: Any) -> Bundle:
 
 
 def test_a_sound_bundle_is_verified_step_by_step(made: Path, tmp_path: Path) -> None:
-    output = tell("verify", made / "lobby", "--json", tmp_path / "found.json")
+    output = run_bundle("verify", made / "lobby", "--json", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["verified"] is True
     steps = {row["step"]: (row["result"], row["found"]) for row in found["steps"]}
@@ -107,12 +107,12 @@ def not_installed() -> Any:
 
 def test_without_a_runtime_the_rest_is_verified(made: Path, tmp_path: Path) -> None:
     with not_installed():
-        output = tell("verify", made / "lobby", "--json", tmp_path / "found.json")
+        output = run_bundle("verify", made / "lobby", "--json", tmp_path / "found.json")
         assert "onnxruntime is not installed" in output
         steps = json.loads((tmp_path / "found.json").read_text())["steps"]
         results = [(row["step"], row["result"]) for row in steps]
         assert results == [("files", "ok"), *((step, "skipped") for step in ("signature", "graph", "probes"))]
-        assert "cosine" not in tell("diff", made / "lobby", made / "other")
+        assert "cosine" not in run_bundle("diff", made / "lobby", made / "other")
         for command in (["verify", made / "lobby"], ["diff", made / "lobby", made / "other"]):
             assert "--runtime needs onnxruntime" in the_error(resight_here("bundle", *command, "--runtime"))
 
@@ -131,7 +131,7 @@ def test_a_graph_with_other_features_is_named(made: Path, lobby: Path) -> None:
     rewrite(lobby, (made / "other" / "model.onnx").read_bytes())
     said = the_error(resight_here("bundle", "verify", lobby))
     assert "model.onnx" in said and "other features" in said
-    output = tell("verify", lobby, "--no-runtime")
+    output = run_bundle("verify", lobby, "--no-runtime")
     assert "not run: --no-runtime" in output
 
 
@@ -147,25 +147,25 @@ def test_a_bundle_is_signed_and_verified_with_its_key(made: Path, lobby: Path, t
     before = {path.name: path.read_bytes() for path in lobby.iterdir()}
     public = (made / "site.key.pub").read_text().splitlines()[1]
     assert the_error(resight_here("bundle", "verify", lobby, "--key", public)).count("not signed") == 1
-    assert public in tell("sign", lobby, "--key", made / "site.key", "--json", tmp_path / "signed.json")
+    assert public in run_bundle("sign", lobby, "--key", made / "site.key", "--json", tmp_path / "signed.json")
     assert json.loads((tmp_path / "signed.json").read_text())["signer"] == public
     after = {path.name: path.read_bytes() for path in lobby.iterdir()}
     assert after.keys() == before.keys() | {SIGNATURE_FILE}
     assert [name for name in before if before[name] != after[name]] == [MANIFEST_FILE]
     assert "bundle lobby space" in verify(after[MANIFEST_FILE], after[SIGNATURE_FILE], public)
-    assert "not known to be trusted" in tell("verify", lobby, "--no-runtime")
+    assert "not known to be trusted" in run_bundle("verify", lobby, "--no-runtime")
     for key in (public, made / "site.key.pub"):
-        assert "a key you trust" in tell("verify", lobby, "--no-runtime", "--key", key)
+        assert "a key you trust" in run_bundle("verify", lobby, "--no-runtime", "--key", key)
     stranger = generate_key(tmp_path / "stranger.key")
     said = the_error(resight_here("bundle", "verify", lobby, "--no-runtime", "--key", stranger))
     assert MANIFEST_FILE in said and public in said and stranger in said
-    tell("verify", lobby, "--no-runtime", "--key", stranger, "--key", public)  # one of them is enough
-    tell("sign", lobby, "--key", tmp_path / "stranger.key")
+    run_bundle("verify", lobby, "--no-runtime", "--key", stranger, "--key", public)  # one of them is enough
+    run_bundle("sign", lobby, "--key", tmp_path / "stranger.key")
     assert open_bundle(lobby).manifest.signer == stranger
 
 
 def test_every_flipped_byte_of_the_signature_is_refused(made: Path, lobby: Path) -> None:
-    tell("sign", lobby, "--key", made / "site.key")
+    run_bundle("sign", lobby, "--key", made / "site.key")
     path = lobby / SIGNATURE_FILE
     whole = path.read_bytes()
     for place in range(0, len(whole), 7):
@@ -176,8 +176,8 @@ def test_every_flipped_byte_of_the_signature_is_refused(made: Path, lobby: Path)
 
 
 def test_a_reformatted_manifest_loses_its_signature(made: Path, lobby: Path) -> None:
-    """All hashes are right again: only the signature tells."""
-    tell("sign", lobby, "--key", made / "site.key")
+    """All hashes match again: only the signature detects it."""
+    run_bundle("sign", lobby, "--key", made / "site.key")
     manifest = dataclasses.replace(open_bundle(lobby).manifest, weights_licence="MIT")
     (lobby / MANIFEST_FILE).write_bytes(to_json(manifest))
     assert "manifest.json is not the file that" in the_error(resight_here("bundle", "verify", lobby))
@@ -185,21 +185,21 @@ def test_a_reformatted_manifest_loses_its_signature(made: Path, lobby: Path) -> 
 
 @pytest.mark.skipif(shutil.which("minisign") is None, reason="the program minisign is not installed")
 def test_minisign_verifies_a_signed_bundle(made: Path, lobby: Path) -> None:
-    tell("sign", lobby, "--key", made / "site.key")
+    run_bundle("sign", lobby, "--key", made / "site.key")
     command: list[str | Path] = ["minisign", "-V", "-m", lobby / MANIFEST_FILE, "-p", made / "site.key.pub"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "Trusted comment: bundle lobby space" in done.stdout
 
 
 def test_keys_are_made_with_and_without_a_passphrase(lobby: Path, tmp_path: Path) -> None:
-    output = tell("keygen", tmp_path / "plain.key", "--json", tmp_path / "key.json")
+    output = run_bundle("keygen", tmp_path / "plain.key", "--json", tmp_path / "key.json")
     public = json.loads((tmp_path / "key.json").read_text())["public"]
     assert public in output and public in (tmp_path / "plain.key.pub").read_text()
     assert stat.S_IMODE((tmp_path / "plain.key").stat().st_mode) == 0o600
     assert "plain.key" in the_error(resight_here("bundle", "keygen", tmp_path / "plain.key"))
     with mock.patch.dict(os.environ, {"RESIGHT_KEY_PASSPHRASE": "correct horse"}):
-        tell("keygen", tmp_path / "locked.key", "--passphrase")
-        tell("sign", lobby, "--key", tmp_path / "locked.key")
+        run_bundle("keygen", tmp_path / "locked.key", "--passphrase")
+        run_bundle("sign", lobby, "--key", tmp_path / "locked.key")
     assert b"ENCRYPTED" in (tmp_path / "locked.key").read_bytes()
     with mock.patch.dict(os.environ, {"RESIGHT_KEY_PASSPHRASE": "battery"}):
         assert "passphrase" in the_error(resight_here("bundle", "sign", lobby, "--key", tmp_path / "locked.key"))
@@ -208,7 +208,7 @@ def test_keys_are_made_with_and_without_a_passphrase(lobby: Path, tmp_path: Path
 
 
 def test_a_passphrase_is_prompted_for_unless_it_is_in_the_environment(lobby: Path, tmp_path: Path) -> None:
-    """A process of its own, whose standard input is the keyboard."""
+    """A separate process whose standard input is a terminal."""
     for command, typed in (
         (["keygen", tmp_path / "k", "--passphrase"], "s3cret\ns3cret\n"),
         (["sign", lobby, "--key", tmp_path / "k"], "s3cret\n"),
@@ -226,7 +226,7 @@ def test_a_passphrase_is_prompted_for_unless_it_is_in_the_environment(lobby: Pat
 
 def test_show_prints_the_whole_manifest(made: Path, lobby: Path, tmp_path: Path) -> None:
     rewrite(lobby, calibration=CALIBRATION)
-    output = tell("show", lobby, "--json", tmp_path / "shown.json")
+    output = run_bundle("show", lobby, "--json", tmp_path / "shown.json")
     manifest = open_bundle(lobby).manifest
     flat = " ".join(output.split())
     for words in (
@@ -239,7 +239,7 @@ def test_show_prints_the_whole_manifest(made: Path, lobby: Path, tmp_path: Path)
     shown = json.loads((tmp_path / "shown.json").read_text())
     assert shown["calibration"] == CALIBRATION.to_json()
     assert shown["artefacts"]["model.onnx"]["bytes"] == (lobby / "model.onnx").stat().st_size
-    assert "not calibrated" in tell("show", made / "again")
+    assert "not calibrated" in run_bundle("show", made / "again")
 
 
 def test_control_sequences_and_markup_are_escaped(lobby: Path) -> None:
@@ -251,13 +251,13 @@ def test_control_sequences_and_markup_are_escaped(lobby: Path) -> None:
         versions={"[blink]torch": "\x9b31m"},
     )
     for command in (["show", lobby], ["diff", lobby, lobby], ["verify", lobby]):
-        output = tell(*command)
+        output = run_bundle(*command)
         assert "\x1b" not in output and "\x9b" not in output and "\x07" not in output and len(output) < 50_000
-    assert "[bold red]MIT[/bold red] [/nothing]" in tell("show", lobby)
+    assert "[bold red]MIT[/bold red] [/nothing]" in run_bundle("show", lobby)
 
 
 def test_two_exports_of_one_model_are_comparable(made: Path, tmp_path: Path) -> None:
-    output = tell("diff", made / "lobby", made / "again", "--json", tmp_path / "diff.json")
+    output = run_bundle("diff", made / "lobby", made / "again", "--json", tmp_path / "diff.json")
     found = json.loads((tmp_path / "diff.json").read_text())
     assert found["comparable"] is True and "both have the same embedding space" in output
     assert found["fields"].keys() - {"created"} == {"evaluation.market.mAP", "evaluation.market.rank1", "name"}
@@ -265,12 +265,12 @@ def test_two_exports_of_one_model_are_comparable(made: Path, tmp_path: Path) -> 
     (figures,) = found["probes"]
     assert (figures["precision"], figures["probes"]) == ("fp32", 16)
     assert figures["mean_cosine"] == pytest.approx(1.0, abs=1e-6) and figures["max_similarity_change"] < 1e-6
-    same = tell("diff", made / "lobby", made / "lobby", "--no-runtime")
+    same = run_bundle("diff", made / "lobby", made / "lobby", "--no-runtime")
     assert "the manifests are equal" in same and "cosine" not in same
 
 
 def test_two_models_are_not_comparable(made: Path, tmp_path: Path) -> None:
-    output = tell("diff", made / "lobby", made / "other", "--json", tmp_path / "diff.json")
+    output = run_bundle("diff", made / "lobby", made / "other", "--json", tmp_path / "diff.json")
     found = json.loads((tmp_path / "diff.json").read_text())
     assert found["comparable"] is False and "different embedding spaces" in output
     assert {"space_id", "artefacts.model.onnx.sha256", "probes.sha256"} <= found["fields"].keys()
@@ -285,27 +285,27 @@ def test_bundles_without_images_or_precisions_in_common(made: Path, lobby: Path,
     probes = open_bundle(lobby).probes()
     fewer = dataclasses.replace(probes, jpegs=probes.jpegs[:3], pixels=probes.pixels[:3], features=probes.features[:3])
     write(tmp_path / "fewer", probes=fewer)
-    tell("diff", lobby, tmp_path / "fewer", "--json", tmp_path / "diff.json")
+    run_bundle("diff", lobby, tmp_path / "fewer", "--json", tmp_path / "diff.json")
     assert json.loads((tmp_path / "diff.json").read_text())["probes"][0]["probes"] == 3
     inverted = 255 - probes.pixels
     write(tmp_path / "none", probes=dataclasses.replace(probes, pixels=inverted, features=embed_by_hand(inverted)))
-    assert "they share no golden image" in tell("diff", lobby, tmp_path / "none")
+    assert "they share no golden image" in run_bundle("diff", lobby, tmp_path / "none")
     bilinear = dataclasses.replace(SPEC, filter="bilinear" if SPEC.filter == "bicubic" else "bicubic")
     write(tmp_path / "sharper", image=bilinear)
-    assert "image sizes or filters differ" in tell("diff", lobby, tmp_path / "sharper")
+    assert "image sizes or filters differ" in run_bundle("diff", lobby, tmp_path / "sharper")
 
 
 def test_every_shared_precision_is_compared_and_verified(made: Path, tmp_path: Path) -> None:
-    """The same graph stands in for the quantised ones: a reader goes by the manifest."""
+    """The same graph in place of the quantised ones: a reader follows the manifest."""
     forms = [Graph(graph(0), Parity(1e-7, 0.9999999)), Graph(graph(0), Parity(0.01, 0.998), "int8")]
     for_gpus = Graph(graph(0), Parity(0.01, 0.998), "int8", "tensorrt")
     write(tmp_path / "a", graphs=[*forms, for_gpus])
     write(tmp_path / "b", graphs=forms)
-    output = tell("verify", tmp_path / "a")
+    output = run_bundle("verify", tmp_path / "a")
     assert "model.int8.onnx reproduces" in output and "model.int8.tensorrt.onnx is for TensorRT" in output
-    tell("diff", tmp_path / "a", tmp_path / "b", "--json", tmp_path / "diff.json")
+    run_bundle("diff", tmp_path / "a", tmp_path / "b", "--json", tmp_path / "diff.json")
     assert [one["precision"] for one in json.loads((tmp_path / "diff.json").read_text())["probes"]] == ["fp32", "int8"]
-    tell("diff", tmp_path / "a", made / "lobby", "--json", tmp_path / "diff.json")
+    run_bundle("diff", tmp_path / "a", made / "lobby", "--json", tmp_path / "diff.json")
     assert [one["precision"] for one in json.loads((tmp_path / "diff.json").read_text())["probes"]] == ["fp32"]
 
 
@@ -330,7 +330,7 @@ def test_features_are_measured_as_a_loop_would() -> None:
     assert found.mean_similarity_change == pytest.approx(np.mean(changes), abs=1e-6)
     assert found.max_similarity_change == pytest.approx(max(changes), abs=1e-6)
     rotation = np.linalg.qr(rng.normal(size=(9, 9)))[0].astype(np.float32)
-    turned = compare_features("fp32", first, first @ rotation)  # another space, the same meaning
+    turned = compare_features("fp32", first, first @ rotation)  # another space, equivalent features
     assert turned.max_similarity_change < 1e-5 and turned.mean_cosine is not None and turned.mean_cosine < 0.9
     shorter = compare_features("int8", first, second[:, :4])
     assert shorter.mean_cosine is None and shorter.min_cosine is None and shorter.max_similarity_change > 0

@@ -1,4 +1,4 @@
-"""The commands, as a user runs them, against a real server."""
+"""The gallery commands against a real server."""
 
 import json
 from collections.abc import Iterator
@@ -140,5 +140,5 @@ def test_searching_a_track_by_person_and_comparing(run, crops, tmp_path):
     found = json.loads(out.read_text())
     assert found["hits"][0]["entry"]["subject_id"] == "p1" and len(found["hits"]) == 4
     assert found["shots_used"] == 2
-    told = run("verify", crops / "p1-0.jpg", crops / "p1-1.jpg", "--collection", "tracks").output
-    assert told.startswith("similarity 0.9")
+    output = run("verify", crops / "p1-0.jpg", crops / "p1-1.jpg", "--collection", "tracks").output
+    assert output.startswith("similarity 0.9")

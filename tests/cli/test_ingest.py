@@ -1,4 +1,4 @@
-"""`resight ingest` as users meet it: footage with boxes from elsewhere, a live camera, a gallery, and wrong calls."""
+"""`resight ingest`: footage with given boxes, a live camera, a gallery, and invalid options."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_live_stream_stops_on_a_signal_and_keeps_its_crops(tmp_path: Path) -> 
         ]
         process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
         until = time.monotonic() + 60
-        while "PLAY" not in camera.asked and time.monotonic() < until:
+        while "PLAY" not in camera.requests and time.monotonic() < until:
             time.sleep(0.1)
         time.sleep(3)
         process.send_signal(signal.SIGTERM)

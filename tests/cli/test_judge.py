@@ -1,4 +1,4 @@
-"""`resight judge` as users meet it: a table, a verdict in words, both in a file."""
+"""`resight judge`: the table, the verdict, and the JSON file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from resight.training.store.links import write_links
 
 @pytest.fixture(scope="module")
 def tracked(tiny_site: Site, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny site with a passage for each person and camera, all at one time, and nobody named."""
+    """The tiny site with one track per person and camera, all at the same time, without labels."""
     root = tmp_path_factory.mktemp("tracked") / "site"
     shutil.copytree(tiny_site.root, root)
     store = tiny_site.train
@@ -97,4 +97,4 @@ def test_a_missing_site_is_one_sentence(tiny_init: Path, tmp_path: Path) -> None
 
 def test_tracks_are_taken_from_market_1501_names(tiny_site: Site, tiny_init: Path) -> None:
     done = resight_here("judge", "--model", tiny_init, "--site", tiny_site.root, "--tracks-from-names")
-    assert "to take tracks from names" in the_error(done)
+    assert "to derive tracks from names" in the_error(done)

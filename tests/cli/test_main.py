@@ -1,4 +1,4 @@
-"""The command line as users meet it: processes, exit codes, figures in files, one sentence for what went wrong."""
+"""The command line: processes, exit codes, JSON files, and errors of one sentence."""
 
 from __future__ import annotations
 
@@ -80,26 +80,26 @@ def made(tiny_site: Site, tiny_init: Path, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def told(made: Path, name: str) -> dict[str, Any]:
+def read_json(made: Path, name: str) -> dict[str, Any]:
     return dict(json.loads((made / "made" / "for it" / f"{name}.json").read_text()))
 
 
 def test_adapt_writes_its_last_epoch(made: Path) -> None:
     found = load_checkpoint(made / "model").provenance
-    assert told(made, "adapt")["last_epoch"] == found.history[-1]
+    assert read_json(made, "adapt")["last_epoch"] == found.history[-1]
     assert (found.stage, found.epoch, found.recipe["seed"]) == ("student", 0, 4)
     assert (made / "model-teacher" / INDEX_FILE).is_file() and (made / "model-log" / "epochs.jsonl").is_file()
 
 
 def test_a_bundle_measures_as_its_checkpoint(made: Path) -> None:
-    checkpoint, bundle = told(made, "evaluate"), told(made, "evaluate-bundle")
+    checkpoint, bundle = read_json(made, "evaluate"), read_json(made, "evaluate-bundle")
     assert list(checkpoint)[:6] == ["mAP", "rank1", "rank5", "rank10", "mINP", "valid_queries"]
     assert 0 < checkpoint["mAP"] <= 100 and checkpoint["valid_queries"] == 18
     assert bundle["mAP"] == pytest.approx(checkpoint["mAP"], abs=0.1)
 
 
 def test_evaluate_writes_scores_and_settings(made: Path, tiny_site: Site) -> None:
-    plain, extras = told(made, "evaluate"), told(made, "evaluate-extras")
+    plain, extras = read_json(made, "evaluate"), read_json(made, "evaluate-extras")
     assert plain["settings"] == {
         **{"model": str(made / "model"), "site": str(tiny_site.root), "device": "cpu", "flip": False, "rerank": None}
     }
@@ -116,7 +116,7 @@ def test_evaluate_shows_every_table(made: Path, tiny_site: Site) -> None:
 
 
 def test_export_writes_its_parity(made: Path) -> None:
-    (artefact,) = told(made, "export")["artefacts"]
+    (artefact,) = read_json(made, "export")["artefacts"]
     assert artefact["min_cosine"] >= 0.9999
 
 
@@ -128,7 +128,7 @@ def adapting(site: object, init: object, out: Path, *rest: object) -> list[objec
 def bad(
     made: Path, tiny_site: Site, tiny_init: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Any]]:
-    """Every bad input of the issue by name, and the good ones it is combined with."""
+    """Every invalid input by name, and the valid ones it is combined with."""
     folder = tmp_path_factory.mktemp("bad")
     good = {"init": tiny_init, "site": tiny_site.root, "bundle": made / "model.bundle"}
     inputs = lay_out_bad_inputs(folder, made, tiny_site)
@@ -173,7 +173,7 @@ def flip(path: Path, *, at: int | None = None) -> None:
 
 
 class TakenPort:
-    """A loopback port somebody listens on."""
+    """A loopback port in use."""
 
     def __enter__(self) -> str:
         self._socket = socket.create_server(("127.0.0.1", 0))
@@ -184,7 +184,7 @@ class TakenPort:
 
 
 class HeldFolder:
-    """A data folder as a running server holds it."""
+    """A data folder locked like by a running server."""
 
     def __init__(self, path: Path) -> None:
         path.mkdir()
@@ -246,7 +246,7 @@ CASES: dict[str, Callable[[dict[str, Any], Path], list[object]]] = {
     "case, words",
     [
         ("adapt missing", ["no site at", "expected a crop store", "Market-1501"]),
-        ("adapt empty", ["empty", "holds no JPEG", "expected a crop store"]),
+        ("adapt empty", ["empty", "has no JPEG", "expected a crop store"]),
         ("adapt nameless", ["anna.jpg", "camera", "sub-folder"]),
         ("adapt text", ["none of the 12 crops", "expected JPEG"]),
         ("adapt few", ["5 usable crops are too few", "at least 8"]),
@@ -260,11 +260,11 @@ CASES: dict[str, Callable[[dict[str, Any], Path], list[object]]] = {
         ("adapt taken", ["taken exists", "--out"]),
         ("evaluate missing", ["no site at", "expected a crop store"]),
         ("evaluate alone", ["camera"]),
-        ("evaluate plot", ["tells no picture format", ".png"]),
+        ("evaluate plot", ["has no image suffix", ".png"]),
         ("evaluate flipped", ["flipped.bundle", "model.onnx", "SHA-256"]),
         ("evaluate flipped-model", ["model.safetensors is damaged"]),
         ("evaluate stranger", ["resnet18", "missing", "unexpected"]),
-        ("export missing", ["missing is no checkpoint", "resight adapt"]),
+        ("export missing", ["missing is not a checkpoint", "resight adapt"]),
         ("export stranger", ["resnet18", "missing", "unexpected"]),
         ("export taken", ["taken", "--replace"]),
         ("serve flipped", ["flipped.bundle", "model.onnx", "SHA-256"]),

@@ -1,4 +1,4 @@
-"""The commands about models against a real server."""
+"""The model commands against a real server."""
 
 import json
 import subprocess
@@ -42,19 +42,19 @@ def test_a_site_moves_to_a_new_model_from_the_command_line(server, tmp_path):
         assert back.returncode == 0 and old in back.stdout
         assert client.collection("lobby").space_id == old
     assert models(server, "list", "--json", str(tmp_path / "models.json")).returncode == 0
-    told = json.loads((tmp_path / "models.json").read_text())
-    assert [(one["model_id"], one["state"]) for one in told] == [
+    listed = json.loads((tmp_path / "models.json").read_text())
+    assert [(one["model_id"], one["state"]) for one in listed] == [
         ("bad", "available"), ("lobby-1", "ready"), ("lobby-2", "ready"),
     ]  # fmt: skip
     assert "unloaded lobby-1" in models(server, "unload", "lobby-1").stdout
 
 
 def test_failures_end_in_one_sentence(server):
-    for words, told in (
+    for words, message in (
         (("load", "bad"), "other features"),
         (("load", "nothing"), "no model"),
         (("unload", "nothing"), "not loaded"),
         (("migrate", "nothing", "--to", "lobby-2"), ""),
     ):
         ended = models(server, *words)
-        assert ended.returncode == 1 and "error:" in ended.stderr and told in ended.stderr, words
+        assert ended.returncode == 1 and "error:" in ended.stderr and message in ended.stderr, words

@@ -1,4 +1,4 @@
-"""The client's own part; that it speaks with a server is tested in tests/service."""
+"""Unit tests of the client; its use with a server is tested in tests/service."""
 
 import subprocess
 import sys
@@ -6,12 +6,13 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent import futures
+from datetime import UTC, datetime
 
 import grpc
 import pytest
 from grpc_status import rpc_status
 
-from resight.client import Client, EntryId, GivenFeature, NewEntry, Query, Where
+from resight.client import Client, EntryId, GivenFeature, NewEntry, OperationInfo, Query, Where
 from resight.client.transport import MAX_ATTEMPTS, MAX_BATCH_BYTES, MAX_BATCH_ITEMS, backoff_s, split_batches
 from resight.errors import DeadlineError, InputError, OverloadedError, ReIDError, UnavailableError
 from resight.status import to_status
@@ -19,7 +20,7 @@ from resight.v1 import admin_pb2, admin_pb2_grpc, common_pb2
 
 
 class Flaky(admin_pb2_grpc.AdminServiceServicer):
-    """Raises what it is given, one at each call, then answers."""
+    """Raises the given errors, one per call, then replies."""
 
     def __init__(self) -> None:
         self.failures: list[ReIDError | float] = []
@@ -48,14 +49,14 @@ def flaky() -> Iterator[tuple[Flaky, Client]]:
     server.stop(0).wait()
 
 
-def test_a_server_that_is_away_for_a_moment_is_asked_again(flaky):
+def test_a_call_is_retried_while_the_server_is_unavailable(flaky):
     servicer, client = flaky
     servicer.failures = [UnavailableError("warming up"), UnavailableError("warming up")]
     assert client.info().version == "1"
     assert len(servicer.calls) == 3
 
 
-def test_a_server_that_stays_away_is_told_of_after_a_few_tries(flaky):
+def test_an_unavailable_server_is_reported_after_a_few_attempts(flaky):
     servicer, client = flaky
     servicer.failures = [UnavailableError("draining")] * 99
     with pytest.raises(UnavailableError, match="draining"):
@@ -63,7 +64,7 @@ def test_a_server_that_stays_away_is_told_of_after_a_few_tries(flaky):
     assert len(servicer.calls) == MAX_ATTEMPTS
 
 
-def test_an_overloaded_server_is_given_the_time_it_asks_for(flaky):
+def test_the_retry_delay_of_an_overloaded_server_is_respected(flaky):
     servicer, client = flaky
     servicer.failures = [OverloadedError("full", retry_after_s=0.3), OverloadedError("full", retry_after_s=0.3)]
     client.info()
@@ -71,7 +72,7 @@ def test_an_overloaded_server_is_given_the_time_it_asks_for(flaky):
     assert second - first >= 0.3 and third - second >= 0.3
 
 
-def test_a_wait_longer_than_the_deadline_is_not_begun(flaky):
+def test_a_pause_longer_than_the_deadline_is_not_started(flaky):
     servicer, client = flaky
     servicer.failures = [OverloadedError("full", retry_after_s=60)]
     with pytest.raises(OverloadedError) as refused:
@@ -79,7 +80,7 @@ def test_a_wait_longer_than_the_deadline_is_not_begun(flaky):
     assert refused.value.retry_after_s == 60 and len(servicer.calls) == 1
 
 
-def test_what_a_retry_cannot_mend_is_told_at_once(flaky):
+def test_permanent_errors_are_not_retried(flaky):
     servicer, client = flaky
     servicer.failures = [InputError("bad", field="x", limit=3)]
     with pytest.raises(InputError, match="bad") as refused:
@@ -94,12 +95,21 @@ def test_a_silent_server_ends_in_a_deadline_error(flaky):
         hasty.info()
 
 
-def test_nobody_there_says_how_to_start_one():
+def test_without_a_server_the_error_names_the_command():
     with Client("127.0.0.1:1", timeout_s=0.3) as client:
         with pytest.raises(UnavailableError, match="resight serve"):
             client.info()
         with pytest.raises(UnavailableError, match="became ready"):
             client.wait_ready(0.2)
+
+
+def test_wait_accepts_the_deprecated_keyword_told(flaky):
+    _, client = flaky
+    done = OperationInfo("o", "migrate", "succeeded", 1, 1, 0, 0, datetime.now(UTC), {})
+    assert client.wait(done, on_update=lambda operation: None) == done
+    with pytest.warns(DeprecationWarning, match="on_update") as caught:
+        assert client.wait(done, told=lambda operation: None) == done
+    assert caught[0].filename == __file__
 
 
 def test_threads_share_a_client(flaky):
@@ -117,7 +127,7 @@ def test_threads_share_a_client(flaky):
     ("count", "size"),
     [(0, 0), (1, 10), (64, 10), (65, 10), (200, 10), (5, MAX_BATCH_BYTES // 2), (3, MAX_BATCH_BYTES * 2)],
 )
-def test_parts_keep_every_item_in_order_and_fit(count, size):
+def test_batches_keep_every_item_in_order_and_fit(count, size):
     items = [common_pb2.ImageCrop(data=number.to_bytes(2) + bytes(size)) for number in range(count)]
     parts = list(split_batches(items))
     assert [int.from_bytes(item.data[:2]) for part in parts for item in part] == list(range(count))
@@ -136,7 +146,7 @@ def test_pauses_grow_up_to_a_limit_and_differ():
     assert backoff_s(InputError("bad"), 0) is None
 
 
-def test_each_kind_of_source_takes_its_own_field():
+def test_each_kind_of_source_sets_its_own_field():
     assert Query(b"x").message("c").WhichOneof("query") == "image"
     assert Query([b"x", b"y"]).message("c").WhichOneof("query") == "shots"
     assert Query([]).message("c").WhichOneof("query") == "shots"

@@ -1,4 +1,4 @@
-"""A site whose server really serves, and runs that stand before the stages that need it: training costs a minute."""
+"""A site with a running server, and runs prepared up to the stages that need it: training would take a minute."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Place:
         write_site(self.folder, self.client.address, *places, *changes)
 
     def begin(self, *, seed: int, calibration: Calibration | None = None) -> int:
-        """A run that has made a candidate: everything before `backfill` is done."""
+        """A run with a candidate: all stages before `backfill` are done."""
         with RunDatabase(self.layout.database) as runs:
             run = runs.begin().run
         folder = self.layout.run(run)
@@ -74,7 +74,7 @@ class Place:
 
 
 def started(folder: Path) -> ServerProcess:
-    """A server of a folder's models, of which the first is active."""
+    """A server with a folder of models, the first of which is active."""
     bundle = make_bundle(folder / "models" / "first", seed=0, calibration=CURVE)
     return ServerProcess(bundle.path, folder / "data", "--models", str(folder / "models"))
 
@@ -90,7 +90,7 @@ def filled(folder: Path, root: Path, server: ServerProcess, client: Client) -> P
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, ServerProcess]]:
-    """One server for all: a site has a collection and models of its own for as long as its test lasts."""
+    """One server for all tests; each test has its own collection and models."""
     root = tmp_path_factory.mktemp("shared")
     server = started(root)
     try:
@@ -115,13 +115,13 @@ def place(shared: tuple[Path, ServerProcess], tmp_path: Path) -> Iterator[Place]
                     client.unload_model(model.model_id)
             for bundle in (root / "models").glob("lobby-*"):
                 shutil.rmtree(bundle)
-            for asked in list(client.pending_adaptations()):
-                client.cancel_operation(asked.operation_id)
+            for request in list(client.pending_adaptations()):
+                client.cancel_operation(request.operation_id)
 
 
 @pytest.fixture
 def own_place(tmp_path: Path) -> Iterator[Place]:
-    """The same with a server that the test may end."""
+    """The same with a server that the test may stop."""
     server = started(tmp_path)
     try:
         with Client(server.wait_ready()) as client:

@@ -52,7 +52,7 @@ def test_a_run_without_crops_is_skipped_and_says_why(unserved: Path) -> None:
 
 
 def begun(site: Path, *done: str) -> StateFolder:
-    """A run of which some stages are done."""
+    """A run with some completed stages."""
     layout = StateFolder(load_site(site).state)
     with RunDatabase(layout.database) as runs:
         number = runs.begin().run
@@ -92,13 +92,15 @@ def test_a_failure_after_promotion_does_not_roll_back_and_causes_an_alert(place:
     run = place.begin(seed=1)
     for stage in ("backfill", "shadow"):
         write_outcome(place.layout.run(run).result(stage), StageOutcome())
-    write_outcome(place.layout.run(run).result("promote"), StageOutcome(figures={}))  # without a time to watch from
+    write_outcome(
+        place.layout.run(run).result("promote"), StageOutcome(figures={})
+    )  # without the start time of the watch
     ended, stages = place.once()
     assert (ended.state, stages["watch"].state, ended.used) == ("promoted", "failed", True)
     assert "is active, but watch" in ended.reason and "is active, but watch" in place.layout.alerts.read_text()
 
 
-def test_a_call_without_time_leaves_the_run_to_the_next_call(unserved: Path) -> None:
+def test_a_run_out_of_time_is_resumed_by_the_next_call(unserved: Path) -> None:
     stop = Event()
     stop.set()
     assert Conductor(unserved, stop).once().state == "running"
@@ -192,7 +194,7 @@ def test_pages_and_models_expire_and_figures_are_kept(place: Place) -> None:
             write_outcome(place.layout.run(seed).result(stage), StageOutcome())
         assert place.once()[0].state == "promoted"
         kept.append(sorted(path.name for path in place.models.iterdir()))
-    # The active one and the two before it are kept, and the server's own.
+    # The active model and its two predecessors are kept, and the server's own.
     assert kept[2:] == [["first", *(f"lobby-00000{number}" for number in numbers)] for numbers in ("123", "234")]
     assert not (place.layout.run(1).path / "checkpoint").exists() and place.layout.run(2).path.exists()
     assert "crops of people" in place.layout.page(3).read_text()

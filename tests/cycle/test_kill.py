@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from conftest import Place
 
 LONG_S = 120.0
-KILLS = 8  # fewer than the starts that a stage is given
+KILLS = 8  # fewer than the allowed number of starts
 
 
 def stage_pid(database: Path, stage: str) -> int | None:
-    """The process of a stage, once the row says that it runs; its process group has the same number."""
+    """The process of a stage, once its row says running; its process group has the same id."""
     try:
         with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as db:
             row = db.execute("SELECT pid FROM stage WHERE stage = ? AND state = 'running'", (stage,)).fetchone()
@@ -50,7 +50,7 @@ def is_alive(group: int) -> bool:
 
 
 def killed_during(stage: str, site: Path, database: Path) -> None:
-    """Begin or go on with the cycle, and kill it as soon as a stage runs; the stage's process follows it."""
+    """Start or resume the cycle, and kill it as soon as a stage runs; the stage's process ends with it."""
     process = subprocess.Popen(
         cycle("once", site), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
     )
@@ -66,8 +66,8 @@ def killed_during(stage: str, site: Path, database: Path) -> None:
         time.sleep(0.01)
 
 
-def test_a_storm_of_kills_switches_once_and_loses_nobody(place: Place) -> None:
-    """At any moment of the stages that change the server, not only when they begin."""
+def test_many_kills_cause_one_switch_and_lose_no_entry(place: Place) -> None:
+    """At random moments of the stages that change the server, not only at their start."""
     place.begin(seed=1)
     rng, kills = random.Random(5), 0
     with RunDatabase(place.layout.database) as runs:
@@ -76,7 +76,7 @@ def test_a_storm_of_kills_switches_once_and_loses_nobody(place: Place) -> None:
                 cycle("once", place.file), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
             )
             try:
-                process.wait(rng.uniform(0.5, 2.0))  # it takes three seconds in all, one of them to begin
+                process.wait(rng.uniform(0.5, 2.0))  # it takes three seconds in total, one of them to start
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -92,7 +92,7 @@ def test_a_storm_of_kills_switches_once_and_loses_nobody(place: Place) -> None:
     assert found is not None and [one.model_id for one in found.chain()] == ["lobby-000001", "first"]
 
 
-def test_a_server_that_ends_in_the_middle_is_waited_for(own_place: Place) -> None:
+def test_the_cycle_waits_for_a_restarted_server(own_place: Place) -> None:
     place = own_place
     place.begin(seed=1)
     address = place.client.address
@@ -126,7 +126,7 @@ def test_a_cycle_that_is_killed_at_every_stage_completes_once(tmp_path: Path) ->
             stages = runs.stages(run.run)
         assert (run.state, list(stages)) == ("promoted", list(STAGES))
         assert {name: (one.state, one.starts) for name, one in stages.items()} == dict.fromkeys(STAGES, ("done", 2))
-        # What the service does: the new model embeds, the collection is searched in its space, nobody was lost.
+        # The service: the new model embeds, the collection is searched in its space, no entry was lost.
         (active,) = (one for one in client.models() if one.active)
         collection = client.collection(COLLECTION)
         assert (active.model_id, collection.space_id) == ("lobby-000001", active.space_id)
@@ -138,7 +138,7 @@ def test_a_cycle_that_is_killed_at_every_stage_completes_once(tmp_path: Path) ->
         found = read_active(layout.active)
         assert found is not None and (found.model_id, found.run) == ("lobby-000001", 1)
         assert found.previous is not None and found.previous.model_id == "first"
-        assert not layout.run(1).site.exists()  # crops of people go when the run has ended
+        assert not layout.run(1).site.exists()  # crops are deleted when the run has ended
         assert (
             "promoted" in layout.page(1).read_text()
             and "run-000001.html" in (layout.history / "index.html").read_text()

@@ -1,4 +1,4 @@
-"""One process at a time, and no lock outlives its holder or passes to its children."""
+"""One process at a time; a lock ends with its holder and is not inherited by children."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ with CycleLock(Path(sys.argv[1]), "site lobby"):
 """
 
 
-def test_a_second_process_is_told_who_holds_it_and_a_kill_frees_it(tmp_path: Path) -> None:
+def test_the_error_names_the_lock_holder_and_a_kill_releases_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "state" / "cycle.lock"
     assert lock_holder(path) is None
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
@@ -39,7 +39,7 @@ def test_a_second_process_is_told_who_holds_it_and_a_kill_frees_it(tmp_path: Pat
         assert str(lock_holder(path)).startswith(f"process {other.pid} since ")
         os.kill(other.pid, signal.SIGKILL)
         other.wait()
-        with CycleLock(path, "site lobby"):  # though the child lives on
+        with CycleLock(path, "site lobby"):  # although the child still runs
             os.kill(child, 0)
             assert str(lock_holder(path)).startswith(f"process {os.getpid()} since ")
         assert lock_holder(path) is None
@@ -48,7 +48,7 @@ def test_a_second_process_is_told_who_holds_it_and_a_kill_frees_it(tmp_path: Pat
         other.stdout.close()
 
 
-def test_one_who_waits_gets_it_when_it_is_free(tmp_path: Path) -> None:
+def test_a_waiting_process_gets_the_lock_when_it_is_released(tmp_path: Path) -> None:
     path = tmp_path / "stage.lock"
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None

@@ -1,4 +1,4 @@
-"""Windows and budgets, against clocks looked at by hand."""
+"""Windows and budgets, at manually chosen times."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ HOUR_S = 3600
         ("22:00-02:00", "UTC", "2026-03-10T23:00", 3 * HOUR_S),
         ("22:00-02:00", "UTC", "2026-03-10T01:00", HOUR_S),
         ("22:00-02:00", "UTC", "2026-03-10T02:00", 0.0),
-        ("02:00-05:00", "Asia/Tokyo", "2026-03-10T18:00", 2 * HOUR_S),  # three at night there
-        ("00:30-04:00", "Europe/Berlin", "2026-03-28T23:30", 2.5 * HOUR_S),  # the hour from two to three is left out
-        ("00:30-04:00", "Europe/Berlin", "2026-10-24T22:30", 4.5 * HOUR_S),  # and comes twice
+        ("02:00-05:00", "Asia/Tokyo", "2026-03-10T18:00", 2 * HOUR_S),  # 3 a.m. local time
+        ("00:30-04:00", "Europe/Berlin", "2026-03-28T23:30", 2.5 * HOUR_S),  # the hour from two to three is skipped
+        ("00:30-04:00", "Europe/Berlin", "2026-10-24T22:30", 4.5 * HOUR_S),  # and repeated
     ],
 )
-def test_a_window_is_open_as_the_clock_of_its_place_says(window: str, zone: str, now: str, left: float | None) -> None:
+def test_a_window_follows_the_local_time_of_its_zone(window: str, zone: str, now: str, left: float | None) -> None:
     found = window_left_s(
         ScheduleSection(window=window, timezone=zone), datetime.fromisoformat(now).replace(tzinfo=UTC)
     )
     assert found == left
 
 
-def test_the_nearer_of_window_and_budget_ends_a_call() -> None:
+def test_the_earlier_of_window_and_budget_ends_a_call() -> None:
     now = datetime(2026, 3, 10, 4, 30, tzinfo=timezone(timedelta()))
     both = ScheduleSection(window="02:00-05:00", budget_minutes=10)
     began = time.monotonic()
@@ -49,7 +49,7 @@ def test_the_nearer_of_window_and_budget_ends_a_call() -> None:
     assert run_deadline(ScheduleSection(window="06:00-07:00"), now, ignore_window=True) is None
 
 
-def test_the_next_run_is_when_the_cron_expression_says(tmp_path: Path) -> None:
+def test_the_next_run_follows_the_cron_expression(tmp_path: Path) -> None:
     path = tmp_path / "site.toml"
     path.write_text(
         'name = "lobby"\n[service]\nmodel_root = "m"\nbundle = "b"\n'

@@ -1,4 +1,4 @@
-"""Processes of a stage end with their cycle, however it ends; and how the exit of a stage is reported."""
+"""Processes of a stage end with their cycle; and how the exit of a stage is reported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from resight.cycle.state_folder import RunFolder
 
 pytestmark = pytest.mark.long
 
-# A stage with a child process, which ignores SIGTERM if asked to, and writes the ids of both.
+# A stage with a child process that optionally ignores SIGTERM and writes the ids of both.
 STAGE = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
@@ -58,7 +58,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def gone(found: list[int], *, within_s: float = 10.0) -> bool:
+def all_ended(found: list[int], *, within_s: float = 10.0) -> bool:
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline and any(map(is_alive, found)):
         time.sleep(0.02)
@@ -71,7 +71,7 @@ def test_the_stage_of_a_killed_cycle_ends_with_its_children(tmp_path: Path) -> N
     assert all(map(is_alive, found))
     os.kill(cycle.pid, signal.SIGKILL)
     cycle.wait()
-    assert gone(found)
+    assert all_ended(found)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def run(folder: RunFolder, code: str, *arguments: str, **more: Any) -> StageExit:
-    """A stage of other code than ours."""
+    """A stage with test code."""
     given: dict[str, Any] = {"deadline": None, "stop": Event(), "on_start": lambda pid: None} | more
     return run_stage([sys.executable, "-c", code, *arguments], "adapt", folder, **given)
 
@@ -94,7 +94,7 @@ def test_a_stage_is_terminated_with_its_children_at_the_deadline(
     deadline = time.monotonic() + 3
     ended = run(folder, STAGE, str(tmp_path / "pids"), manner, deadline=deadline, on_start=started.append)
     found = pids(tmp_path / "pids")
-    assert ended.interrupted and started == found[:1] and gone(found)
+    assert ended.interrupted and started == found[:1] and all_ended(found)
     assert ended.status == -(signal.SIGKILL if manner == "deaf" else signal.SIGTERM)
 
 
@@ -107,7 +107,7 @@ def test_a_stop_terminates_a_stage(folder: RunFolder, tmp_path: Path) -> None:
 def test_children_left_by_a_stage_end_with_it(folder: RunFolder) -> None:
     code = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid)"
     assert run(folder, code) == StageExit(0)
-    assert gone([int(folder.log("adapt").read_text())])
+    assert all_ended([int(folder.log("adapt").read_text())])
 
 
 def test_the_error_comes_from_the_file_the_signal_or_the_status(folder: RunFolder) -> None:

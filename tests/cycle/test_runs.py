@@ -1,4 +1,4 @@
-"""Runs and stages as rows: one run at a time, what ended stays, foreign files are refused."""
+"""Runs and stages as rows: one run at a time, ended runs are kept, foreign files are rejected."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from resight.cycle.state_folder import StageOutcome, read_outcome, write_outcome
 from resight.errors import CycleError
 
 
-def test_a_run_goes_on_until_it_has_ended(tmp_path: Path) -> None:
+def test_a_run_is_unfinished_until_it_ends(tmp_path: Path) -> None:
     path = tmp_path / "state" / "cycle.sqlite3"
     with RunDatabase(path) as runs:
         assert runs.unfinished() is None and runs.runs() == [] and runs.since_s() == 0

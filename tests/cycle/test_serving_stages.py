@@ -37,7 +37,7 @@ NO_WATCH = ("minutes = 0.0\n[schedule]", "minutes = 0.2\nmin_searches = 10\n[sch
 
 @contextmanager
 def searching(address: str, until: threading.Event | None = None) -> Iterator[None]:
-    """Search with crops that were never enrolled, as long as the block lasts."""
+    """Search with crops that were never enrolled, within the block."""
     stop = threading.Event()
 
     def search() -> None:
@@ -89,7 +89,7 @@ def test_the_next_run_begins_from_what_the_server_has_active(place: Place) -> No
     place.once()
     first = read_active(place.layout.active)
     assert first is not None and first.run == 1
-    place.client.activate_model("first")  # by hand
+    place.client.activate_model("first")  # manually
     place.begin(seed=2)
     baseline = read_active(place.layout.run(2).baseline)
     assert baseline is not None and (baseline.model_id, baseline.checkpoint, baseline.run) == ("first", "", 0)
@@ -156,11 +156,11 @@ def test_without_live_searches_a_required_shadow_refuses_the_candidate(place: Pl
 
 
 @pytest.mark.parametrize("action", ["rollback", "alert"])
-def test_a_promoted_model_that_finds_nobody_is_rolled_back_or_causes_an_alert(place: Place, action: str) -> None:
+def test_a_promoted_model_without_hits_is_rolled_back_or_causes_an_alert(place: Place, action: str) -> None:
     place.write((NO_WATCH[0], NO_WATCH[1].replace("[schedule]", f'action = "{action}"\n[schedule]')))
     space = place.client.collection(COLLECTION).space_id
     with searching(place.client.address):
-        place.begin(seed=9, calibration=DECIDES_UNKNOWN)  # a space keeps its calibration: no other test's
+        place.begin(seed=9, calibration=DECIDES_UNKNOWN)  # a space keeps its calibration, so not that of another test
         ended, stages = place.once()
     watch = stages["watch"].outcome
     assert watch is not None and "of searches are decided unknown" in watch.reasons[0]

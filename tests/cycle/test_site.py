@@ -1,4 +1,4 @@
-"""site.toml: what is in it, what is refused and how, and that its documents tell the same keys."""
+"""site.toml: keys, errors, and their documentation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def written(folder: Path, text: str) -> Path:
 
 
 def keys(kind: type[BaseModel] = SiteFile, prefix: str = "") -> Iterator[str]:
-    """Every key as a dotted name; a section's own name is left out."""
+    """Every key as a dotted name, without the sections themselves."""
     for name in kind.model_fields:
         try:
             inner = section_of(kind, name)
@@ -36,11 +36,11 @@ def keys(kind: type[BaseModel] = SiteFile, prefix: str = "") -> Iterator[str]:
         yield from keys(inner, f"{prefix}{name}.")
 
 
-def test_the_least_file_is_enough_and_paths_are_beside_it(tmp_path: Path) -> None:
+def test_a_minimal_file_is_valid_and_paths_are_relative_to_it(tmp_path: Path) -> None:
     site = load_site(written(tmp_path, LEAST))
     assert (site.state, site.service.model_root) == (tmp_path / "state", tmp_path / "models")
     assert site.model_id(42) == "lobby-000042" and site.camera == () and site.adapt.base == "builtin"
-    assert load_site(tmp_path) == site  # a folder stands for its file
+    assert load_site(tmp_path) == site  # a folder is accepted for its file
 
 
 def test_the_file_that_init_writes_has_every_key_with_its_default(tmp_path: Path) -> None:
@@ -48,18 +48,18 @@ def test_the_file_that_init_writes_has_every_key_with_its_default(tmp_path: Path
     path = tmp_path / "lobby" / "site.toml"
     site, text = load_site(path), path.read_text()
     assert site.camera[0].source == str(tmp_path / "lobby" / "footage/door/*.mp4")
-    told = tomllib.loads(re.sub(r"^# (?=\w+ = |\[\[)", "", text, flags=re.MULTILINE))  # what is off, turned on
-    assert {name for name in keys() if name not in flat(told)} == set()
-    assert set(flat(told)) == set(keys())
+    enabled = tomllib.loads(re.sub(r"^# (?=\w+ = |\[\[)", "", text, flags=re.MULTILINE))  # commented-out lines enabled
+    assert {name for name in keys() if name not in flat(enabled)} == set()
+    assert set(flat(enabled)) == set(keys())
     least = load_site(written(tmp_path, LEAST))
     for section in ("collect", "adapt", "gate", "export", "migrate", "shadow", "watch", "schedule"):
         assert getattr(site, section) == getattr(least, section), section
     assert "exists" in the_error(resight_here("cycle", "init", tmp_path / "lobby"))
 
 
-def flat(told: dict[str, Any], prefix: str = "") -> list[str]:
+def flat(table: dict[str, Any], prefix: str = "") -> list[str]:
     found: list[str] = []
-    for name, value in told.items():
+    for name, value in table.items():
         value = value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else value
         found += flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
     return found
@@ -80,8 +80,8 @@ def test_every_key_has_a_description_in_its_class() -> None:
                 continue
 
     for kind in sections(SiteFile):
-        told = re.findall(r"^ {4,8}(\w+): ", (kind.__doc__ or "").partition("Attributes:")[2], re.MULTILINE)
-        assert told == list(kind.model_fields), kind.__name__
+        documented = re.findall(r"^ {4,8}(\w+): ", (kind.__doc__ or "").partition("Attributes:")[2], re.MULTILINE)
+        assert documented == list(kind.model_fields), kind.__name__
 
 
 @pytest.mark.parametrize(

@@ -61,11 +61,11 @@ def test_every_key_of_a_camera_becomes_an_option_of_ingest(tmp_path: Path) -> No
     for name, words in stages._ingest_arguments(context).items():
         if words:
             params[name] = command.make_context("ingest", [str(word) for word in words], resilient_parsing=False).params
-    assert set(params) == {"door", "hall", "gate", "gallery-lobby"}  # nothing is recorded in the yard
+    assert set(params) == {"door", "hall", "gate", "gallery-lobby"}  # there are no files of the yard
     assert all(one["into"] == context.layout.crops for one in params.values())
     door, hall, gate = params["door"], params["hall"], params["gate"]
     assert door["sources"] == [str(tmp_path / "door" / name) for name in ("a.mp4", "b.mp4")]
-    assert [path.name for path in door["detections"]] == ["a.txt", "b.txt"]  # each beside its film
+    assert [path.name for path in door["detections"]] == ["a.txt", "b.txt"]  # next to its video
     assert (door["camera"], door["fps"], door["tracks"], door["crops_per_track"]) == ("door", 2.5, "given", 3)
     assert door["min_height"] == 40 and door["start"] is None and door["duration"] is None
     assert (hall["start"], hall["detector"]) == ("2026-03-01T22:00:00+01:00", str(tmp_path / "yolo.onnx"))

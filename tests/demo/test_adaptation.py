@@ -18,7 +18,7 @@ from resight.training.store.datasets import Site
 
 
 def servers_of(folder: Path) -> list[str]:
-    """Command lines of running processes that serve from below a folder."""
+    """Command lines of running servers with data below a folder."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -43,13 +43,13 @@ def finished(tiny_site: Site, tiny_init: Path, tmp_path_factory: pytest.TempPath
     return folder
 
 
-def figures(finished: Path) -> dict[str, Any]:
+def results(finished: Path) -> dict[str, Any]:
     return dict(json.loads((finished / "figures.json").read_text()))
 
 
 @pytest.mark.slow
-def test_the_figures_are_percentages_and_every_step_is_timed(finished: Path) -> None:
-    found = figures(finished)
+def test_results_are_percentages_and_every_step_is_timed(finished: Path) -> None:
+    found = results(finished)
     assert set(found) == {"initial", "adapted", "seconds", "report"}
     for model in ("initial", "adapted"):
         assert {"mAP", "rank1"} <= set(found[model])
@@ -65,14 +65,14 @@ def test_the_figures_are_percentages_and_every_step_is_timed(finished: Path) -> 
     ]
     assert all(value >= 0 for value in found["seconds"].values())
     log = (finished / "log").read_text()
-    places = [log.index(step) for step in found["seconds"]]
-    assert places[0] < places[1] < places[2]
+    positions = [log.index(step) for step in found["seconds"]]
+    assert positions[0] < positions[1] < positions[2]
     assert "adaptation without labels:" in log
 
 
 @pytest.mark.slow
 def test_the_report_is_one_page_that_loads_nothing(finished: Path) -> None:
-    report = Path(figures(finished)["report"])
+    report = Path(results(finished)["report"])
     assert report == finished / "demo" / "report.html"
     page = report.read_text()
     for source in re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", page):
@@ -80,7 +80,7 @@ def test_the_report_is_one_page_that_loads_nothing(finished: Path) -> None:
     assert not re.search(r"<script[^>]*\ssrc|@import|url\((?!['\"]?(?:data:|#))", page)
     assert page.count("data:image/jpeg") > 20
     for model in ("initial", "adapted"):
-        assert f"{figures(finished)[model]['mAP']:.1f}" in page
+        assert f"{results(finished)[model]['mAP']:.1f}" in page
 
 
 @pytest.mark.slow
@@ -99,14 +99,14 @@ def test_no_server_keeps_running(finished: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_service_scores_as_the_bundle_offline(finished: Path, tiny_site: Site) -> None:
+def test_the_service_gives_the_same_scores_as_the_bundle_offline(finished: Path, tiny_site: Site) -> None:
     for model in ("initial", "adapted"):
         target = finished / f"{model}.json"
         done = resight_here(
             *["evaluate", "--model", finished / "demo" / f"{model}.bundle", "--site", tiny_site.root, "--json", target]
         )
         assert done.returncode == 0, done.stderr
-        assert json.loads(target.read_text())["mAP"] == pytest.approx(figures(finished)[model]["mAP"], abs=0.1)
+        assert json.loads(target.read_text())["mAP"] == pytest.approx(results(finished)[model]["mAP"], abs=0.1)
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def is_running(pid: int) -> bool:
     return True
 
 
-def test_served_features_and_figures_are_those_computed_offline(
+def test_served_features_and_scores_equal_those_computed_offline(
     bundle: Bundle, tiny_site: Site, tmp_path: Path
 ) -> None:
     query, gallery = evaluation_splits(tiny_site)
@@ -73,11 +73,11 @@ def test_served_features_and_figures_are_those_computed_offline(
 
     encoder = random_encoder()
     offline = extract_features(encoder, query, local=False)[0]
-    answered = np.stack(batch)
-    assert (answered * offline).sum(1).min() >= 0.9999
+    served = np.stack(batch)
+    assert (served * offline).sum(1).min() >= 0.9999
     assert alone @ offline[0] >= 0.9999
     exported = OnnxRuntime(bundle).embed(np.stack([fit(decode(crop), bundle.manifest.image) for crop in crops]))
-    assert (answered * exported).sum(1).min() >= 0.9999
+    assert (served * exported).sum(1).min() >= 0.9999
 
     score = percentages(evaluate_site(tiny_site, lambda store: extract_features(encoder, store, local=False)[0]))
     assert 0 < score["mAP"] < 100
@@ -123,7 +123,7 @@ def test_a_killed_server_is_reported_and_its_address_not_reused(bundle: Bundle, 
         assert client.info().model == "random"
 
 
-def test_crops_the_server_refuses_are_named(bundle: Bundle, tiny_site: Site, tmp_path: Path) -> None:
+def test_crops_that_the_server_rejects_are_named(bundle: Bundle, tiny_site: Site, tmp_path: Path) -> None:
     shutil.copytree(tiny_site.root, tmp_path / "site")
     query, gallery = evaluation_splits(open_site(tmp_path / "site"))
     for store in (query, gallery):

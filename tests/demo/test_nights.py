@@ -1,4 +1,4 @@
-"""The cycle on a simulated site: several nights, one of them poisoned, a rollback, and live searches all the time."""
+"""The cycle on a simulated site: several nights including bad ones, a rollback, and continuous live searches."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from resight.training.synthetic.nights import Night
 SMALL = DemoScale(
     visitors=36, enrolled=14, cameras=3, iters=24, precision="fp32"
 )  # with fewer tracks no candidate can be judged
-FAINT = 300.0  # what is added to features, in their mean lengths: a variance of about 1 / FAINT**2, under MIN_VARIANCE
+FAINT = 300.0  # constant added to features, relative to their mean length: a variance of about 1 / FAINT**2
 NIGHTS = [
     (Night(1, SMALL.visitors, SMALL.cameras), "the first night the cycle sees"),
     (Night(2, SMALL.visitors, SMALL.cameras, dead=SMALL.cameras), "every camera delivers noise"),
     (Night(3, SMALL.visitors, SMALL.cameras + 1, dusk=True), "a new camera, dusk on the others"),
     (Night(4, SMALL.visitors, SMALL.cameras + 1, dead=SMALL.cameras + 1, one_person=True), "every camera is dead"),
 ]
-"""Each verdict is certain: what is adapted to a sound night beats a model whose features are all alike, and noise is
-refused by its pixels. Whether the judge decides well on nights between these is measured, not tested."""
+"""Each verdict is certain: a model adapted to a normal night is better than one with nearly constant features, and
+noise is refused by the data checks. Decisions in less clear cases are measured in benchmarks, not tested."""
 
 
 def faint_encoder() -> Encoder:
-    """The built-in weights plus a constant in each feature: the same ranking, and to the judge a broken model."""
+    """The built-in weights plus a constant in each feature: the same ranking, but a broken model for the judge."""
     encoder = load_weights("builtin").encoder
     neck = encoder.heads["global"].neck
     with torch.no_grad():
@@ -58,7 +58,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.timeout(0)  # `progress_expected` watches the fixture
 def test_every_claim_holds(finished: dict[str, Any]) -> None:
-    assert [text for text, kept in finished["promises"] if not kept] == [], finished["output"]
+    assert [text for text, met in finished["promises"] if not met] == [], finished["output"]
     assert len(finished["promises"]) == 7
     assert [step["name"] for step in finished["steps"]] == ["Night 1", "Night 2", "Rollback", "Night 3", "Night 4"]
     assert all(step["searches"] > 10 for step in finished["steps"] if step["name"] != "Rollback")

@@ -21,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_what_is_written_is_read(folder: Path) -> None:
+def test_a_written_checkpoint_is_read_back(folder: Path) -> None:
     found = load_checkpoint(folder)
     torch.manual_seed(0)
     expected = Encoder(CONFIG).state_dict()
@@ -45,15 +45,15 @@ def test_writing_again_replaces_the_whole_folder(folder: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-def test_a_folder_that_is_no_checkpoint_is_never_replaced(tmp_path: Path) -> None:
+def test_other_folders_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         write_checkpoint(tmp_path / "photos", Encoder(CONFIG), Provenance())
     assert (tmp_path / "photos" / "a.jpg").read_bytes() == b"x"
 
 
-def test_missing_folder_and_missing_weights_say_what_is_missing(folder: Path) -> None:
+def test_errors_name_the_missing_folder_or_file(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"checkpoint\.json is missing"):
         load_checkpoint(folder.parent)
     (folder / "model.safetensors").unlink()
@@ -61,7 +61,7 @@ def test_missing_folder_and_missing_weights_say_what_is_missing(folder: Path) ->
         load_checkpoint(folder)
 
 
-def test_a_newer_schema_is_refused(folder: Path) -> None:
+def test_a_newer_schema_is_rejected(folder: Path) -> None:
     index = json.loads((folder / "checkpoint.json").read_text())
     (folder / "checkpoint.json").write_text(json.dumps({**index, "schema_version": 2}))
     with pytest.raises(CheckpointError, match="schema version 2"):
@@ -71,20 +71,20 @@ def test_a_newer_schema_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["", "[]", "{", '{"schema_version": 1}', '{"schema_version": 1, "encoder": {}, "provenance": {}}']
 )
-def test_a_damaged_index_is_refused(folder: Path, content: str) -> None:
+def test_a_damaged_index_is_rejected(folder: Path, content: str) -> None:
     (folder / "checkpoint.json").write_text(content)
     with pytest.raises(CheckpointError):
         load_checkpoint(folder)
 
 
-def test_truncated_weights_are_refused(folder: Path) -> None:
+def test_truncated_weights_are_rejected(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="is damaged"):
         load_checkpoint(folder)
 
 
-def test_another_architecture_names_missing_and_unexpected_tensors(folder: Path) -> None:
+def test_errors_for_another_architecture_list_tensors(folder: Path) -> None:
     index = json.loads((folder / "checkpoint.json").read_text())
     index["encoder"]["backbone"] = "resnet18"
     (folder / "checkpoint.json").write_text(json.dumps(index))
@@ -94,7 +94,7 @@ def test_another_architecture_names_missing_and_unexpected_tensors(folder: Path)
         load_checkpoint(folder)
 
 
-def test_a_misshapen_tensor_is_named_with_both_shapes(folder: Path) -> None:
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["heads.global.neck.weight"] = torch.ones(31)
     save_file(tensors, folder / "model.safetensors")

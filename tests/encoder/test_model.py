@@ -27,7 +27,7 @@ def test_total_stride_is_16_so_a_256x128_crop_gives_a_16x8_map(backbone: str) ->
         assert encoder.backbone(torch.randn(1, 3, 256, 128)).shape == (1, encoder.channels, 16, 8)
 
 
-def test_local_views_see_their_half_only_and_leave_an_odd_row_out() -> None:
+def test_local_views_see_only_their_half_and_ignore_an_odd_row() -> None:
     torch.manual_seed(0)
     encoder = Encoder(EncoderConfig("osnet_x0_25", "avg", 0, ImageSpec(80, 32))).eval()  # map of 5 rows
     features = torch.rand(1, encoder.channels, 5, 2)
@@ -66,17 +66,17 @@ def test_normalise_uses_imagenet_statistics() -> None:
 
 
 @pytest.mark.parametrize("values", [{"backbone": "vgg"}, {"pooling": "max"}, {"embedding_dim": -1}])
-def test_impossible_configs_are_refused(values: dict) -> None:
+def test_invalid_configs_are_rejected(values: dict) -> None:
     with pytest.raises(ValueError):
         EncoderConfig(**values)
 
 
-def test_config_survives_json() -> None:
+def test_a_config_round_trips_through_json() -> None:
     config = EncoderConfig("resnet18", "gem", 0, ImageSpec(128, 64, "bilinear"))
     assert EncoderConfig.from_json(config.to_json()) == config
 
 
-def test_stripes_put_together_say_what_the_global_head_says_of_them() -> None:
+def test_joined_stripes_equal_the_global_head_on_them() -> None:
     torch.manual_seed(1)
     encoder = Encoder(EncoderConfig("osnet_x0_25", "avg", 32, ImageSpec(128, 64))).eval()
     striped = with_parts(encoder, 4, 0.5)
@@ -88,7 +88,7 @@ def test_stripes_put_together_say_what_the_global_head_says_of_them() -> None:
     assert torch.allclose(whole, joined, atol=1e-5)
 
 
-def test_joined_views_have_the_weighed_distance_of_the_views() -> None:
+def test_joined_views_have_the_weighted_distance_of_the_views() -> None:
     torch.manual_seed(2)
     encoder = with_parts(Encoder(EncoderConfig("osnet_x0_25", "gem", 32, SMALL)).eval(), 4, 0.5)
     images = torch.randn(2, 3, 64, 32)
@@ -99,7 +99,7 @@ def test_joined_views_have_the_weighed_distance_of_the_views() -> None:
     assert joined.norm(dim=1).tolist() == pytest.approx([1, 1])
 
 
-def test_parts_of_a_backbone_without_a_linear_layer_begin_with_the_same_chance() -> None:
+def test_random_parts_are_deterministic() -> None:
     encoder = Encoder(EncoderConfig("resnet18", "avg", 0, ImageSpec(128, 64))).eval()
     one, other = with_parts(encoder, 8, 0.5), with_parts(encoder, 8, 0.5)
     assert one.config.part_dim == 64 and one.feature_dim == 1024
@@ -107,6 +107,6 @@ def test_parts_of_a_backbone_without_a_linear_layer_begin_with_the_same_chance()
     assert with_parts(encoder, 2, 0.0) is not encoder
 
 
-def test_more_parts_than_map_rows_are_refused() -> None:
+def test_more_parts_than_map_rows_are_rejected() -> None:
     with pytest.raises(ValueError, match="8 parts need a height of 128"):
         EncoderConfig(image=SMALL, parts=8)

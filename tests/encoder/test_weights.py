@@ -53,14 +53,14 @@ def test_torchvision_resnets_from_a_file(tmp_path: Path, name: str) -> None:
     assert torch.equal(encoder.state_dict()["backbone.layer4.0.conv1.weight"], net.layer4[0].conv1.weight)
 
 
-def test_a_checkpoint_is_a_start_too_and_keeps_its_licence(tmp_path: Path) -> None:
+def test_a_checkpoint_can_be_loaded_and_keeps_its_licence(tmp_path: Path) -> None:
     origin = Encoder(EncoderConfig(image=ImageSpec(64, 32)))
     write_checkpoint(tmp_path / "mine", origin, Provenance(initial_weights={"licence": "MIT"}))
     found = load_weights(str(tmp_path / "mine"))
     assert found.encoder.config == origin.config and found.source["licence"] == "MIT"
 
 
-def test_builtin_weights_are_ours_small_and_whole() -> None:
+def test_builtin_weights_are_small_and_complete() -> None:
     found = load_weights("builtin")
     assert found.source["licence"] == "Apache-2.0" and not found.statistics_missing
     folder = Path(__import__("resight").__file__).parent / "encoder" / "builtin"
@@ -68,7 +68,7 @@ def test_builtin_weights_are_ours_small_and_whole() -> None:
     assert all(torch.isfinite(tensor).all() for tensor in found.encoder.state_dict().values())
 
 
-def test_wrong_files_say_what_is_missing_and_what_is_unexpected(tmp_path: Path) -> None:
+def test_errors_list_missing_and_unexpected_tensors(tmp_path: Path) -> None:
     torch.save({"foo.weight": torch.zeros(1), "bar": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(
         WeightsError, match=r"missing conv1\.conv\.weight .* unexpected 2 tensors beginning with foo\.weight"
@@ -92,7 +92,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("content", ["text", "pickle", "empty", "list"])
-def test_files_that_are_no_state_dict_are_refused_and_never_run(tmp_path: Path, content: str) -> None:
+def test_files_that_are_not_state_dicts_are_rejected_and_not_executed(tmp_path: Path, content: str) -> None:
     path = tmp_path / "x.pth"
     if content == "pickle":
         torch.save(Hostile(), path)
@@ -105,12 +105,12 @@ def test_files_that_are_no_state_dict_are_refused_and_never_run(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("source", ["nowhere.pth", "vgg16", "."])
-def test_unknown_sources_list_what_can_be_given(source: str) -> None:
+def test_unknown_sources_list_the_valid_ones(source: str) -> None:
     with pytest.raises(WeightsError, match="expected 'builtin'"):
         load_weights(source)
 
 
-def test_an_onnx_without_osnet_inside_is_refused(tmp_path: Path) -> None:
+def test_other_onnx_files_are_rejected(tmp_path: Path) -> None:
     value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("Relu", ["x"], ["y"])],
@@ -122,12 +122,12 @@ def test_an_onnx_without_osnet_inside_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="holds no OSNet"):
         load_weights(str(tmp_path / "relu.onnx"))
     (tmp_path / "text.onnx").write_text("not a model")
-    with pytest.raises(WeightsError, match="no ONNX file"):
+    with pytest.raises(WeightsError, match="is not an ONNX file"):
         load_weights(str(tmp_path / "text.onnx"))
 
 
 @pytest.mark.real
-def test_both_real_files_are_one_function_and_equal_onnxruntime(shared_weights: Path) -> None:
+def test_both_real_files_compute_the_same_features_as_onnxruntime(shared_weights: Path) -> None:
     import onnxruntime
 
     images = torch.randn(8, 3, 256, 128, generator=torch.Generator().manual_seed(0))
@@ -168,15 +168,15 @@ def test_torchvision_names_load_from_its_cache(tmp_path: Path, monkeypatch: pyte
     assert torch.equal(found.encoder.state_dict()["backbone.layer1.0.conv1.weight"], net.layer1[0].conv1.weight)
 
 
-def test_a_download_that_fails_says_which_file_to_bring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("urllib.request._opener", None)  # it keeps the proxies it was made with, also for later tests
+    monkeypatch.setattr("urllib.request._opener", None)  # it keeps its proxy settings, also for later tests
     for name in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # a closed port
     with pytest.raises(WeightsError, match=r"put the file resnet18-\w+\.pth there and give its path"):
         load_weights("resnet18")
 
 
-def test_the_built_in_weights_are_those_of_their_backbone_too() -> None:
+def test_the_backbones_name_loads_the_builtin_weights() -> None:
     one, other = load_weights("builtin"), load_weights("osnet_x0_25")
     assert other.encoder.config.backbone == "osnet_x0_25" and other.source == one.source

@@ -1,4 +1,4 @@
-"""Exported bundles run by a plain onnxruntime session give torch's features."""
+"""Exported bundles in a plain onnxruntime session compute torch's features."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CONFIGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """An encoder, its bundle, and the steps told of on the way."""
+    """An encoder, its bundle, and the reported steps."""
 
     encoder: Encoder
     bundle: Bundle
@@ -51,7 +51,7 @@ class Exported:
 
 
 def random_encoder(config: EncoderConfig, seed: int = 0) -> Encoder:
-    """Weights drawn by torch's initialisers; batch norms far from identity, statistics of real activations."""
+    """Weights from torch's initialisers; batch norms far from identity, with statistics of real activations."""
     torch.manual_seed(seed)
     encoder = Encoder(config)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def random_encoder(config: EncoderConfig, seed: int = 0) -> Encoder:
                 if module.bias.requires_grad:
                     module.bias.normal_(0.0, 0.3)
         if config.pooling == "gem":
-            encoder.heads["global"].pool.p.fill_(2.7)  # no special case of a power
+            encoder.heads["global"].pool.p.fill_(2.7)  # a power without special case
         encoder.train()
         for _ in range(3):
             images = torch.randint(0, 256, (16, config.image.height, config.image.width, 3), dtype=torch.uint8)
@@ -71,7 +71,7 @@ def random_encoder(config: EncoderConfig, seed: int = 0) -> Encoder:
 
 
 def random_images(config: EncoderConfig, count: int, seed: int = 1) -> np.ndarray:
-    """uint8 (count, H, W, 3): coarse colour blocks, each image another."""
+    """uint8 (count, H, W, 3): coarse colour blocks, different in each image."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (count, config.image.height // 8, config.image.width // 8, 3), dtype=np.uint8)
     return coarse.repeat(8, axis=1).repeat(8, axis=2)
@@ -112,18 +112,18 @@ def test_onnxruntime_equals_torch(exported: Exported, batch: int) -> None:
     assert features.shape == (batch, exported.encoder.feature_dim) and features.dtype == np.float32
     assert cosines(features, expected).min() >= 0.9999
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1.0, atol=1e-5)
-    if batch > 1:  # features of different images differ, or the cosine above would mean nothing
+    if batch > 1:  # features of different images differ, so the cosine above is meaningful
         assert (expected @ expected.T).min() < 0.9
 
 
-def test_a_row_does_not_depend_on_its_neighbours(exported: Exported) -> None:
+def test_a_feature_does_not_depend_on_the_other_rows_of_its_batch(exported: Exported) -> None:
     images = random_images(exported.encoder.config, 9)
     run = run_onnx(exported.bundle.read())
     alone = np.concatenate([run(images[i : i + 1]) for i in range(9)])
     np.testing.assert_allclose(run(images), alone, atol=1e-5)
 
 
-def test_the_graph_is_what_the_format_says(exported: Exported) -> None:
+def test_the_graph_matches_the_specified_format(exported: Exported) -> None:
     model = onnx.load(exported.bundle.artefact(), load_external_data=False)
     spec = exported.encoder.config.image
     assert {opset.domain for opset in model.opset_import} == {""}
@@ -133,7 +133,7 @@ def test_the_graph_is_what_the_format_says(exported: Exported) -> None:
     shape = [dim.dim_param or dim.dim_value for dim in images.type.tensor_type.shape.dim]
     assert shape == ["batch", spec.height, spec.width, 3]
     operators = [node.op_type for node in model.graph.node]
-    assert operators.count("BatchNormalization") <= 1  # folded, but for a neck without a linear layer before it
+    assert operators.count("BatchNormalization") <= 1  # folded, except a neck without a linear layer before it
     assert ("Pow" in operators) == (exported.encoder.config.pooling == "gem")
     elements = sum(np.prod(tensor.dims, dtype=int) for tensor in model.graph.initializer)
     backbone = sum(tensor.numel() for tensor in exported.encoder.backbone.parameters())
@@ -142,7 +142,7 @@ def test_the_graph_is_what_the_format_says(exported: Exported) -> None:
     assert b"site-packages" not in text and b"/work" not in text and os.fsencode(Path.home()) not in text
 
 
-def test_the_manifest_tells_what_was_measured(exported: Exported) -> None:
+def test_the_manifest_contains_the_measurements(exported: Exported) -> None:
     manifest = open_bundle(exported.bundle.path).manifest
     assert exported.steps == export_steps(ExportOptions(), SiteData())
     assert manifest.training == {"recipe": {}} and manifest.evaluation["left_out"] == {}
@@ -166,7 +166,7 @@ def test_a_moved_bundle_verifies(exported: Exported, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("exported", ["resnet18-gem"], indirect=True)
 def test_a_bundle_with_another_models_graph_does_not_verify(exported: Exported, tmp_path: Path) -> None:
-    """Hashes in order, signature in order, features of somebody else: only the probes can tell."""
+    """With valid hashes and signature but another model's features, only the probes detect it."""
     other = to_onnx(ServingGraph(random_encoder(exported.encoder.config, seed=5)), exported.encoder.config.image)
     with pytest.raises(BundleError, match=r"the other graph differs from the torch model: min cosine -?0\."):
         verify_graph(other, exported.bundle.probes(), what="the other graph")
@@ -176,7 +176,7 @@ def test_a_bundle_with_another_models_graph_does_not_verify(exported: Exported, 
     artefact = dataclasses.replace(manifest.artefacts[0], sha256=hashlib.sha256(other).hexdigest())
     (path / "model.onnx").write_bytes(other)
     (path / "manifest.json").write_bytes(to_json(dataclasses.replace(manifest, artefacts=(artefact,))))
-    with pytest.raises(BundleError, match=r"model\.onnx gives other features than the model that was exported"):
+    with pytest.raises(BundleError, match=r"model\.onnx gives other features than the exported model"):
         verify_bundle(open_bundle(path))
 
 
@@ -194,7 +194,7 @@ def test_exporting_again_gives_the_same_bytes(exported: Exported, tmp_path: Path
     assert again.manifest.probes == exported.bundle.manifest.probes
 
 
-def test_a_space_changes_with_what_decides_the_vectors_and_nothing_else() -> None:
+def test_the_space_id_depends_only_on_what_determines_features() -> None:
     encoder = random_encoder(CONFIGS["osnet-avg"])
     first = encoder_space_id(encoder)
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_a_space_changes_with_what_decides_the_vectors_and_nothing_else() -> Non
     assert encoder_space_id(encoder) != first
 
 
-def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_rejected(tmp_path: Path) -> None:
     encoder = random_encoder(CONFIGS["osnet-avg"])
     with torch.no_grad():
         encoder.heads["global"].embedding.weight[0, 0] = torch.nan
@@ -249,7 +249,7 @@ def test_the_command_makes_a_bundle_that_opens(checkpoint: Path, tmp_path: Path)
         export_checkpoint(checkpoint, out)
 
 
-def test_a_checkpoint_of_another_architecture_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_architecture_is_rejected(checkpoint: Path, tmp_path: Path) -> None:
     index = json.loads((checkpoint / "checkpoint.json").read_text())
     index["encoder"] |= {"backbone": "osnet_x0_25", "pooling": "avg", "embedding_dim": 512}
     (checkpoint / "checkpoint.json").write_text(json.dumps(index))
@@ -258,7 +258,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(checkpoint: Path, tmp_p
     assert not (tmp_path / "bundle").exists()
 
 
-def test_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint"):
         export_checkpoint(tmp_path, tmp_path / "bundle")
 
@@ -267,14 +267,14 @@ def test_no_checkpoint_is_refused(tmp_path: Path) -> None:
     ("folder", "name"),
     [("My Site (2)", "my-site-2"), ("..", "model"), ("Über", "ber"), ("a.b_c-1", "a.b_c-1"), ("x" * 99, "x" * 63)],
 )
-def test_names_are_spelled_safely(folder: str, name: str) -> None:
+def test_names_are_normalised(folder: str, name: str) -> None:
     assert model_name(folder) == name
 
 
 @pytest.mark.slow
 @pytest.mark.real
 def test_real_weights_equal_an_independent_export_of_them(tmp_path: Path) -> None:
-    """The same network as torchreid exported it, before its last ReLU was left out of ours."""
+    """The same network as exported by torchreid, whose last ReLU ours omits."""
     weights, crops = SHARED / "weights" / "osnet_x0_25_msmt17", SHARED / "data" / "market-subset" / "query"
     if not crops.is_dir() or not weights.with_suffix(".pth").is_file():
         pytest.skip(f"no real crops or weights at {SHARED}")

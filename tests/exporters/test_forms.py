@@ -1,4 +1,4 @@
-"""Exports with fp16, INT8, calibration and signature, by the command that users give."""
+"""Exports with fp16, INT8, calibration and signature, by the command line."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 @pytest.fixture(scope="module")
 def exported(site: Site, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, dict[str, object], str]:
-    """A bundle with every form, its figures and what the command said."""
+    """A bundle with every form, the JSON output and the printed output."""
     root = tmp_path_factory.mktemp("exported")
-    checkpoint = root / "checkpoint"  # of real weights: INT8 of random ones loses what they never had
+    checkpoint = root / "checkpoint"  # with real weights: INT8 of random ones is meaningless
     write_checkpoint(checkpoint, load_weights("builtin").encoder, Provenance(initial_weights={"licence": "Apache-2.0"}))
     public = generate_key(root / "site.key")
     done = resight_here(
@@ -81,31 +81,31 @@ def test_every_form_reproduces_the_model(exported: tuple[Bundle, dict[str, objec
         assert cosine.mean() >= least, (precision, runtime)
 
 
-def test_the_figures_are_in_the_manifest_and_on_the_table(exported: tuple[Bundle, dict[str, object], str]) -> None:
-    bundle, figures, told = exported
+def test_measurements_are_in_the_manifest_and_in_the_table(exported: tuple[Bundle, dict[str, object], str]) -> None:
+    bundle, figures, output = exported
     forms = bundle.manifest.evaluation["forms"]
     assert forms["model.int8.onnx"]["mean_cosine"] >= 0.98
-    assert forms["model.onnx"]["mAP"] > 0.999  # so that no CPU's rounding changes the order of 18 searches
+    assert forms["model.onnx"]["mAP"] > 0.999  # robust against rounding differences between CPUs
     assert abs(forms["model.int8.onnx"]["mAP"] - forms["model.onnx"]["mAP"]) <= 0.01
     assert forms["model.onnx"]["images_per_s"] > 0 and "cores" in bundle.manifest.evaluation["measured_on"]
     for artefact in bundle.manifest.artefacts:
-        assert artefact.file in told
+        assert artefact.file in output
     for column in ("min cosine", "max diff", "crops/s", "site cosine", "mAP"):
-        assert column in told
+        assert column in output
     assert figures["signer"] == bundle.manifest.signer != ""
 
 
-def test_the_report_tells_why_nothing_was_calibrated(exported: tuple[Bundle, dict[str, object], str]) -> None:
-    """Eight persons are too few to say what a similarity means; the page says so instead of drawing a curve."""
-    bundle, figures, told = exported
+def test_the_report_states_why_there_is_no_calibration(exported: tuple[Bundle, dict[str, object], str]) -> None:
+    """Eight persons are too few for a calibration; the page states that instead of drawing a curve."""
+    bundle, figures, output = exported
     page = bundle.path.with_name("lobby-report.html")
-    assert figures["report"] == str(page) and str(page) in told
-    assert bundle.manifest.calibration is None and "not calibrated" in told
+    assert figures["report"] == str(page) and str(page) in output
+    assert bundle.manifest.calibration is None and "not calibrated" in output
     text = page.read_text()
     assert "Not calibrated:" in text and "model.int8.onnx" in text and "<script" not in text
 
 
-def test_tensorrt_is_missed_loudly(exported: tuple[Bundle, dict[str, object], str]) -> None:
+def test_missing_tensorrt_is_reported(exported: tuple[Bundle, dict[str, object], str]) -> None:
     _, figures, _ = exported
     try:
         import tensorrt  # noqa: F401
@@ -113,7 +113,9 @@ def test_tensorrt_is_missed_loudly(exported: tuple[Bundle, dict[str, object], st
         assert figures["engines"] == []
 
 
-def test_a_signed_bundle_serves_whom_it_should(exported: tuple[Bundle, dict[str, object], str], tmp_path: Path) -> None:
+def test_a_signed_bundle_is_served_only_with_its_trusted_key(
+    exported: tuple[Bundle, dict[str, object], str], tmp_path: Path
+) -> None:
     bundle, _, _ = exported
     moved = tmp_path / "moved"
     shutil.copytree(bundle.path, moved)
@@ -126,16 +128,16 @@ def test_a_signed_bundle_serves_whom_it_should(exported: tuple[Bundle, dict[str,
         open_bundle(moved)
 
 
-def test_int8_that_fails_its_gate_is_left_out_and_says_why(tmp_path: Path) -> None:
-    measured = iter((0.9, 0.5))  # mAP before and after, as of a model that INT8 ruins
+def test_int8_that_fails_its_criteria_is_skipped_with_a_reason(tmp_path: Path) -> None:
+    measured = iter((0.9, 0.5))  # mAP before and after, as of a model that INT8 degrades
     bundle = export_encoder(
         make_encoder("osnet_x0_25"),
         tmp_path / "bundle",
         name="x",
         training={},
         weights_licence="none",
-        wanted=ExportOptions(("int8",)),
-        lent=SiteData(draw_crops(), measure=lambda run: next(measured)),
+        options=ExportOptions(("int8",)),
+        site=SiteData(draw_crops(), measure=lambda run: next(measured)),
     )
     assert [artefact.precision for artefact in bundle.manifest.artefacts] == ["fp32"]
     assert bundle.manifest.evaluation["left_out"] == {
@@ -143,7 +145,7 @@ def test_int8_that_fails_its_gate_is_left_out_and_says_why(tmp_path: Path) -> No
     }
 
 
-def test_what_cannot_be_made_is_refused_before_the_work(tmp_path: Path) -> None:
+def test_impossible_exports_are_rejected_before_the_work(tmp_path: Path) -> None:
     checkpoint = write_random_checkpoint(tmp_path / "checkpoint")
     out = tmp_path / "bundle"
     assert "--site" in the_error(resight_here("export", checkpoint, "--out", out, "--precision", "int8"))
@@ -153,8 +155,8 @@ def test_what_cannot_be_made_is_refused_before_the_work(tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_too_few_crops_are_refused(site: Site, tmp_path: Path) -> None:
-    lent = SiteData(fitted_pixels(site.train.subset(np.arange(3)), CONFIG.image))
+def test_too_few_crops_are_rejected(site: Site, tmp_path: Path) -> None:
+    site_data = SiteData(fitted_pixels(site.train.subset(np.arange(3)), CONFIG.image))
     with pytest.raises(BundleError, match="found 3"):
         export_encoder(
             random_encoder(),
@@ -162,8 +164,8 @@ def test_too_few_crops_are_refused(site: Site, tmp_path: Path) -> None:
             name="x",
             training={},
             weights_licence="none",
-            wanted=ExportOptions(("int8",)),
-            lent=lent,
+            options=ExportOptions(("int8",)),
+            site=site_data,
         )
     assert not (tmp_path / "b").exists()
 
@@ -177,14 +179,14 @@ def test_samples_are_even_over_cameras_and_keep_tracks_whole(site: Site) -> None
     kept = sample_tracks(tracked, 60)
     assert len(kept) == 60
     _, counts = np.unique(np.stack([kept.cameras, kept.tracks]), axis=1, return_counts=True)
-    assert (counts == 2).sum() >= len(counts) - 1  # six rows of a track number are two of each camera; the last is cut
+    assert (counts == 2).sum() >= len(counts) - 1  # six rows of a track are two of each camera; the last is cut
     assert len(sample_tracks(store, 60)) == 60 and len(sample_tracks(tracked, 240)) == 240
 
 
-def test_steps_are_told_in_their_order() -> None:
-    wanted = ExportOptions(("int8", "fp16"), tensorrt=True)
+def test_steps_are_reported_in_order() -> None:
+    options = ExportOptions(("int8", "fp16"), tensorrt=True)
     crops = np.zeros((16, 64, 32, 3), np.uint8)
-    assert export_steps(wanted, SiteData(crops, calibrate=lambda run: None)) == (
+    assert export_steps(options, SiteData(crops, calibrate=lambda run: None)) == (
         "reference features",
         "graph",
         "parity",
@@ -200,7 +202,7 @@ def test_steps_are_told_in_their_order() -> None:
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_int8_of_a_real_model_passes_the_gate_on_real_crops(tmp_path: Path) -> None:
+def test_int8_of_a_real_model_meets_the_criteria_on_real_crops(tmp_path: Path) -> None:
     weights, market = SHARED / "weights" / "osnet_x0_25_msmt17.pth", SHARED / "data" / "market-subset"
     if not weights.is_file() or not market.is_dir():
         pytest.skip(f"no real crops or weights at {SHARED}")
@@ -219,8 +221,8 @@ def test_int8_of_a_real_model_passes_the_gate_on_real_crops(tmp_path: Path) -> N
         name="real",
         training={},
         weights_licence="research",
-        wanted=ExportOptions(("int8",)),
-        lent=SiteData(
+        options=ExportOptions(("int8",)),
+        site=SiteData(
             fitted_pixels(sample_crops(site.train, 256), spec), measure=SiteDataLoader(None, spec, known).measure
         ),
     )

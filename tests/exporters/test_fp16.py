@@ -1,4 +1,4 @@
-"""Every backbone in fp32 gives torch's features at any batch; in fp16 within its bits, where they matter."""
+"""Every backbone equals torch at any batch size in fp32, and in fp16 within its precision."""
 
 from __future__ import annotations
 
@@ -19,29 +19,31 @@ from resight.exporters.verify import run_onnx, run_torch
 
 pytestmark = pytest.mark.long
 
-# Random weights as deep as these magnify any rounding: half floats and INT8 are tried on the others.
+# Random weights of such depth magnify any rounding: fp16 and INT8 are tested on the other backbones.
 LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("osnet_x1_0", "resnet50")]
 BACKBONES = ["osnet_x0_25", "resnet18", *LARGE]
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_fp32_is_torch_at_batch_1_7_and_64(name: str) -> None:
+def test_fp32_equals_torch_at_batch_1_7_and_64(name: str) -> None:
     crops = draw_crops()[:64]
-    wanted = in_batches(run_torch(make_encoder(name)), crops, 16)
+    expected = in_batches(run_torch(make_encoder(name)), crops, 16)
     run = run_onnx(export(name))
     for batch in (1, 7, 64):
-        assert cosines(in_batches(run, crops, batch), wanted).min() >= 0.9999, batch
-    assert (wanted @ wanted.T).min() < 0.9  # other crops are told apart, or the cosine above would mean nothing
+        assert cosines(in_batches(run, crops, batch), expected).min() >= 0.9999, batch
+    assert (expected @ expected.T).min() < 0.9  # features of different crops differ, so the cosine above is meaningful
 
 
 @pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
-def test_fp16_is_torch_within_its_bits(name: str) -> None:
+def test_fp16_equals_torch_within_its_precision(name: str) -> None:
     crops = draw_crops()[:64]
-    wanted = in_batches(run_torch(make_encoder(name)), crops, 16)
+    expected = in_batches(run_torch(make_encoder(name)), crops, 16)
     found = in_batches(run_onnx(to_fp16(export(name))), crops, 7)
     assert found.dtype == np.float32
-    assert cosines(found, wanted).min() >= 0.999
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-5)  # of fp32: half floats keep 5e-4
+    assert cosines(found, expected).min() >= 0.999
+    np.testing.assert_allclose(
+        np.linalg.norm(found, axis=1), 1.0, atol=1e-5
+    )  # relative to fp32; fp16 has a precision of 5e-4
 
 
 def types(model: onnx.ModelProto) -> dict[str, int]:
@@ -53,7 +55,7 @@ def types(model: onnx.ModelProto) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
-def test_the_trunk_is_half_and_the_rest_is_not(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_the_trunk_is_in_half_precision(name: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         data = to_fp16(export(name))
     assert not caplog.records and data == to_fp16(export(name))
@@ -66,8 +68,10 @@ def test_the_trunk_is_half_and_the_rest_is_not(name: str, caplog: pytest.LogCapt
             assert {of[tensor] for tensor in (*node.input, *node.output)} == {TensorProto.FLOAT16}, node.name
         if node.op_type in ("Sub", "Pow", "Clip", "ReduceL2", "Div", "BatchNormalization", "Gemm"):
             assert TensorProto.FLOAT16 not in {of[tensor] for tensor in (*node.input, *node.output)}, node.name
-    assert operators["Cast"] == 3  # bytes to fp32, into the trunk, out of it: no detour in between
-    assert len(data) < (0.8 if name.startswith("osnet") else 0.51) * len(export(name))  # small graphs are half names
+    assert operators["Cast"] == 3  # bytes to fp32, into the trunk, out of it: no other casts
+    assert len(data) < (0.8 if name.startswith("osnet") else 0.51) * len(
+        export(name)
+    )  # half of a small graph are names
 
 
 def test_stripes_keep_their_shares() -> None:
@@ -78,12 +82,12 @@ def test_stripes_keep_their_shares() -> None:
     assert cosines(found, run_torch(encoder)(crops)).min() >= 0.999
 
 
-def test_powers_that_half_floats_cannot_hold_are_taken_in_full() -> None:
+def test_powers_beyond_fp16_are_computed_in_fp32() -> None:
     encoder = Encoder(CONFIGS["resnet18"]).eval()
     encoder.load_state_dict(make_encoder("resnet18").state_dict())
-    encoder.heads["global"].pool.p.data.fill_(9.0)  # 4 to the power of 9 is past the end of fp16
+    encoder.heads["global"].pool.p.data.fill_(9.0)  # 4 to the power of 9 exceeds fp16's maximum
     crops = draw_crops()[:8]
     found = run_onnx(to_fp16(to_onnx(ServingGraph(encoder), SPEC)))(crops)
-    wanted = run_torch(encoder)(crops)
+    expected = run_torch(encoder)(crops)
     assert encoder.backbone(encoder.normalise(torch.from_numpy(crops))).max() ** 9 > 65504
-    assert cosines(found, wanted).min() >= 0.999
+    assert cosines(found, expected).min() >= 0.999

@@ -1,4 +1,4 @@
-"""INT8 forms: near fp32 on crops they were not calibrated on, the same every time, and honest about what they lose."""
+"""INT8 forms: similar to fp32 on held-out crops, deterministic, with correctly measured losses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from resight.arrays import Pixels
 from resight.encoder.model import Encoder
 from resight.errors import BundleError
 from resight.exporters import int8
-from resight.exporters.int8 import Int8Criteria, check_int8, keep_sensitive, rewrite_for_cpu
+from resight.exporters.int8 import Int8Criteria, check_int8, keep_sensitive_blocks, rewrite_for_cpu
 from resight.exporters.onnx_graph import ServingGraph, to_onnx
 from resight.exporters.verify import run_onnx
 from resight.image import ImageSpec
@@ -47,28 +47,30 @@ def form(name: str, symmetric: bool) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["cpu", "tensorrt"])
 @pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
-def test_int8_is_near_fp32_on_crops_it_has_not_seen(name: str, symmetric: bool) -> None:
-    made = keep_sensitive(calibrated(name), symmetric=symmetric, gate=Int8Criteria(min_mean_cosine=0.95))
+def test_int8_is_near_fp32_on_held_out_crops(name: str, symmetric: bool) -> None:
+    made = keep_sensitive_blocks(calibrated(name), symmetric=symmetric, criteria=Int8Criteria(min_mean_cosine=0.95))
     assert made.kept == () and made.crops == 32
-    assert made.mean_cosine >= (0.98 if name == "osnet_x0_25" else 0.95)  # random weights lose more than trained ones
+    assert made.mean_cosine >= (
+        0.98 if name == "osnet_x0_25" else 0.95
+    )  # random weights lose more accuracy than trained ones
     crops = draw_crops(32, seed=77)
-    found, wanted = run_onnx(made.model)(crops), run_onnx(export(name))(crops)
-    assert abs(cosines(found, wanted).mean() - made.mean_cosine) < 0.01
+    found, expected = run_onnx(made.model)(crops), run_onnx(export(name))(crops)
+    assert abs(cosines(found, expected).mean() - made.mean_cosine) < 0.01
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-5)
-    assert (wanted @ wanted.T).min() < 0.9  # the features of other crops are elsewhere
+    assert (expected @ expected.T).min() < 0.9  # features of different crops differ
 
 
 @pytest.mark.parametrize("width", [32, 33])
-def test_the_graph_for_cpus_is_the_same_function(width: int) -> None:
+def test_the_rewritten_graph_computes_the_same_function(width: int) -> None:
     spec = ImageSpec(64, width)
     encoder = Encoder(dataclasses.replace(make_encoder("osnet_x0_25").config, image=spec)).eval()
     encoder.load_state_dict(make_encoder("osnet_x0_25").state_dict())
     data = export("osnet_x0_25") if spec == SPEC else to_onnx(ServingGraph(encoder), spec)
     plain = onnx.load_model_from_string(data)
     suited = rewrite_for_cpu(plain)
-    assert plain.SerializeToString(deterministic=True) == data  # left as it was
+    assert plain.SerializeToString(deterministic=True) == data  # not modified
     operators = [node.op_type for node in suited.graph.node]
-    assert operators.count("SpaceToDepth") == (width % 2 == 0)  # of odd images the first layer stays as it is
+    assert operators.count("SpaceToDepth") == (width % 2 == 0)  # for odd image sizes the first layer is not rewritten
     assert operators.count("GlobalAveragePool") == 24 and "AveragePool" not in operators
     crops = draw_crops(9, spec)
     np.testing.assert_allclose(run_onnx(suited.SerializeToString())(crops), run_onnx(data)(crops), atol=2e-6)
@@ -87,7 +89,7 @@ def test_the_cpu_form_is_uint8_by_int8_per_channel(name: str) -> None:
             activation, weight = made_by[node.input[0]], made_by[node.input[1]]
             assert values[activation.input[2]].dtype == np.uint8
             assert values[weight.input[0]].dtype == np.int8
-            assert len(values[weight.input[1]]) == len(values[weight.input[0]])  # a scale for each output channel
+            assert len(values[weight.input[1]]) == len(values[weight.input[0]])  # one scale per output channel
     assert not model.functions and {opset.domain for opset in model.opset_import} == {""}
 
 
@@ -110,7 +112,7 @@ def patches(values: NDArray[np.uint8], node: onnx.NodeProto, zero: int) -> NDArr
 
 
 def sums_with_and_without_vnni(model: onnx.ModelProto, crops: Pixels) -> Iterator[tuple[str, bool]]:
-    """Each dense convolution's name, and whether both kinds of kernel come to the same sums on what it reads."""
+    """Name of each dense convolution, and whether both kinds of kernel compute the same sums on its input."""
     model = onnx.ModelProto.FromString(model.SerializeToString())
     values, made_by = constants(model), {name: node for node in model.graph.node for name in node.output}
     convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
@@ -129,12 +131,12 @@ def sums_with_and_without_vnni(model: onnx.ModelProto, crops: Pixels) -> Iterato
 
 
 @pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
-def test_cpus_without_vnni_come_to_the_same_sums(name: str) -> None:
-    """And they would not with weights of 8 bits: the emulation shows what went wrong on such CPUs."""
+def test_cpus_without_vnni_compute_the_same_sums(name: str) -> None:
+    """With 8-bit weights they do not: the emulation reproduces the overflow on such CPUs."""
     crops = draw_crops(4, seed=77)
     assert all(same for _, same in sums_with_and_without_vnni(form(name, False), crops))
     wide = onnx.ModelProto.FromString(form(name, False).SerializeToString())
-    for tensor in wide.graph.initializer:  # the same scales, twice the weights: the range as it was
+    for tensor in wide.graph.initializer:  # the same scales, twice the weights: the full range
         if tensor.data_type == TensorProto.INT8 and tensor.name.endswith("_quantized"):
             doubled = np.clip(numpy_helper.to_array(tensor).astype(np.int16) * 2, -127, 127).astype(np.int8)
             tensor.CopyFrom(numpy_helper.from_array(doubled, tensor.name))
@@ -142,29 +144,29 @@ def test_cpus_without_vnni_come_to_the_same_sums(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
-def test_no_two_products_leave_16_bits_whatever_a_kernel_pairs(name: str) -> None:
+def test_no_pair_of_products_overflows_16_bits(name: str) -> None:
     values, graph = constants(form(name, False)), form(name, False).graph
     made_by = {output: node for node in graph.node for output in node.output}
     for node in graph.node:
         if node.op_type in ("Conv", "Gemm"):
             weight = values[made_by[node.input[1]].input[0]].astype(int)
             assert np.abs(weight).max() * 255 * 2 < 2**15
-            assert np.abs(weight).max() == 64 or weight.shape[1:] == (1, 2, 2)  # the averages are all one number
+            assert np.abs(weight).max() == 64 or weight.shape[1:] == (1, 2, 2)  # all averages are equal
 
 
 @pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
-def test_corrected_biases_bring_the_features_nearer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_corrected_biases_improve_the_features(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     crops = draw_crops(64, seed=77)
-    wanted = run_onnx(export(name))(crops)
-    corrected = cosines(run_onnx(int8.quantize_graph(calibrated(name)))(crops), wanted).mean()
+    expected = run_onnx(export(name))(crops)
+    corrected = cosines(run_onnx(int8.quantize_graph(calibrated(name)))(crops), expected).mean()
     with monkeypatch.context() as patch:
         patch.setattr(int8, "_correct_biases", lambda model, calibrated: None)
-        plain = cosines(run_onnx(int8.quantize_graph(calibrated(name)))(crops), wanted).mean()
+        plain = cosines(run_onnx(int8.quantize_graph(calibrated(name)))(crops), expected).mean()
     assert 1 - corrected < 0.95 * (1 - plain)
 
 
 @pytest.mark.parametrize("name", ["osnet_x0_25", "resnet18"])
-def test_the_form_for_tensorrt_is_symmetric_and_small_in_its_demands(name: str) -> None:
+def test_the_form_for_tensorrt_is_symmetric_with_few_operators(name: str) -> None:
     model, values = form(name, True), constants(form(name, True))
     made_by = {output: node for node in model.graph.node for output in node.output}
     assert [node.op_type for node in model.graph.node if "images" in node.input] == ["Cast"]
@@ -180,7 +182,7 @@ def test_the_form_for_tensorrt_is_symmetric_and_small_in_its_demands(name: str) 
             }
 
 
-def test_nothing_is_said_and_the_file_is_the_same_in_another_process(
+def test_quantisation_is_silent_and_deterministic_across_processes(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     model, crops = export("osnet_x0_25"), draw_crops(32)
@@ -199,7 +201,7 @@ def test_nothing_is_said_and_the_file_is_the_same_in_another_process(
         "    made = int8.quantize_graph(int8.calibrate(model, crops), symmetric=symmetric)\n"
         "    print(hashlib.sha256(made).hexdigest())"
     )
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,
         env={**os.environ, "PYTHONHASHSEED": "7"},
@@ -208,11 +210,11 @@ def test_nothing_is_said_and_the_file_is_the_same_in_another_process(
         check=True,
         timeout=120,
     )
-    assert told.stdout.split() == mine and told.stderr == ""
+    assert done.stdout.split() == mine and done.stderr == ""
 
 
 def brittle_encoder() -> Encoder:
-    """One channel inside layer2.0 is ten thousand times the others and weighs as much less: the same function."""
+    """Scale one channel inside layer2.0 by ten thousand and its weights inversely: the same function."""
     encoder = Encoder(CONFIGS["resnet18"])
     encoder.load_state_dict(make_encoder("resnet18").state_dict())
     block = encoder.backbone.layer2[0]
@@ -223,35 +225,35 @@ def brittle_encoder() -> Encoder:
     return encoder.eval()
 
 
-def test_the_block_that_int8_breaks_stays_in_float() -> None:
+def test_a_block_that_int8_breaks_is_kept_in_float() -> None:
     model = to_onnx(ServingGraph(brittle_encoder()), SPEC)
     found = int8.calibrate(model, draw_crops())
     assert found.blocks == BLOCKS
-    whole = keep_sensitive(found, gate=Int8Criteria(min_mean_cosine=-1.0))
+    whole = keep_sensitive_blocks(found, criteria=Int8Criteria(min_mean_cosine=-1.0))
     steps: list[str] = []
-    wanted = keep_sensitive(calibrated("resnet18")).mean_cosine - 0.01
-    assert whole.mean_cosine < wanted  # broken, or this would show nothing
-    made = keep_sensitive(found, gate=Int8Criteria(min_mean_cosine=wanted), progress=steps.append)
-    assert made.kept == ("layer2.0",) and made.mean_cosine >= wanted
+    required = keep_sensitive_blocks(calibrated("resnet18")).mean_cosine - 0.01
+    assert whole.mean_cosine < required  # broken, so the test is meaningful
+    made = keep_sensitive_blocks(found, criteria=Int8Criteria(min_mean_cosine=required), progress=steps.append)
+    assert made.kept == ("layer2.0",) and made.mean_cosine >= required
     assert steps == [*(f"trying {block}" for block in BLOCKS), "keeping 1 blocks in float"]
     assert made.model == int8.quantize_graph(found, keep=["layer2.0"])
     crops = draw_crops(32, seed=77)
     mean = cosines(run_onnx(made.model)(crops), run_onnx(model)(crops)).mean()
-    assert abs(mean - made.mean_cosine) < 0.01  # what is told holds for other crops
+    assert abs(mean - made.mean_cosine) < 0.01  # the measurement generalises to other crops
 
 
-def test_a_gate_out_of_reach_ends_with_half_of_the_blocks_at_most() -> None:
+def test_unreachable_criteria_keep_at_most_half_of_the_blocks() -> None:
     steps: list[str] = []
-    made = keep_sensitive(
+    made = keep_sensitive_blocks(
         int8.calibrate(export("resnet18"), draw_crops(48)),
-        gate=Int8Criteria(min_mean_cosine=1.1),
+        criteria=Int8Criteria(min_mean_cosine=1.1),
         progress=steps.append,
     )
     assert steps[0] == f"trying {BLOCKS[0]}" and len(steps) <= len(BLOCKS) + 3
     assert 0 < len(made.kept) <= len(BLOCKS) // 2 and made.mean_cosine < 1.1
 
 
-def test_with_all_blocks_kept_the_features_are_those_of_fp32() -> None:
+def test_with_all_blocks_kept_features_equal_fp32() -> None:
     data = int8.quantize_graph(calibrated("resnet18"), keep=BLOCKS)
     assert "QuantizeLinear" not in {node.op_type for node in onnx.load_model_from_string(data).graph.node}
     crops = draw_crops(8)
@@ -267,12 +269,12 @@ def test_crops_are_held_back_from_the_calibration() -> None:
     )
     assert (len(fitting), len(held_back)) == (int8.MAX_CALIBRATED, int8.MAX_HELD_BACK)
     assert not set(fitting) & set(held_back)
-    for part in (fitting, held_back):  # over all of them, in order
+    for part in (fitting, held_back):  # evenly over all, in order
         assert part[0] < 8 and part[-1] > 390 and (np.diff(part) > 0).all()
     assert [len(part) for part in int8.split_crops(crops[:16], plain)] == [12, 4]
 
 
-def test_what_cannot_be_quantised_is_refused_with_what_to_do() -> None:
+def test_invalid_crops_are_rejected_with_advice() -> None:
     with pytest.raises(BundleError, match=r"at least 16 crops .* found 15: give more"):
         int8.calibrate(export("resnet18"), draw_crops()[:15])
     with pytest.raises(BundleError, match=r"needs uint8 crops \(N, 64, 32, 3\), found uint8 \(20, 32, 32, 3\)"):
@@ -298,12 +300,12 @@ def test_what_cannot_be_quantised_is_refused_with_what_to_do() -> None:
         ({"mean_cosine": 0.99, "speedup": None}, ""),
     ],
 )
-def test_the_gate_decides_with_figures(figures: dict[str, float], reason: str) -> None:
+def test_rejection_reasons_contain_numbers(figures: dict[str, float], reason: str) -> None:
     assert check_int8(Int8Criteria(), **figures) == reason
 
 
-def test_the_library_keeps_its_notes_to_itself(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_librarys_log_messages_are_suppressed(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         int8.quantize_graph(calibrated("osnet_x0_25"))
-        logging.getLogger("resight").info("and ours are heard again")
+        logging.getLogger("resight").info("and our messages are logged again")
     assert [record.name for record in caplog.records] == ["resight"]

@@ -12,12 +12,12 @@ def forms(tmp_path_factory):
     return references_forms.make_forms(tmp_path_factory.mktemp("forms") / "b")
 
 
-def test_every_form_is_built_proven_and_found_by_the_service(monkeypatch, forms, tmp_path):
+def test_every_form_is_built_verified_and_loaded_by_the_service(monkeypatch, forms, tmp_path):
     machine = references_tensorrt.install(monkeypatch)
-    told: list[str] = []
-    built = build_engines(forms, cache=tmp_path / "engines", max_batch=16, progress=told.append)
+    steps: list[str] = []
+    built = build_engines(forms, cache=tmp_path / "engines", max_batch=16, progress=steps.append)
     assert [engine.precision for engine in built] == ["fp32", "fp16", "int8"]
-    assert told == [f"TensorRT engine {engine.precision}" for engine in built]
+    assert steps == [f"TensorRT engine {engine.precision}" for engine in built]
     assert built[0].min_cosine > 0.9999 and built[1].min_cosine > 0.999
     exported = forms.find("fp32"), forms.find("fp16"), forms.find("int8", "tensorrt")
     for engine, artefact in zip(built, exported, strict=True):
@@ -30,7 +30,7 @@ def test_every_form_is_built_proven_and_found_by_the_service(monkeypatch, forms,
     assert "parse" not in machine.calls
 
 
-def test_a_form_that_is_not_there_is_told_before_anything_is_built(monkeypatch, tmp_path):
+def test_a_missing_form_is_reported_before_anything_is_built(monkeypatch, tmp_path):
     machine = references_tensorrt.install(monkeypatch)
     bundle = make_bundle(tmp_path / "b")
     assert engine_precisions(bundle) == ("fp32",)
@@ -39,7 +39,7 @@ def test_a_form_that_is_not_there_is_told_before_anything_is_built(monkeypatch, 
     assert machine.calls == [] and not (tmp_path / "engines").exists()
 
 
-def test_without_tensorrt_the_package_and_the_extra_are_named(tmp_path):
+def test_without_tensorrt_the_error_names_the_package_and_the_extra(tmp_path):
     try:
         import tensorrt  # noqa: F401
     except ImportError:

@@ -1,4 +1,4 @@
-"""Figures of camera pairs against the protocol run on each pair alone."""
+"""Metrics of camera pairs against the protocol applied to each pair alone."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_equals_the_loop(seed: int, queries: int, gallery: int, people: int, cam
                 assert query_camera != gallery_camera or slow[2] == 0  # with itself: junk only
 
 
-def test_with_two_cameras_the_pairs_make_up_the_whole() -> None:
+def test_with_two_cameras_the_pairs_average_to_the_total() -> None:
     rng = np.random.default_rng(3)
     features = rng.standard_normal((90, 8)).astype(np.float32)
     persons, cameras = rng.integers(1, 9, 90), rng.integers(0, 2, 90)

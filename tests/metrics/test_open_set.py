@@ -1,4 +1,4 @@
-"""Watch-list figures against searches made one at a time."""
+"""Open-set metrics against searches run one at a time."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def score_of(strangers: list[float], mates: list[float], ranks: list[int] | None
 
 @pytest.mark.parametrize("tied", [False, True], ids=["distinct", "ties"])
 @pytest.mark.parametrize("target", [0.01, 0.05, 0.1, 0.29])
-def test_the_operating_point_is_the_best_threshold_there_is(target: float, tied: bool) -> None:
-    """Of all thresholds tried one by one none within the FPIR finds more."""
+def test_the_operating_point_is_the_best_threshold(target: float, tied: bool) -> None:
+    """No threshold within the FPIR has a higher TPIR."""
     rng = np.random.default_rng(7)
     strangers, mates = rng.normal(0.3, 0.1, 317), rng.normal(0.5, 0.1, 211)
     if tied:
@@ -99,29 +99,29 @@ def test_the_operating_point_is_the_best_threshold_there_is(target: float, tied:
     for point, rank in ((one, 1), (two, 2)):
         assert point.tpir[0] == pytest.approx(max(1 - score.fnir(level, rank) for level in allowed))
     below = float(np.nextafter(np.float32(one.threshold), np.float32(-1)))
-    assert score.fpir(below) > target  # the smallest that keeps it
+    assert score.fpir(below) > target  # the smallest one within it
 
 
 @pytest.mark.parametrize(
     ("searches", "target", "needed"), [(99, 0.01, 100), (9, 0.1, 10), (1, 0.3, 4)], ids=["1 %", "10 %", "30 %"]
 )
-def test_a_rate_that_the_searches_cannot_resolve_is_not_given(searches: int, target: float, needed: int) -> None:
+def test_a_rate_below_the_resolution_is_none(searches: int, target: float, needed: int) -> None:
     point = score_of([0.1] * searches, [0.9]).at_fpir(target, (1, 10))
     assert (point.threshold, point.fpir, point.false_positives, point.tpir) == (None, None, None, (None, None))
-    assert point.reservation == f"{searches} non-mated searches cannot resolve it: it takes {needed} or more"
+    assert point.reservation == f"{searches} non-mated searches cannot resolve it: at least {needed} are needed"
     enough = score_of([0.1] * (needed - 1) + [0.2], [0.9]).at_fpir(target, (1, 10))
     assert enough.false_positives == 1 and enough.tpir == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(("searches", "reliable"), [(100, False), (2999, False), (3000, True)])
-def test_few_false_positives_are_told(searches: int, reliable: bool) -> None:
+def test_few_false_positives_cause_a_reservation(searches: int, reliable: bool) -> None:
     point = score_of(list(np.linspace(0, 0.5, searches)), [0.9]).at_fpir(0.01, (1,))
     assert (point.reservation == "") is reliable
     assert reliable or "3000 would make it reliable" in point.reservation
 
 
-def test_ties_among_strangers_are_all_in_or_all_out() -> None:
-    """Of ten searches one may find somebody; two are equally sure, so neither may."""
+def test_tied_false_positives_are_accepted_together() -> None:
+    """Of ten searches one may be a false positive; two are tied, so neither is accepted."""
     point = score_of([0.7, 0.7] + [0.2] * 8, [0.9, 0.7, 0.3]).at_fpir(0.1, (1,))
     assert point.threshold is not None and 0.7 < point.threshold < 0.7001
     assert (point.fpir, point.false_positives) == (0.0, 0)
@@ -129,7 +129,7 @@ def test_ties_among_strangers_are_all_in_or_all_out() -> None:
 
 
 @pytest.mark.parametrize("searches", [1, 2, 3, 40, 5000])
-def test_the_curve_goes_from_no_false_positive_to_all(searches: int) -> None:
+def test_the_curve_covers_fpir_from_0_to_1(searches: int) -> None:
     rng = np.random.default_rng(searches)
     score = score_of(list(rng.normal(0.3, 0.1, searches)), list(rng.normal(0.4, 0.1, 300)))
     thresholds = score.curve(60)
@@ -147,7 +147,7 @@ def test_hand_example() -> None:
     truth = GroundTruth(np.array([1, 2]), np.array([1, 1, 2, 3, 0]), np.array([5, 5]), np.array([5, 6, 6, 6, 6]))
     similarity = np.array([[0.95, 0.7, 0.8, 0.75, 0.1], [0.2, 0.3, 0.6, 0.5, 0.65]], np.float32)
     score = evaluate_open_set(lambda part: similarity[part], truth)
-    # Query 1: its 0.95 is junk, person 3 stands before it; query 2: the distractor does.
+    # Query 1: its 0.95 is junk, person 3 ranks before it; query 2: the distractor does.
     assert score.mated_similarity.tolist() == pytest.approx([0.7, 0.6])
     assert score.mated_rank.tolist() == [2, 2]
     assert score.nonmated_similarity.tolist() == pytest.approx([0.8, 0.65])
@@ -155,31 +155,31 @@ def test_hand_example() -> None:
     assert (score.fpir(0.7), score.fnir(0.65, 1), score.fnir(0.65, 2), score.fnir(0.1, 2)) == (0.5, 1.0, 0.5, 0.0)
 
 
-def test_a_query_of_nobody_is_a_search_for_a_stranger() -> None:
+def test_a_query_of_person_0_is_a_non_mated_search() -> None:
     truth = GroundTruth(np.array([0, 1, -1]), np.array([0, 1, 2]), np.array([5, 5, 5]), np.array([5, 6, 6]))
     similarity = np.array([[0.9, 0.2, 0.3], [0.4, 0.8, 0.5], [1, 1, 1]], np.float32)
     score = evaluate_open_set(lambda part: similarity[part], truth)
-    # Distractors of one camera are not the same person: 0.9 counts. The query nobody knows takes no part.
+    # Distractors of one camera are not the same person: 0.9 counts. The query of an unknown person is ignored.
     assert score.nonmated_similarity.tolist() == pytest.approx([0.9, 0.5])
     assert score.mated_similarity.tolist() == pytest.approx([0.8])
 
 
-def test_a_threshold_survives_its_way_to_a_service() -> None:
-    """Protocol buffers carry float32: rounding must not let the next stranger in."""
+def test_a_threshold_round_trips_through_a_service() -> None:
+    """Protocol buffers use float32: rounding must not accept the next false positive."""
     point = score_of(list(np.linspace(0.1, 0.9, 200)), [0.95]).at_fpir(0.01, (1,))
     assert point.threshold == float(np.float32(point.threshold))
 
 
-def test_what_cannot_be_measured_is_refused_with_the_reason() -> None:
+def test_errors_state_why_the_metric_cannot_be_measured() -> None:
     eye, cameras = np.eye(3, dtype=np.float32), (np.array([1, 1, 1]), np.array([2, 2, 2]))
     alone = GroundTruth(np.array([4, 4, 0]), np.array([4, 4, 0]), *cameras)
-    with pytest.raises(InputError, match=r"two persons or more in the gallery, found 1: add"):
+    with pytest.raises(InputError, match=r"at least two persons in the gallery, found 1: add"):
         evaluate_open_set(cosine_rows(eye, eye, alone), alone)
     unmatched = GroundTruth(np.array([4, 5, 0]), np.array([6, 7, 0]), *cameras)
     with pytest.raises(InputError, match=r"none of 3 queries has a match .* two cameras"):
         evaluate_open_set(cosine_rows(eye, eye, unmatched), unmatched)
 
 
-def test_the_rule_of_three_is_the_one_quoted() -> None:
+def test_the_rule_of_three_holds() -> None:
     """No error in n searches: with 95 % confidence the rate is at most about 3 / n."""
     assert 1 - math.exp(-3) == pytest.approx(0.95, abs=0.001)

@@ -1,4 +1,4 @@
-"""Ranking figures against a slow, loop-written reading of the Market-1501 protocol."""
+"""Ranking metrics against a slow implementation of the Market-1501 protocol with loops."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ def slow_scores(lists: list[list[int]], columns: Columns) -> tuple[list[float], 
     precisions, penalties, firsts = [], [], []
     for q, rows in enumerate(lists):
         person, camera = query_persons[q], query_cameras[q]
-        wanted = [
+        matches = [
             g
             for g in range(len(gallery_persons))
             if person > 0 and gallery_persons[g] == person and gallery_cameras[g] != camera
         ]
-        if not wanted:
+        if not matches:
             continue
         rank, hits, total, first, last = 0, 0, 0.0, 0, 0
         for g in rows:
             if gallery_persons[g] == -1 or (gallery_persons[g] == person and gallery_cameras[g] == camera):
                 continue
             rank += 1
-            if g in wanted:
+            if g in matches:
                 hits += 1
                 total += hits / rank
                 first = first or rank
                 last = rank
-        precisions.append(total / len(wanted))
-        penalties.append(len(wanted) / last if hits == len(wanted) else 0.0)
+        precisions.append(total / len(matches))
+        penalties.append(len(matches) / last if hits == len(matches) else 0.0)
         firsts.append(first)
     return precisions, penalties, firsts
 
@@ -80,7 +80,7 @@ def random_site(seed: int, queries: int, gallery: int, people: int, cameras: int
 def test_equals_the_loop(seed: int, queries: int, gallery: int, people: int, cameras: int, tied: bool) -> None:
     columns = random_site(seed, queries, gallery, people, cameras)
     rng = np.random.default_rng(seed + 100)
-    if tied:  # few small whole numbers: many exactly equal similarities, whatever the order of summation
+    if tied:  # few small integers: many exactly equal similarities, for any order of summation
         query = rng.integers(-1, 2, (queries, 3)).astype(np.float32)
         rows = rng.integers(-1, 2, (gallery, 3)).astype(np.float32)
     else:
@@ -92,7 +92,7 @@ def test_equals_the_loop(seed: int, queries: int, gallery: int, people: int, cam
     assert_equal(score_rankings(lists, *columns), slow)
 
 
-def test_lists_that_stop_early_count_the_rest_as_never_found() -> None:
+def test_truncated_lists_count_missing_matches_as_not_found() -> None:
     columns = random_site(3, 41, 120, 8, 3)
     rng = np.random.default_rng(4)
     lists = [list(rng.permutation(120)[:length]) for length in rng.integers(0, 120, 41)]
@@ -131,17 +131,17 @@ def test_skipped_queries_are_marked() -> None:
     score = evaluate_ranking(
         features, features, np.array([1, 2, 0]), np.array([1, 2, 0]), np.array([1, 1, 1]), np.array([2, 1, 2])
     )
-    assert score.valid_queries == 1  # the second is its own camera's, the third a distractor
+    assert score.valid_queries == 1  # the second is from its own camera, the third a distractor
     assert np.isnan(score.average_precision).tolist() == [False, True, True]
 
 
-def test_no_match_left_names_the_reason() -> None:
+def test_an_error_states_why_there_is_no_match() -> None:
     features, ones = np.eye(4, dtype=np.float32), np.ones(4, np.int64)
     with pytest.raises(InputError, match=r"none of 4 queries has a match .* another camera"):
         evaluate_ranking(features, features, ones, ones, ones, ones)
 
 
-def test_bad_input_is_refused() -> None:
+def test_invalid_input_is_rejected() -> None:
     features, persons = np.eye(4, dtype=np.float32), np.arange(1, 5)
     cameras = np.ones(4, np.int64)
     good = (persons, persons, cameras, cameras + 1)

@@ -1,4 +1,4 @@
-"""Every runtime there is, with every precision a bundle has, answers the same crops with the same features."""
+"""Every available runtime computes the same features for every precision of a bundle."""
 
 import numpy as np
 import onnxruntime as ort
@@ -31,7 +31,7 @@ def forms(tmp_path_factory):
 
 @pytest.fixture
 def provider(request, monkeypatch):
-    """The provider's name, where it can run; skips, saying what is missing, where it cannot."""
+    """The provider's name; skips with the reason if it cannot run."""
     if request.param == "stand-in":
         references_tensorrt.install(monkeypatch)
         return "tensorrt"
@@ -62,11 +62,11 @@ def test_every_runtime_agrees_with_the_model_at_every_batch(forms, provider, pre
         found = runtime.embed(crops[:count])
         assert found.dtype == np.float32 and np.abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-3
         assert (found * embed_by_hand(crops[:count])).sum(1).min() >= least
-        # What a crop's feature is does not depend on its company.
+        # A crop's feature does not depend on the rest of its batch.
         assert (found * alone[:count]).sum(1).min() >= MIN_COSINE_BY_PRECISION["fp32"]
 
 
-def test_each_precision_is_held_to_its_own_bar(forms):
+def test_each_precision_has_its_own_minimum_cosine(forms):
     assert [min_cosine_for(forms.find(precision)) for precision in ("fp32", "fp16")] == [0.9999, 0.999]
     for kind in ("onnx", "tensorrt"):
         artefact = forms.find("int8", kind)

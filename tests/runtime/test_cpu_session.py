@@ -1,4 +1,4 @@
-"""A batch computed in parts is the batch computed whole, whatever its size and the number of cores."""
+"""A batch computed in parts equals the whole batch, for any size and number of cores."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.long
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_parts_are_the_whole(threads: int) -> None:
+def test_split_batches_give_the_same_features(threads: int) -> None:
     session = CpuSession(export("osnet_x0_25"), threads)
     crops = draw_crops()
     whole = run_onnx(export("osnet_x0_25"))(crops[:33])
@@ -23,7 +23,7 @@ def test_parts_are_the_whole(threads: int) -> None:
         np.testing.assert_allclose(features, whole[:size], atol=1e-5)
 
 
-def test_callers_at_once_do_not_mix_their_parts() -> None:
+def test_concurrent_calls_do_not_mix_their_parts() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     session, crops = CpuSession(export("osnet_x0_25"), 2), draw_crops()
@@ -36,11 +36,13 @@ def test_callers_at_once_do_not_mix_their_parts() -> None:
 
 def test_a_failing_part_fails_the_batch() -> None:
     session = CpuSession(export("osnet_x0_25"), 2)
-    with pytest.raises(Exception, match="Got invalid dimensions"):  # onnxruntime's own, which the runtime translates
+    with pytest.raises(
+        Exception, match="Got invalid dimensions"
+    ):  # onnxruntime's own error, which the runtime converts
         session.run(draw_crops()[:8, :32])
 
 
-def test_the_session_leaves_the_cores_to_the_service() -> None:
+def test_session_options_spare_cores_and_memory() -> None:
     options = session_options(2)
     assert options.intra_op_num_threads == 2 and options.inter_op_num_threads == 1
     assert options.enable_cpu_mem_arena and not options.enable_mem_pattern

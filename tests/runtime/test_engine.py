@@ -29,7 +29,7 @@ def key(data: bytes = b"", precision: str = "fp32") -> EngineKey:
 
 
 def bytes_transposed() -> bytes:
-    """A graph that moves bytes before they become floats, which a CPU takes and TensorRT does not."""
+    """A graph that transposes bytes before the cast, which a CPU accepts and TensorRT rejects."""
     model = onnx.load_from_string(graph(0))
     model.graph.node[0].input[0] = "moved"
     model.graph.node.insert(0, helper.make_node("Transpose", ["images"], ["moved"], perm=[0, 1, 2, 3]))
@@ -54,27 +54,27 @@ def test_an_engine_is_built_by_the_documented_calls(machine):
     assert plan and timings.endswith(b"one more;")
 
 
-def test_tensorrt_10_is_asked_for_strong_types(monkeypatch):
+def test_tensorrt_10_is_configured_for_strong_types(monkeypatch):
     machine = references_tensorrt.install(monkeypatch, version="10.14.1")
     build_engine(graph(0), key())
     assert machine.details["network_flags"] == 1 << 1  # STRONGLY_TYPED is 1 there, EXPLICIT_BATCH 0
 
 
-def test_only_fp32_goes_without_tf32(machine):
+def test_only_fp32_disables_tf32(machine):
     for precision, allowed in (("fp32", False), ("fp16", True), ("int8", True)):
         build_engine(graph(0), key(precision=precision))
         assert ("TF32" in {flag.name for flag in machine.details["builder_flags"]}) is allowed
 
 
-def test_a_graph_that_tensorrt_does_not_take_is_told(machine):
-    with pytest.raises(BundleError, match=r"does not take the fp32 graph.*UINT8 inputs must be cast"):
+def test_a_graph_that_tensorrt_rejects_is_reported(machine):
+    with pytest.raises(BundleError, match=r"does not accept the fp32 graph.*UINT8 inputs must be cast"):
         build_engine(bytes_transposed(), key())
     machine.refuse_build = True
     with pytest.raises(BundleError, match=r"no engine of the fp32 graph on NVIDIA Stand-in.*--provider cuda"):
         build_engine(graph(0), key())
 
 
-def test_an_engine_is_built_once_and_found_again(machine, cache, caplog):
+def test_an_engine_is_built_once_and_then_cached(machine, cache, caplog):
     caplog.set_level(logging.INFO)
     plan = load_or_build_engine(graph(0), key(graph(0)), cache)
     assert "takes minutes" in caplog.text and "engine built" in caplog.text
@@ -82,11 +82,11 @@ def test_an_engine_is_built_once_and_found_again(machine, cache, caplog):
     caplog.clear()
     assert load_or_build_engine(graph(0), key(graph(0)), cache) == plan
     assert machine.calls == [] and caplog.text == ""
-    assert load_or_build_engine(graph(0), key(graph(0)), cache, anew=True) == plan
+    assert load_or_build_engine(graph(0), key(graph(0)), cache, rebuild=True) == plan
     assert "build_serialized_network" in machine.calls
 
 
-def test_timings_are_kept_for_the_next_engine_and_thrown_away_when_not_ours(machine, cache):
+def test_the_timing_cache_is_reused_unless_its_seal_is_wrong(machine, cache):
     load_or_build_engine(graph(0), key(graph(0)), cache)
     load_or_build_engine(graph(1), key(graph(1)), cache)
     [timings] = cache.folder.glob("*.timing")
@@ -96,13 +96,13 @@ def test_timings_are_kept_for_the_next_engine_and_thrown_away_when_not_ours(mach
     assert timings.read_bytes().count(b"one more;") == 1
 
 
-def test_timings_of_another_gpu_are_left_to_tensorrt_to_refuse(machine):
+def test_a_timing_cache_rejected_by_tensorrt_is_replaced(machine):
     _, timings = build_engine(graph(0), key(), b"timings of another GPU")
     assert timings == b"timings of NVIDIA Stand-in;one more;"
     assert machine.calls.count("set_timing_cache") == 2
 
 
-def test_everything_an_engine_depends_on_names_it(machine):
+def test_the_file_name_depends_on_everything_the_engine_depends_on(machine):
     first = key(graph(0))
     assert (first.gpu, first.compute_capability, first.driver) == (references_tensorrt.GPU, "9.0", 13000)
     others = {
@@ -114,7 +114,7 @@ def test_everything_an_engine_depends_on_names_it(machine):
     assert len(files) == len(others) and first.file not in files
 
 
-def test_progress_is_told_while_an_engine_is_built(machine, caplog, monkeypatch):
+def test_progress_is_logged_while_an_engine_is_built(machine, caplog, monkeypatch):
     monkeypatch.setattr(engine, "PROGRESS_S", 0.0)
     caplog.set_level(logging.INFO)
     build_engine(graph(0), key())
@@ -128,7 +128,7 @@ def test_a_profile_is_ordered(wrong):
         ShapeProfile(*wrong)
 
 
-def test_what_is_missing_is_named(monkeypatch):
+def test_missing_packages_are_named(monkeypatch):
     def absent(name):
         raise ImportError(f"No module named {name!r}")
 
@@ -139,6 +139,6 @@ def test_what_is_missing_is_named(monkeypatch):
         engine.load_cudart()
 
 
-def test_a_gpu_that_is_not_there_is_told(machine):
+def test_a_missing_gpu_is_reported(machine):
     with pytest.raises(StartupError, match=r"cudaErrorInvalidDevice \(invalid device ordinal\).*nvidia-smi"):
         engine_key(b"", precision="fp32", image=SPEC, profile=PROFILE, device_id=7)

@@ -21,7 +21,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_what_was_stored_is_found_again_and_is_private(cache):
+def test_stored_files_are_loaded_and_private(cache):
     assert cache.load("a.plan", KEY) is None
     cache.store("a.plan", KEY, b"engine")
     assert EngineCache(cache.folder).load("a.plan", KEY) == b"engine"
@@ -78,35 +78,35 @@ HARMS = {
 
 
 @pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS)
-def test_what_was_not_sealed_here_is_not_loaded_and_the_log_says_so(cache, harm, caplog):
+def test_files_with_a_wrong_seal_are_not_loaded_and_logged(cache, harm, caplog):
     cache.store("a.plan", KEY, b"engine")
     harm(cache, cache.folder / "a.plan")
     caplog.clear()
     assert cache.load("a.plan", KEY) is None
-    assert "built anew" in caplog.text
+    assert "rebuilt" in caplog.text
 
 
-def test_a_folder_that_others_may_enter_is_refused(tmp_path):
+def test_a_folder_open_to_others_is_rejected(tmp_path):
     (tmp_path / "open").mkdir(mode=0o755)
     with pytest.raises(StartupError, match=r"mode 0700.*found drwxr-xr-x.*executable"):
         EngineCache(tmp_path / "open")
 
 
-def test_a_folder_behind_a_link_is_refused(tmp_path):
+def test_a_linked_folder_is_rejected(tmp_path):
     (tmp_path / "real").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with pytest.raises(StartupError, match="mode 0700"):
         EngineCache(tmp_path / "link")
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StartupError, match="--engine-cache"):
         EngineCache(tmp_path / "file" / "engines")
 
 
 @pytest.mark.parametrize("harm", ["short", "open", "link"])
-def test_a_secret_that_is_not_ours_is_refused(cache, harm):
+def test_a_foreign_secret_is_rejected(cache, harm):
     path = cache.folder / SECRET_FILE
     if harm == "short":
         path.write_bytes(b"x")
@@ -131,12 +131,12 @@ def test_two_processes_do_not_build_at_once(cache):
         assert other.stdout.readline() == "held\n"
         other.stdin.write("\n")
         other.stdin.flush()
-        with cache.lock():  # waits until the other is done
+        with cache.lock():  # waits for the other process
             assert (cache.folder / "built").exists()
         assert other.wait(30) == 0
 
 
-def test_a_folder_of_another_librarys_engines_is_kept_while_nobody_touches_it(cache, caplog):
+def test_an_unchanged_sealed_folder_is_kept(cache, caplog):
     with cache.sealed_folder("lib", KEY) as folder:
         (folder / "one.engine").write_bytes(b"1")
     with cache.sealed_folder("lib", KEY) as folder:
@@ -159,7 +159,7 @@ FOLDER_HARMS = {
 
 
 @pytest.mark.parametrize("harm", FOLDER_HARMS.values(), ids=FOLDER_HARMS)
-def test_a_folder_that_was_touched_is_emptied(cache, harm):
+def test_a_changed_sealed_folder_is_emptied(cache, harm):
     with cache.sealed_folder("lib", KEY) as folder:
         (folder / "one.engine").write_bytes(b"1")
         (folder / "one.engine").chmod(0o600)
@@ -168,7 +168,7 @@ def test_a_folder_that_was_touched_is_emptied(cache, harm):
         assert list(folder.iterdir()) == [] and not folder.is_symlink()
 
 
-def test_what_fails_inside_is_not_sealed(cache):
+def test_a_folder_is_not_sealed_after_an_error(cache):
     with pytest.raises(RuntimeError), cache.sealed_folder("lib", KEY) as folder:
         (folder / "half.engine").write_bytes(b"1")
         raise RuntimeError

@@ -26,17 +26,17 @@ def pixels(count: int) -> np.ndarray:
     return np.random.default_rng(count).integers(0, 256, (count, SPEC.height, SPEC.width, 3), dtype=np.uint8)
 
 
-def test_batches_run_by_the_documented_calls_in_their_order(machine):
+def test_batches_run_by_the_documented_calls_in_order(machine):
     session = EngineSession(plan_of(ShapeProfile(1, 8, 16)), SPEC)
     assert (session.profile, session.feature_dim) == (ShapeProfile(1, 8, 16), DIM)
-    for count in (16, 1, 7):  # a small batch after a large one: nothing may be left of it
+    for count in (16, 1, 7):  # a small batch after a large one: none of it may remain
         machine.calls.clear()
         assert np.abs(session.run(pixels(count)) - embed_by_hand(pixels(count))).max() < 1e-5
         assert machine.calls == ["copy host to device", "execute_async_v3", "copy device to host", "synchronize"]
         assert machine.details["batch"] == count
 
 
-def test_a_batch_below_the_profile_is_filled_up(machine):
+def test_a_batch_below_the_profile_is_padded(machine):
     session = EngineSession(plan_of(ShapeProfile(4, 8, 16)), SPEC)
     assert np.abs(session.run(pixels(3)) - embed_by_hand(pixels(3))).max() < 1e-5
     assert machine.details["batch"] == 4
@@ -52,7 +52,7 @@ def test_a_batch_below_the_profile_is_filled_up(machine):
     ],
     ids=["many", "none", "small", "float"],
 )
-def test_what_the_engine_was_not_built_for_never_reaches_the_gpu(machine, images):
+def test_batches_outside_the_profile_never_reach_the_gpu(machine, images):
     session = EngineSession(plan_of(ShapeProfile(1, 8, 16)), SPEC)
     machine.calls.clear()
     with pytest.raises(LimitError, match=r"expected uint8 of 1\.\.16"):
@@ -68,7 +68,7 @@ def test_features_are_copies(machine):
     assert np.array_equal(first, kept)
 
 
-def test_threads_take_turns_and_each_has_the_right_gpu(machine):
+def test_threads_are_serialised_and_use_the_right_gpu(machine):
     session = EngineSession(plan_of(ShapeProfile(1, 8, 16)), SPEC, device_id=1)
     assert machine.current[threading.get_ident()] == 1
     with ThreadPoolExecutor(4) as pool:
@@ -78,7 +78,7 @@ def test_threads_take_turns_and_each_has_the_right_gpu(machine):
     assert len(machine.current) > 1 and set(machine.current.values()) == {1}
 
 
-def test_memory_goes_with_the_session_or_when_it_is_closed(machine):
+def test_memory_is_freed_with_the_session_or_on_close(machine):
     for number in range(5):
         session = EngineSession(plan_of(ShapeProfile(1, 8, 16)), SPEC)
         assert len(machine.memory) == 4 and len(machine.streams) == 1
@@ -91,20 +91,20 @@ def test_memory_goes_with_the_session_or_when_it_is_closed(machine):
         assert machine.memory == {} and machine.streams == {}
 
 
-def test_an_engine_of_another_version_is_refused(machine):
+def test_an_engine_of_another_version_is_rejected(machine):
     plan = plan_of(ShapeProfile(1, 8, 16))
     machine.version = "11.5.0"
     with pytest.raises(BundleError, match="another version or GPU"):
         EngineSession(plan, SPEC)
 
 
-def test_an_engine_of_another_shape_is_refused(machine):
+def test_an_engine_of_another_shape_is_rejected(machine):
     with pytest.raises(BundleError, match="expected an engine with tensors"):
         EngineSession(plan_of(ShapeProfile(1, 8, 16)), ImageSpec(height=32, width=32))
     assert machine.memory == {}
 
 
-def test_a_gpu_that_fails_is_a_model_error(machine, monkeypatch):
+def test_a_gpu_failure_is_a_model_error(machine, monkeypatch):
     session = EngineSession(plan_of(ShapeProfile(1, 8, 16)), SPEC)
     monkeypatch.setattr(session._context, "execute_async_v3", lambda stream_handle: False)
     with pytest.raises(ModelError, match="failed on a batch of 2"):
@@ -115,7 +115,7 @@ def test_a_gpu_that_fails_is_a_model_error(machine, monkeypatch):
         session.run(pixels(2))
 
 
-def test_the_stand_in_has_only_names_of_the_real_runtime():
+def test_the_fake_runtime_has_only_names_of_the_real_one():
     real = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
     made = references_tensorrt.cudart_module(references_tensorrt.Machine())
     for name in (name for name in vars(made) if name.startswith("cuda")):
@@ -125,7 +125,7 @@ def test_the_stand_in_has_only_names_of_the_real_runtime():
     assert {"name", "major", "minor"} <= set(dir(real.cudaDeviceProp())) and int(real.cudaStream_t(5)) == 5
 
 
-def test_the_real_runtime_answers_in_the_form_that_is_read():
+def test_the_real_runtime_returns_the_expected_types():
     real = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
     assert isinstance(check_cuda(real.cudaDriverGetVersion()), int)  # works without a driver: 0
     with pytest.raises(StartupError, match=r"cudaError\w+ \(.+\).*nvidia-smi"):

@@ -23,7 +23,7 @@ def pixels(count: int, spec: ImageSpec = SPEC) -> np.ndarray:
 
 
 @pytest.mark.parametrize("count", [1, 7, 32])
-def test_a_bundle_answers_as_by_hand_at_any_batch(bundle, count):
+def test_a_bundle_computes_the_expected_features_at_any_batch_size(bundle, count):
     runtime = OnnxRuntime(bundle)
     found = runtime.embed(pixels(count))
     assert found.dtype == np.float32 and found.shape == (count, DIM)
@@ -32,18 +32,18 @@ def test_a_bundle_answers_as_by_hand_at_any_batch(bundle, count):
     assert runtime.provider == "cpu-fp32"
 
 
-def test_a_bundle_whose_probes_are_of_another_model_is_refused(tmp_path):
-    with pytest.raises(BundleError, match="other features than the model that was exported"):
+def test_a_bundle_with_the_probes_of_another_model_is_rejected(tmp_path):
+    with pytest.raises(BundleError, match="other features than the exported model"):
         OnnxRuntime(make_bundle(tmp_path / "b", probes_of=3))
 
 
-def test_a_precision_the_bundle_does_not_have_is_refused(bundle):
+def test_a_missing_precision_is_rejected(bundle):
     with pytest.raises(BundleError, match="int8"):
         OnnxRuntime(bundle, precision="int8")
 
 
 @pytest.mark.parametrize("provider", ["cuda", "ort-tensorrt"])
-def test_a_provider_that_is_not_there_is_refused_not_replaced(bundle, provider, tmp_path):
+def test_a_missing_provider_is_rejected_without_fallback(bundle, provider, tmp_path):
     if PROVIDERS[provider] in ort.get_available_providers():
         pytest.skip(f"this onnxruntime has {PROVIDERS[provider]}: nothing is missing")
     with pytest.raises(StartupError, match=rf"{PROVIDERS[provider]}.*--provider cpu"):
@@ -51,8 +51,8 @@ def test_a_provider_that_is_not_there_is_refused_not_replaced(bundle, provider, 
 
 
 @pytest.mark.parametrize("provider", ["cuda", "ort-tensorrt"])
-def test_a_provider_that_does_not_start_is_refused_not_replaced(bundle, provider, tmp_path, monkeypatch):
-    """Its library is listed but does not load: onnxruntime goes on with the CPU, and says so in a printed line."""
+def test_a_provider_that_does_not_start_is_rejected_without_fallback(bundle, provider, tmp_path, monkeypatch):
+    """Its library is listed but does not load: onnxruntime itself would fall back to the CPU with a printed line."""
     if PROVIDERS[provider] in ort.get_available_providers():
         pytest.skip(f"this onnxruntime has {PROVIDERS[provider]}: it may well start")
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: list(PROVIDERS.values()))
@@ -60,18 +60,18 @@ def test_a_provider_that_does_not_start_is_refused_not_replaced(bundle, provider
         pytest.raises(StartupError, match=rf"provider {provider} could not be started.*CPUExecutionProvider"),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # onnxruntime's own about the provider
+        warnings.simplefilter("ignore")  # onnxruntime's own warning about the provider
         open_runtime(bundle, provider=provider, engine_cache=tmp_path / "engines")
 
 
 @pytest.mark.gpu
-def test_the_gpu_answers_as_the_cpu(bundle):
+def test_the_gpu_computes_the_same_features_as_the_cpu(bundle):
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         pytest.skip("this onnxruntime has no CUDAExecutionProvider: install onnxruntime-gpu")
     assert np.abs(open_runtime(bundle, provider="cuda").embed(pixels(7)) - embed_by_hand(pixels(7))).max() < 1e-3
 
 
-def test_fp32_is_no_tf32():
+def test_fp32_does_not_use_tf32():
     assert [cuda_options(precision=p, device_id=1)["use_tf32"] for p in ("fp32", "fp16", "int8")] == ["0", "1", "1"]
 
 
@@ -84,7 +84,7 @@ def test_the_engines_of_onnxruntime_have_explicit_shapes_and_a_private_folder(tm
 
 
 @pytest.mark.parametrize(("every", "sizes"), [(True, [32, 16, 8, 4, 2, 1]), (False, [32])])
-def test_warming_up_begins_with_the_largest_batch(every, sizes):
+def test_warm_up_starts_with_the_largest_batch(every, sizes):
     met = []
 
     class Counting(DummyRuntime):
@@ -109,27 +109,27 @@ def bundle_of(path, data: bytes):
     )
 
 
-def test_bytes_that_are_no_graph_are_refused(tmp_path):
-    with pytest.raises(BundleError, match=r"model\.onnx was refused before anything ran it"):
+def test_bytes_that_are_not_a_graph_are_rejected(tmp_path):
+    with pytest.raises(BundleError, match=r"model\.onnx was rejected before it was run"):
         OnnxRuntime(bundle_of(tmp_path / "b", graph(0)[:200]))
 
 
-def test_what_onnxruntime_cannot_load_is_told(tmp_path, monkeypatch):
+def test_a_graph_that_onnxruntime_cannot_load_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx, "check_graph", lambda *_, **__: None)
     with pytest.raises(BundleError, match=r"onnxruntime [\d.]+ cannot load model\.onnx on cpu"):
         OnnxRuntime(bundle_of(tmp_path / "b", graph(0)[:200]))
 
 
-def test_a_graph_of_another_shape_is_refused(tmp_path):
+def test_a_graph_of_another_shape_is_rejected(tmp_path):
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 64, 32])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3, 64, 32])
     made = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    with pytest.raises(BundleError, match="refused before anything ran it: expected one input images"):
+    with pytest.raises(BundleError, match="rejected before it was run: expected one input images"):
         OnnxRuntime(bundle_of(tmp_path / "b", model.SerializeToString()))
 
 
-def test_the_dummy_answers_what_its_docstring_says():
+def test_the_dummy_computes_the_features_of_its_docstring():
     image = np.zeros((8, 8, 3), np.uint8)
     image[:2, :2] = (255, 0, 0)
     (found,) = DummyRuntime(dataclasses.replace(SPEC, height=16, width=16)).embed(image.repeat(2, 0).repeat(2, 1)[None])

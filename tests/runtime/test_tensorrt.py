@@ -28,7 +28,7 @@ def pixels(count: int) -> np.ndarray:
     return np.random.default_rng(count).integers(0, 256, (count, SPEC.height, SPEC.width, 3), dtype=np.uint8)
 
 
-def test_a_bundle_answers_as_by_hand_from_an_engine_built_here(machine, bundle, tmp_path):
+def test_a_built_engine_computes_the_expected_features(machine, bundle, tmp_path):
     runtime = open_runtime(bundle, provider="tensorrt", max_batch=16, engine_cache=tmp_path / "engines")
     assert isinstance(runtime, TensorRTRuntime)
     assert (runtime.provider, runtime.max_batch, runtime.image) == ("tensorrt-fp32", 16, SPEC)
@@ -39,7 +39,7 @@ def test_a_bundle_answers_as_by_hand_from_an_engine_built_here(machine, bundle, 
         assert np.abs(found - embed_by_hand(pixels(count))).max() < 1e-5
 
 
-def test_the_second_start_finds_the_engine(machine, bundle, tmp_path):
+def test_the_second_start_loads_the_engine_from_the_cache(machine, bundle, tmp_path):
     TensorRTRuntime(bundle, engine_cache=tmp_path / "engines")
     machine.calls.clear()
     TensorRTRuntime(bundle, engine_cache=tmp_path / "engines")
@@ -47,7 +47,7 @@ def test_the_second_start_finds_the_engine(machine, bundle, tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["altered", "cut", "copied", "opened"])
-def test_an_engine_that_is_not_ours_is_built_anew_loudly(machine, bundle, tmp_path, harm, caplog):
+def test_an_engine_with_a_wrong_seal_is_rebuilt_with_a_warning(machine, bundle, tmp_path, harm, caplog):
     TensorRTRuntime(bundle, engine_cache=tmp_path / "engines")
     [plan] = (tmp_path / "engines").glob("*.plan")
     data = plan.read_bytes()
@@ -63,16 +63,16 @@ def test_an_engine_that_is_not_ours_is_built_anew_loudly(machine, bundle, tmp_pa
     machine.calls.clear()
     caplog.clear()
     runtime = TensorRTRuntime(bundle, engine_cache=tmp_path / "engines")
-    assert "build_serialized_network" in machine.calls and "was not sealed here" in caplog.text
+    assert "build_serialized_network" in machine.calls and "does not match its seal" in caplog.text
     assert plan.read_bytes() == data
     assert np.abs(runtime.embed(pixels(3)) - embed_by_hand(pixels(3))).max() < 1e-5
 
 
-def test_an_engine_that_tensorrt_refuses_is_built_anew_once(machine, bundle, tmp_path, monkeypatch, caplog):
+def test_an_engine_that_tensorrt_rejects_is_rebuilt_once(machine, bundle, tmp_path, monkeypatch, caplog):
     key = engine_key(bundle.read(), precision="fp32", image=SPEC, profile=ShapeProfile(1, 32, 32))
     TensorRTRuntime(bundle, engine_cache=tmp_path / "engines")
     monkeypatch.setattr(tensorrt, "engine_key", lambda *_, **__: key)
-    machine.gpu += " of another stepping"  # which neither name nor key can tell
+    machine.gpu += " of another stepping"  # which is not part of the key
     machine.calls.clear()
     runtime = TensorRTRuntime(bundle, engine_cache=tmp_path / "engines")
     assert machine.calls.count("build_serialized_network") == 1 and "another version or GPU" in caplog.text
@@ -80,7 +80,7 @@ def test_an_engine_that_tensorrt_refuses_is_built_anew_once(machine, bundle, tmp
 
 
 @pytest.mark.parametrize("max_batch", [1, 4, 32, 33])
-def test_the_engine_takes_what_the_batcher_and_the_probes_make(machine, bundle, tmp_path, max_batch):
+def test_the_engine_accepts_batches_of_the_batcher_and_the_probes(machine, bundle, tmp_path, max_batch):
     runtime = TensorRTRuntime(bundle, max_batch=max_batch, engine_cache=tmp_path / "engines")
     least, tuned, most = machine.details["profile"]["images"]
     assert (least[0], tuned[0], most[0]) == (1, max_batch, max(max_batch, 7))
@@ -96,12 +96,12 @@ def test_each_precision_has_its_own_graph_and_engine(machine, forms, tmp_path):
     assert machine.calls.count("parse") == 3
 
 
-def test_a_precision_not_made_for_tensorrt_is_refused(machine, bundle, tmp_path):
+def test_a_precision_not_exported_for_tensorrt_is_rejected(machine, bundle, tmp_path):
     with pytest.raises(BundleError, match="no int8 tensorrt graph"):
         TensorRTRuntime(bundle, precision="int8", engine_cache=tmp_path / "engines")
 
 
-def test_an_engine_that_fails_the_probes_is_refused(machine, tmp_path):
+def test_an_engine_that_fails_the_probes_is_rejected(machine, tmp_path):
     with pytest.raises(BundleError, match=r"TensorRT engine of model\.onnx gives other features"):
         TensorRTRuntime(make_bundle(tmp_path / "b", probes_of=3), engine_cache=tmp_path / "engines")
 
@@ -116,13 +116,13 @@ def test_a_graph_changed_after_the_bundle_was_opened_never_reaches_tensorrt(mach
     assert machine.calls == []
 
 
-def test_models_can_be_swapped_without_memory_growing(machine, bundle, tmp_path):
+def test_swapping_models_does_not_leak_memory(machine, bundle, tmp_path):
     for _ in range(20):
         TensorRTRuntime(bundle, engine_cache=tmp_path / "engines").close()
     assert machine.memory == {} and machine.streams == {}
 
 
-def test_without_tensorrt_the_start_names_what_is_missing(bundle, tmp_path):
+def test_without_tensorrt_the_error_names_the_missing_package(bundle, tmp_path):
     try:
         import tensorrt  # noqa: F401
     except ImportError:
@@ -133,14 +133,14 @@ def test_without_tensorrt_the_start_names_what_is_missing(bundle, tmp_path):
         pytest.skip("tensorrt is installed: nothing is missing")
 
 
-def test_the_log_tells_what_was_proven(machine, bundle, tmp_path, caplog):
+def test_the_log_reports_the_probes(machine, bundle, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     TensorRTRuntime(bundle, engine_cache=tmp_path / "engines")
     assert "probes passed bundle=tiny-0 provider=tensorrt-fp32 min_cosine=1.0" in caplog.text
 
 
 @pytest.mark.gpu
-def test_the_stand_in_has_only_names_of_the_real_tensorrt():
+def test_the_fake_tensorrt_has_only_names_of_the_real_one():
     real = pytest.importorskip("tensorrt", reason="tensorrt is not installed")
     made = references_tensorrt.tensorrt_module(references_tensorrt.Machine(version=real.__version__))
     for name in ("BuilderFlag", "MemoryPoolType", "NetworkDefinitionCreationFlag", "TensorIOMode"):
@@ -153,7 +153,7 @@ def test_the_stand_in_has_only_names_of_the_real_tensorrt():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_a_real_engine_answers_as_by_hand(forms, tmp_path, precision):
+def test_a_real_engine_computes_the_expected_features(forms, tmp_path, precision):
     pytest.importorskip("tensorrt", reason="tensorrt is not installed")
     runtime = TensorRTRuntime(forms, precision=precision, max_batch=16, engine_cache=tmp_path / "engines")
     for count in (1, 7, 16):

@@ -90,7 +90,7 @@ def test_a_bundle_with_a_flipped_byte_is_refused(tmp_path, file):
 
 def test_a_bundle_that_fails_its_probes_is_refused(tmp_path):
     bundle = make_bundle(tmp_path / "bundle", probes_of=7)
-    assert "gives other features than the model that was exported" in startup_error(
+    assert "gives other features than the exported model" in startup_error(
         ServerProcess(bundle.path, tmp_path / "data")
     )
 

@@ -80,5 +80,5 @@ def test_an_unreachable_server_is_unavailable(address):
 
 
 def test_a_token_is_not_sent_unencrypted():
-    with pytest.raises(InputError, match="in clear"):
+    with pytest.raises(InputError, match="in plaintext"):
         AsyncClient("192.0.2.1:50051", token="secret")

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ledger import Ledger, State, Write
-from stores import SPACE, feature, opened
+from stores import SPACE, feature, open_gallery
 from watchdog import progress_expected
 
 from resight.service.records import Filter
@@ -160,7 +160,7 @@ def test_acknowledged_writes_survive_a_kill_at_any_time(tmp_path: Path) -> None:
             ledger.settle(with_seeds(found, states), writes)
             await check_index(store, found)
 
-        with opened(tmp_path) as store:
+        with open_gallery(tmp_path) as store:
             asyncio.run(check(store, [before, ledger.states, *open_writes], open_writes, last))
         assert not list((tmp_path / "snapshots").glob(".*"))
     log.info("%d rounds, %d answered, %d in flight, %d entries left", ROUNDS, answered, in_flight, len(ledger.states))

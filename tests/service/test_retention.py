@@ -1,7 +1,7 @@
 import asyncio
 
 import pytest
-from stores import OTHER, SPACE, enrolment, feature, held, holding, made, opened
+from stores import OTHER, SPACE, count_entries, create_collection, enrolment, feature, files_with, open_gallery
 
 from resight.service import records
 from resight.service.records import Filter, now_us
@@ -14,13 +14,13 @@ DAY_S = 86_400.0
 
 @pytest.fixture
 def store(tmp_path):
-    with opened(tmp_path) as made:
+    with open_gallery(tmp_path) as made:
         yield made
 
 
 def test_data_is_deleted_after_its_retention_period(store, tmp_path):
     async def body():
-        await made(store)
+        await create_collection(store)
         both = await store.write(spaces.begin_space, "lobby", OTHER)
         for number in range(8):
             expire_us = now_us() - 1 if number < 3 else None
@@ -32,24 +32,29 @@ def test_data_is_deleted_after_its_retention_period(store, tmp_path):
         await audit_log.record(AuditEvent("a", "new"))
 
         await purge_expired(store, RetentionPeriods(audit_s=90 * DAY_S, space_s=7 * DAY_S))
-        assert not holding(tmp_path, feature(2).tobytes()) and not holding(tmp_path, feature(102).tobytes())
-        assert holding(tmp_path, feature(5).tobytes())  # the way back is open
+        assert not files_with(tmp_path, feature(2).tobytes()) and not files_with(tmp_path, feature(102).tobytes())
+        assert files_with(tmp_path, feature(5).tobytes())  # the way back is open
         assert [event.method for event in await audit_log.list_events()] == ["new", "old"]
 
         reached = (await store.read(reads.collection, "lobby")).revision
         await purge_expired(store, RetentionPeriods(audit_s=30 * DAY_S, space_s=0.0), indexed=[(both.key, reached)])
-        assert not holding(tmp_path, feature(5).tobytes()) and holding(tmp_path, feature(105).tobytes())
+        assert not files_with(tmp_path, feature(5).tobytes()) and files_with(tmp_path, feature(105).tobytes())
         assert [event.method for event in await audit_log.list_events()] == ["new"]
         assert await store.read(lambda c: c.execute("SELECT count(*) FROM change").fetchall()) == [(0,)]
         lobby = await store.read(reads.collection, "lobby")
-        assert (await held(store), lobby.space, lobby.previous_space_id, lobby.other_space_ids) == (5, OTHER, "", ())
+        assert (await count_entries(store), lobby.space, lobby.previous_space_id, lobby.other_space_ids) == (
+            5,
+            OTHER,
+            "",
+            (),
+        )
 
     asyncio.run(body())
 
 
 def test_revisions_rise_after_the_change_log_is_purged(store):
     async def body():
-        lobby = await made(store)
+        lobby = await create_collection(store)
         first = await store.write(writes.enrol, lobby, enrolment(1))
         await purge_expired(store, RetentionPeriods(audit_s=DAY_S, space_s=0.0), indexed=[(lobby.key, first.revision)])
         second = await store.write(writes.enrol, lobby, enrolment(2))
@@ -60,7 +65,7 @@ def test_revisions_rise_after_the_change_log_is_purged(store):
 
 def test_a_clock_set_back_keeps_order_and_audit(store, monkeypatch):
     async def body():
-        lobby = await made(store, ttl_us=3_600_000_000)
+        lobby = await create_collection(store, ttl_us=3_600_000_000)
         first = await store.write(writes.enrol, lobby, enrolment(1))
         audit_log = AuditLog(store)
         await audit_log.record(AuditEvent("a", "before"))

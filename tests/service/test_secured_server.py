@@ -208,5 +208,5 @@ def test_a_log_line_of_a_call_has_its_request_id(bundle_path, tmp_path):
         assert dict(refused.value.trailing_metadata())["x-request-id"] == "my-id-1"
     assert server.end() == 0
     assert "request=my-id-1 rejected /resight.v1.AdminService/GetServerInfo" in server.log.read_text()
-    with pytest.raises(InputError, match="in clear"):
+    with pytest.raises(InputError, match="in plaintext"):
         Client("gallery.example:50051", token="rst_x")

@@ -23,7 +23,7 @@ import pytest
 from ledger import Ledger, State, Write
 from server_storm import COLLECTION, ENTRY_OF_PAIR, Storm, drawn, lasting
 from serving import ServerProcess, features_by_hand, make_bundle
-from stores import holding
+from stores import files_with
 from watchdog import progress_expected
 
 from resight.client import Client, Query
@@ -135,7 +135,7 @@ def check_files(data: Path, storm: Storm) -> None:
     eventually(lambda: [snapshots.verify(data, name) for name in snapshots.list_names(data)])
     eventually(lambda: no_remnants(data / "snapshots"))
     for subject in storm.erased:
-        assert holding(data, subject.encode()) == [], subject
+        assert files_with(data, subject.encode()) == [], subject
 
 
 def eventually(check: Callable[[], object]) -> None:

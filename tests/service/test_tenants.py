@@ -3,7 +3,7 @@ from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
 import pytest
-from stores import DIM, SPACE, enrolment, feature, held, holding, made
+from stores import DIM, SPACE, count_entries, create_collection, enrolment, feature, files_with
 
 from resight.errors import CollectionNotFoundError, InputError, OverloadedError
 from resight.service import tenants
@@ -43,7 +43,7 @@ def test_tenants_share_nothing_but_the_folder(tmp_path):
         async with open_tenants_of(tmp_path) as all_tenants:
             acme, beta = await all_tenants.tenant("acme"), await all_tenants.tenant("beta")
             for tenant, number in ((acme, 1), (beta, 2)):
-                lobby = await made(tenant.store)
+                lobby = await create_collection(tenant.store)
                 await tenant.store.write(writes.enrol, lobby, enrolment(number))
             assert (
                 await found_ids(acme.gallery, acme.store, 1) == await found_ids(acme.gallery, acme.store, 2) == ["e1"]
@@ -52,7 +52,7 @@ def test_tenants_share_nothing_but_the_folder(tmp_path):
             with pytest.raises(CollectionNotFoundError):
                 await (await all_tenants.gallery("default")).collection("lobby")
             assert await all_tenants.gallery("acme") is acme.gallery
-            assert holding(tmp_path / "tenants" / "acme", feature(2).tobytes()) == []
+            assert files_with(tmp_path / "tenants" / "acme", feature(2).tobytes()) == []
             assert list(all_tenants.names()) == ["default", "acme", "beta"]
             assert (tmp_path / "tenants" / "acme").stat().st_mode & 0o077 == 0
 
@@ -83,7 +83,7 @@ def test_the_longest_idle_tenant_is_closed_and_reopened_unchanged(tmp_path, monk
     async def body():
         async with open_tenants_of(tmp_path, max_tenants_open=3) as all_tenants:
             one = await all_tenants.tenant("one")
-            await one.store.write(writes.enrol, await made(one.store), enrolment(1))
+            await one.store.write(writes.enrol, await create_collection(one.store), enrolment(1))
             busy = await all_tenants.tenant("busy")
             work = await busy.operations.start("migrate")
             with pytest.raises(OverloadedError, match="max_tenants_open"):
@@ -105,7 +105,7 @@ def test_expired_entries_of_unused_tenants_are_deleted_from_disk(tmp_path):
         async with open_tenants_of(tmp_path) as all_tenants:
             for name in ("idle", "used"):
                 tenant = await all_tenants.tenant(name)
-                lobby = await made(tenant.store)
+                lobby = await create_collection(tenant.store)
                 await tenant.store.write(writes.enrol, lobby, enrolment(3))
                 soon = Enrolment(
                     EntryRecord("gone", subject_id="SECRET-GONE", expire_us=now_us() + 300_000), feature(9)
@@ -114,14 +114,14 @@ def test_expired_entries_of_unused_tenants_are_deleted_from_disk(tmp_path):
         async with open_tenants_of(tmp_path, purge_interval_s=0.2) as all_tenants:
             used = await all_tenants.tenant("used")
             for _ in range(100):
-                if not holding(tmp_path, b"SECRET-GONE"):
+                if not files_with(tmp_path, b"SECRET-GONE"):
                     break
                 await asyncio.sleep(0.1)
-            assert holding(tmp_path, b"SECRET-GONE") == [] and holding(tmp_path, feature(9).tobytes()) == []
-            assert await held(used.store) == 1
+            assert files_with(tmp_path, b"SECRET-GONE") == [] and files_with(tmp_path, feature(9).tobytes()) == []
+            assert await count_entries(used.store) == 1
             await asyncio.sleep(0.3)
             idle = await all_tenants.tenant("idle")
-            assert await held(idle.store) == 1 and await found_ids(idle.gallery, idle.store, 3) == ["e3"]
+            assert await count_entries(idle.store) == 1 and await found_ids(idle.gallery, idle.store, 3) == ["e3"]
 
     asyncio.run(body())
 

@@ -20,7 +20,7 @@ import itertools
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -41,8 +41,6 @@ from resight.training.adaptation.checkpoints import (
     History,
     check_plan,
     find_last_epoch,
-    pack_optimizer,
-    pack_tensors,
     unpack_optimizer,
     unpack_tensors,
     write_epoch,
@@ -61,10 +59,9 @@ from resight.training.adaptation.loss import sample_weights
 from resight.training.adaptation.objective import Objective
 from resight.training.adaptation.recipe import Recipe, views_used
 from resight.training.adaptation.run import (
-    EpochState,
     Stage,
+    StageState,
     TrainingRun,
-    TrainState,
     make_optimizer,
     require_finite,
     set_learning_rate,
@@ -86,7 +83,7 @@ from resight.training.features.extract import autocast, read_batches, to_input
 
 def train_batches(
     run: TrainingRun,
-    state: TrainState,
+    state: StageState,
     objective: Objective,
     batches: Iterator[tuple[Ints, Pixels]],
     erasing: np.random.Generator,
@@ -98,7 +95,7 @@ def train_batches(
 
     Args:
         run: see `TrainingRun`.
-        state: see `TrainState`.
+        state: see `StageState`.
         objective: contrastive loss; its memories are updated after each step.
         batches: rows of the store, and this process's slice of their pixels, already flipped and shifted.
         erasing: random stream of random erasing.
@@ -148,7 +145,7 @@ def train_batches(
 
 def _backward(
     run: TrainingRun,
-    state: TrainState,
+    state: StageState,
     objective: Objective,
     images: Tensor,
     rows: Ints,
@@ -216,7 +213,7 @@ def require_even_slices(recipe: Recipe) -> None:
         )
 
 
-def train_epoch(run: TrainingRun, epoch: EpochState, state: TrainState) -> dict[str, float]:
+def train_epoch(run: TrainingRun, state: StageState) -> dict[str, float]:
     """Label the crops, build the memories and train `iters` batches.
 
     A student's epoch -1 differs: labels and centroids come from the teacher, memories are frozen and the number of
@@ -224,8 +221,7 @@ def train_epoch(run: TrainingRun, epoch: EpochState, state: TrainState) -> dict[
 
     Args:
         run: see `TrainingRun`.
-        epoch: see `EpochState`; its ``carried`` tensors are updated.
-        state: its encoder is trained in place.
+        state: see `StageState`; its encoder is trained in place and its ``carried`` tensors are updated.
 
     Returns:
         Losses, cluster health and speed.
@@ -236,17 +232,17 @@ def train_epoch(run: TrainingRun, epoch: EpochState, state: TrainState) -> dict[
     recipe, started = run.recipe, time.perf_counter()
     for network in (state.encoder, *([state.teacher.encoder] if state.teacher else [])):
         group_batch_norm(network, recipe.samples_per_bn)
-    source = state.teacher.encoder if epoch.uses_teacher_labels and state.teacher else state.encoder
+    source = state.teacher.encoder if state.uses_teacher_labels and state.teacher else state.encoder
     parts = views_used(recipe) is None or recipe.cluster.local_weight > 0
     views = extract_views(run, source, parts=parts)
     clustering = label_crops(run, views)
-    health = label_health(run, epoch, clustering)
+    health = label_health(run, state, clustering)
     if state.teacher and recipe.relation:
         set_teacher_anchors(run, state.teacher, clustering.labels)
-    objective = make_objective(run, epoch, views, clustering)
+    objective = make_objective(run, state, views, clustering)
     labelled = time.perf_counter()
-    sampling, moving, erasing, _ = run.random_streams(epoch.stage, epoch.number)
-    iters = recipe.iters * (2 if epoch.uses_teacher_labels else 1)
+    sampling, moving, erasing, _ = run.random_streams(state.stage, state.epoch)
+    iters = recipe.iters * (2 if state.uses_teacher_labels else 1)
     batches = read_batches(
         run.store,
         itertools.islice(draw_batches(run, clustering.labels, sampling), iters),
@@ -257,10 +253,10 @@ def train_epoch(run: TrainingRun, epoch: EpochState, state: TrainState) -> dict[
             pixels, recipe.augment, moving, batch=recipe.batch, start=local_slice(recipe.batch).start
         ),
     )
-    losses = train_batches(run, state, objective, batches, erasing, total=iters, description=str(epoch))
+    losses = train_batches(run, state, objective, batches, erasing, total=iters, description=str(state))
     trained = time.perf_counter()
     if isinstance(objective, InstanceObjective):
-        epoch.carried |= objective.banks
+        state.carried |= objective.banks
     speed = {
         "images_per_s": iters * recipe.batch / (trained - labelled),
         "label_s": labelled - started,
@@ -327,32 +323,25 @@ def _train_stage(
     plan: Adaptation, stage: Stage, encoder: Encoder, teacher: Teacher | None, before: History, resume: bool
 ) -> tuple[Encoder, History]:
     """Train `epochs` epochs and write a checkpoint after each. A student first trains epoch -1 on teacher labels."""
-    run, folder = plan.run, plan.folder(stage)
-    first = 0 if teacher is None else -1
-    history, epoch = list(before), EpochState(stage, first)
-    resumed: Mapping[str, torch.Tensor] = {}
+    run, folder, first = plan.run, plan.folder(stage), 0 if teacher is None else -1
     found = on_first_process(lambda: find_last_epoch(plan, folder, stage) if resume else None)
     if found is not None:
         encoder = _to_device(found.encoder, run.device)
-        history, resumed = list(found.provenance.history), found.resume
-        epoch = EpochState(stage, found.provenance.epoch + 1, unpack_tensors(resumed, CARRIED))
-        log.info("%s continues after epoch %d", stage, epoch.number - 1)
     broadcast_weights(encoder)
-    optimizer = make_optimizer(encoder, run.recipe)
-    if resumed:
-        unpack_optimizer(optimizer, unpack_tensors(resumed, MOMENTS))
-    state = TrainState(encoder, optimizer, teacher)
-    while epoch.number < run.recipe.epochs:
-        lr = set_learning_rate(optimizer, run.recipe, epoch.number - first)
-        metrics = {"lr": lr, **train_epoch(_with_chosen_eps(run, history), epoch, state)}
-        history.append({"stage": stage, "epoch": epoch.number, **metrics})
-        run.log.epoch(stage, epoch.number, metrics)
-        is_last = epoch.number + 1 == run.recipe.epochs
-        to_resume = (
-            None if is_last else pack_tensors(pack_optimizer(optimizer), MOMENTS) | pack_tensors(epoch.carried, CARRIED)
-        )
-        write_epoch(plan, stage, epoch.number, encoder, history, to_resume)
-        epoch.number += 1
+    history, state = list(before), StageState(stage, encoder, make_optimizer(encoder, run.recipe), teacher, first)
+    if found is not None:
+        history, state.epoch = list(found.provenance.history), found.provenance.epoch + 1
+        state.carried = unpack_tensors(found.resume, CARRIED)
+        if found.resume:
+            unpack_optimizer(state.optimizer, unpack_tensors(found.resume, MOMENTS))
+        log.info("%s continues after epoch %d", stage, state.epoch - 1)
+    while state.epoch < run.recipe.epochs:
+        lr = set_learning_rate(state.optimizer, run.recipe, state.epoch - first)
+        metrics = {"lr": lr, **train_epoch(_with_chosen_eps(run, history), state)}
+        history.append({"stage": stage, "epoch": state.epoch, **metrics})
+        run.log.epoch(stage, state.epoch, metrics)
+        write_epoch(plan, state, history)
+        state.epoch += 1
     return encoder, history
 
 

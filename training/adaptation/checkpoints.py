@@ -19,10 +19,9 @@ from resight.encoder.checkpoint import (
     load_checkpoint,
     write_checkpoint,
 )
-from resight.encoder.model import Encoder
 from resight.encoder.weights import InitialWeights
 from resight.errors import CheckpointError, SiteError
-from resight.training.adaptation.run import STAGES, Stage, TrainingRun
+from resight.training.adaptation.run import STAGES, Stage, StageState, TrainingRun
 from resight.training.features.distributed import on_first_process
 
 MOMENTS, CARRIED = "optimizer.", "kept."  # name prefixes of the tensors needed to resume
@@ -90,13 +89,18 @@ def unpack_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def write_epoch(
-    plan: Adaptation, stage: Stage, epoch: int, encoder: Encoder, history: History, resume: Mapping[str, Any] | None
-) -> None:
-    """Write the checkpoint of an epoch in the first process; the others wait for it."""
+def write_epoch(plan: Adaptation, state: StageState, history: History) -> None:
+    """Write the checkpoint of an epoch in the first process; the others wait for it.
+
+    It holds what resuming needs, unless it is the stage's last.
+    """
+    to_resume = None
+    if state.epoch + 1 < plan.run.recipe.epochs:
+        to_resume = pack_tensors(pack_optimizer(state.optimizer), MOMENTS) | pack_tensors(state.carried, CARRIED)
 
     def write() -> None:
-        write_checkpoint(plan.folder(stage), encoder, _provenance(plan, stage, epoch, history), resume=resume)
+        provenance = _provenance(plan, state.stage, state.epoch, history)
+        write_checkpoint(plan.folder(state.stage), state.encoder, provenance, resume=to_resume)
 
     on_first_process(write)
 

@@ -21,7 +21,7 @@ from resight.training.adaptation.batches import (
 from resight.training.adaptation.distill import Teacher
 from resight.training.adaptation.objective import ClusterObjective, Objective, ProxyObjective, split_by_camera
 from resight.training.adaptation.recipe import views_used
-from resight.training.adaptation.run import EpochState, TrainingRun
+from resight.training.adaptation.run import StageState, TrainingRun
 from resight.training.adaptation.selective import InstanceObjective
 from resight.training.clustering.cluster import Clustering, centroids, cluster
 from resight.training.clustering.dbscan import OUTLIER
@@ -53,13 +53,13 @@ def label_crops(run: TrainingRun, views: list[Floats]) -> Clustering:
     return on_first_process(lambda: cluster(used, settings, cameras=cameras, links=run.links, device=run.device))
 
 
-def label_health(run: TrainingRun, epoch: EpochState, clustering: Clustering) -> dict[str, float]:
+def label_health(run: TrainingRun, state: StageState, clustering: Clustering) -> dict[str, float]:
     """Log the labels, carry them over to the next epoch and return their health metrics."""
-    run.log.labels(epoch.stage, clustering.labels)
+    run.log.labels(state.stage, clustering.labels)
     if run.recipe.labels == "none":
         return {}
-    before = epoch.carried.get(LABELS)
-    epoch.carried[LABELS] = torch.from_numpy(clustering.labels)
+    before = state.carried.get(LABELS)
+    state.carried[LABELS] = torch.from_numpy(clustering.labels)
     persons = run.store.persons if run.store.has_persons else None
     stability = epoch_health(clustering.labels, None if before is None else before.numpy(), run.store.cameras)
     return {**clustering.health(persons), **stability}
@@ -72,17 +72,17 @@ def set_teacher_anchors(run: TrainingRun, teacher: Teacher, labels: Ints) -> Non
     teacher.anchors = torch.from_numpy(centroids(teacher.features, labels)).to(run.device)
 
 
-def make_objective(run: TrainingRun, epoch: EpochState, views: list[Floats], clustering: Clustering) -> Objective:
+def make_objective(run: TrainingRun, state: StageState, views: list[Floats], clustering: Clustering) -> Objective:
     """The objective of this epoch with newly built memories."""
     recipe, cameras = run.recipe, run.store.cameras
     if recipe.contrast == "instances":
-        *_, rng = run.random_streams(epoch.stage, epoch.number)
-        warming = epoch.number < recipe.selective.warmup_epochs
-        banks = {name: tensor for name, tensor in epoch.carried.items() if name != LABELS}
+        *_, rng = run.random_streams(state.stage, state.epoch)
+        warming = state.epoch < recipe.selective.warmup_epochs
+        banks = {name: tensor for name, tensor in state.carried.items() if name != LABELS}
         return InstanceObjective(
             views, cameras, recipe, warming=warming, rng=rng, banks=banks, device=run.device, links=run.links
         )
-    momentum = 1.0 if epoch.uses_teacher_labels else recipe.momentum
+    momentum = 1.0 if state.uses_teacher_labels else recipe.momentum
     used = views[: views_used(recipe)]
     if recipe.contrast == "proxies":
         return ProxyObjective(used, clustering, cameras, recipe, momentum=momentum, device=run.device, links=run.links)

@@ -183,39 +183,30 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, round_: 
     return value
 
 
-@dataclass(frozen=True)
-class TrainState:
-    """The model being trained.
-
-    Attributes:
-        encoder: trained in place.
-        optimizer: over the encoder's parameters.
-        teacher: the frozen teacher, when a student is trained.
-    """
-
-    encoder: Encoder
-    optimizer: torch.optim.Optimizer
-    teacher: Teacher | None = None
-
-
 @dataclass
-class EpochState:
-    """An epoch of a stage, and the tensors carried over from the previous one.
+class StageState:
+    """What changes during a stage: the model, and the epoch with the tensors carried over from the previous one.
 
     Attributes:
         stage: "teacher" or "student".
-        number: from 0, or -1 for a student's first epoch.
+        encoder: trained in place.
+        optimizer: over the encoder's parameters.
+        teacher: the frozen teacher, when a student is trained.
+        epoch: from 0, or -1 for a student's first epoch.
         carried: tensors that persist between epochs: the last labels, the banks of selective contrast.
     """
 
     stage: Stage
-    number: int
+    encoder: Encoder
+    optimizer: torch.optim.Optimizer
+    teacher: Teacher | None = None
+    epoch: int = 0
     carried: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def uses_teacher_labels(self) -> bool:
         """Whether labels and centroids come from the teacher (LP, section 3.6 of methods as released)."""
-        return self.number < 0
+        return self.epoch < 0
 
     def __str__(self) -> str:
-        return f"{self.stage} epoch {self.number}"
+        return f"{self.stage} epoch {self.epoch}"

@@ -1,1 +1,1 @@
-"""Similarity to probability, fitted without labels."""
+"""Calibration of similarity to probability, fitted without labels."""

@@ -1,14 +1,10 @@
-"""Pairs such as a search compares, of one person and of two, told apart without a label.
+"""Fit of the calibration of similarity on a site's own crops, without labels; docs/calibration.md has measurements.
 
-A search compares crops of different cameras. Tracks hold none: their pairs are seconds apart, before one wall, and
-far more alike. Clusters do, but a pair is in one because it is alike. So a crop stands for the cluster that the
-*other* crops of its track are in: whether the pair is drawn does not depend on how alike its own two crops are.
+The pairs to fit to must be such as a search compares: from different cameras. Pairs within a track are seconds apart in
+front of one wall, and far more similar. Pairs within a cluster are selected for being similar. Therefore a crop gets
+the cluster of the *other* crops of its track: whether a pair is selected does not depend on its own similarity.
 
-Letters: N crops, K clusters, U units, P pairs of one person, M pairs of two.
-
-Fit what a similarity means on a site's own crops, without labels; docs/calibration.md has what was measured.
-
-Letters: N crops, D feature size, P pairs of one person, M pairs of two, B bins.
+Letters: N crops, D feature size, K clusters, U units, P pairs of one person, M pairs of two.
 """
 
 from __future__ import annotations
@@ -33,64 +29,64 @@ from resight.training.store.crops import CropStore
 from resight.training.store.track_pairs import draw_track_pairs, number_tracks, sample_evenly
 
 POSITIVE_LIMIT = 50_000
-NEGATIVE_DRAWS = 200_000  # 1 in 1,000 of them is still a hundred or more
+NEGATIVE_DRAWS = 200_000  # enough for a share of 1 in 1,000
 
 
 @dataclass(frozen=True, eq=False)
 class SearchPairs:
-    """Pairs of crops of two cameras.
+    """Pairs of crops from different cameras.
 
     Attributes:
-        positives: int64 (P, 2), rows of crops that are probably of one person.
-        negatives: int64 (M, 2), rows of crops that are nearly surely of two.
-        units: int64 (N,), 0..U-1: crops of one cluster, else of one track, else one crop. Pairs that share a unit
-            share a person, so units are what is held out and resampled.
-        clusters: how many clusters the positives are from.
-        relayed: whether tracks told the clusters; without tracks each crop stands for its own.
+        positives: int64 (P, 2), rows of crops that probably show one person.
+        negatives: int64 (M, 2), rows of crops that almost certainly show two.
+        units: int64 (N,), 0..U-1: the cluster of a crop, else its track, else the crop alone. Pairs that share a unit
+            share a person, so whole units are held out and resampled.
+        clusters: number of clusters that the positives are from.
+        by_track: whether clusters were assigned by tracks; without tracks a crop has its own cluster.
     """
 
     positives: Ints
     negatives: Ints
     units: Ints
     clusters: int
-    relayed: bool
+    by_track: bool
 
 
 def draw_search_pairs(store: CropStore, labels: Ints, *, seed: int = 0) -> SearchPairs:
-    """Draw pairs across cameras: positives evenly over clusters, negatives by chance.
+    """Draw pairs across cameras: positives evenly over clusters, negatives at random.
 
-    Two crops drawn by chance are of one person once in as many pairs as there are persons; those that share a
-    cluster, by their own label or by their tracks', are left out.
+    With K persons, one in K random pairs shows one person; pairs that share a cluster, by their own label or by that of
+    their tracks, are excluded from the negatives.
 
     Args:
-        store: N crops; persons are not read.
+        store: N crops; labels of persons are not used.
         labels: int64 (N,), clusters, -1 for outliers.
         seed: of the draw.
     """
     rng = np.random.default_rng(seed)
     tracks = number_tracks(store.cameras, store.tracks)
-    relayed = bool((np.bincount(tracks[tracks >= 0], minlength=1) > 1).any())
-    told = label_by_track(labels, tracks) if relayed else labels
-    positives = _pairs_within(told, store.cameras, rng)
+    by_track = bool((np.bincount(tracks[tracks >= 0], minlength=1) > 1).any())
+    assigned = label_by_track(labels, tracks) if by_track else labels
+    positives = _pairs_within(assigned, store.cameras, rng)
     drawn = np.unique(np.sort(rng.integers(len(store), size=(NEGATIVE_DRAWS, 2)), axis=1), axis=0)
     one, other = drawn.T
     across = store.cameras[one] != store.cameras[other]
-    together = _same_cluster(labels, one, other) | _same_cluster(told, one, other)
+    together = _same_cluster(labels, one, other) | _same_cluster(assigned, one, other)
     negatives = drawn[across & ~together]
     return SearchPairs(
-        positives, negatives, _units(labels, told, tracks), len(np.unique(told[positives[:, 0]])), relayed
+        positives, negatives, _units(labels, assigned, tracks), len(np.unique(assigned[positives[:, 0]])), by_track
     )
 
 
 def label_by_track(labels: Ints, tracks: Ints) -> Ints:
-    """For each crop the commonest cluster among the other crops of its track; of equally common ones the lowest.
+    """For each crop the most frequent cluster among the other crops of its track; the lowest in case of a tie.
 
     Args:
         labels: int64 (N,), -1 for outliers.
-        tracks: int64 (N,), -1 where unknown.
+        tracks: int64 (N,), -1 if unknown.
 
     Returns:
-        int64 (N,), -1 where no other crop of the track is in a cluster.
+        int64 (N,), -1 if no other crop of the track is in a cluster.
     """
     known = (tracks >= 0) & (labels != OUTLIER)
     found = np.full(len(labels), OUTLIER, np.int64)
@@ -99,7 +95,7 @@ def label_by_track(labels: Ints, tracks: Ints) -> Ints:
     clusters = labels.max() + 1
     cell, count = np.unique(tracks[known] * clusters + labels[known], return_counts=True)
     track, label = np.divmod(cell, clusters)
-    order = np.lexsort((label, -count, track))  # of a track the commonest first
+    order = np.lexsort((label, -count, track))  # the most frequent of a track first
     track, label, count = track[order], label[order], count[order]
     new = np.flatnonzero(np.diff(track, prepend=-1))
     size = np.diff(new, append=len(track))
@@ -110,7 +106,7 @@ def label_by_track(labels: Ints, tracks: Ints) -> Ints:
     second[track[runner]], fewer[track[runner]] = label[runner], count[runner]
     has = np.flatnonzero(tracks >= 0)
     mine, own = tracks[has], labels[has]
-    left = most[mine] - (own == best[mine])  # without the crop itself
+    left = most[mine] - (own == best[mine])  # excluding the crop itself
     tie = (left == fewer[mine]) & (left > 0)
     found[has] = np.where(left > fewer[mine], best[mine], second[mine])
     found[has[tie]] = np.minimum(best[mine], second[mine])[tie]
@@ -118,13 +114,13 @@ def label_by_track(labels: Ints, tracks: Ints) -> Ints:
 
 
 def _pairs_within(labels: Ints, cameras: Ints, rng: np.random.Generator) -> Ints:
-    """Rows (P, 2) of crops with one label and two cameras, as evenly over labels as they allow."""
+    """Rows (P, 2) of crops with the same label and different cameras, as evenly over labels as possible."""
     rows = np.flatnonzero(labels != OUTLIER)
     rows = rows[np.lexsort((rng.permutation(len(rows)), labels[rows]))]
     _, first, size = np.unique(labels[rows], return_index=True, return_counts=True)
     group, number = sample_evenly(size * (size - 1) // 2, POSITIVE_LIMIT, rng)
     high = ((1 + np.sqrt(1 + 8 * number.astype(np.float64))) / 2).astype(np.int64)  # number = high (high - 1) / 2 + low
-    high -= high * (high - 1) // 2 > number  # where the root was rounded up
+    high -= high * (high - 1) // 2 > number  # if the root was rounded up
     low = number - high * (high - 1) // 2
     pairs = rows[np.stack([first[group] + low, first[group] + high], axis=1)]
     return np.asarray(pairs[cameras[pairs[:, 0]] != cameras[pairs[:, 1]]], np.int64)
@@ -135,30 +131,29 @@ def _same_cluster(labels: Ints, one: Ints, other: Ints) -> NDArray[np.bool_]:
     return np.asarray((labels[one] == labels[other]) & (labels[one] != OUTLIER))
 
 
-def _units(labels: Ints, told: Ints, tracks: Ints) -> Ints:
-    """One number for crops of one cluster, of one track outside clusters, and for each crop of neither."""
-    cluster = np.where(told != OUTLIER, told, labels)
+def _units(labels: Ints, assigned: Ints, tracks: Ints) -> Ints:
+    """The unit of each crop: its cluster, else its track, else the crop alone."""
+    cluster = np.where(assigned != OUTLIER, assigned, labels)
     names = np.where(
         cluster != OUTLIER, 3 * cluster, np.where(tracks >= 0, 3 * tracks + 1, 3 * np.arange(len(labels)) + 2)
     )
     return np.asarray(np.unique(names, return_inverse=True)[1], np.int64)
 
 
-# Each camera's mean is taken away before clustering, or persons fall apart by camera and the positives are too alike:
+# Each camera's mean is subtracted before clustering, else persons are split by camera and positives are too similar:
 # the error on unadapted weights falls from 0.12 to 0.02.
 CLUSTERING = ClusterSettings(centre_cameras=True)
-FALSE_ACCEPT_SHARES = (0.001, 0.01)  # the first that the pairs can place
+FALSE_ACCEPT_SHARES = (0.001, 0.01)  # the first for which there are enough negatives
 FALSE_REJECT_SHARE = 0.05
-MIN_CLUSTERS = 20  # errors among 20 persons were 0.01-0.08, among 10 up to 0.13
+MIN_CLUSTERS = 20  # errors with 20 persons were 0.01-0.08, with 10 up to 0.13
 MIN_POSITIVES = 100
-# Persons seen twice alike are in clusters, the others are outliers: with 25 % of them the error was 0.02, with 76 %
-# 0.06. Without tracks to tell the outliers' clusters it was 0.02 with 15 % and 0.05 with 25 %.
+# Persons whose crops are similar are in clusters, the others are outliers: with 25 % outliers the error was 0.02, with
+# 76 % 0.06. Without tracks, which assign outliers to clusters, it was 0.02 with 15 % and 0.05 with 25 %.
 OUTLIER_LIMIT, TRACKLESS_OUTLIER_LIMIT = 0.5, 0.2
-MIN_CERTAIN = 100  # pairs: a percentage of fewer would be an accident
+MIN_CERTAIN = 100  # pairs: a percentage of fewer is not meaningful
 FOLDS = 5
-NARROW_SPREAD = (
-    0.1  # of a cosine: where nine in ten pairs of two persons lie closer together, thresholds need three digits
-)
+# Spread of the middle 90 % of cosines of two persons, below which thresholds need three digits.
+NARROW_SPREAD = 0.1
 
 
 class LogisticFit(NamedTuple):
@@ -168,24 +163,24 @@ class LogisticFit(NamedTuple):
     slope: float
 
     def probability(self, similarity: Doubles) -> Doubles:
-        """At even odds."""
+        """Probability at even odds."""
         return np.asarray(expit(self.slope * (similarity - self.midpoint)), np.float64)
 
 
 def calibrate(features: Floats, store: CropStore, *, seed: int = 0) -> tuple[Calibration | None, Reliability]:
     """Fit similarity to the probability that two crops of different cameras show one person.
 
-    Positives are pairs whose tracks' other crops share a cluster, negatives pairs by chance that share none
-    (`draw_search_pairs`); persons are never read. The curve is logistic (Platt 1999) with even weight on both kinds.
-    ``accept`` is placed on the negatives, ``reject`` on the positives, by counting: neither rests on the curve's form.
+    Positives are pairs whose tracks' other crops share a cluster, negatives random pairs that share none
+    (`draw_search_pairs`); labels of persons are not used. The curve is logistic (Platt 1999) with equal weight on both
+    kinds. ``accept`` is a quantile of the negatives, ``reject`` of the positives, independent of the curve's form.
 
     Args:
         features: float32 (N, D), unit rows.
-        store: the N crops, in the same order, of two cameras or more.
+        store: the N crops, in the same order, from two cameras or more.
         seed: of the pairs drawn, of the folds and of the resamples.
 
     Returns:
-        The calibration, or None with the reason in ``Reliability.problem``; never one that rests on too little.
+        The calibration; None with the reason in ``Reliability.problem`` if there is too little data.
     """
     assert len(features) == len(store), (len(features), len(store))
     drawn = _draw_pairs(features, store, seed)
@@ -196,8 +191,8 @@ def calibrate(features: Floats, store: CropStore, *, seed: int = 0) -> tuple[Cal
     line = fit_line(positive, negative)
     if line is None:
         return None, Reliability(
-            f"pairs of one person are {positive.mean():.3f} alike on average and pairs of two {negative.mean():.3f}: "
-            "expected a model that tells them apart; adapt it to the site first"
+            f"pairs of one person have a mean similarity of {positive.mean():.3f}, pairs of two {negative.mean():.3f}: "
+            "expected a model that separates them; adapt it to the site first"
         )
     accept, accept_share = _accept_threshold(negative)
     accept_probability, reject_probability = (
@@ -213,12 +208,12 @@ def calibrate(features: Floats, store: CropStore, *, seed: int = 0) -> tuple[Cal
         seed=seed,
     )
     assert reliability.curve is not None
-    source = "tracks whose other crops share a cluster" if drawn.relayed else "crops that share a cluster"
+    source = "tracks whose other crops share a cluster" if drawn.by_track else "crops that share a cluster"
     return Calibration(
         line.midpoint,
         line.slope,
         accept_probability,
-        min(reject_probability, accept_probability),  # a model that tells all apart has no doubt left between the two
+        min(reject_probability, accept_probability),  # equal if the model separates all pairs
         accept_share,
         FALSE_REJECT_SHARE,
         len(positive),
@@ -230,16 +225,16 @@ def calibrate(features: Floats, store: CropStore, *, seed: int = 0) -> tuple[Cal
 
 
 def fit_line(positive: Doubles, negative: Doubles) -> LogisticFit | None:
-    """Logistic regression on one variable, both kinds weighing a half, with Platt's targets.
+    """Logistic regression on one variable with equal total weight on both kinds and Platt's targets.
 
-    Targets are (n + 1) / (n + 2) and 1 / (n + 2) (Platt 1999, section 2.2), so that no slope is infinite.
+    Targets are (n + 1) / (n + 2) and 1 / (n + 2) (Platt 1999, section 2.2), so that the slope is finite.
 
     Args:
         positive: float64 (P,), similarities.
         negative: float64 (M,), likewise.
 
     Returns:
-        None where similarity does not rise with probability, or the midpoint is no cosine.
+        None if probability does not rise with similarity, or the midpoint is not a cosine.
     """
     both = np.concatenate([positive, negative])
     centre, scale = float((positive.mean() + negative.mean()) / 2), float(both.std())
@@ -264,7 +259,7 @@ def fit_line(positive: Doubles, negative: Doubles) -> LogisticFit | None:
 
 
 def _draw_pairs(features: Floats, store: CropStore, seed: int) -> SearchPairs | str:
-    """Pairs to fit to, or why there are not enough."""
+    """Pairs to fit to, or the reason why there are not enough."""
     cameras = len(np.unique(store.cameras))
     if cameras < 2:
         return (
@@ -276,9 +271,9 @@ def _draw_pairs(features: Floats, store: CropStore, seed: int) -> SearchPairs | 
         return str(clustering)
     drawn = draw_search_pairs(store, clustering.labels, seed=seed)
     outliers = float((clustering.labels == OUTLIER).mean())
-    limit = OUTLIER_LIMIT if drawn.relayed else TRACKLESS_OUTLIER_LIMIT
+    limit = OUTLIER_LIMIT if drawn.by_track else TRACKLESS_OUTLIER_LIMIT
     if outliers > limit:
-        of_tracks = "with" if drawn.relayed else "without"
+        of_tracks = "with" if drawn.by_track else "without"
         return (
             f"{outliers:.0%} of {len(store)} crops are in no cluster: expected {limit:.0%} or less {of_tracks} tracks; "
             "adapt the model to the site first"
@@ -286,7 +281,7 @@ def _draw_pairs(features: Floats, store: CropStore, seed: int) -> SearchPairs | 
     if drawn.clusters < MIN_CLUSTERS or len(drawn.positives) < MIN_POSITIVES:
         return (
             f"{len(drawn.positives)} pairs across cameras in {drawn.clusters} clusters: expected {MIN_POSITIVES} pairs "
-            f"in {MIN_CLUSTERS} clusters or more; give more crops of people whom two cameras saw"
+            f"in {MIN_CLUSTERS} clusters or more; give more crops of people seen by two cameras"
         )
     needed = math.ceil(MIN_ACCEPTED / max(FALSE_ACCEPT_SHARES))
     if len(drawn.negatives) < needed:
@@ -295,14 +290,14 @@ def _draw_pairs(features: Floats, store: CropStore, seed: int) -> SearchPairs | 
 
 
 def _accept_threshold(negative: Doubles) -> tuple[float, float]:
-    """The lowest similarity from which on no more than a share of the negatives lies, and that share."""
+    """The lowest threshold that at most a given share of the negatives reaches, and that share."""
     share = next(share for share in FALSE_ACCEPT_SHARES if share * len(negative) >= MIN_ACCEPTED)
-    falling = np.sort(negative)[::-1]
-    return float(np.nextafter(np.float32(falling[math.floor(share * len(negative))]), np.float32(np.inf))), share
+    descending = np.sort(negative)[::-1]
+    return float(np.nextafter(np.float32(descending[math.floor(share * len(negative))]), np.float32(np.inf))), share
 
 
 def _reject_threshold(positive: Doubles) -> float:
-    """The highest similarity below which no more than a share of the positives lies."""
+    """The highest threshold below which at most `FALSE_REJECT_SHARE` of the positives are."""
     return float(np.sort(positive)[math.floor(FALSE_REJECT_SHARE * len(positive))])
 
 
@@ -323,22 +318,22 @@ def _cross_validated(positive: Doubles, negative: Doubles, drawn: SearchPairs, s
 
 
 def _notes(negative: Doubles, certain_accepted: NDArray[np.bool_], drawn: SearchPairs) -> tuple[str, ...]:
-    """What a reader must know of the figures."""
+    """Notes for the reader of the report."""
     low, high = np.quantile(negative, [0.05, 0.95])
     notes = []
     if high - low < NARROW_SPREAD:
         notes.append(
-            f"Nine in ten pairs of two persons are {low:.3f} to {high:.3f} alike: the model sees little difference, "
-            "and one digit of a similarity decides. Compare probabilities, and adapt the model to the site."
+            f"90 % of pairs of two persons have similarities of {low:.3f} to {high:.3f}: the model separates little, "
+            "and small differences decide. Compare probabilities, and adapt the model to the site."
         )
-    if not drawn.relayed:
+    if not drawn.by_track:
         notes.append(
-            "Without tracks the pairs of one person are those a clustering found alike: true ones are less alike, and "
-            "more of them fall below the thresholds than is told here."
+            "Without tracks the pairs of one person are those in one cluster: real ones are less similar, and "
+            "more of them are below the thresholds than stated here."
         )
     if len(certain_accepted) >= MIN_CERTAIN:
         notes.append(
-            f"Of {len(certain_accepted)} pairs in one camera's picture at one time, surely two persons and more alike "
-            f"than those of two cameras, {certain_accepted.mean():.1%} are taken for a match."
+            f"Of {len(certain_accepted)} pairs in one camera's image at the same time, certainly two persons and more "
+            f"similar than pairs of two cameras, {certain_accepted.mean():.1%} are decided as a match."
         )
     return tuple(notes)

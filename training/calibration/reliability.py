@@ -1,4 +1,4 @@
-"""Whether probabilities keep their word: predicted against observed shares, with what the number of people leaves open.
+"""Reliability of a calibration: predicted against observed shares, with confidence intervals over persons.
 
 Letters: P pairs of one person, M pairs of two, B bins, H bars.
 """
@@ -14,20 +14,20 @@ from resight.arrays import Doubles, Ints
 
 BINS = 10
 BARS = 50
-RESAMPLES = 200  # Efron and Tibshirani 1993, section 6.4: enough for a bar that is looked at
+RESAMPLES = 200  # enough for error bars: Efron and Tibshirani 1993, section 6.4
 CONFIDENCE = 0.95
 PositiveNegative = tuple[Doubles, Doubles]  # of positives and of negatives
 
 
 @dataclass(frozen=True, eq=False)
 class ReliabilityCurve:
-    """Figures of a calibration on pairs held out of its fit, both kinds weighing a half.
+    """The reliability of a calibration on held-out pairs, with equal total weight on both kinds.
 
     Attributes:
         predicted: float64 (B,), mean probability of the pairs whose probability is in [b / B, (b + 1) / B).
         observed: float64 (B,), share of pairs of one person among them; NaN, as the above, without pairs.
-        low, high: float64 (B,), interval that holds ``observed`` with 95 % confidence, from resampled persons.
-        positives, negatives: int64 (B,), how many pairs of each kind.
+        low, high: float64 (B,), 95 % confidence interval of ``observed``, from resampled persons.
+        positives, negatives: int64 (B,), number of pairs of each kind.
         edges: float64 (H + 1,), cosine similarities.
         positive_shares, negative_shares: float64 (H,), share of the pairs of each kind between two edges.
         error: expected calibration error (Naeini et al. 2015): mean of |predicted - observed|, weighted by pairs.
@@ -49,12 +49,12 @@ class ReliabilityCurve:
 
 @dataclass(frozen=True, eq=False)
 class Reliability:
-    """What stands behind a calibration, or why there is none.
+    """The reliability of a calibration, or why there is none.
 
     Attributes:
-        problem: why there is no calibration; empty where there is one.
-        notes: what a reader must know of it, in sentences.
-        curve: None where there is no calibration.
+        problem: why there is no calibration; empty if there is one.
+        notes: sentences about its limits.
+        curve: None without a calibration.
     """
 
     problem: str = ""
@@ -70,17 +70,17 @@ def measure_reliability(
     notes: tuple[str, ...] = (),
     seed: int = 0,
 ) -> Reliability:
-    """Set held-out probabilities against the truth.
+    """Compare held-out probabilities with the truth.
 
     Args:
         similarity: float64 (P,) and (M,).
-        probability: float64 (P,) and (M,), NaN where none was fitted.
-        units: int64 (P, 2) and (M, 2), whom the crops of each pair show; resampled as a whole.
+        probability: float64 (P,) and (M,), NaN if not fitted.
+        units: int64 (P, 2) and (M, 2), the persons of each pair's crops; resampled as a whole.
         notes: see `Reliability`.
         seed: of the resamples.
     """
-    told = np.isfinite(probability[0]), np.isfinite(probability[1])
-    positive, negative = probability[0][told[0]], probability[1][told[1]]
+    fitted = np.isfinite(probability[0]), np.isfinite(probability[1])
+    positive, negative = probability[0][fitted[0]], probability[1][fitted[1]]
     bins = _bin(positive), _bin(negative)
     counts = np.bincount(bins[0], minlength=BINS), np.bincount(bins[1], minlength=BINS)
     one, two = (count / max(count.sum(), 1) for count in counts)
@@ -89,7 +89,7 @@ def measure_reliability(
     sums += np.bincount(bins[1], negative, BINS) / max(len(negative), 1)
     with np.errstate(invalid="ignore"):  # bins without pairs
         predicted, observed = sums / weight, one / weight
-    drawn = np.stack(list(_resample(bins, (units[0][told[0]], units[1][told[1]]), seed)))
+    drawn = np.stack(list(_resample(bins, (units[0][fitted[0]], units[1][fitted[1]]), seed)))
     edges = _edges(similarity)
     bars = [np.histogram(part, edges)[0] / len(part) for part in similarity]
     curve = ReliabilityCurve(
@@ -109,12 +109,12 @@ def measure_reliability(
 
 
 def _bin(probability: Doubles) -> Ints:
-    """Which bin each is in; 1 is in the last."""
+    """The bin of each probability; 1 is in the last bin."""
     return np.minimum((probability * BINS).astype(np.int64), BINS - 1)
 
 
 def _resample(bins: tuple[Ints, Ints], units: tuple[Ints, Ints], seed: int) -> Iterator[Doubles]:
-    """Observed shares (B,) when the persons are drawn anew; a pair weighs as the product of its two (Owen 2007)."""
+    """Observed shares (B,) in resamples of the persons; a pair's weight is the product of its two (Owen 2007)."""
     rng = np.random.default_rng(seed)
     names, number = np.unique(np.concatenate([part.ravel() for part in units]), return_inverse=True)
     split = np.split(number, [units[0].size])
@@ -131,7 +131,7 @@ def _resample(bins: tuple[Ints, Ints], units: tuple[Ints, Ints], seed: int) -> I
 
 
 def _quantile(drawn: Doubles, q: float) -> Doubles:
-    """Quantile of each column without its NaN; NaN where there is nothing else."""
+    """Quantile of each column without NaN; NaN for columns of NaN only."""
     empty = np.isnan(drawn).all(0)
     return np.where(empty, np.nan, np.nanquantile(np.where(empty, 0.0, drawn), q, axis=0))
 

@@ -1,18 +1,13 @@
-"""Which crops a night's work takes: whole tracks, cameras in balance, some held out to be judged on.
+"""Collecting the crops of a cycle's run: new and valid ones, balanced over cameras, plus replayed and held-out ones.
 
-Crops are chosen in units that stay whole: scenes, which are tracks of one camera that follow each other without a
-break, so that those who were in the picture together stay together; and whatever links tie, over all cameras.
+A run gets its own store from the growing store of the site: split "train" for adaptation, and split "gallery" with
+held-out tracks for judging. A share of older crops is replayed, so that appearances and cameras missing this time are
+not forgotten (experience replay: Rolnick et al., NeurIPS 2019). Crops of the frozen reference are never trained on.
+
+Crops are selected in units: scenes (tracks of one camera that follow each other without a gap, so that people seen
+together stay together) and tracks that are connected by links, over all cameras.
 
 Letters: N crops, T tracks, U units, C cameras.
-
-The crops of one cycle: what is new and sound, cameras in balance, with some older ones and some held out.
-
-From the growing store of a site a run gets a store of its own: split "train" to adapt to and split "gallery", whole
-tracks held out of it, to be judged on. A share of older crops is replayed, so that looks and cameras that were not
-there tonight are not forgotten (experience replay: Rolnick et al., NeurIPS 2019). What the frozen reference holds is
-never trained on.
-
-Letters: N crops, U units (`selection`), C cameras.
 """
 
 from __future__ import annotations
@@ -42,24 +37,24 @@ from resight.training.store.growing import capture_times
 from resight.training.store.links import Links, links_of, read_links, write_links
 from resight.training.store.track_pairs import number_tracks
 
-OVERDRAW = 2.0  # times the median camera: what one busy camera may have of a model's attention
-SCENES = 10  # a camera's crops make about as many, so that a fifth of them can be held out
+OVERDRAW = 2.0  # limit of a busy camera, relative to the median camera
+SCENES = 10  # approximate number of scenes per camera, so that a fifth of the crops can be held out
 
 
 def track_numbers(store: CropStore) -> Ints:
-    """Number of each crop's track, 0..T-1; a crop without a track is one of its own: int64 (N,)."""
+    """Number of each crop's track, 0..T-1; a crop without a track is a separate track: int64 (N,)."""
     numbers = number_tracks(store.cameras, store.tracks)
-    alone = numbers == UNKNOWN
-    numbers[alone] = numbers.max(initial=UNKNOWN) + 1 + np.arange(alone.sum())
+    trackless = numbers == UNKNOWN
+    numbers[trackless] = numbers.max(initial=UNKNOWN) + 1 + np.arange(trackless.sum())
     return numbers
 
 
 def unit_numbers(store: CropStore, links: Links) -> Ints:
     """Number of each crop's unit, 0..U-1: int64 (N,).
 
-    A camera's tracks, by their begin, fill a scene until nobody of it is in the picture any more, or until there are
-    two and a tenth of the camera's crops. Tracks with a link between them are a unit with all these are linked to;
-    where that would be more than a tenth of all crops must-links alone tie, and where they do as well, nothing.
+    A camera's tracks, in order of their start, are added to a scene until none of them continues, or until it has two
+    tracks and a tenth of the camera's crops. Tracks connected by links form a unit; if that would be more than a tenth
+    of all crops, only must-links are used, and if that is still too large, no links.
 
     Args:
         store: N crops.
@@ -67,21 +62,21 @@ def unit_numbers(store: CropStore, links: Links) -> Ints:
     """
     track = track_numbers(store)
     unit = _scene_numbers(store, track)
-    left = np.ones(len(store), bool)
+    unassigned = np.ones(len(store), bool)
     for ends in (links.rows, links.rows[links.same]):
         if not len(ends):
             continue
-        tied = _linked_tracks(track, track[ends])
-        size = np.bincount(tied[tied != UNKNOWN], minlength=1)
-        fits = left & (tied != UNKNOWN)
-        fits[fits] = size[tied[fits]] <= len(store) / SCENES
-        unit[fits] = unit.max() + 1 + tied[fits]
-        left &= ~fits
+        linked = _linked_tracks(track, track[ends])
+        size = np.bincount(linked[linked != UNKNOWN], minlength=1)
+        fits = unassigned & (linked != UNKNOWN)
+        fits[fits] = size[linked[fits]] <= len(store) / SCENES
+        unit[fits] = unit.max() + 1 + linked[fits]
+        unassigned &= ~fits
     return np.unique(unit, return_inverse=True)[1].astype(np.int64)
 
 
 def _linked_tracks(track: Ints, ends: Ints) -> Ints:
-    """Which tracks hang together by links: a number for each crop of one that has any, else -1: int64 (N,)."""
+    """Group of linked tracks of each crop, -1 for tracks without links: int64 (N,)."""
     count = int(track.max(initial=UNKNOWN)) + 1
     graph = sparse.coo_matrix((np.ones(len(ends), bool), (ends[:, 0], ends[:, 1])), (count, count))
     group = connected_components(graph, directed=False)[1]
@@ -96,78 +91,78 @@ def _scene_numbers(store: CropStore, track: Ints) -> Ints:
     np.maximum.at(end, track, np.nan_to_num(store.times_s, nan=-np.inf))
     camera[track] = store.cameras
     size = np.bincount(track, minlength=count)
-    full = np.ceil(np.bincount(store.cameras) / SCENES)
+    scene_size = np.ceil(np.bincount(store.cameras) / SCENES)
     scene = np.zeros(count, np.int64)
-    number, tracks, held, at, reach = -1, 0, 0, -1, -np.inf
+    number, tracks, crops, current, until_s = -1, 0, 0, -1, -np.inf
     for one in np.lexsort((end, begin, camera)):
-        if camera[one] != at or begin[one] > reach or (held >= full[at] and tracks > 1):
-            number, tracks, held, at, reach = number + 1, 0, 0, int(camera[one]), -np.inf
+        if camera[one] != current or begin[one] > until_s or (crops >= scene_size[current] and tracks > 1):
+            number, tracks, crops, current, until_s = number + 1, 0, 0, int(camera[one]), -np.inf
         scene[one] = number
-        tracks, held, reach = tracks + 1, held + int(size[one]), max(reach, float(end[one]))
+        tracks, crops, until_s = tracks + 1, crops + int(size[one]), max(until_s, float(end[one]))
     return scene[track]
 
 
 def unit_sizes(store: CropStore, unit: Ints) -> Ints:
-    """How many crops each unit has at each camera: int64 (U, C)."""
+    """Number of crops of each unit per camera: int64 (U, C)."""
     sizes = np.zeros((int(unit.max(initial=-1)) + 1, len(store.camera_names)), np.int64)
     np.add.at(sizes, (unit, store.cameras), 1)
     return sizes
 
 
 def balance_cameras(sizes: Ints, order: Sequence[int] | Ints, budget: int) -> NDArray[np.bool_]:
-    """Choose units in turns: always the next one of the camera that has fewest crops so far.
+    """Select units one by one, always from the camera with the fewest crops so far.
 
-    No camera gets more than `OVERDRAW` times what the median camera has to offer, none more than fits into the budget;
-    a unit that does not fit is passed over whole.
+    No camera gets more than `OVERDRAW` times the crops of the median camera, and the total is limited by the budget; a
+    unit that does not fit is skipped completely.
 
     Args:
         sizes: int64 (U, C).
-        order: units, first come first; of a unit at several cameras the one that sees most of it has the turn.
-        budget: most crops chosen.
+        order: units in order of preference; a unit of several cameras is assigned to the one with most of its crops.
+        budget: maximum number of selected crops.
 
     Returns:
         bool (U,).
     """
     chosen = np.zeros(len(sizes), bool)
-    offered = sizes.sum(0)
-    if not offered.any():
+    available = sizes.sum(0)
+    if not available.any():
         return chosen
-    cap = OVERDRAW * np.median(offered[offered > 0])
+    cap = OVERDRAW * np.median(available[available > 0])
     queues: defaultdict[int, deque[int]] = defaultdict(deque)
     for unit in order:
         queues[int(sizes[unit].argmax())].append(int(unit))
     taken = np.zeros(sizes.shape[1], np.int64)
-    turns = [(0, camera) for camera in sorted(queues)]
-    while turns:
-        _, camera = heapq.heappop(turns)
+    heap = [(0, camera) for camera in sorted(queues)]
+    while heap:
+        _, camera = heapq.heappop(heap)
         while queues[camera]:
             unit = queues[camera].popleft()
             after = taken + sizes[unit]
             if after.sum() <= budget and (after <= cap)[sizes[unit] > 0].all():
                 taken, chosen[unit] = after, True
-                heapq.heappush(turns, (int(after[camera]), camera))
+                heapq.heappush(heap, (int(after[camera]), camera))
                 break
     return chosen
 
 
 def hold_out_units(sizes: Ints, share: float, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Choose units to be judged on: of each camera about a share of its crops, never all.
+    """Select units to hold out for judging: about a share of each camera's crops, never all.
 
     Args:
         sizes: int64 (U, C).
-        share: of each camera's crops, in [0, 1).
-        rng: source of chance.
+        share: share of each camera's crops, in [0, 1).
+        rng: the only source of randomness.
 
     Returns:
         bool (U,).
     """
     chosen = np.zeros(len(sizes), bool)
-    offered, held = sizes.sum(0), np.zeros(sizes.shape[1])
+    available, held = sizes.sum(0), np.zeros(sizes.shape[1])
     for unit in rng.permutation(len(sizes)):
-        here = sizes[unit] > 0
+        present = sizes[unit] > 0
         after = held + sizes[unit]
-        # a unit is taken where that brings the camera nearer to its share than leaving it would
-        if (held + sizes[unit] / 2 <= share * offered)[here].all() and (after < offered)[here].all():
+        # a unit is selected if that brings its cameras closer to their share
+        if (held + sizes[unit] / 2 <= share * available)[present].all() and (after < available)[present].all():
             held, chosen[unit] = after, True
     return chosen
 
@@ -180,16 +175,16 @@ CollectStatus = Literal["ready", "skipped", "refused"]
 
 @dataclass(frozen=True)
 class CollectSettings:
-    """Which crops are wanted.
+    """Settings of `collect`.
 
     Attributes:
-        since_s: Unix seconds; what was taken later is new.
-        min_crops: new ones, fewer are not worth a run.
-        max_crops: most in all.
+        since_s: Unix seconds; later crops are new.
+        min_crops: minimum number of new crops for a run.
+        max_crops: maximum number of crops in total.
         replay: share of older crops among all, in [0, 1).
         hold_out: share of each camera's new crops that is held out, in [0, 1).
-        retention_days: older crops are never taken; None = none is too old.
-        seed: of every choice.
+        retention_days: maximum age of crops; None for no limit.
+        seed: seed of every random choice.
     """
 
     since_s: float = 0.0
@@ -203,12 +198,12 @@ class CollectSettings:
 
 @dataclass(frozen=True)
 class CollectResult:
-    """What became of it.
+    """Result of `collect`.
 
     Attributes:
-        outcome: "ready", or "skipped" for too few new crops, or "refused" for unsound ones; then nothing was written.
-        reasons: in words, with what was left out.
-        until_s: what to ask for since when these crops need not be looked at again.
+        outcome: "ready"; or "skipped" for too few new crops, or "refused" for invalid ones, with nothing written.
+        reasons: messages, also about excluded crops.
+        until_s: value of ``since_s`` for the next call, so that these crops are not considered again.
         crops: new, expired, in_reference, unsound, passed_over (for balance), train, replayed, held_out, links.
         cameras: name -> train, replayed, held_out.
     """
@@ -220,30 +215,30 @@ class CollectResult:
     cameras: Mapping[str, Mapping[str, int]]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """All fields as plain values."""
         return asdict(self) | {"reasons": list(self.reasons)}
 
 
 def collect(
     source: Path, into: Path, settings: CollectSettings, *, reference: Path | None, now_s: float
 ) -> CollectResult:
-    """Make the store of a run, all or nothing; asked again, the answer is what stands.
+    """Create the store of a run atomically; a repeated call returns the result of the first one.
 
     Args:
         source: folder of the site's growing store.
-        into: folder to make.
+        into: folder to create.
         settings: see `CollectSettings`.
-        reference: folder of the judge's frozen crops; tracks that are in it are left to it.
+        reference: folder of the judge's frozen crops; tracks in it are not collected.
         now_s: Unix seconds.
 
     Raises:
-        SiteError: ``into`` is something else, or was made with other settings.
+        SiteError: ``into`` is something else, or was created with other settings.
         StoreError: a store is damaged.
-        OSError: the disk refused.
+        OSError: reading or writing failed.
     """
-    asked = asdict(settings)
+    requested = asdict(settings)
     if into.exists():
-        return _existing_result(into, asked)
+        return _existing_result(into, requested)
     if not is_store(source) or not open_store(source):
         return _finished("skipped", f"no crops in {source}: ingest some first", settings.since_s, {"new": 0})
     store = open_all_splits(source)
@@ -254,32 +249,34 @@ def collect(
     until_s = float(min(times[new].max(initial=settings.since_s), now_s))
     if len(new) < settings.min_crops:
         return _finished("skipped", _too_few(len(new), settings), until_s, counts)
-    sound = filter_nights(store.subset(new), times[new], group=settings.min_crops)
-    counts["unsound"] = len(new) - int(sound.kept.sum())
-    if sound.refused:
-        return _finished("refused", sound.reasons, until_s, counts)
-    new = new[sound.kept]
+    checked = filter_nights(store.subset(new), times[new], group=settings.min_crops)
+    counts["unsound"] = len(new) - int(checked.kept.sum())
+    if checked.refused:
+        return _finished("refused", checked.reasons, until_s, counts)
+    new = new[checked.kept]
     if len(new) < settings.min_crops:
-        return _finished("skipped", (*sound.reasons, _too_few(len(new), settings)), until_s, counts)
-    chosen = _choose(store, times, new, np.flatnonzero(usable & (times <= settings.since_s)), settings)
-    counts["passed_over"] = len(new) - int((~chosen.replayed).sum())
-    return _write(store, chosen, into, CollectResult("ready", sound.reasons, until_s, counts, {}), asked)
+        return _finished("skipped", (*checked.reasons, _too_few(len(new), settings)), until_s, counts)
+    choice = _choose(store, times, new, np.flatnonzero(usable & (times <= settings.since_s)), settings)
+    counts["passed_over"] = len(new) - int((~choice.replayed).sum())
+    return _write(store, choice, into, CollectResult("ready", checked.reasons, until_s, counts, {}), requested)
 
 
-def _existing_result(into: Path, asked: Mapping[str, Any]) -> CollectResult:
-    """What an earlier call has made."""
+def _existing_result(into: Path, requested: Mapping[str, Any]) -> CollectResult:
+    """The result of an earlier call with the same settings."""
     try:
         record = json.loads((into / RECORD_FILE).read_text())
-        told = record["collected"]
-        found = CollectResult(**{**told, "reasons": tuple(told["reasons"])})
+        collected = record["collected"]
+        found = CollectResult(**{**collected, "reasons": tuple(collected["reasons"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SiteError(f"{into} exists and was not collected: name another folder, or remove it") from error
-    changed = [f"{name} {record['asked'].get(name)!r}, now {value!r}" for name, value in asked.items()]
+        raise SiteError(f"{into} exists and was not created by collect: choose another folder, or remove it") from error
+    earlier = record["asked"]
     changed = [
-        words for words, (name, value) in zip(changed, asked.items(), strict=True) if record["asked"].get(name) != value
+        f"{name} {earlier.get(name)!r}, now {value!r}"
+        for name, value in requested.items()
+        if earlier.get(name) != value
     ]
     if changed:
-        raise SiteError(f"{into} was collected with other settings ({'; '.join(changed)}): remove it, or take those")
+        raise SiteError(f"{into} was collected with other settings ({'; '.join(changed)}): remove it, or use those")
     return found
 
 
@@ -290,27 +287,27 @@ def _finished(
 
 
 def _too_few(found: int, settings: CollectSettings) -> str:
-    return f"{found} new crops are fit to use: expected {settings.min_crops} or more"
+    return f"{found} usable new crops: expected at least {settings.min_crops}"
 
 
 def _usable(
     store: CropStore, times: NDArray[np.float64], settings: CollectSettings, reference: Path | None, now_s: float
 ) -> tuple[NDArray[np.bool_], dict[str, int]]:
-    """Crops that may be taken at all: none too old, gone, or of a track the reference has."""
+    """Crops that may be collected: not too old or missing, and of no track in the reference."""
     days = settings.retention_days
     young = np.isfinite(times) & (times >= (-np.inf if days is None else now_s - days * 86_400))
-    kept = np.zeros(len(store), bool)
+    reserved = np.zeros(len(store), bool)
     if reference is not None and is_store(reference):
         paths = {path for part in open_store(reference).values() for path in part.paths}
         track = track_numbers(store)
-        kept = np.isin(track, track[[path in paths for path in store.paths]])
-    counts = {"expired": int((~young).sum()), "in_reference": int((young & kept).sum())}
-    return young & ~kept, counts
+        reserved = np.isin(track, track[[path in paths for path in store.paths]])
+    counts = {"expired": int((~young).sum()), "in_reference": int((young & reserved).sum())}
+    return young & ~reserved, counts
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """Rows of a run's store, in the order of the source, and what each is there for."""
+    """Rows of a run's store in the order of the source, with the purpose of each."""
 
     rows: Ints
     held_out: NDArray[np.bool_]
@@ -318,66 +315,66 @@ class _Choice:
 
 
 def _choose(store: CropStore, times: NDArray[np.float64], new: Ints, old: Ints, settings: CollectSettings) -> _Choice:
-    """New crops in balance, some held out; then as many older ones as their share allows."""
+    """Select balanced new crops, hold some out, and add older ones up to their share."""
     rng = np.random.default_rng(settings.seed)
     links = links_of(store)
     if settings.replay and len(old):
         old = old[
-            filter_nights(store.subset(old), times[old], group=settings.min_crops, looked_at=RECHECKED_CROPS).kept
+            filter_nights(store.subset(old), times[old], group=settings.min_crops, sample_limit=RECHECKED_CROPS).kept
         ]
-    room = round(settings.max_crops * (1 - settings.replay)) if len(old) else settings.max_crops
-    taken, unit, sizes = _balanced(store, new, links, room, rng)
+    new_budget = round(settings.max_crops * (1 - settings.replay)) if len(old) else settings.max_crops
+    selected, unit, sizes = _balanced(store, new, links, new_budget, rng)
     held = hold_out_units(sizes, settings.hold_out, rng)[unit]
-    budget = min(round(len(taken) * settings.replay / (1 - settings.replay)), settings.max_crops - len(taken))
-    again, *_ = _balanced(store, old, links, budget, rng)
-    rows = np.concatenate([taken, again])
+    budget = min(round(len(selected) * settings.replay / (1 - settings.replay)), settings.max_crops - len(selected))
+    replayed, *_ = _balanced(store, old, links, budget, rng)
+    rows = np.concatenate([selected, replayed])
     order = np.argsort(rows)
-    is_old = np.arange(len(rows)) >= len(taken)
-    return _Choice(rows[order], np.concatenate([held, np.zeros(len(again), bool)])[order], is_old[order])
+    is_old = np.arange(len(rows)) >= len(selected)
+    return _Choice(rows[order], np.concatenate([held, np.zeros(len(replayed), bool)])[order], is_old[order])
 
 
 def _balanced(
     store: CropStore, rows: Ints, links: Links, budget: int, rng: np.random.Generator
 ) -> tuple[Ints, Ints, Ints]:
-    """The rows taken of some, the unit of each, and the sizes of those units: what links name comes first."""
+    """Balanced rows, the unit of each and the sizes of the units; units with links are preferred."""
     part = store.subset(rows)
-    place = np.full(len(store), -1, np.int64)
-    place[rows] = np.arange(len(rows))
-    linked, inside = place[links.rows], (place[links.rows] >= 0).all(1)
+    position = np.full(len(store), -1, np.int64)
+    position[rows] = np.arange(len(rows))
+    linked, inside = position[links.rows], (position[links.rows] >= 0).all(1)
     unit = unit_numbers(part, Links(linked[inside], links.same[inside]))
     sizes = unit_sizes(part, unit)
     order = rng.permutation(len(sizes))
-    tied = np.isin(order, unit[linked[inside]])
-    chosen = balance_cameras(sizes, [*order[tied], *order[~tied]], budget)
+    has_links = np.isin(order, unit[linked[inside]])
+    chosen = balance_cameras(sizes, [*order[has_links], *order[~has_links]], budget)
     numbers = np.cumsum(chosen) - 1
-    kept = chosen[unit]
-    return rows[kept], numbers[unit[kept]], sizes[chosen]
+    selected = chosen[unit]
+    return rows[selected], numbers[unit[selected]], sizes[chosen]
 
 
 def _write(
-    store: CropStore, choice: _Choice, into: Path, told: CollectResult, asked: Mapping[str, Any]
+    store: CropStore, choice: _Choice, into: Path, result: CollectResult, requested: Mapping[str, Any]
 ) -> CollectResult:
-    """The run's folder, complete before it has its name."""
+    """Write the run's folder under a temporary name and rename it."""
     purpose = dict(
         zip((store.paths[row] for row in choice.rows), zip(choice.held_out, choice.replayed, strict=True), strict=True)
     )
-    for left in into.parent.glob(f".{into.name}.*"):  # of a call that was killed: it shows people
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in into.parent.glob(f".{into.name}.*"):  # of a killed call; it contains images of people
+        shutil.rmtree(leftover, ignore_errors=True)
     with temporary_folder(into) as folder:
-        made = copy_crops(store.subset(choice.rows), folder)
-        held, replayed = (np.array([purpose[path][side] for path in made.paths], bool) for side in (0, 1))
-        write_store(folder, made, ["gallery" if out else "train" for out in held])
+        copied = copy_crops(store.subset(choice.rows), folder)
+        held, replayed = (np.array([purpose[path][side] for path in copied.paths], bool) for side in (0, 1))
+        write_store(folder, copied, ["gallery" if is_held else "train" for is_held in held])
         pairs = [pair for pair in read_links(store.root) if pair.path_a in purpose and pair.path_b in purpose]
         if pairs:
             write_links(folder, pairs)
         kinds = {"train": ~held, "replayed": replayed, "held_out": held}
-        counts = {name: int(of.sum()) for name, of in kinds.items()}
+        counts = {name: int(mask.sum()) for name, mask in kinds.items()}
         cameras = {
-            name: {kind: int((of & (made.cameras == number)).sum()) for kind, of in kinds.items()}
-            for number, name in enumerate(made.camera_names)
+            name: {kind: int((mask & (copied.cameras == number)).sum()) for kind, mask in kinds.items()}
+            for number, name in enumerate(copied.camera_names)
         }
-        found = replace(told, crops={**told.crops, **counts, "links": len(pairs)}, cameras=cameras)
-        record = {"asked": asked, "collected": found.to_json()}
+        found = replace(result, crops={**result.crops, **counts, "links": len(pairs)}, cameras=cameras)
+        record = {"asked": requested, "collected": found.to_json()}
         write_atomic(folder / RECORD_FILE, (json.dumps(record, indent=2) + "\n").encode())
         replace_folder(folder, into)
     return found

@@ -1,8 +1,9 @@
-"""The judge's reference: crops of earlier nights, kept frozen, so that a candidate is asked about them as well.
+"""The judge's reference: a fixed store of crops of earlier nights on which every candidate is also evaluated.
 
-After a promotion the tracks that the run held out join it. It keeps its size as a sample of all that ever joined and
-may still be kept: every unit (`selection`) has a rank that its own first path decides, and the lowest ranks stay
-(bottom-k sampling: Cohen and Kaplan, PODC 2007), cameras in balance. So a night changes little, and twice nothing.
+After a promotion the tracks held out by the run are added. The store keeps its size as a sample of all crops ever added
+within their retention time: every unit (see `collect`) has a rank given by the hash of its first path, and the lowest
+ranks are kept (bottom-k sampling: Cohen and Kaplan, PODC 2007), balanced over cameras. So one night changes little, and
+adding it again changes nothing.
 
 Letters: N crops, U units.
 """
@@ -29,52 +30,52 @@ log = logging.getLogger(__name__)
 
 
 def add_to_reference(site: Path, reference: Path, *, most: int, before_s: float = -np.inf) -> dict[str, int]:
-    """Let a run's held-out crops join the reference.
+    """Add a run's held-out crops to the reference.
 
     Args:
-        site: folder of the run's store; its split "gallery" joins.
-        reference: folder of the reference, made where there is none. Its rows are of split "train", as a store
-            without queries has them; nobody trains on it.
-        most: crops it may hold.
-        before_s: Unix seconds; crops that were taken earlier leave it.
+        site: folder of the run's store; its split "gallery" is added.
+        reference: folder of the reference, created if missing. Its rows have the split "train", as in any store
+            without queries, but are not used for training.
+        most: maximum number of crops.
+        before_s: Unix seconds; earlier crops are removed.
 
     Returns:
-        "joined", "left" and "crops" held now.
+        "joined", "left" and "crops", the current number.
 
     Raises:
-        SiteError: the run held nothing out.
+        SiteError: the run has no held-out crops.
         StoreError: a store is damaged.
-        OSError: the disk refused.
+        OSError: reading or writing failed.
     """
     old = reference.with_name(f".{reference.name}.old")
-    if old.exists() and not reference.exists():  # a kill between the two renames of an earlier call
+    if old.exists() and not reference.exists():  # an earlier call was killed between two renames
         old.rename(reference)
     fresh = open_store(site).get("gallery")
     if fresh is None:
-        raise SiteError(f"{site} holds nothing out (split gallery): collect it with --hold-out above 0")
+        raise SiteError(f"{site} has no held-out crops (split gallery): collect it with --hold-out above 0")
     stores = [fresh]
     if is_store(reference) and open_store(reference):
         stores.insert(0, open_all_splits(reference))
     before = {path for store in stores[:-1] for path in store.paths}
-    kept, pairs = _kept(stores, most, before_s)
-    after = {path for store in kept for path in store.paths}
+    selected, pairs = _select(stores, most, before_s)
+    after = {path for store in selected for path in store.paths}
     if after != before:
-        _write(kept, pairs, reference)
+        _write(selected, pairs, reference)
     found = {"joined": len(after - before), "left": len(before - after), "crops": len(after)}
-    log.info("reference %s: %d crops joined, %d left, %d held", reference, *found.values())
+    log.info("reference %s: %d crops added, %d removed, %d in total", reference, *found.values())
     return found
 
 
-def _kept(stores: Sequence[CropStore], most: int, before_s: float) -> tuple[list[CropStore], list[LinkPair]]:
-    """The crops of each store that are kept, and the links between them."""
+def _select(stores: Sequence[CropStore], most: int, before_s: float) -> tuple[list[CropStore], list[LinkPair]]:
+    """The crops of each store to keep, and the links between them."""
     young = [store.subset(np.flatnonzero(capture_times(store) >= before_s)) for store in stores]
     joined = join_stores(stores[0].root, young)
     number = {path: row for row, path in enumerate(joined.paths)}
-    told: dict[tuple[str, str], LinkPair] = {}
-    for store in stores:  # what was said last counts
+    latest: dict[tuple[str, str], LinkPair] = {}
+    for store in stores:  # later decisions override earlier ones
         for pair in read_links(store.root):
-            told[min(pair[:2]), max(pair[:2])] = pair
-    pairs = [pair for pair in told.values() if pair.path_a in number and pair.path_b in number]
+            latest[min(pair[:2]), max(pair[:2])] = pair
+    pairs = [pair for pair in latest.values() if pair.path_a in number and pair.path_b in number]
     linked = np.array([(number[pair.path_a], number[pair.path_b]) for pair in pairs], np.int64).reshape(-1, 2)
     unit = unit_numbers(joined, Links(linked, np.array([pair.same for pair in pairs], bool)))
     sizes = unit_sizes(joined, unit)
@@ -89,17 +90,17 @@ def _kept(stores: Sequence[CropStore], most: int, before_s: float) -> tuple[list
 
 
 def _units_by_hash(store: CropStore, unit: Ints) -> Ints:
-    """Units by the hash of their first path: int64 (U,)."""
+    """Units ordered by the hash of their first path: int64 (U,)."""
     first = np.unique(unit, return_index=True)[1]
     digests = [hashlib.sha256(store.paths[row].encode()).digest() for row in first]
     return np.array(sorted(range(len(digests)), key=digests.__getitem__), np.int64)
 
 
 def _write(stores: Sequence[CropStore], pairs: Sequence[LinkPair], reference: Path) -> None:
-    """The reference's folder, complete before it takes the place of the one before."""
+    """Write the reference under a temporary name and replace the earlier one."""
     with temporary_folder(reference) as folder:
-        made = join_stores(folder, [copy_crops(store, folder) for store in stores])
-        write_store(folder, made, ["train"] * len(made))
-        there = set(made.paths)
-        write_links(folder, [pair for pair in pairs if pair.path_a in there and pair.path_b in there])
+        written = join_stores(folder, [copy_crops(store, folder) for store in stores])
+        write_store(folder, written, ["train"] * len(written))
+        paths = set(written.paths)
+        write_links(folder, [pair for pair in pairs if pair.path_a in paths and pair.path_b in paths])
         replace_folder(folder, reference)

@@ -1,1 +1,1 @@
-"""Figures where persons are known, and their plots."""
+"""Evaluation on labelled sites, and its plots."""

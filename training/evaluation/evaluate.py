@@ -1,8 +1,8 @@
-"""A labelled site's query and gallery through a model: every figure of docs/evaluation.md.
+"""Evaluation on a labelled site: all metrics of docs/evaluation.md from query and gallery features, and their JSON.
+
+Rates are fractions, and in JSON percent; similarities are cosines.
 
 Letters: N crops, B batch, D feature size, Q queries, G gallery rows.
-
-The figures of `resight evaluate` as it shows and writes them: rates in percent, similarities as cosines.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from resight.neighbours.search import farthest_distances, search_neighbours
 from resight.training.store.crops import CropStore
 from resight.training.store.datasets import Site
 
-RANKS = (1, 5, 10)  # the ranks papers print
+RANKS = (1, 5, 10)  # the ranks that papers report
 
 
 @dataclass(frozen=True, eq=False)
 class SiteScore:
-    """What `measure_site` found.
+    """The results of `measure_site`.
 
     Attributes:
-        ranking: closed set; by re-ranked distance where that was asked for.
+        ranking: closed set; by re-ranked distance if requested.
         pairs: the same for each pair of cameras.
-        open_set: by cosine similarity always: a service has no re-ranked distance to hold a threshold against.
-            None where ``reservation`` says why.
-        reservation: why there are no open-set figures; empty where there are.
-        camera_names: what the cameras of ``pairs`` are called.
+        open_set: always by cosine similarity, since a service applies thresholds to similarities. None if it
+            cannot be measured; see ``reservation``.
+        reservation: why there are no open-set metrics; empty if there are.
+        camera_names: names of the cameras of ``pairs``.
         queries: Q.
         gallery: G.
     """
@@ -78,13 +78,13 @@ def evaluate_site(site: Site, embed: Callable[[CropStore], Floats]) -> RankingSc
 def measure_site(
     site: Site, embed: Callable[[CropStore], Floats], *, reranked: bool = False, device: str = "cpu"
 ) -> SiteScore:
-    """Closed-set, open-set and camera-pair figures of a site.
+    """Closed-set, open-set and camera-pair metrics of a site.
 
     Args:
         site: with a query and a gallery split.
         embed: crops of a store -> float32 (N, D), unit rows.
-        reranked: whether k-reciprocal re-ranking makes the closed-set lists.
-        device: where re-ranking searches neighbours.
+        reranked: rank the closed-set lists by k-reciprocal re-ranking.
+        device: for the neighbour search of re-ranking.
 
     Raises:
         SiteError: the site has no query and gallery.
@@ -122,39 +122,39 @@ def evaluation_splits(site: Site) -> tuple[CropStore, CropStore]:
     """Query and gallery of a site.
 
     Raises:
-        SiteError: it has none, because nobody said who is on its crops, or one camera saw everybody.
+        SiteError: it has none, because its persons are not labelled, or all crops are from one camera.
     """
     if site.query is None or site.gallery is None:
         raise SiteError(
-            f"{site.root} has no query and gallery: measuring needs known persons seen by two cameras or more, in a "
+            f"{site.root} has no query and gallery: evaluation needs known persons seen by two cameras or more, in a "
             "Market-1501 folder, a crop store with splits, or folders <camera>/<person>/; to adapt without them "
             "use `resight adapt`"
         )
     if len(np.unique(np.concatenate([site.query.cameras, site.gallery.cameras]))) < 2:
         raise SiteError(
-            f"all query and gallery crops of {site.root} are from one camera: measuring counts matches seen by another "
-            "camera and needs two or more; to adapt to one camera use `resight adapt`"
+            f"all query and gallery crops of {site.root} are from one camera: evaluation counts matches seen by "
+            "another camera and needs two or more; to adapt to one camera use `resight adapt`"
         )
     return site.query, site.gallery
 
 
 def percentages(score: RankingScore) -> dict[str, float]:
-    """The figures papers print, in percent, rounded to hundredths."""
+    """The metrics that papers report, in percent, rounded to hundredths."""
     ranks = {f"rank{r}": score.rank(r) for r in RANKS}
     return {name: round(100 * value, 2) for name, value in {"mAP": score.mAP, **ranks, "mINP": score.mINP}.items()}
 
 
 FPIR_TARGETS = (0.01, 0.1)
-OPEN_SET_RANKS = (1, 10)  # the right person first; or within the ten hits a search returns by default
+OPEN_SET_RANKS = (1, 10)  # the best hit, and the ten hits that a search returns by default
 
 
 def operating_points(score: OpenSetScore) -> list[OperatingPoint]:
-    """At each FPIR of `FPIR_TARGETS`, for `OPEN_SET_RANKS`."""
+    """The operating points at each FPIR of `FPIR_TARGETS`, for `OPEN_SET_RANKS`."""
     return [score.at_fpir(target, OPEN_SET_RANKS) for target in FPIR_TARGETS]
 
 
 def score_to_json(score: SiteScore) -> dict[str, Any]:
-    """All figures as ``--json`` writes them; docs/evaluation.md has each key. None where there is no figure."""
+    """All metrics for ``--json``; docs/evaluation.md documents each key. None for a metric that is not available."""
     return {
         **percentages(score.ranking),
         "valid_queries": score.ranking.valid_queries,
@@ -168,7 +168,7 @@ def score_to_json(score: SiteScore) -> dict[str, Any]:
 
 
 def percent(fraction: float | None) -> float | None:
-    """In percent, rounded to hundredths; None for None and NaN."""
+    """Convert to percent, rounded to hundredths; None for None and NaN."""
     return None if fraction is None or math.isnan(fraction) else round(100 * fraction, 2)
 
 
@@ -193,9 +193,9 @@ def _open_set_json(score: OpenSetScore) -> dict[str, Any]:
 
 def _point_json(point: OperatingPoint) -> dict[str, Any]:
     """One operating point, with a key for each rank."""
-    told = asdict(point) | {"target": percent(point.target), "fpir": percent(point.fpir)}
-    del told["tpir"]
-    return told | {f"tpir_rank{r}": percent(share) for r, share in zip(OPEN_SET_RANKS, point.tpir, strict=True)}
+    values = asdict(point) | {"target": percent(point.target), "fpir": percent(point.fpir)}
+    del values["tpir"]
+    return values | {f"tpir_rank{r}": percent(share) for r, share in zip(OPEN_SET_RANKS, point.tpir, strict=True)}
 
 
 def _camera_pairs_json(score: SiteScore) -> list[dict[str, Any]]:

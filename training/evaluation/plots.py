@@ -1,4 +1,4 @@
-"""What `resight evaluate --plot` draws: CMC, FNIR against FPIR, and a map of the camera pairs."""
+"""The plot of `resight evaluate --plot`: CMC, FNIR against FPIR, and a matrix of the camera pairs."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from resight.errors import InputError
 from resight.files import write_atomic
 from resight.training.evaluation.evaluate import FPIR_TARGETS, OPEN_SET_RANKS, SiteScore
 
-logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells users about its font cache
+logging.getLogger("matplotlib").setLevel(logging.WARNING)  # silences messages about its font cache
 
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 DPI = 120
-LABELLED_CELLS = 12  # cameras of a side up to which a cell has room for its number
+LABELLED_CELLS = 12  # largest number of cameras per side at which cells are labelled
 
 
 def check_plot_path(path: Path) -> None:
-    """Refuse a file name that tells no format, before hours of measuring.
+    """Check the file name's suffix before anything is computed.
 
     Raises:
-        InputError: its ending is none of `PLOT_FORMATS`.
+        InputError: its suffix is not in `PLOT_FORMATS`.
     """
     if path.suffix.lower() not in PLOT_FORMATS:
-        raise InputError(f"{path} tells no picture format: name a file that ends with {', '.join(PLOT_FORMATS)}")
+        raise InputError(f"{path} has no image suffix: use a name that ends with {', '.join(PLOT_FORMATS)}")
 
 
 def draw_evaluation(path: Path, score: SiteScore, title: str) -> None:
-    """Write one picture with three panels; missing folders are made.
+    """Write one image with three panels; missing folders are created.
 
     Args:
         path: checked by `check_plot_path`.
         score: what to draw.
-        title: stands above.
+        title: of the image.
     """
     figure = Figure(figsize=(17, 5), layout="constrained")
     figure.suptitle(title)
@@ -61,7 +61,7 @@ def _draw_cmc(axes: Axes, score: SiteScore) -> None:
 
 
 def _draw_open_set(axes: Axes, score: SiteScore) -> None:
-    """FNIR against FPIR, one line a rank, with the operating points."""
+    """FNIR against FPIR, one line per rank, with the operating points."""
     found = score.open_set
     axes.set(title="Open set: two watch lists", xlabel="FPIR, %", ylabel="FNIR, %")
     if found is None:
@@ -71,7 +71,7 @@ def _draw_open_set(axes: Axes, score: SiteScore) -> None:
     fpir = np.array([100 * found.fpir(threshold) for threshold in thresholds])
     for rank in OPEN_SET_RANKS:
         fnir = [100 * found.fnir(threshold, rank) for threshold in thresholds]
-        # A rate of 0 has no place on a logarithmic axis.
+        # A rate of 0 cannot be shown on a logarithmic axis.
         axes.plot(fpir[fpir > 0], np.array(fnir)[fpir > 0], drawstyle="steps-post", label=f"within rank {rank}")
     for target in FPIR_TARGETS:
         axes.axvline(100 * target, color="0.6", linestyle=":")
@@ -82,7 +82,7 @@ def _draw_open_set(axes: Axes, score: SiteScore) -> None:
 
 
 def _draw_pairs(figure: Figure, axes: Axes, score: SiteScore) -> None:
-    """MAP of each pair of cameras; pairs without a figure stay blank."""
+    """MAP of each pair of cameras; pairs without a value are blank."""
     pairs = score.pairs
     image = axes.imshow(100 * pairs.mAP, vmin=0, vmax=100, cmap="viridis", aspect="auto")
     figure.colorbar(image, ax=axes, label="mAP, %")

@@ -1,8 +1,8 @@
 """Boxes around people in a frame: the result of a detector, their overlap, and boxes read from files.
 
-Pixels count from the frame's upper left corner: x to the right, y down; a box is left, top, right, bottom (``xyxy``).
-docs/ingest.md has the formats of files (MOT, JSON lines). A row belongs to a frame by its number in the footage (from 1
-in MOT files, from 0 in JSON lines), or by its time on the site's clock.
+Pixel coordinates start at the frame's upper left corner: x to the right, y down; a box is left, top, right, bottom
+(``xyxy``). docs/ingest.md defines the file formats (MOT, JSON lines). A row is assigned to a frame by its number
+in the footage (from 1 in MOT files, from 0 in JSON lines) or by its time on the site's clock.
 
 Letters: R rows, N boxes of a frame, H and W of the frame.
 """
@@ -27,20 +27,17 @@ from resight.errors import DetectorError
 from resight.training.ingest.footage import Frame
 from resight.training.store.crops import UNKNOWN
 
-OCCLUSION_GRID = (
-    24,
-    12,
-)  # points of a box that are looked at: the share hidden is right to 1/24 of a height, 1/12 of a width
+OCCLUSION_GRID = (24, 12)  # sample points of a box: occlusion is accurate to 1/24 of its height and 1/12 of its width
 
 
-@dataclass(frozen=True, eq=False)  # arrays have no truth value to compare by
+@dataclass(frozen=True, eq=False)  # comparing arrays gives arrays
 class Boxes:
-    """Boxes of one frame, in the order they were found.
+    """Boxes of one frame, in the order of detection.
 
     Attributes:
-        xyxy: float64 (N, 4), pixels; within the frame where `within` made them.
-        scores: float64 (N,), 0..1, how sure the detector is that each shows a person.
-        given: int64 (N,), the track that whoever found them put each in, `UNKNOWN` where none was said.
+        xyxy: float64 (N, 4), pixels; inside the frame after `within`.
+        scores: float64 (N,), 0..1, confidence that the box shows a person.
+        given: int64 (N,), track provided with the boxes, `UNKNOWN` if there is none.
     """
 
     xyxy: Doubles
@@ -51,23 +48,23 @@ class Boxes:
         return len(self.scores)
 
     def take(self, rows: ArrayLike) -> Boxes:
-        """Some of them, in the order given."""
+        """The given rows, in that order."""
         chosen = np.asarray(rows)
         return Boxes(self.xyxy[chosen], self.scores[chosen], self.given[chosen])
 
     def within(self, height: int, width: int) -> Boxes:
-        """What of them lies in a frame; boxes of which less than a pixel does, or that are no numbers, are left out."""
-        cut = np.clip(self.xyxy, 0, [width, height, width, height])
-        sides = cut[:, 2:] - cut[:, :2]
-        return Boxes(cut, self.scores, self.given).take(np.isfinite(self.xyxy).all(1) & (sides >= 1).all(1))
+        """The boxes clipped to a frame, without those smaller than a pixel or not finite."""
+        clipped = np.clip(self.xyxy, 0, [width, height, width, height])
+        sides = clipped[:, 2:] - clipped[:, :2]
+        return Boxes(clipped, self.scores, self.given).take(np.isfinite(self.xyxy).all(1) & (sides >= 1).all(1))
 
     @cached_property
     def hidden(self) -> Doubles:
-        """float64 (N,), the share of each box that boxes nearer to the camera cover.
+        """float64 (N,), the share of each box that is covered by boxes nearer to the camera.
 
-        Of two people on one floor the one whose feet are lower in the picture is nearer (Yang & Ramanan's layered
-        detectors and most of tracking take it so). The share is counted on a grid of points, because the union of
-        rectangles has no short formula.
+        Of two people on one floor the one whose feet are lower in the image is nearer (as assumed by Yang & Ramanan's
+        layered detectors and in most tracking). The share is counted on a grid of points, because the area of a union
+        of rectangles has no short formula.
         """
         rows, columns = ((np.arange(count) + 0.5) / count for count in OCCLUSION_GRID)
         corner, sides = self.xyxy[:, :2], self.xyxy[:, 2:] - self.xyxy[:, :2]
@@ -75,34 +72,36 @@ class Boxes:
         y = corner[:, 1:] + sides[:, 1:] * rows  # (N, rows)
         shares = np.zeros(len(self))
         for row, bottom in enumerate(self.xyxy[:, 3]):
-            left, top, right, low = self.xyxy[self.xyxy[:, 3] > bottom].T[:, :, None]
-            across = (left <= x[row]) & (x[row] < right)  # (nearer, columns)
-            along = (top <= y[row]) & (y[row] < low)
-            shares[row] = (along[:, :, None] & across[:, None, :]).any(0).mean()
+            left, top, right, lower = self.xyxy[self.xyxy[:, 3] > bottom].T[:, :, None]
+            inside_x = (left <= x[row]) & (x[row] < right)  # (nearer, columns)
+            inside_y = (top <= y[row]) & (y[row] < lower)
+            shares[row] = (inside_y[:, :, None] & inside_x[:, None, :]).any(0).mean()
         return shares
 
 
 def make_boxes(xyxy: ArrayLike, scores: ArrayLike, given: ArrayLike | None = None) -> Boxes:
-    """Boxes of any sequences; without ``given`` nobody knows a track.
+    """Boxes from sequences; without ``given`` all tracks are unknown.
 
     Raises:
         ValueError: the lengths differ.
     """
-    corners, sure = np.asarray(xyxy, np.float64).reshape(-1, 4), np.asarray(scores, np.float64).reshape(-1)
-    tracks = np.full(len(sure), UNKNOWN, np.int64) if given is None else np.asarray(given, np.int64).reshape(-1)
-    if not len(corners) == len(sure) == len(tracks):
-        raise ValueError(f"{len(corners)} boxes, {len(sure)} scores and {len(tracks)} tracks: expected one of each")
-    return Boxes(corners, sure, tracks)
+    corners, confidence = np.asarray(xyxy, np.float64).reshape(-1, 4), np.asarray(scores, np.float64).reshape(-1)
+    tracks = np.full(len(confidence), UNKNOWN, np.int64) if given is None else np.asarray(given, np.int64).reshape(-1)
+    if not len(corners) == len(confidence) == len(tracks):
+        raise ValueError(
+            f"{len(corners)} boxes, {len(confidence)} scores and {len(tracks)} tracks: expected one of each"
+        )
+    return Boxes(corners, confidence, tracks)
 
 
-MAX_LINE = 4096  # bytes; a row of either format has a hundred
-NO_SCORE = -1.0  # MOT's confidence of whoever does not tell one
-PEDESTRIAN = (-1.0, 1.0)  # MOTChallenge's classes: 1 walks; -1 is said by those that know no classes
-MAX_FRAME_NUMBER = 2**53  # the largest that a float, which JSON's numbers are to most writers, holds exactly
+MAX_LINE = 4096  # bytes; a row of either format has about a hundred
+NO_SCORE = -1.0  # MOT's confidence if it is unknown
+PEDESTRIAN = (-1.0, 1.0)  # MOTChallenge's classes: 1 is a walking pedestrian, -1 unknown
+MAX_FRAME_NUMBER = 2**53  # largest integer a float represents exactly; JSON numbers are often floats
 
 
 class BoxRow(NamedTuple):
-    """A line: where it belongs (one of both is NaN), its box, and who found it how sure."""
+    """A row of a file: frame number or time (the other one is NaN), box, score and track."""
 
     number: float
     time_s: float
@@ -112,14 +111,14 @@ class BoxRow(NamedTuple):
 
 
 class BoxFile:
-    """The boxes of a file, handed out frame by frame.
+    """A detector that returns the boxes of a file, frame by frame.
 
     Args:
         path: lines of MOT's ``frame,id,left,top,width,height,confidence,…`` or of JSON objects.
-        fps: of the frames that will ask: a row with a moment belongs to the frame within half of 1/fps of it.
+        fps: frame rate of the footage: a row with a time is assigned to the frame within half of 1/fps.
 
     Raises:
-        DetectorError: the file cannot be read, is empty, or a line is none; names the line.
+        DetectorError: the file cannot be read or is empty, or a line is invalid; names the line.
     """
 
     def __init__(self, path: Path, fps: float) -> None:
@@ -134,7 +133,7 @@ class BoxFile:
             columns["score"].append(row.score)
             given.append(UNKNOWN if row.track is None else tracks.setdefault(row.track, len(tracks)))
         if not given:
-            raise DetectorError(f"{path} holds no box: expected a line for each")
+            raise DetectorError(f"{path} has no box: expected one line per box")
         self._number, self._time_s = np.array(columns["number"]), np.array(columns["time_s"])
         boxes = make_boxes(columns["xyxy"], columns["score"], given)
         by_number = np.flatnonzero(np.isfinite(self._number))
@@ -152,8 +151,8 @@ class BoxFile:
         return len(self._boxes)
 
     def find(self, frame: Frame) -> Boxes:
-        """The rows of a frame, cut to it; see `Detector.find`."""
-        number, low_s = frame.place.number, frame.time_s - self._half_s
+        """The boxes of a frame, clipped to it; see `Detector.find`."""
+        number, low_s = frame.position.number, frame.time_s - self._half_s
         rows = np.concatenate(
             [
                 _between(self._of_number, self._number, number, number + 1),
@@ -164,14 +163,14 @@ class BoxFile:
 
 
 def _between(rows: np.ndarray, keys: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Those of rows sorted by their keys whose key is in [low, high)."""
-    first, after = np.searchsorted(keys[rows], [low, high])
-    found: np.ndarray = rows[first:after]
+    """The rows, sorted by their keys, whose key is in [low, high)."""
+    start, stop = np.searchsorted(keys[rows], [low, high])
+    found: np.ndarray = rows[start:stop]
     return found
 
 
 def _read_rows(path: Path) -> Iterator[BoxRow]:
-    """The rows; which of both formats it is shows by the first line."""
+    """The rows of a file; a line that starts with a brace is JSON, any other MOT."""
     try:
         with path.open("rb") as file:
             number = 0
@@ -196,7 +195,7 @@ def _read_rows(path: Path) -> Iterator[BoxRow]:
 
 
 def _parse_mot(line: bytes) -> BoxRow | None:
-    """A row of MOTChallenge's files; None for what is not to be taken for a pedestrian."""
+    """A row of a MOTChallenge file; None if it is not a pedestrian."""
     values = [float(part) for part in line.replace(b",", b" ").split()]
     if len(values) < 6 or not all(map(math.isfinite, values[:7])):
         raise ValueError(f"{len(values)} numbers")
@@ -212,56 +211,56 @@ def _parse_mot(line: bytes) -> BoxRow | None:
 
 
 def _parse_json(line: bytes) -> BoxRow:
-    """An object with frame or time_s, and box; score and track where they are known."""
+    """A JSON object with frame or time_s, and box; score and track are optional."""
     row = json.loads(line)
     if ("frame" in row) == ("time_s" in row):
-        raise ValueError("it names a frame or time_s, not both")
+        raise ValueError("expected either frame or time_s")
     box = [float(side) for side in row["box"]]
     if len(box) != 4 or not all(map(math.isfinite, box)):
-        raise ValueError("a box that is not four numbers")
+        raise ValueError("the box is not four numbers")
     if not (box[0] < box[2] and box[1] < box[3]):
-        raise ValueError(f"a box {box} without an area")
+        raise ValueError(f"box {box} has no area")
     time_s = float(row["time_s"]) if "time_s" in row else math.nan
     if "time_s" in row and not math.isfinite(time_s):
-        raise ValueError("a time_s that is no number")
+        raise ValueError("time_s is not a finite number")
     number = _frame_number(row["frame"], first=0) if "frame" in row else math.nan
     track = row.get("track")
     if track is not None and (isinstance(track, bool) or not isinstance(track, int | str)):
-        raise ValueError(f"a track {str(track)[:40]!r} that is neither a number nor a name")
+        raise ValueError(f"track {str(track)[:40]!r} is neither an integer nor a string")
     known = None if track is None or track == UNKNOWN else str(track)
     return BoxRow(number, time_s, (box[0], box[1], box[2], box[3]), _score(row.get("score", NO_SCORE)), known)
 
 
 def _frame_number(value: object, *, first: int) -> float:
-    number = float(value)  # type: ignore[arg-type]  # what is no number is told by float itself
+    number = float(value)  # type: ignore[arg-type]  # float raises for other types
     if isinstance(value, bool) or number != int(number) or not first <= number <= MAX_FRAME_NUMBER:
-        raise ValueError(f"frame {value!r}; frames count from {first}")
+        raise ValueError(f"frame {value!r} is not an integer from {first}")
     return number
 
 
 def _score(value: object) -> float:
-    score = float(value)  # type: ignore[arg-type]  # what is no number is told by float itself
+    score = float(value)  # type: ignore[arg-type]  # float raises for other types
     if score == NO_SCORE:
         return 1.0
     if isinstance(value, bool) or not 0 <= score <= 1:
-        raise ValueError(f"a score of {value!r}; scores are 0 to 1, or -1 where nobody told one")
+        raise ValueError(f"score {value!r} is not 0 to 1, or -1 for unknown")
     return score
 
 
-MIN_SCORE = 0.1  # boxes below it help no tracker: ByteTrack's second round begins there (Zhang et al., ECCV 2022)
-COCO_PERSON = 1  # label of COCO's 91 categories, as torchvision's detectors were trained
+MIN_SCORE = 0.1  # lower boxes do not help tracking: limit of ByteTrack's second association (Zhang et al., ECCV 2022)
+COCO_PERSON = 1  # label in COCO's 91 categories, used by torchvision's detectors
 
 
 class Detector(Protocol):
-    """Finds people in frames.
+    """Detects people in frames.
 
     Attributes:
-        identity: what its answers depend on, such as its name and the sha256 of its weights; kept in the store's
-            journal, because footage that was ingested with another detector is other footage.
+        identity: what its results depend on, such as its name and the sha256 of its weights; stored in the journal,
+            because another detector gives other crops of the same footage.
     """
 
     identity: Mapping[str, str]
 
     def find(self, frame: Frame) -> Boxes:
-        """The boxes of one frame, cut to it; those below `MIN_SCORE` may be left out."""
+        """The boxes of one frame, clipped to it; boxes below `MIN_SCORE` may be omitted."""
         ...

@@ -1,7 +1,7 @@
-"""Who is in a frame: detectors behind one small protocol, and torchvision's among them.
+"""Opening person detectors by name, and the detectors of torchvision.
 
-The other kinds are `resight.training.ingest.onnx_detector` (a graph given by its path) and
-`resight.training.ingest.boxes` (boxes that somebody else found). Letters: N boxes, H and W of the frame.
+Other kinds are in `resight.training.ingest.onnx_detector` (an ONNX file) and `resight.training.ingest.boxes` (boxes
+read from a file).
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ DETECTOR_CHOICES = f"{', '.join(TORCHVISION_BUILDERS)}, or the path of an .onnx 
 
 
 def open_detector(name: str, *, weights: Path | None = None, device: str = "cpu") -> Detector:
-    """Make a detector ready.
+    """Open a detector.
 
     Args:
         name: one of `TORCHVISION_BUILDERS`, or the path of an ONNX file.
-        weights: state dict for a detector of torchvision; None = torchvision's own, downloaded once.
+        weights: state dict for a detector of torchvision; None for torchvision's own, downloaded once.
         device: "cpu", "cuda" or "cuda:N".
 
     Raises:
-        DetectorError: an unknown name, weights that do not fit or cannot be had, or a graph that is refused.
+        DetectorError: an unknown name, weights that are not available or do not fit, or a graph that is refused.
     """
     if name.lower().endswith(".onnx"):
         from resight.training.ingest.onnx_detector import OnnxDetector
 
         if weights is not None:
-            raise DetectorError("an ONNX detector carries its weights: leave --detector-weights away", field="weights")
+            raise DetectorError("an ONNX detector includes its weights: omit --detector-weights", field="weights")
         return OnnxDetector(Path(name), device=device)
     if name not in TORCHVISION_BUILDERS:
         raise DetectorError(f"no detector {name!r}: expected {DETECTOR_CHOICES}", field="detector")
@@ -56,13 +56,13 @@ class TorchvisionDetector:
 
     Args:
         name: one of `TORCHVISION_BUILDERS`.
-        weights: of 91 categories as torchvision saves them; None = torchvision's own (BSD-3-Clause), by its download
-            and cache.
-        device: where it computes.
-        state: tensors instead of both, as `torch.nn.Module.state_dict` gives them.
+        weights: torchvision's state dict for 91 categories; None for torchvision's own (BSD-3-Clause), downloaded and
+            cached by torchvision.
+        device: device of the computation.
+        state: a state dict to use instead of ``weights``.
 
     Raises:
-        DetectorError: the weights cannot be had or read, or do not fit.
+        DetectorError: the weights are not available, cannot be read or do not fit.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class TorchvisionDetector:
         self._model, self._device = model.eval().to(device), device
 
     def find(self, frame: Frame) -> Boxes:
-        """Float boxes in pixels, cut to the frame; see `Detector.find`."""
+        """Boxes in pixels, clipped to the frame; see `Detector.find`."""
         image = torch.from_numpy(frame.image).to(self._device).permute(2, 0, 1).float() / 255  # (3, H, W)
         with torch.inference_mode():
             (found,) = self._model([image])
@@ -99,33 +99,33 @@ def _download_weights(builder: str) -> tuple[Mapping[str, Any], str]:
     weights = torchvision.models.get_model_weights(builder).DEFAULT
     try:
         return weights.get_state_dict(check_hash=True), str(weights)
-    except (OSError, RuntimeError) as error:  # no network; the hash differs
+    except (OSError, RuntimeError) as error:  # no network, or a wrong hash
         raise DetectorError(
-            f"torchvision's {weights} could not be downloaded ({error}): on a machine without network, put the file "
-            f"{Path(weights.url).name} there and name it with --detector-weights"
+            f"torchvision's {weights} could not be downloaded ({error}): on a machine without network, copy the file "
+            f"{Path(weights.url).name} there and pass it with --detector-weights"
         ) from error
 
 
 def _read_weights(path: Path) -> Mapping[str, Any]:
-    """A state dict, by torch's restricted unpickler."""
+    """A state dict, read by torch's restricted unpickler."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise DetectorError(
             f"{path} cannot be read ({error.strerror}): expected a state dict of torchvision"
         ) from error
-    except Exception as error:  # on foreign bytes the unpickler raises whatever it meets
+    except Exception as error:  # on malformed files the unpickler raises errors of many kinds
         raise DetectorError(
-            f"{path} is no state dict that can be read safely: expected the file torchvision downloads, or what "
-            "torch.save(model.state_dict(), path) wrote"
+            f"{path} is not a state dict that can be read safely: expected the file torchvision downloads, or one "
+            "written by torch.save(model.state_dict(), path)"
         ) from error
     if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
-        raise DetectorError(f"{path} holds {type(content).__name__}, expected a state dict: names and tensors")
+        raise DetectorError(f"{path} contains {type(content).__name__}, expected a state dict: names and tensors")
     return content
 
 
 def _sha256_of(state: Mapping[str, Any]) -> str:
-    """Over the names and the tensors' bytes, wherever they came from."""
+    """sha256 of the names and the bytes of the tensors."""
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())

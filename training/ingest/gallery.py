@@ -1,8 +1,8 @@
-"""What a service's collection keeps of people becomes rows of a growing store, and leaves it when it leaves there.
+"""Synchronising a growing store with the crops of a service's collection.
 
-Whoever asks the service hands the entries in; nothing here speaks to it. A collection's crops stand in the folder
-``gallery/COLLECTION``, each under the id of its entry. What is not among the entries any more (deleted, erased,
-expired) is removed: nobody may be trained on whom the service has forgotten.
+The caller reads the entries from the service; this module has no connection to it. A collection's crops are stored in
+the folder ``gallery/COLLECTION``, each under the id of its entry. Crops of entries that no longer exist (deleted,
+erased, expired) are removed, so that people the service has deleted are not used for training.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from resight.image import decode
 from resight.training.store.growing import GrowingStore, NewCrop, NewTrack
 from resight.training.store.links import read_links, write_links
 
-UNKNOWN_CAMERA = "gallery"  # the camera of entries that name none
+UNKNOWN_CAMERA = "gallery"  # camera of entries without one
 BATCH = 256  # entries between two commits
-MAX_NAME_BYTES = 200  # bytes of a file's name before its number and suffix: file systems end at 255
+MAX_NAME_BYTES = 200  # length of a file name before number and suffix; file systems allow 255
 _TrackKey = tuple[str, str]
-"""Camera, and name of the track."""
+"""Camera and name of the track."""
 IMAGE_SUFFIXES = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp"}
 
 
 @dataclass(frozen=True)
 class EntryCrops:
-    """An entry whose crops the service keeps: files as they were enrolled; empty names and None = unknown."""
+    """An entry with its crops as enrolled; empty names and None mean unknown."""
 
     entry_id: str
     camera: str
@@ -40,7 +40,7 @@ class EntryCrops:
 
 @dataclass
 class GallerySyncCounts:
-    """What became of a collection: entries and crops seen, crops added, changed, removed, and refused as no image."""
+    """Counts of a synchronisation: entries, crops, crops added, changed, removed and refused as invalid, and links."""
 
     entries: int = 0
     crops: int = 0
@@ -52,13 +52,13 @@ class GallerySyncCounts:
     rejected: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """All counts as plain values."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class _StoredCrop:
-    """A crop as the store has it."""
+    """Metadata of a crop in the store."""
 
     camera: str
     time_s: float | None
@@ -66,16 +66,16 @@ class _StoredCrop:
 
 
 def collection_folder(collection: str) -> str:
-    """Where a collection's crops stand in a store."""
+    """Folder of a collection's crops in a store."""
     return f"gallery/{_file_name(collection)}"
 
 
 def forget_gallery(store: GrowingStore, collection: str) -> int:
-    """Remove all crops of a collection that is gone or keeps none any more, and its links; how many crops.
+    """Remove all crops and links of a collection; returns the number of crops.
 
     Raises:
         StoreError: the store is damaged.
-        StorageFullError: no room for the new index.
+        StorageFullError: no space for the new index.
     """
     with store.exclusive(_lock_key(collection)):
         removed = store.remove(lambda path: path.startswith(f"{collection_folder(collection)}/"))
@@ -87,24 +87,26 @@ def forget_gallery(store: GrowingStore, collection: str) -> int:
 def sync_gallery(
     store: GrowingStore, collection: str, entries: Iterable[EntryCrops], feedback: Iterable[tuple[str, str, bool]]
 ) -> GallerySyncCounts:
-    """Make a store's rows of a collection those of the service. Interrupted, it removes nothing; run again, it goes on.
+    """Make the crops of a collection in a store equal to those of the service.
+
+    If it is interrupted, nothing has been removed, and the next call continues.
 
     Args:
-        store: gets and loses crops; split "train".
-        collection: its name.
-        entries: all of it.
+        store: the store to change, split "train".
+        collection: name of the collection.
+        entries: all entries of the collection.
         feedback: pairs of entry ids, and whether they show one person; they become links.
 
     Raises:
-        StoreError: the store or its links are damaged, or another process does the same.
-        StorageFullError: no room; what was added stands.
+        StoreError: the store or its links are damaged, or another process synchronises the same collection.
+        StorageFullError: no space; crops added before are kept.
     """
     with store.exclusive(_lock_key(collection)):
         sync = _Sync(store, collection_folder(collection))
-        coming = iter(entries)
-        while part := list(islice(coming, BATCH)):
-            sync.add(part)
-        sync.remove()
+        remaining = iter(entries)
+        while batch := list(islice(remaining, BATCH)):
+            sync.add(batch)
+        sync.remove_missing()
         pairs = [(sync.first[a], sync.first[b], same) for a, b, same in feedback if {a, b} <= sync.first.keys()]
         _replace_links(store, collection, pairs)
         counts = sync.counts
@@ -113,21 +115,21 @@ def sync_gallery(
 
 
 class _Sync:
-    """One pass over a collection; ``first`` tells the path of each entry's first crop."""
+    """One synchronisation of a collection; ``first`` maps each entry to the path of its first crop."""
 
     def __init__(self, store: GrowingStore, folder: str) -> None:
         store.sweep(folder)
         self._store, self._folder = store, folder
-        self._known = {
+        self._stored = {
             row["path"]: _StoredCrop(row["camera"], row["time_s"], row["track"]) for row in store.rows(folder)
         }
-        self._numbers: dict[_TrackKey, int] = {}  # of the tracks met so far
-        self._wanted: set[str] = set()
+        self._numbers: dict[_TrackKey, int] = {}  # of the tracks so far
+        self._current: set[str] = set()
         self.first: dict[str, str] = {}
         self.counts = GallerySyncCounts()
 
     def add(self, entries: Sequence[EntryCrops]) -> None:
-        """Rows of some entries: those that are there as they are, new ones added, changed ones replaced."""
+        """Add the new crops of some entries and replace changed ones."""
         new: dict[_TrackKey, list[NewCrop]] = {}
         outdated: set[str] = set()
         for entry in entries:
@@ -135,16 +137,16 @@ class _Sync:
             owner = (entry.camera or UNKNOWN_CAMERA, entry.track)
             for shot, data in enumerate(entry.images):
                 path = f"{self._folder}/{_file_name(entry.entry_id)}_{shot:02d}{IMAGE_SUFFIXES.get(data[:2], '')}"
-                same = self._unchanged(path, entry, owner, data)
-                if not same and not _usable(data):
+                unchanged = self._unchanged(path, entry, owner, data)
+                if not unchanged and not _is_image(data):
                     self.counts.refused += 1
                     continue
                 self.counts.crops += 1
-                self._wanted.add(path)
+                self._current.add(path)
                 self.first.setdefault(entry.entry_id, path)
-                if same:
+                if unchanged:
                     continue
-                if path in self._known:
+                if path in self._stored:
                     outdated.add(path)
                 new.setdefault(owner, []).append(NewCrop(path, data, entry.time_s))
         self.counts.changed += len(outdated)
@@ -155,8 +157,8 @@ class _Sync:
             self._write(new)
 
     def _unchanged(self, path: str, entry: EntryCrops, owner: _TrackKey, data: bytes) -> bool:
-        """Whether a crop stands in the store as the service has it; the number of its track is learned from it."""
-        row = self._known.get(path)
+        """Whether the store has the same crop and metadata as the service; also records the number of its track."""
+        row = self._stored.get(path)
         if row is None or (row.camera, row.time_s) != (owner[0], entry.time_s):
             return False
         if (row.track is not None) != bool(entry.track):
@@ -175,14 +177,14 @@ class _Sync:
             if owner[1] and number is not None:
                 self._numbers[owner] = number
 
-    def remove(self) -> None:
-        """Take out what the service does not have any more."""
-        self.counts.removed = self._store.remove((self._known.keys() - self._wanted).__contains__)
+    def remove_missing(self) -> None:
+        """Remove the crops that the service no longer has."""
+        self.counts.removed = self._store.remove((self._stored.keys() - self._current).__contains__)
         self._store.sweep(self._folder)
 
 
-def _usable(data: bytes) -> bool:
-    """Whether it is an image a store may hold: it came over a wire."""
+def _is_image(data: bytes) -> bool:
+    """Whether the data, which comes from the network, is an image that the store accepts."""
     try:
         decode(data)
     except ImageError:
@@ -191,7 +193,7 @@ def _usable(data: bytes) -> bool:
 
 
 def _replace_links(store: GrowingStore, collection: str, pairs: Iterable[tuple[str, str, bool]]) -> None:
-    """Replace the links between crops of a collection; those of other crops stay."""
+    """Replace the links between crops of a collection; links of other crops are unchanged."""
     own = f"{collection_folder(collection)}/"
     before = read_links(store.root)
     others = [pair for pair in before if not (pair.path_a.startswith(own) or pair.path_b.startswith(own))]
@@ -201,7 +203,7 @@ def _replace_links(store: GrowingStore, collection: str, pairs: Iterable[tuple[s
 
 
 def _file_name(name: str) -> str:
-    """An id as a file's name: percent-encoded, no dot first, and no longer than file systems allow."""
+    """An id as a file name: percent-encoded, without a leading dot, hashed if it is too long."""
     safe = quote(name, safe=" ").replace(".", "%2E", 1) if name.startswith(".") else quote(name, safe=" ")
     return safe if len(safe) <= MAX_NAME_BYTES else f"sha256-{sha256(name.encode(errors='surrogatepass')).hexdigest()}"
 

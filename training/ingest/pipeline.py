@@ -1,11 +1,11 @@
-"""Footage into a growing store: frames, boxes, tracks and chosen crops, with a journal to continue after a kill.
+"""Ingesting footage into a growing store: frames, boxes, tracks and crops, with a journal for resuming after a kill.
 
-The crops of a track are added when it has ended, and at most a minute of footage passes between two commits: files
-first, then the index in one step, then the journal. The index defines which crops exist. The journal, a small SQLite
-file beside it, records which sources were read to their end with which settings, and for an interrupted one the frame
-to continue from, with the boxes already found after it, since detection takes most of the time. A run continues from
-the last frame without anybody in the picture, and so makes the same tracks and crops as an uninterrupted one; crops
-that are in the store already are skipped.
+The crops of a track are added when it has ended, with at most a minute of footage between two commits: files first,
+then the index atomically, then the journal. The index defines which crops exist. The journal, a small SQLite file next
+to it, records which sources were read to their end with which settings, and for an interrupted one the frame to resume
+from, with the boxes already detected after it, since detection takes most of the time. A run resumes at the last frame
+without open tracks and therefore gives the same tracks and crops as an uninterrupted one; crops that are already in
+the store are skipped.
 """
 
 from __future__ import annotations
@@ -38,22 +38,24 @@ from resight.training.store.growing import (
 )
 
 if TYPE_CHECKING:
-    from resight.training.ingest.boxes import Detector  # which loads torch, and boxes from elsewhere need none
+    from resight.training.ingest.boxes import (
+        Detector,
+    )  # importing a detector loads torch, which given boxes do not need
 
 
 @dataclass
 class IngestCounts:
-    """What was met and what became of it.
+    """Counts of one source.
 
     Attributes:
-        frames: looked at.
-        unreadable: damaged ones.
-        left_out: of a live stream, that nobody had time for.
-        boxes: in the frames.
-        tracks: passages.
-        crops: kept.
-        dropped: reason -> boxes of which no crop was made.
-        tracks_without_crops: passages of which none was good enough.
+        frames: processed frames.
+        unreadable: damaged frames.
+        left_out: frames of a live stream that were dropped because processing was too slow.
+        boxes: boxes in the frames.
+        tracks: finished tracks.
+        crops: crops added to the store.
+        dropped: reason -> number of boxes that did not become crops.
+        tracks_without_crops: tracks without any usable box.
     """
 
     frames: int = 0
@@ -66,25 +68,25 @@ class IngestCounts:
     dropped: Counter[str] = field(default_factory=Counter)
 
     def to_json(self) -> dict[str, Any]:
-        """A copy of plain values."""
+        """A copy as plain values."""
         return {**vars(self), "dropped": dict(self.dropped)}
 
     @classmethod
-    def of(cls, told: Mapping[str, Any] | None) -> IngestCounts:
-        """What `to_json` gave."""
-        return cls() if told is None else cls(**{**told, "dropped": Counter(told["dropped"])})
+    def from_json(cls, values: Mapping[str, Any] | None) -> IngestCounts:
+        """The counts written by `to_json`; zeros if there are none."""
+        return cls() if values is None else cls(**{**values, "dropped": Counter(values["dropped"])})
 
 
 @dataclass(frozen=True)
 class SourceResult:
-    """What became of a source.
+    """Result of ingesting a source.
 
     Attributes:
-        name: of it.
-        camera: of it.
-        status: "done", or "skipped" because it was done before.
-        folder: of its crops in the store.
-        counts: of all of it, over all runs.
+        name: name of the source.
+        camera: name of its camera.
+        status: "done", or "skipped" if it was ingested before.
+        folder: folder of its crops in the store.
+        counts: counts of the whole source, over all runs.
     """
 
     name: str
@@ -95,8 +97,8 @@ class SourceResult:
 
 
 JOURNAL_VERSION = 1
-BUSY_S = 30.0  # that a writer waits for another one; each holds the file for milliseconds
-BOX_COLUMNS = 6  # of a box: left, top, right, bottom, score, given track
+BUSY_S = 30.0  # time a writer waits for another one; transactions take milliseconds
+BOX_COLUMNS = 6  # left, top, right, bottom, score, given track
 JOURNAL_TABLES = """
 CREATE TABLE source (
     key TEXT PRIMARY KEY, name TEXT NOT NULL, folder TEXT NOT NULL, settings TEXT NOT NULL, done INTEGER NOT NULL,
@@ -111,16 +113,16 @@ CREATE TABLE frame (
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """One source.
+    """The journal's record of a source.
 
     Attributes:
-        key: of its content.
-        name: where it was read from last.
-        folder: of its crops in the store.
-        settings: it was asked for with.
+        key: derived from its content.
+        name: path or address it was last read from.
+        folder: folder of its crops in the store.
+        settings: settings of the ingest.
         done: whether it was read to its end.
-        place: the frame to go on from.
-        counts: of what came before that frame; once done, of all.
+        position: the frame to resume from.
+        counts: counts up to that frame; of the whole source once it is done.
     """
 
     key: str
@@ -128,24 +130,24 @@ class SourceRecord:
     folder: str
     settings: Mapping[str, Any]
     done: bool = False
-    place: FramePosition = START
+    position: FramePosition = START
     counts: Mapping[str, Any] | None = None
 
 
 class IngestJournal:
-    """The journal of one store; close it, or use it in a ``with``.
+    """The journal of one store; a context manager that closes the database.
 
     Args:
         root: folder of the store.
 
     Raises:
-        StoreError: the file is damaged, or of another version.
-        StorageFullError: no room to make it.
+        StoreError: the file is damaged or of another version.
+        StorageFullError: no space to create it.
     """
 
     def __init__(self, root: Path) -> None:
         self._path = root / JOURNAL_FILE
-        with self._telling():
+        with self._translated_errors():
             self._db = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None)
             self._db.execute("PRAGMA foreign_keys = ON")
             with self._transaction():
@@ -167,8 +169,8 @@ class IngestJournal:
         self._db.close()
 
     def entry(self, key: str) -> SourceRecord | None:
-        """What is known of a source."""
-        with self._telling():
+        """The record of a source, or None."""
+        with self._translated_errors():
             row = self._db.execute(
                 "SELECT name, folder, settings, done, number, mark, counts FROM source WHERE key = ?", (key,)
             ).fetchone()
@@ -180,46 +182,46 @@ class IngestJournal:
             )
 
     def begin(self, entry: SourceRecord) -> None:
-        """Write a source down that is new, or is told from the beginning."""
-        with self._telling(), self._transaction():
+        """Insert a source, replacing its earlier record."""
+        with self._translated_errors(), self._transaction():
             self._db.execute("DELETE FROM source WHERE key = ?", (entry.key,))
             self._db.execute(
                 "INSERT INTO source VALUES (?, ?, ?, ?, 0, ?, ?, ?, ?)",
-                (entry.key, entry.name, entry.folder, json.dumps(entry.settings), *entry.place, "null", time.time()),
+                (entry.key, entry.name, entry.folder, json.dumps(entry.settings), *entry.position, "null", time.time()),
             )
 
     def advance(
         self,
         key: str,
-        place: FramePosition,
+        position: FramePosition,
         counts: Mapping[str, Any],
-        seen: Iterable[tuple[FramePosition, Boxes]],
+        detected: Iterable[tuple[FramePosition, Boxes]],
         *,
         done: bool,
     ) -> None:
-        """Write down how far a source was read; what was found before ``place`` is forgotten.
+        """Record how far a source was read, and delete the boxes of frames before ``position``.
 
         Args:
-            key: of the source.
-            place: the frame to go on from.
-            counts: of what came before it.
-            seen: frames since the last time, with their boxes.
-            done: whether that was all.
+            key: key of the source.
+            position: the frame to resume from.
+            counts: counts up to that frame.
+            detected: frames since the last call, with their boxes.
+            done: whether the source was read to its end.
         """
-        with self._telling(), self._transaction():
+        with self._translated_errors(), self._transaction():
             self._db.executemany(
                 "INSERT OR REPLACE INTO frame VALUES (?, ?, ?)",
-                ((key, at.mark, _pack_boxes(boxes)) for at, boxes in seen),
+                ((key, at.mark, _pack_boxes(boxes)) for at, boxes in detected),
             )
             self._db.execute(
                 "UPDATE source SET done = ?, number = ?, mark = ?, counts = ?, changed_s = ? WHERE key = ?",
-                (done, *place, json.dumps(counts), time.time(), key),
+                (done, *position, json.dumps(counts), time.time(), key),
             )
-            self._db.execute("DELETE FROM frame WHERE key = ? AND (? OR mark < ?)", (key, done, place.mark))
+            self._db.execute("DELETE FROM frame WHERE key = ? AND (? OR mark < ?)", (key, done, position.mark))
 
     def boxes(self, key: str) -> dict[int, Boxes]:
-        """The boxes found from the place on, by the frames' marks."""
-        with self._telling():
+        """The boxes of frames from the recorded position on, by the marks of the frames."""
+        with self._translated_errors():
             found = self._db.execute("SELECT mark, boxes FROM frame WHERE key = ?", (key,))
             return {mark: _unpack_boxes(blob) for mark, blob in found}
 
@@ -234,8 +236,8 @@ class IngestJournal:
         self._db.execute("COMMIT")
 
     @contextmanager
-    def _telling(self) -> Iterator[None]:
-        """Tell SQLite's errors as ours."""
+    def _translated_errors(self) -> Iterator[None]:
+        """Convert SQLite's errors to `StoreError`."""
         with storage_full_as_error(self._path.parent):
             try:
                 yield
@@ -244,12 +246,12 @@ class IngestJournal:
             except (sqlite3.DatabaseError, ValueError) as error:
                 raise StoreError(
                     f"{self._path} is damaged ({error}): remove it; footage is then read again, and crops that are "
-                    "in the store are not added twice"
+                    "already in the store are not added twice"
                 ) from error
 
 
 def _pack_boxes(boxes: Boxes) -> bytes:
-    table = np.column_stack([boxes.xyxy, boxes.scores, boxes.given])  # (N, COLUMNS); tracks are far below 2^53
+    table = np.column_stack([boxes.xyxy, boxes.scores, boxes.given])  # (N, BOX_COLUMNS); tracks are far below 2^53
     return table.astype("<f8").tobytes()
 
 
@@ -260,8 +262,8 @@ def _unpack_boxes(blob: bytes) -> Boxes:
 
 log = logging.getLogger(__name__)
 
-COMMIT_S = 60.0  # of footage between two commits: what a kill can cost of work
-KEY_LENGTH = 16  # hexadecimal digits of a source's fingerprint: 2^32 sources meet by chance once
+COMMIT_S = 60.0  # footage between two commits, the most work a kill can lose
+KEY_LENGTH = 16  # hexadecimal digits of a source's fingerprint: one collision is expected for 2^32 sources
 
 
 def ingest(
@@ -279,60 +281,64 @@ def ingest(
 
     Args:
         footage: the source.
-        detector: finds people in it.
-        store: where crops go; split "train".
-        journal: of that store.
+        detector: detects people in its frames.
+        store: receives the crops, split "train".
+        journal: journal of that store.
         sampling: which boxes become crops.
-        tracks: "own", or "given" with a detector that hands tracks out.
-        again: read it anew, with its earlier crops removed, whether it was done or not.
-        on_frame: is told the counts after each frame.
+        tracks: "own", or "given" with a detector that provides tracks.
+        again: remove its earlier crops and read it again, even if it is done.
+        on_frame: called with the counts after each frame.
 
     Raises:
-        FootageError: nothing in it can be decoded, or it was asked for with other settings before.
-        StorageFullError: no room; what was committed stands, and the next run goes on from there.
+        FootageError: nothing in it can be decoded, or it was ingested with other settings before.
+        StorageFullError: no space; committed data is intact, and the next run resumes from it.
         StoreError: the store or its journal is damaged, or another process reads the same source into it.
     """
-    chosen = SamplingSettings() if sampling is None else sampling
+    sampling = SamplingSettings() if sampling is None else sampling
     key = footage.fingerprint()[:KEY_LENGTH]
-    asked = {
+    settings = {
         "camera": footage.camera,
         "fps": footage.fps,
         "start_s": footage.start_s,
         "tracks": tracks,
         **detector.identity,
-        **asdict(chosen),
+        **asdict(sampling),
     }
     with store.exclusive(key):
         entry = _source_record(
-            SourceRecord(key, footage.name, f"crops/{footage.camera}/{key}", asked), store, journal, again=again
+            SourceRecord(key, footage.name, f"crops/{footage.camera}/{key}", settings), store, journal, again=again
         )
         if entry.done:
-            return SourceResult(footage.name, footage.camera, "skipped", entry.folder, IngestCounts.of(entry.counts))
+            return SourceResult(
+                footage.name, footage.camera, "skipped", entry.folder, IngestCounts.from_json(entry.counts)
+            )
         store.sweep(entry.folder)
-        reading = _SourceReader(footage, store, journal, entry, chosen, tracks)
-        reading.run(detector, on_frame)
-        return SourceResult(footage.name, footage.camera, "done", entry.folder, reading.counts)
+        reader = _SourceReader(footage, store, journal, entry, sampling, tracks)
+        reader.run(detector, on_frame)
+        return SourceResult(footage.name, footage.camera, "done", entry.folder, reader.counts)
 
 
-def _source_record(asked: SourceRecord, store: GrowingStore, journal: IngestJournal, *, again: bool) -> SourceRecord:
-    """What the journal says of a source, or the beginning of it."""
-    known = journal.entry(asked.key)
+def _source_record(
+    requested: SourceRecord, store: GrowingStore, journal: IngestJournal, *, again: bool
+) -> SourceRecord:
+    """The journal's record of a source, inserted if it is new or read again."""
+    known = journal.entry(requested.key)
     if known is not None and again:
         earlier = known.folder
         store.remove(lambda path: path.startswith(f"{earlier}/"))
         store.sweep(earlier)
         known = None
     if known is None:
-        journal.begin(asked)
-        return asked
+        journal.begin(requested)
+        return requested
     changed = [
         f"{name} {known.settings.get(name)!r} instead of {value!r}"
-        for name, value in asked.settings.items()
+        for name, value in requested.settings.items()
         if known.settings.get(name) != value
     ]
     if changed:
         raise FootageError(
-            f"{asked.name} was ingested with other settings ({', '.join(changed)}): ask with those, or add --again to "
+            f"{requested.name} was ingested with other settings ({', '.join(changed)}): use those, or add --again to "
             "replace its crops",
             field="settings",
         )
@@ -340,7 +346,7 @@ def _source_record(asked: SourceRecord, store: GrowingStore, journal: IngestJour
 
 
 class _SourceReader:
-    """One source being read from where its entry stands."""
+    """Reads one source from the position in its journal record."""
 
     def __init__(
         self,
@@ -352,22 +358,22 @@ class _SourceReader:
         mode: TrackMode,
     ) -> None:
         self._footage, self._store, self._journal, self._entry = footage, store, journal, entry
-        self._tracks = make_tracker(mode, fps=footage.fps, start_score=sampling.start_score)
+        self._tracker = make_tracker(mode, fps=footage.fps, start_score=sampling.start_score)
         self._sampler = CropSampler(sampling)
-        self.counts = IngestCounts.of(entry.counts)
+        self.counts = IngestCounts.from_json(entry.counts)
         self._sampler.dropped = self.counts.dropped
         self._unreadable_before = self.counts.unreadable
-        self._place, self._counts_there = entry.place, self.counts.to_json()
-        self._known = journal.boxes(entry.key)
-        self._seen: list[tuple[FramePosition, Boxes]] = []
-        self._ended: list[NewTrack] = []
+        self._resume_position, self._resume_counts = entry.position, self.counts.to_json()
+        self._journaled_boxes = journal.boxes(entry.key)
+        self._detected: list[tuple[FramePosition, Boxes]] = []
+        self._finished: list[NewTrack] = []
         self._committed_s: float | None = None
 
     def run(self, detector: Detector, on_frame: Callable[[IngestCounts], None]) -> None:
-        """Read to the end."""
+        """Read the source to its end."""
         last: Frame | None = None
-        for frame in self._footage.frames(self._entry.place):
-            self._look(frame, detector)
+        for frame in self._footage.frames(self._entry.position):
+            self._process(frame, detector)
             on_frame(self.counts)
             last = frame
             if self._committed_s is None:
@@ -376,51 +382,51 @@ class _SourceReader:
                 self._commit(done=False)
                 self._committed_s = frame.time_s
         for candidates in self._sampler.close_all():
-            self._end(candidates)
+            self._finish(candidates)
         if last is not None:
-            self._place = last.place
+            self._resume_position = last.position
         self._commit(done=True)
         if self.counts.frames and not self.counts.boxes:
             log.warning("%s: no box in any of its %d frames", self._footage.name, self.counts.frames)
 
-    def _look(self, frame: Frame, detector: Detector) -> None:
-        """One frame: boxes, tracks, candidates."""
-        if self._tracks.quiet:
-            self._place, self._counts_there = frame.place, self.counts.to_json()
-        boxes = self._known.pop(frame.place.mark, None)
+    def _process(self, frame: Frame, detector: Detector) -> None:
+        """Detect, track and sample the boxes of a frame."""
+        if self._tracker.idle:
+            self._resume_position, self._resume_counts = frame.position, self.counts.to_json()
+        boxes = self._journaled_boxes.pop(frame.position.mark, None)
         if boxes is None:
             boxes = detector.find(frame)
-            if not self._footage.live:  # which cannot be read again
-                self._seen.append((frame.place, boxes))
-        self._sampler.see(frame, boxes, self._tracks.update(boxes, frame.time_s))
-        for track in self._tracks.ended():
-            self._end(self._sampler.close(track))
+            if not self._footage.live:  # a live stream cannot be read again
+                self._detected.append((frame.position, boxes))
+        self._sampler.observe(frame, boxes, self._tracker.update(boxes, frame.time_s))
+        for track in self._tracker.ended():
+            self._finish(self._sampler.close(track))
         self.counts.frames += 1
         self.counts.boxes += len(boxes)
         self.counts.unreadable = self._unreadable_before + self._footage.unreadable
         self.counts.left_out = self._footage.left_out
 
-    def _end(self, candidates: list[CropCandidate]) -> None:
-        """A track that will not be seen again: its crops wait for the next commit."""
+    def _finish(self, candidates: list[CropCandidate]) -> None:
+        """Prepare the crops of an ended track for the next commit."""
         crops = []
         for candidate in candidates:
             data = candidate.jpeg()
             if len(data) > MAX_BYTES:
                 self.counts.dropped["too large"] += 1
                 continue
-            path = f"{self._entry.folder}/{candidate.place.mark:012d}_{candidate.row:03d}.jpg"
+            path = f"{self._entry.folder}/{candidate.position.mark:012d}_{candidate.row:03d}.jpg"
             crops.append(NewCrop(path, data, candidate.time_s))
         self.counts.tracks += 1
         self.counts.crops += len(crops)
         if crops:
-            self._ended.append(NewTrack(self._footage.camera, crops))
+            self._finished.append(NewTrack(self._footage.camera, crops))
         else:
             self.counts.tracks_without_crops += 1
 
     def _commit(self, *, done: bool) -> None:
-        """Files, index, journal: in this order."""
-        self._store.add(self._ended)
-        self._ended.clear()
-        counts = self.counts.to_json() if done else self._counts_there
-        self._journal.advance(self._entry.key, self._place, counts, self._seen, done=done)
-        self._seen.clear()
+        """Write files, index and journal, in this order."""
+        self._store.add(self._finished)
+        self._finished.clear()
+        counts = self.counts.to_json() if done else self._resume_counts
+        self._journal.advance(self._entry.key, self._resume_position, counts, self._detected, done=done)
+        self._detected.clear()

@@ -1,7 +1,7 @@
-"""Which boxes of a track become crops: good ones, that differ, spread over the passage.
+"""Selecting which boxes of a track become crops: good and distinct ones, spread over the track.
 
-A box is looked at once, when its frame is there, and each open track keeps no more than the crops it may get. So what
-is kept does not depend on how long footage is, and a second run over the same boxes keeps the same.
+Each box is considered once, while its frame is available, and an open track keeps no more candidates than it may get
+crops. So memory does not grow with the length of the footage, and the same boxes always give the same crops.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from resight.training.ingest.boxes import Boxes
 from resight.training.ingest.footage import Frame, FramePosition
 from resight.training.store.crops import UNKNOWN
 
-THUMBNAIL = ImageSpec(16, 16)  # columns are then averaged in pairs: 16 x 8 grey levels, a body's proportions
-QUALITY_SIZE = ImageSpec(256, 128)  # what the encoder sees, and quality is measured on
-JPEG_QUALITY = 92  # at 4:4:4 a 128 x 64 crop takes 4 KB; the codec's marks stay below a camera's own
+THUMBNAIL = ImageSpec(16, 16)  # columns are then averaged in pairs: 16 x 8 grey levels, the proportions of a body
+QUALITY_SIZE = ImageSpec(256, 128)  # input size of the encoder; quality is computed at this size
+JPEG_QUALITY = 92  # at 4:4:4 a 128 x 64 crop takes 4 KB; artefacts are below those of a camera
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What a crop must be, and how many a track gets. Each number without another source is ours.
+    """Requirements for crops and their number per track. Values without a source are our own choice.
 
     Attributes:
-        crops_per_track: at most. MARS, Market-1501's cameras as tracks, samples 8 frames of a track in most papers.
-        min_height: rows of the box; 64 is half of Market-1501's crops.
-        start_score: least score of a box; the same that begins a track.
-        max_hidden: share of the box that nearer boxes may cover.
-        edge: pixels to the frame's border; a box nearer to it is a person cut off.
-        min_gap_s: between two crops of a track: below it a walker has not moved a limb.
-        min_difference: grey levels of 255 by which thumbnails of two crops of a track must differ in the mean.
+        crops_per_track: maximum number. Most papers sample 8 frames of a track of MARS.
+        min_height: minimum height of a box in pixels; 64 is half the height of Market-1501's crops.
+        start_score: minimum score of a box; also starts a track.
+        max_hidden: maximum share of the box that nearer boxes cover.
+        edge: minimum distance to the frame's border in pixels; a box closer to it shows a truncated person.
+        min_gap_s: minimum time between two crops of a track: in less time a walking pose hardly changes.
+        min_difference: minimum mean difference of the thumbnails of two crops of a track, in grey levels of 255.
     """
 
     crops_per_track: int = 8
@@ -49,32 +49,32 @@ class SamplingSettings:
     min_difference: float = 4.0
 
 
-@dataclass(frozen=True, eq=False)  # arrays have no truth value to compare by
+@dataclass(frozen=True, eq=False)  # comparing arrays gives arrays
 class CropCandidate:
-    """A crop that may be kept: uint8 (H, W, 3), when and where it was cut, what it is worth, and its thumbnail."""
+    """A candidate crop: uint8 (H, W, 3), its frame and box, time, score and thumbnail."""
 
     image: Pixels = field(repr=False)
-    place: FramePosition
-    row: int  # of the box among those of its frame
+    position: FramePosition
+    row: int  # of the box in its frame
     time_s: float
-    worth: float
+    score: float
     thumbnail: NDArray[np.int16] = field(repr=False)
 
     def jpeg(self) -> bytes:
-        """The file."""
+        """The crop as a JPEG file."""
         buffer = io.BytesIO()
         Image.fromarray(self.image).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
         return buffer.getvalue()
 
 
 class CropSampler:
-    """Candidates of the tracks that go on.
+    """Collects crop candidates of open tracks.
 
     Args:
-        settings: what is kept.
+        settings: see `SamplingSettings`.
 
     Attributes:
-        dropped: reason -> boxes of tracks that became no crop.
+        dropped: reason -> number of boxes that did not become crops.
     """
 
     def __init__(self, settings: SamplingSettings) -> None:
@@ -82,8 +82,8 @@ class CropSampler:
         self._open: dict[int, list[CropCandidate]] = {}
         self.dropped: Counter[str] = Counter()
 
-    def see(self, frame: Frame, boxes: Boxes, tracks: Sequence[int] | NDArray[np.int64]) -> None:
-        """Look at the boxes of the next frame; of those without a track nothing is kept."""
+    def observe(self, frame: Frame, boxes: Boxes, tracks: Sequence[int] | NDArray[np.int64]) -> None:
+        """Consider the boxes of the next frame; boxes without a track are dropped."""
         for row, track in enumerate(tracks):
             if track == UNKNOWN:
                 self.dropped["no track"] += 1
@@ -96,15 +96,15 @@ class CropSampler:
                 self._offer(kept, _cut_candidate(frame, boxes, row))
 
     def close(self, track: int) -> list[CropCandidate]:
-        """What is kept of a track, in order of time; it is forgotten here."""
+        """Remove a track and return its candidates in order of time."""
         return self._open.pop(track, [])
 
     def close_all(self) -> list[list[CropCandidate]]:
-        """The same of every track that is open, in order of appearance."""
+        """Close all open tracks, in order of appearance."""
         return [self.close(track) for track in sorted(self._open)]
 
     def _refusal(self, frame: Frame, boxes: Boxes, row: int) -> str:
-        """Why a box cannot become a crop; empty where it can."""
+        """Why a box cannot become a crop, or an empty string."""
         left, top, right, bottom = boxes.xyxy[row]
         height, width = frame.image.shape[:2]
         edge = self._settings.edge
@@ -122,20 +122,20 @@ class CropSampler:
         return ""
 
     def _offer(self, kept: list[CropCandidate], new: CropCandidate) -> None:
-        """Keep a candidate, or those it is too much like if they are worth more; then no more than there may be."""
+        """Add a candidate unless a similar one has a higher score, replace similar ones, and enforce the limit."""
         settings = self._settings
-        alike = [
+        similar = [
             old
             for old in kept
             if new.time_s - old.time_s < settings.min_gap_s - 1e-6  # time stamps are rounded to a microsecond
             or np.abs(new.thumbnail - old.thumbnail).mean() < settings.min_difference
         ]
-        if any(old.worth >= new.worth for old in alike):
+        if any(old.score >= new.score for old in similar):
             self.dropped["near-duplicate"] += 1
             return
-        for old in alike:
+        for old in similar:
             kept.remove(old)
-        self.dropped["near-duplicate"] += len(alike)
+        self.dropped["near-duplicate"] += len(similar)
         kept.append(new)
         if len(kept) > settings.crops_per_track:
             self.dropped["enough of the track"] += 1
@@ -143,19 +143,19 @@ class CropSampler:
 
 
 def _drop_closest(kept: list[CropCandidate]) -> None:
-    """Take one out: of the two nearest to each other in time the one that is worth less, so that all times stay."""
+    """Remove the lower-scored one of the two candidates closest in time, so that the whole track stays covered."""
     gaps = np.diff([candidate.time_s for candidate in kept])
     first = int(np.argmin(gaps)) if len(gaps) else 0
     pair = kept[first : first + 2]
-    kept.remove(min(pair, key=lambda candidate: candidate.worth))
+    kept.remove(min(pair, key=lambda candidate: candidate.score))
 
 
 def _cut_candidate(frame: Frame, boxes: Boxes, row: int) -> CropCandidate:
-    """The crop of a box, which lies within the frame, and its worth: quality, less what hides it."""
+    """Cut out a box inside the frame; its score is quality times visible share times detection score."""
     left, top, right, bottom = boxes.xyxy[row]
     image = frame.image[int(top) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))].copy()
-    worth = (
+    score = (
         quality(fit(image, QUALITY_SIZE), image.shape[:2]) * (1 - float(boxes.hidden[row])) * float(boxes.scores[row])
     )
-    square = fit(image, THUMBNAIL).astype(np.int16).sum(2)  # (16, 16), three times the grey level
-    return CropCandidate(image, frame.place, row, frame.time_s, worth, (square[:, ::2] + square[:, 1::2]) // 6)
+    square = fit(image, THUMBNAIL).astype(np.int16).sum(2)  # (16, 16), sum of the three colours
+    return CropCandidate(image, frame.position, row, frame.time_s, score, (square[:, ::2] + square[:, 1::2]) // 6)

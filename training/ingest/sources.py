@@ -1,4 +1,4 @@
-"""A folder of images as footage: one frame a file, in the order of time or of names."""
+"""Opening sources of footage by kind, and folders of images as footage."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from resight.training.store.datasets import SUFFIXES
 
 log = logging.getLogger(__name__)
 
-MAX_IMAGE_BYTES = 64 * 1024 * 1024  # of a file: an uncompressed frame of 16 million pixels as PNG
+MAX_IMAGE_BYTES = 64 * 1024 * 1024  # an uncompressed frame of 16 million pixels as PNG
 
 
 class ImageFolder:
-    """The JPEG, PNG and WebP files of a folder, not of those below it.
+    """The JPEG, PNG and WebP files of a folder, without sub-folders.
 
-    With ``start_s`` the files follow one another ``fps`` a second in the natural order of their names. Without, each
-    must carry its moment (EXIF DateTimeOriginal, with OffsetTimeOriginal), and they follow one another by it.
+    With ``start_s`` the files are ``fps`` frames per second in the natural order of their names. Otherwise each file
+    must have a capture time (EXIF DateTimeOriginal with OffsetTimeOriginal), which defines the order.
 
     Args:
-        path: of the folder.
-        camera: whose they are.
-        fps: frames a second to hand out at most.
-        start_s: Unix seconds of the first one.
+        path: the folder.
+        camera: name of the camera.
+        fps: maximum number of frames per second.
+        start_s: Unix seconds of the first frame.
 
     Raises:
-        FootageError: no image in it, or no clock.
+        FootageError: no image in the folder, or a file without capture time.
     """
 
     live = False
@@ -55,18 +55,18 @@ class ImageFolder:
         files = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
         self._files = sorted((file for file in files if file.is_file()), key=lambda file: camera_order(file.name))
         if not self._files:
-            raise FootageError(f"{path} holds no image: expected {', '.join(SUFFIXES)} files in it, a frame each")
+            raise FootageError(f"{path} has no image: expected {', '.join(SUFFIXES)} files, one per frame")
         if start_s is None:
-            taken = {file: _exif_time(file) for file in self._files}
-            self._files.sort(key=lambda file: taken[file])
-            self._times_s = [taken[file] for file in self._files]
+            capture_times = {file: _exif_time(file) for file in self._files}
+            self._files.sort(key=lambda file: capture_times[file])
+            self._times_s = [capture_times[file] for file in self._files]
         else:
             self._times_s = [start_s + number / fps for number in range(len(self._files))]
         self.start_s: float | None = self._times_s[0]
         self.total: int | None = len(self._files)
 
     def fingerprint(self) -> str:
-        """sha256 over the names and the sha256 of the files."""
+        """sha256 of the names and the contents of the files."""
         digest = hashlib.sha256()
         for file in self._files:
             with file.open("rb") as opened:
@@ -75,52 +75,52 @@ class ImageFolder:
         return digest.hexdigest()
 
     def frames(self, start: FramePosition = START) -> Iterator[Frame]:
-        """Frames on the grid, from a place on; see `Footage.frames`.
+        """Frames on the grid from a position on; see `Footage.frames`.
 
         Raises:
-            FootageError: not one image could be decoded.
+            FootageError: no image could be decoded.
         """
-        last, seen = -1, 0
+        last, decoded = -1, 0
         for number in range(start.mark, len(self._files)):
-            moment = grid_index(self._times_s[number] - self._times_s[0], self.fps)
-            if moment <= last:
+            tick = grid_index(self._times_s[number] - self._times_s[0], self.fps)
+            if tick <= last:
                 continue
             try:
                 with self._files[number].open("rb") as file:
                     image = decode(file.read(MAX_IMAGE_BYTES + 1), max_bytes=MAX_IMAGE_BYTES, max_pixels=MAX_PIXELS)
             except (ImageError, OSError) as error:
                 self.unreadable += 1
-                log.warning("passed over %s: %s", self._files[number], error)
+                log.warning("skipped %s: %s", self._files[number], error)
                 continue
-            last, seen = moment, seen + 1
+            last, decoded = tick, decoded + 1
             yield Frame(image, FramePosition(number, number), self._times_s[number])
-        if not seen and start == START:
+        if not decoded and start == START:
             raise FootageError(f"{self.name}: none of its {len(self._files)} images could be decoded")
 
 
 def _exif_time(file: Path) -> float:
-    """Unix seconds at which a camera says that it took an image.
+    """Capture time of an image from its EXIF data, in Unix seconds.
 
     Raises:
-        FootageError: it does not say, or not in which time zone.
+        FootageError: it has no capture time, or no time zone.
     """
     try:
         with Image.open(file, formats=FORMATS) as image:
-            said = image.getexif().get_ifd(ExifTags.IFD.Exif)
-        written = str(said.get(ExifTags.Base.DateTimeOriginal, ""))
+            exif = image.getexif().get_ifd(ExifTags.IFD.Exif)
+        written = str(exif.get(ExifTags.Base.DateTimeOriginal, ""))
         zone, fraction = (
-            str(said.get(tag, "")).strip(" \0")
+            str(exif.get(tag, "")).strip(" \0")
             for tag in (ExifTags.Base.OffsetTimeOriginal, ExifTags.Base.SubsecTimeOriginal)
         )
         day, _, time = written.strip(" \0").partition(" ")
-        moment = datetime.fromisoformat(f"{day.replace(':', '-')}T{time}{zone}")
-        if moment.tzinfo is None:
+        captured = datetime.fromisoformat(f"{day.replace(':', '-')}T{time}{zone}")
+        if captured.tzinfo is None:
             raise ValueError("no time zone")
-        return moment.timestamp() + (float(f"0.{fraction}") if fraction.isdigit() else 0.0)
-    except Exception as error:  # on hostile bytes Pillow raises whatever its parsers meet
+        return captured.timestamp() + (float(f"0.{fraction}") if fraction.isdigit() else 0.0)
+    except Exception as error:  # on malformed files Pillow raises errors of many kinds
         raise FootageError(
-            f"{file} does not say when it was taken (EXIF DateTimeOriginal with OffsetTimeOriginal): {CLOCK_HELP}; "
-            "the images then follow one another --fps a second in the order of their names",
+            f"{file} has no capture time (EXIF DateTimeOriginal with OffsetTimeOriginal): {CLOCK_HELP}; "
+            "the images are then --fps frames per second in the order of their names",
             field="start",
         ) from error
 
@@ -137,28 +137,28 @@ def open_footage(
     duration_s: float | None = None,
     hwaccel: str = "auto",
 ) -> Footage:
-    """Recognise a source and look at its beginning.
+    """Open a source of footage by its kind.
 
     Args:
         source: a video file, a folder of images, or an RTSP URL.
-        camera: its name at the site.
-        fps: frames a second to hand out at most.
-        start_s: Unix seconds of its first frame; None = what the file says.
-        duration_s: of a live stream, how long it is watched; None = until it is stopped.
-        hwaccel: "auto", "none", or a device FFmpeg knows, such as cuda or vaapi.
+        camera: name of the camera at the site.
+        fps: maximum number of frames per second.
+        start_s: Unix seconds of its first frame; None to read it from the file.
+        duration_s: how long a live stream is read; None until it is stopped.
+        hwaccel: "auto", "none", or a device of FFmpeg such as cuda or vaapi.
 
     Raises:
-        FootageError: it is missing, empty, of another kind, too large a picture, or nobody knows when it was taken.
+        FootageError: the source is missing, empty, of another kind or too large, or its start time is unknown.
     """
     check_camera(camera)
     scheme, separator, _ = source.partition("://")
     if separator:
         if scheme.lower() not in LIVE_SCHEMES:
             raise FootageError(
-                f"{scheme}:// is no source: expected a video file, a folder of images, or an rtsp:// URL"
+                f"{scheme}:// is not supported: expected a video file, a folder of images, or an rtsp:// URL"
             )
         if start_s is not None:
-            raise FootageError("a live stream runs by this machine's clock: leave --start away", field="start")
+            raise FootageError("a live stream uses this machine's clock: omit --start", field="start")
         from resight.training.ingest.video import RtspStream
 
         return RtspStream(source, camera, fps, duration_s=duration_s, hwaccel=hwaccel)

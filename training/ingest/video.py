@@ -1,11 +1,9 @@
-"""PyAV (FFmpeg's libraries) as footage needs it: bounded, with a hardware decoder where there is one, never silent.
+"""Video files and live RTSP streams as footage, decoded by PyAV (FFmpeg), with a hardware decoder if available.
 
-Other files or machines than the one named are out of reach: lists of segments, which could name them (HLS, concat),
-are no format here, and only the protocols given are spoken.
-
-A video file as footage: every frame decoded in order, those on the grid handed out.
-
-A live stream (RTSP) as footage: by this machine's clock, with the newest frames, through interruptions.
+A video cannot refer to other files or hosts: formats with lists of segments (HLS, concat) are not accepted, and only
+the listed protocols are enabled. A file is decoded in order, and frames on the grid of ``fps`` are returned. A live
+stream uses this machine's clock, drops old frames if processing is slower than the camera, and reconnects after
+interruptions.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Those of FFmpeg's demuxers whose frames carry time stamps: raw H.264 would be read as 25 frames a second.
+# FFmpeg's demuxers with time stamps; raw H.264 has none and would be read at 25 frames per second.
 DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
 NO_HWACCEL = "none"
 
@@ -56,7 +54,7 @@ NO_HWACCEL = "none"
 def open_video(
     name: str,
     *,
-    shown: str,
+    label: str,
     hwaccel: str,
     options: Mapping[str, str],
     timeout_s: tuple[float, float] | None = None,
@@ -65,21 +63,21 @@ def open_video(
 
     Args:
         name: a path or a URL.
-        shown: what messages call it.
-        hwaccel: "none", "auto" (the first of this build's devices that works, software where none does), or a device.
-        options: of the container.
-        timeout_s: of opening and of reading.
+        label: name used in messages.
+        hwaccel: "none", "auto" (the first device of this build that works, otherwise software), or a device.
+        options: options of the container.
+        timeout_s: timeouts of opening and of reading.
 
     Returns:
-        The container, its stream, and the decoder that works: a device, or "none", to be asked for the next time.
+        The container, its stream, and the decoder that works: a device, or "none"; use it when opening again.
 
     Raises:
-        FootageError: it cannot be read, holds no video, or too large a picture.
+        FootageError: it cannot be read, has no video, or its frames are too large.
     """
     devices = [] if hwaccel == NO_HWACCEL else hwdevices_available() if hwaccel == "auto" else [hwaccel]
     if hwaccel not in (NO_HWACCEL, "auto") and hwaccel not in hwdevices_available():
         raise FootageError(
-            f"--hwaccel {hwaccel}: expected auto, none, or what this build of FFmpeg knows: "
+            f"--hwaccel {hwaccel}: expected auto, none, or a device of this build of FFmpeg: "
             f"{', '.join(hwdevices_available())}",
             field="hwaccel",
         )
@@ -88,57 +86,57 @@ def open_video(
         container: InputContainer | None = None
         try:
             container = av.open(name, options=dict(options), timeout=timeout_s, hwaccel=accel)
-            stream = _video_stream(container, shown)
+            stream = _video_stream(container, label)
         except (av.FFmpegError, NotImplementedError, RuntimeError) as error:
             if container is not None:
                 container.close()
             if accel is None:
                 raise FootageError(
-                    f"{shown} cannot be read as video ({_ffmpeg_message(error)}): expected {VIDEO_FORMATS}"
+                    f"{label} cannot be read as video ({_ffmpeg_message(error)}): expected {VIDEO_FORMATS}"
                 ) from error
-            log.debug("%s: no decoding by %s (%s)", shown, device, _ffmpeg_message(error))
+            log.debug("%s: cannot be decoded by %s (%s)", label, device, _ffmpeg_message(error))
             continue
         except BaseException:
             if container is not None:
                 container.close()
             raise
         if accel is not None:
-            log.info("%s: decoded by %s", shown, device)
+            log.info("%s: decoded by %s", label, device)
         elif hwaccel not in (NO_HWACCEL, "auto"):
-            log.warning("%s: %s cannot decode it here, decoded in software", shown, hwaccel)
+            log.warning("%s: %s cannot decode it, using software decoding", label, hwaccel)
         return container, stream, device
-    raise AssertionError  # the last of the list is software, which returns or raises
+    raise AssertionError  # the last device is software, which returns or raises
 
 
-def _video_stream(container: InputContainer, shown: str) -> VideoStream:
-    """The first video stream, within the budget; reading its first packet starts the decoder."""
+def _video_stream(container: InputContainer, label: str) -> VideoStream:
+    """The first video stream, with its size checked and the decoder opened."""
     if not container.streams.video:
-        raise FootageError(f"{shown} holds no video: expected {VIDEO_FORMATS}")
+        raise FootageError(f"{label} has no video: expected {VIDEO_FORMATS}")
     stream = container.streams.video[0]
     context = stream.codec_context
     if context.width * context.height > MAX_PIXELS:
         raise FootageError(
-            f"{shown} is {context.width}x{context.height}, at most {MAX_PIXELS} pixels a frame are read: scale it down",
+            f"{label} is {context.width}x{context.height}, at most {MAX_PIXELS} pixels per frame: scale it down",
             max_pixels=MAX_PIXELS,
         )
     if context.width and min(context.width, context.height) < MIN_SIDE:
-        raise FootageError(f"{shown} is {context.width}x{context.height}: nobody can be seen on it")
+        raise FootageError(f"{label} is {context.width}x{context.height}: too small to show people")
     stream.thread_type = "AUTO"
-    context.options = {**context.options, "max_pixels": str(MAX_PIXELS)}  # a stream may change its size on the way
+    context.options = {**context.options, "max_pixels": str(MAX_PIXELS)}  # a stream may change its size later
     context.open(strict=False)
     return stream
 
 
 class VideoDecoder:
-    """The frames of an open video; counts those that cannot be decoded."""
+    """Decodes the frames of an open video and counts those that cannot be decoded."""
 
     def __init__(self, container: InputContainer, stream: VideoStream) -> None:
         self._container, self._stream = container, stream
         self.unreadable = 0
-        self.broken = ""  # why the container ended before its end
+        self.broken = ""  # error that ended the container early
 
     def frames(self) -> Iterator[VideoFrame]:
-        """As they are decoded; a damaged packet is counted and passed over."""
+        """The decoded frames; a damaged packet is counted and skipped."""
         packets = self._container.demux(self._stream)
         while True:
             try:
@@ -161,36 +159,36 @@ class VideoDecoder:
 
 
 def frame_pixels(frame: VideoFrame) -> Pixels:
-    """uint8 (H, W, 3) RGB, upright: phones write how they were held beside the picture."""
+    """uint8 (H, W, 3) RGB, rotated upright according to the metadata written by phones."""
     image = frame.to_ndarray(format="rgb24")
-    turned = np.rot90(image, round(frame.rotation / 90) % 4)
-    return np.ascontiguousarray(turned, np.uint8)
+    upright = np.rot90(image, round(frame.rotation / 90) % 4)
+    return np.ascontiguousarray(upright, np.uint8)
 
 
 def _ffmpeg_message(error: BaseException) -> str:
-    """FFmpeg's words without the errno and the file's name around them."""
+    """FFmpeg's message without errno and file name."""
     return str(getattr(error, "strerror", None) or error)
 
 
 FILE_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": DEMUXERS}
 _Decoded: TypeAlias = "tuple[FramePosition, float, VideoFrame]"
-CLOCK_UNSET_S = 631_152_000.0  # 1990: a camera whose clock was never set writes 1904 or 1970
-BEFORE_ALL = -(2**62)  # no time stamp is lower
-USUAL_RATE = 25.0  # frames a second, FFmpeg's own guess of a raw stream that does not say
+CLOCK_UNSET_S = 631_152_000.0  # 1990: cameras with an unset clock write 1904 or 1970
+BEFORE_ALL = -(2**62)  # lower than any time stamp
+USUAL_RATE = 25.0  # frames per second, FFmpeg's default for raw streams without a rate
 
 
 class VideoFile:
-    """One file. Its clock begins at ``start_s``, or at the ``creation_time`` that its container carries.
+    """A video file. Its first frame has the time ``start_s``, or the ``creation_time`` of the container.
 
     Args:
-        path: of the file.
-        camera: whose it is.
-        fps: frames a second to hand out at most.
+        path: the file.
+        camera: name of the camera.
+        fps: maximum number of frames per second.
         start_s: Unix seconds of the first frame.
-        hwaccel: see `resight.training.ingest.video.open_video`.
+        hwaccel: see `open_video`.
 
     Raises:
-        FootageError: no video, too large a picture, or no clock.
+        FootageError: no video, frames that are too large, or no start time.
     """
 
     live = False
@@ -204,7 +202,7 @@ class VideoFile:
             self._rate = float(stream.average_rate or stream.guessed_rate or USUAL_RATE)
             self._first_s = self._recorded_s(container, stream) if start_s is None else start_s
             self.start_s: float | None = self._first_s
-            self.total = self._expected(container, stream)
+            self.total = self._estimate_total(container, stream)
 
     def fingerprint(self) -> str:
         """sha256 of the file."""
@@ -212,39 +210,39 @@ class VideoFile:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def frames(self, start: FramePosition = START) -> Iterator[Frame]:
-        """Frames on the grid, from a place on; see `Footage.frames`.
+        """Frames on the grid from a position on; see `Footage.frames`.
 
         Raises:
-            FootageError: not one frame could be decoded.
+            FootageError: no frame could be decoded.
         """
-        last, seen = -1, 0
-        for place, seconds, frame in self._decoded(start):
-            seen += 1
-            moment = grid_index(seconds, self.fps)
-            if moment <= last:
+        last, decoded = -1, 0
+        for position, seconds, frame in self._decode_from(start):
+            decoded += 1
+            tick = grid_index(seconds, self.fps)
+            if tick <= last:
                 continue
-            last = moment
-            yield Frame(frame_pixels(frame), place, self._first_s + seconds)
-        if not seen and start == START:
+            last = tick
+            yield Frame(frame_pixels(frame), position, self._first_s + seconds)
+        if not decoded and start == START:
             raise FootageError(
                 f"{self.name}: none of its frames could be decoded ({self.unreadable} damaged ones found)"
             )
 
     def _open(self) -> tuple[InputContainer, VideoStream]:
-        # A name such as "a:b.mp4" is a protocol to FFmpeg unless it is told that it is a file.
+        # Without the prefix FFmpeg would parse a name such as "a:b.mp4" as a protocol.
         container, stream, self._hwaccel = open_video(
-            f"file:{self.path}", shown=self.name, hwaccel=self._hwaccel, options=FILE_OPTIONS
+            f"file:{self.path}", label=self.name, hwaccel=self._hwaccel, options=FILE_OPTIONS
         )
         return container, stream
 
-    def _decoded(self, start: FramePosition) -> Iterator[_Decoded]:
-        """All frames from a place on, with their place and the seconds since the first."""
-        jumped = start != START and (yield from self._after_jump(start))
-        if not jumped:
-            yield from self._from_the_beginning(start)
+    def _decode_from(self, start: FramePosition) -> Iterator[_Decoded]:
+        """All frames from a position on, with their position and the seconds since the first frame."""
+        found = start != START and (yield from self._decode_after_seek(start))
+        if not found:
+            yield from self._decode_from_beginning(start)
 
-    def _after_jump(self, start: FramePosition) -> Generator[_Decoded, None, bool]:
-        """From the key frame before a place; False where the jump leads elsewhere."""
+    def _decode_after_seek(self, start: FramePosition) -> Generator[_Decoded, None, bool]:
+        """Decode from the key frame before a position; returns False if seeking does not find the position."""
         container, stream = self._open()
         with container:
             try:
@@ -260,22 +258,22 @@ class VideoFile:
                     break
             else:
                 return False
-            before = decoder.unreadable  # these were counted when they were met first
-            yield from self._numbered(chain([frame], found), stream, decoder, start, before)
+            before = decoder.unreadable  # counted before the interruption
+            yield from self._with_positions(chain([frame], found), stream, decoder, start, before)
             return True
 
-    def _from_the_beginning(self, start: FramePosition) -> Iterator[_Decoded]:
+    def _decode_from_beginning(self, start: FramePosition) -> Iterator[_Decoded]:
         container, stream = self._open()
         with container:
             decoder, before = VideoDecoder(container, stream), 0
-            for found in self._numbered(decoder.frames(), stream, decoder, START, 0):
+            for found in self._with_positions(decoder.frames(), stream, decoder, START, 0):
                 if found[0].number < start.number:
                     before = decoder.unreadable
                     continue
                 self.unreadable = decoder.unreadable - before
                 yield found
 
-    def _numbered(
+    def _with_positions(
         self,
         frames: Iterable[VideoFrame],
         stream: VideoStream,
@@ -283,21 +281,21 @@ class VideoFile:
         first: FramePosition,
         before: int,
     ) -> Iterator[_Decoded]:
-        """Frames with their places: damaged ones count, so that numbers are those of the footage."""
+        """Frames with their positions; damaged frames are counted, so that numbers match the footage."""
         mark = BEFORE_ALL if first == START else first.mark - 1
         for number, frame in enumerate(frames, first.number):
             self.unreadable = decoder.unreadable - before
             if frame.pts is None or stream.time_base is None:
-                continue  # nobody knows when it was
+                continue  # without a time
             mark = max(frame.pts, mark + 1)
             seconds = float((mark - (stream.start_time or 0)) * stream.time_base)
             yield FramePosition(number + self.unreadable, mark), seconds, frame
         self.unreadable = decoder.unreadable - before
         if decoder.broken:
-            log.warning("%s breaks off (%s): what came before is used", self.name, decoder.broken)
+            log.warning("%s ends early (%s): the frames before are used", self.name, decoder.broken)
 
-    def _expected(self, container: InputContainer, stream: VideoStream) -> int | None:
-        """Frames on the grid, by what the file says of its length."""
+    def _estimate_total(self, container: InputContainer, stream: VideoStream) -> int | None:
+        """Expected number of frames on the grid, from the duration in the file."""
         if stream.duration is not None and stream.time_base is not None:
             seconds = float(stream.duration * stream.time_base)
         elif container.duration is not None:
@@ -307,54 +305,51 @@ class VideoFile:
         return max(1, math.ceil(seconds * min(self.fps, self._rate)))
 
     def _recorded_s(self, container: InputContainer, stream: VideoStream) -> float:
-        """Unix seconds at which the file says that it was begun.
+        """Start time of the recording from the metadata, in Unix seconds.
 
         Raises:
-            FootageError: it does not, or its camera's clock was not set.
+            FootageError: it is missing, invalid, or the camera's clock was not set.
         """
-        said = container.metadata.get("creation_time") or stream.metadata.get("creation_time")
-        if said is None:
-            raise FootageError(f"{self.name} does not say when it was taken: {CLOCK_HELP}", field="start")
+        text = container.metadata.get("creation_time") or stream.metadata.get("creation_time")
+        if text is None:
+            raise FootageError(f"{self.name} has no creation_time: {CLOCK_HELP}", field="start")
         try:
-            recorded_s = parse_time(said)
+            recorded_s = parse_time(text)
         except FootageError as error:
             raise FootageError(
-                f"{self.name} says that it was taken at {said[:40]!r}, which is no moment: {CLOCK_HELP}", field="start"
+                f"{self.name} has the creation_time {text[:40]!r}, which is not a time: {CLOCK_HELP}", field="start"
             ) from error
         if recorded_s < CLOCK_UNSET_S:
             raise FootageError(
-                f"{self.name} says that it was taken at {said}, as from a clock that was never set: {CLOCK_HELP}",
+                f"{self.name} has the creation_time {text}, as from a clock that was never set: {CLOCK_HELP}",
                 field="start",
             )
         return recorded_s
 
 
-# TCP: over UDP one lost packet smears a second of picture, and most firewalls pass TCP only.
+# TCP: over UDP one lost packet corrupts about a second of video, and most firewalls only allow TCP.
 RTSP_OPTIONS = {"rtsp_transport": "tcp", "protocol_whitelist": "rtsp,rtsps,tcp,tls,rtp,udp"}
-RTSP_TIMEOUT_S = (
-    10.0,
-    10.0,
-)  # for a connection, and for the next packet; ours: cameras send 10 frames a second and more
-RECONNECT_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # before each further try to connect; ours
-QUEUED_FRAMES = 8  # frames that wait for a slow detector; the oldest give way
+RTSP_TIMEOUT_S = (10.0, 10.0)  # to connect, and for the next packet; cameras send at least 10 frames per second
+RECONNECT_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # before each further attempt to connect
+QUEUED_FRAMES = 8  # frames waiting for the detector; the oldest are dropped
 
 
 class RtspStream:
-    """An RTSP camera. A thread keeps reading, since a stream that is not read is cut by its camera.
+    """An RTSP camera. A thread reads continuously, because a camera closes a stream that is not read.
 
-    Frames are stamped with the moment they arrive, at most ``fps`` a second; where the reader of `frames` is slower,
-    the oldest that wait are left out and counted. A broken connection is made again, with growing pauses; one that
-    never came about is an error.
+    Frames get the time of their arrival, at most ``fps`` per second; if the consumer of `frames` is slower, the oldest
+    waiting frames are dropped and counted. A broken connection is retried with increasing delays; if the first
+    connection fails repeatedly, that is an error.
 
     Args:
-        url: with its credentials, which no message repeats.
-        camera: whose it is.
-        fps: frames a second to hand out at most.
-        duration_s: how long it is watched; None = until `stop` is called.
-        hwaccel: see `resight.training.ingest.video.open_video`.
+        url: address with credentials, which are never part of messages.
+        camera: name of the camera.
+        fps: maximum number of frames per second.
+        duration_s: how long to read; None until `stop` is called.
+        hwaccel: see `open_video`.
 
     Raises:
-        FootageError: no host in the URL.
+        FootageError: the URL has no host.
     """
 
     live = True
@@ -368,39 +363,39 @@ class RtspStream:
         self._hwaccel, self._until_s = hwaccel, float("inf") if duration_s is None else time.monotonic() + duration_s
         self.total = None if duration_s is None else max(1, round(duration_s * fps))
         self.unreadable = self.left_out = 0
-        self._began_s = time.time()
+        self._started_s = time.time()
         self._waiting: deque[Frame] = deque()
         self._changed = threading.Condition()
-        self._last = -1  # moment handed out, over all connections
+        self._last = -1  # grid index of the last frame, over all connections
         self._ended = False
         self._error: BaseException | None = None
 
     def fingerprint(self) -> str:
-        """Of the address and the moment: what a live stream showed cannot be read again."""
-        return hashlib.sha256(f"{self.name}\0{self._began_s!r}".encode()).hexdigest()
+        """sha256 of the address and the start time, because a live stream cannot be read again."""
+        return hashlib.sha256(f"{self.name}\0{self._started_s!r}".encode()).hexdigest()
 
     def stop(self) -> None:
-        """End `frames`; may be called from another thread or a signal handler's."""
+        """End `frames`; may be called from another thread or a signal handler."""
         self._ended = True
 
     def frames(self, start: FramePosition = START) -> Iterator[Frame]:
-        """Frames as they come, until `stop` is called or the time is up.
+        """Frames as they arrive, until `stop` is called or the duration is over.
 
         Raises:
             FootageError: the camera cannot be reached, or sends no video.
         """
-        del start  # what has passed has passed
+        del start  # a live stream cannot be read again
         reader = threading.Thread(target=self._read, name=f"live {self.camera}", daemon=True)
         reader.start()
         try:
             while True:
                 with self._changed:
-                    while not (self._waiting or self._over or self._error):
+                    while not (self._waiting or self._is_over or self._error):
                         self._changed.wait(0.2)  # woken by frames; `stop` may come from a signal, which cannot notify
-                    if self._over:
+                    if self._is_over:
                         return
                     if not self._waiting:
-                        raise self._error  # type: ignore[misc]  # the loop's condition leaves nothing else
+                        raise self._error  # type: ignore[misc]  # otherwise the loop above would not have ended
                     frame = self._waiting.popleft()
                 yield frame
         finally:
@@ -408,50 +403,50 @@ class RtspStream:
             reader.join(sum(RTSP_TIMEOUT_S))
 
     @property
-    def _over(self) -> bool:
+    def _is_over(self) -> bool:
         return self._ended or time.monotonic() >= self._until_s
 
     def _read(self) -> None:
-        """Connect, read, and connect again."""
-        failures, came = 0, False
+        """Read the stream, and reconnect if the connection breaks."""
+        failures, connected = 0, False
         while not self._ended:
             try:
                 if self._read_connection():
-                    failures, came = 0, True
+                    failures, connected = 0, True
                 problem = "the stream ended"
             except FootageError as error:
-                if not came and failures + 1 >= len(RECONNECT_DELAYS_S):
+                if not connected and failures + 1 >= len(RECONNECT_DELAYS_S):
                     self._fail(error)
                     return
                 problem = str(error)
-            except Exception as error:  # it would end this thread unseen
+            except Exception as error:  # otherwise the thread would end silently
                 self._fail(error)
                 return
             pause_s = RECONNECT_DELAYS_S[min(failures, len(RECONNECT_DELAYS_S) - 1)]
             failures += 1
-            log.warning("%s: %s; connecting again in %.0f s", self.name, problem, pause_s)
+            log.warning("%s: %s; reconnecting in %.0f s", self.name, problem, pause_s)
             until_s = time.monotonic() + pause_s
             while not self._ended and time.monotonic() < until_s:
                 time.sleep(0.1)
 
     def _read_connection(self) -> bool:
-        """Read until the connection breaks; whether there was a frame."""
+        """Read until the connection breaks; returns whether there was a frame."""
         container, stream, self._hwaccel = open_video(
-            self._url, shown=self.name, hwaccel=self._hwaccel, options=RTSP_OPTIONS, timeout_s=RTSP_TIMEOUT_S
+            self._url, label=self.name, hwaccel=self._hwaccel, options=RTSP_OPTIONS, timeout_s=RTSP_TIMEOUT_S
         )
-        before, came = self.unreadable, False
+        before, received = self.unreadable, False
         with container:
             decoder = VideoDecoder(container, stream)
             for frame in decoder.frames():
                 if self._ended:
                     break
-                came, now_s = True, time.time()
+                received, now_s = True, time.time()
                 self.unreadable = before + decoder.unreadable
-                moment = grid_index(now_s - self._began_s, self.fps)
-                if moment > self._last:
-                    self._last = moment
-                    self._offer(Frame(frame_pixels(frame), FramePosition(moment, moment), now_s))
-        return came
+                tick = grid_index(now_s - self._started_s, self.fps)
+                if tick > self._last:
+                    self._last = tick
+                    self._offer(Frame(frame_pixels(frame), FramePosition(tick, tick), now_s))
+        return received
 
     def _offer(self, frame: Frame) -> None:
         with self._changed:
@@ -471,14 +466,14 @@ def without_credentials(url: str) -> str:
     """A URL without user, password and query, which may hold another password.
 
     Raises:
-        FootageError: no host in it.
+        FootageError: the URL is invalid or has no host.
     """
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise FootageError(f"an address that is none ({error}): expected rtsp://HOST/PATH") from error
+        raise FootageError(f"invalid address ({error}): expected rtsp://HOST/PATH") from error
     if not host:
-        raise FootageError("an address without a host: expected rtsp://HOST/PATH")
-    shown = f"[{host}]" if ":" in host else host
-    return f"{parts.scheme}://{shown}{f':{port}' if port else ''}{parts.path}"
+        raise FootageError("address without a host: expected rtsp://HOST/PATH")
+    bracketed = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{bracketed}{f':{port}' if port else ''}{parts.path}"

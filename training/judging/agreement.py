@@ -1,4 +1,4 @@
-"""How well a model agrees with pairs that an operator has confirmed or rejected (`links`): labels, if few.
+"""Agreement of a model with pairs that an operator confirmed or rejected (`links`): a few labels.
 
 Letters: N crops, D feature size, L links, B resamples.
 """
@@ -24,18 +24,18 @@ from resight.training.store.crops import CropStore, check_crops
 from resight.training.store.links import Links, links_of
 from resight.training.store.track_pairs import TrackPairs
 
-MIN_LINKS = 10  # of each kind for the AUC, of both for the accuracy, as the judge asks of tracks
+MIN_LINKS = 10  # of each kind for the AUC, of both together for the accuracy; as for tracks
 Z_95 = 1.959963984540054  # standard normal quantile of 97.5 %
 
 
 @dataclass(frozen=True, eq=False)
 class LinkedCrops:
-    """The crops that links name, and no others: their features are needed beside those a model is judged on.
+    """The crops in confirmed or rejected pairs; their features are needed in addition to those of the crops judged on.
 
     Attributes:
         store: N crops.
-        rows: int64 (L, 2), into it.
-        same: bool (L,), confirmed or rejected.
+        rows: int64 (L, 2), indices into the store.
+        same: bool (L,), True = confirmed, False = rejected.
     """
 
     store: CropStore
@@ -44,20 +44,22 @@ class LinkedCrops:
 
     @property
     def digest(self) -> str:
-        """sha256 of the pairs by path and what was said of them."""
+        """sha256 of the pairs by path, and their labels."""
         paths = self.store.paths
-        told = [(paths[one], paths[other], bool(same)) for (one, other), same in zip(self.rows, self.same, strict=True)]
-        return hashlib.sha256(repr(told).encode()).hexdigest()
+        pairs = [
+            (paths[one], paths[other], bool(same)) for (one, other), same in zip(self.rows, self.same, strict=True)
+        ]
+        return hashlib.sha256(repr(pairs).encode()).hexdigest()
 
 
 def linked_crops(store: CropStore) -> LinkedCrops | None:
-    """What `links.parquet` beside a store says of its crops.
+    """Read the links of a store's crops from `links.parquet`.
 
     Args:
         store: all splits of a site, so that every linked crop is found.
 
     Returns:
-        None where nothing is linked; links to crops that cannot be decoded are left out.
+        None without links; links to crops that cannot be decoded are omitted.
 
     Raises:
         StoreError: the file is damaged or of another version.
@@ -76,54 +78,54 @@ def linked_crops(store: CropStore) -> LinkedCrops | None:
 def link_agreement(features: Floats, linked: LinkedCrops, threshold: float | None, *, seed: int = 0) -> Separation:
     """Measure the AUC over links, and the share of links on the right side of a threshold.
 
-    The interval of the AUC resamples links; that of the accuracy is Wilson's (1927), which does not vanish where
-    all are right. Differences of two models are over the same resampled links.
+    The interval of the AUC resamples links; that of the accuracy is Wilson's (1927), which does not vanish if all
+    are right. Differences of two models are over the same resampled links.
 
     Args:
         features: float32 (N, D), unit rows, of ``linked.store``.
         linked: see `LinkedCrops`.
-        threshold: similarity from which the model would say one person, see `youden_threshold`; None: no accuracy.
+        threshold: smallest similarity decided as one person, see `youden_threshold`; None = no accuracy.
         seed: of the resamples.
 
     Returns:
-        Figures `auc` and `accuracy`, both in [0, 1].
+        Metrics `auc` and `accuracy`, both in [0, 1].
     """
     missing = _missing(linked.same, threshold)
-    found = pair_similarities(features, linked.rows)
+    similarity = pair_similarities(features, linked.rows)
     same, names = linked.same, [name for name in ("auc", "accuracy") if name not in missing]
     if not names:
         return Separation({}, missing, {}, linked.digest, seed)
-    ranked = rank_pairs(found[same], found[~same])
-    right = ((found >= (threshold if threshold is not None else np.nan)) == same).astype(np.float64)
+    ranked = rank_pairs(similarity[same], similarity[~same])
+    right = ((similarity >= (threshold if threshold is not None else np.nan)) == same).astype(np.float64)
 
     def figures(weights: Doubles) -> list[float]:
-        told = {"accuracy": float(right @ weights / weights.sum())}
+        values = {"accuracy": float(right @ weights / weights.sum())}
         if "auc" in names:
-            told["auc"] = float(ranked.figures(weights[same], weights[~same], ())[0])
-        return [told[name] for name in names]
+            values["auc"] = float(ranked.figures(weights[same], weights[~same], ())[0])
+        return [values[name] for name in names]
 
     values = np.array(figures(np.ones(len(same))))
     drawn = np.array([figures(weights) for weights in bootstrap_weights(len(same), seed)])
-    told = with_intervals(names, values, drawn, missing, linked.digest, seed)
+    found = with_intervals(names, values, drawn, missing, linked.digest, seed)
     if "accuracy" in missing:
-        return told
-    return replace(told, figures={**told.figures, "accuracy": wilson_interval(float(right.sum()), len(right))})
+        return found
+    return replace(found, figures={**found.figures, "accuracy": wilson_interval(float(right.sum()), len(right))})
 
 
 def missing_agreement(problem: str, linked: LinkedCrops, *, seed: int) -> Separation:
-    """No figure, each for the same reason."""
+    """A result without metrics, each missing for the same reason."""
     return Separation({}, dict.fromkeys(("auc", "accuracy"), problem), {}, linked.digest, seed)
 
 
 def youden_threshold(features: Floats, pairs: TrackPairs) -> float | None:
-    """The similarity that best parts certain pairs: the highest mean of both kinds' shares on their side (Youden 1950).
+    """The threshold that best separates pairs of one person and of two, by Youden's index (1950).
 
     Args:
         features: float32 (N, D), unit rows.
         pairs: of the same crops.
 
     Returns:
-        None where there are no pairs of one kind.
+        None if there are no pairs of one kind.
     """
     if not len(pairs.positives) or not len(pairs.negatives):
         return None
@@ -135,7 +137,7 @@ def youden_threshold(features: Floats, pairs: TrackPairs) -> float | None:
 
 
 def wilson_interval(right: float, count: int) -> Estimate:
-    """A share and its 95 % score interval (Wilson 1927): sound at 0 and at 1 too."""
+    """A share and its 95 % score interval (Wilson 1927), which is also valid at 0 and 1."""
     share, z2 = right / count, Z_95**2
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = Z_95 / (1 + z2 / count) * np.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
@@ -143,7 +145,7 @@ def wilson_interval(right: float, count: int) -> Estimate:
 
 
 def _missing(same: NDArray[np.bool_], threshold: float | None) -> dict[str, str]:
-    """Figures that these links cannot give, each with its reason."""
+    """The metrics that cannot be measured with these links, each with its reason."""
     confirmed, rejected = int(same.sum()), int((~same).sum())
     found = {}
     if min(confirmed, rejected) < MIN_LINKS:

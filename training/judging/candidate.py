@@ -1,4 +1,4 @@
-"""Judges a candidate against the active model, as `resight judge` does: the crops, both models' results, the verdict.
+"""`resight judge`: reads the crops, computes the results of the candidate and the active model, and the verdict.
 
 Letters: N crops, D feature size.
 """
@@ -27,13 +27,13 @@ from resight.training.store.track_pairs import TrackPairs, draw_track_pairs
 
 @dataclass(frozen=True, eq=False)
 class ModelResult:
-    """What one model makes of a store.
+    """The results of one model on a store.
 
     Attributes:
         features: float32 (N, D).
-        clustering: of them, or why there is none.
-        linked: features of the crops that links name; None where there are none.
-        judgement: its figures.
+        clustering: of the features, or the error why there is none.
+        linked: features of the crops in confirmed or rejected pairs; None without such pairs.
+        judgement: metrics of the model.
     """
 
     features: Floats
@@ -44,13 +44,13 @@ class ModelResult:
 
 @dataclass(frozen=True, eq=False)
 class ModelComparison:
-    """One store and what each model makes of it.
+    """The results of both models on one store.
 
     Attributes:
         store: N crops.
-        pairs: certain pairs of them.
-        candidate: of the model on trial.
-        active: of the model in use; None where there is none to compare with.
+        pairs: pairs of crops that tracks prove to show one person or two.
+        candidate: results of the candidate.
+        active: results of the active model; None without one.
     """
 
     store: CropStore
@@ -59,14 +59,14 @@ class ModelComparison:
     active: ModelResult | None
 
     @property
-    def rivals(self) -> ModelPair | None:
-        """The two judgements."""
+    def pair(self) -> ModelPair | None:
+        """The judgements of both models; None without an active model."""
         return None if self.active is None else ModelPair(self.active.judgement, self.candidate.judgement)
 
     def to_json(self) -> dict[str, Any]:
-        """Figures of the candidate as `model`, and of the active model, if any, as `against`."""
-        told = {"model": self.candidate.judgement.to_json()}
-        return told if self.active is None else told | {"against": self.active.judgement.to_json()}
+        """Metrics of the candidate as `model`, and of the active model, if any, as `against`."""
+        values = {"model": self.candidate.judgement.to_json()}
+        return values if self.active is None else values | {"against": self.active.judgement.to_json()}
 
 
 def compare_models(
@@ -84,19 +84,19 @@ def compare_models(
     Args:
         store: N crops, all of which can be decoded.
         linked: crops of confirmed and rejected pairs, likewise.
-        candidate: the model on trial.
-        active: the one in use, if any.
+        candidate: the candidate model.
+        active: the active model, if any.
         settings: of the clustering, the same for both.
         seed: of pairs and resamples.
-        device: where neighbours are searched.
+        device: for the neighbour search.
 
     Raises:
         ImageError: a crop cannot be decoded.
     """
     other = None if active is None else _run_model(store, linked, active, settings, None, seed, device)
     previous = None if other is None else other.clustering
-    look = _run_model(store, linked, candidate, settings, previous, seed, device)
-    return ModelComparison(store, draw_track_pairs(store, seed=seed), look, other)
+    result = _run_model(store, linked, candidate, settings, previous, seed, device)
+    return ModelComparison(store, draw_track_pairs(store, seed=seed), result, other)
 
 
 def _run_model(
@@ -108,7 +108,7 @@ def _run_model(
     seed: int,
     device: str,
 ) -> ModelResult:
-    """One model on a store."""
+    """Embed, cluster and judge a store with one model."""
     features = embed_store(store, *model)
     clustering = try_cluster(features, store, settings, device=device)
     own = None if linked is None else embed_store(linked.store, *model)
@@ -123,10 +123,10 @@ class EvaluationCrops:
 
     Attributes:
         store: N crops that can be decoded.
-        linked: those that operators have confirmed or rejected pairs of, of tracks held out where there are such, else
-            in any split; None where there are none.
-        hygiene: what is wrong with crops, by the words for which crops they are; those judged on come first.
-        adapted: crops that a candidate was adapted to, where ``store`` was held out of them.
+        linked: crops in pairs that operators confirmed or rejected, only of held-out tracks if there are any; None
+            without such pairs.
+        hygiene: results of the crop checks, by the description of the crops; the crops judged on come first.
+        adapted: crops that the candidate was adapted to, if ``store`` was held out from them.
     """
 
     store: CropStore
@@ -137,14 +137,14 @@ class EvaluationCrops:
 
 @dataclass(frozen=True, eq=False)
 class CandidateResult:
-    """All that is known of a candidate.
+    """The results and the verdict on a candidate.
 
     Attributes:
-        site: both models, or the one alone, on the site's crops.
-        reference: likewise on crops of earlier nights; None where none were given.
-        adapted: both on the crops adapted to; None where the verdict needs them not, or there are none apart.
-        hygiene: as in `EvaluationCrops`, of the site.
-        latency: None where it was not asked for.
+        site: both models, or the candidate alone, on the site's crops.
+        reference: likewise on crops of earlier nights; None if none were given.
+        adapted: both on the crops adapted to; None if the verdict does not need them, or there are no separate ones.
+        hygiene: see `EvaluationCrops`, of the site.
+        latency: None if not requested.
         verdict: None without an active model.
     """
 
@@ -157,22 +157,22 @@ class CandidateResult:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: `model`, `against`, `hygiene`; with two models `verdict`, `reference`, `adapted`, `latency`."""
-        told: dict[str, Any] = self.site.to_json()
-        told["hygiene"] = {which: found.to_json() for which, found in self.hygiene.items()}
+        values: dict[str, Any] = self.site.to_json()
+        values["hygiene"] = {which: found.to_json() for which, found in self.hygiene.items()}
         if self.verdict is not None:
-            told["verdict"] = self.verdict.to_json()
-            told["reference"] = None if self.reference is None else self.reference.to_json()
-            told["adapted"] = None if self.adapted is None else self.adapted.to_json()
-            told["latency"] = None if self.latency is None else asdict(self.latency)
-        return told
+            values["verdict"] = self.verdict.to_json()
+            values["reference"] = None if self.reference is None else self.reference.to_json()
+            values["adapted"] = None if self.adapted is None else self.adapted.to_json()
+            values["latency"] = None if self.latency is None else asdict(self.latency)
+        return values
 
 
 def open_evaluation_crops(root: Path, *, every: bool = False, tracks_from_names: bool = False) -> EvaluationCrops:
-    """Read a site to judge on: the tracks kept back from adaptation where there are such, else the training crops.
+    """Read a site to judge on: the tracks held out from adaptation if there are any, else the training crops.
 
     Args:
         root: of the site.
-        every: take all splits.
+        every: use all splits.
         tracks_from_names: see `open_site`.
 
     Raises:
@@ -180,15 +180,16 @@ def open_evaluation_crops(root: Path, *, every: bool = False, tracks_from_names:
         StoreError: a damaged store, or damaged links.
     """
     site = open_site(root, tracks_from_names=tracks_from_names)
-    back = None if every else held_out_crops(site)
-    store = usable_crops(join_splits(site) if every else site.train if back is None else back)
-    if back is None:
+    held_out = None if every else held_out_crops(site)
+    store = usable_crops(join_splits(site) if every else site.train if held_out is None else held_out)
+    if held_out is None:
         hygiene, adapted = {"crops judged on": check_hygiene(store)}, None
     else:
         adapted = usable_crops(site.train)
         hygiene = {"crops judged on": check_hygiene(store, min_tracks=0), "crops adapted to": check_hygiene(adapted)}
-    told = join_splits(site) if back is None else back  # links between training crops were obeyed, not foreseen
-    return EvaluationCrops(store, linked_crops(told), hygiene, adapted)
+    # Links between training crops were used by the training and are no evidence.
+    linked = linked_crops(join_splits(site) if held_out is None else held_out)
+    return EvaluationCrops(store, linked, hygiene, adapted)
 
 
 def judge_candidate(
@@ -203,39 +204,38 @@ def judge_candidate(
     seed: int = 0,
     device: str = "cpu",
 ) -> CandidateResult:
-    """Judge a candidate, alone or against the model in use.
+    """Judge a candidate, alone or against the active model.
 
     Args:
         site: crops of the site.
         reference: crops of earlier nights.
-        candidate: the model on trial.
-        active: the one in use, if any.
+        candidate: the candidate model.
+        active: the active model, if any.
         settings: of the clustering, the same for both.
-        timed: whether the time of a batch is measured; with a limit it always is.
-        limit: allowed ratio of the candidate's time.
+        timed: measure the time of a batch; always done with a limit.
+        limit: allowed ratio of the candidate's time to the active model's.
         seed: of pairs and resamples.
-        device: where neighbours are searched.
+        device: for the neighbour search.
 
     Raises:
         ImageError: a crop cannot be decoded.
     """
-    trials = [
+    own, earlier = (
         None
-        if ground is None
-        else compare_models(ground.store, ground.linked, candidate, active, settings, seed=seed, device=device)
-        for ground in (site, reference)
-    ]
-    own, earlier = trials
+        if crops is None
+        else compare_models(crops.store, crops.linked, candidate, active, settings, seed=seed, device=device)
+        for crops in (site, reference)
+    )
     assert own is not None, "the site is given"
     latency = None
     if active is not None and (timed or limit is not None):
-        crops = [decode(site.store.read(row)) for row in range(min(LATENCY_BATCH, len(site.store)))]
-        latency = measure_latency(active, candidate, crops, limit=limit)
-    if own.rivals is None:
+        images = [decode(site.store.read(row)) for row in range(min(LATENCY_BATCH, len(site.store)))]
+        latency = measure_latency(active, candidate, images, limit=limit)
+    if own.pair is None:
         return CandidateResult(own, earlier, None, site.hygiene, latency, None)
-    before = None if earlier is None else earlier.rivals
-    verdict, seen = gate(own.rivals, reference=before, hygiene=site.hygiene, latency=latency), None
+    before = None if earlier is None else earlier.pair
+    verdict, adapted = gate(own.pair, reference=before, hygiene=site.hygiene, latency=latency), None
     if site.adapted is not None and (verdict.decision == "undecided" or verdict.evidence == "clusters"):
-        seen = compare_models(site.adapted, None, candidate, active, settings, seed=seed, device=device)
-        verdict = gate(own.rivals, reference=before, adapted=seen.rivals, hygiene=site.hygiene, latency=latency)
-    return CandidateResult(own, earlier, seen, site.hygiene, latency, verdict)
+        adapted = compare_models(site.adapted, None, candidate, active, settings, seed=seed, device=device)
+        verdict = gate(own.pair, reference=before, adapted=adapted.pair, hygiene=site.hygiene, latency=latency)
+    return CandidateResult(own, earlier, adapted, site.hygiene, latency, verdict)

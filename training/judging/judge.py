@@ -1,10 +1,7 @@
-"""What is said of one model on one store, in figures; `judge` makes it, `verdict` compares two.
+"""The judgement of one model on one store, without labels; `resight.training.judging.gate` compares two.
 
-How good a model is on a site, judged without anyone's label.
-
-Witnesses: tracks (`pairs`, `separation`, `searches`), clusters (`health`), what operators confirmed (`agreement`) and
-the features' own variance. `compare` of `verdict` sets two judgements against each other and `gate` adds what else a
-candidate must not lose; docs/judging.md says what each figure can and cannot tell.
+It is based on tracks (`track_pairs`, `separation`, `searches`), clusters (`health`), pairs that operators confirmed or
+rejected (`agreement`), and the variance of the features. docs/judging.md explains what each metric can and cannot show.
 
 Letters: N crops, D feature size.
 """
@@ -42,12 +39,12 @@ from resight.training.store.track_pairs import TrackPairs, draw_track_pairs
 
 @dataclass(frozen=True)
 class TrackCounts:
-    """What the store's tracks offer.
+    """The number of a store's tracks and of the pairs drawn from them.
 
     Attributes:
-        tracks: passages with at least one crop.
-        overlaps: pairs of tracks of one camera that overlap in time, which makes them two persons.
-        positives, negatives: crop pairs drawn of one track, and of overlapping ones.
+        tracks: tracks with at least one crop.
+        overlaps: pairs of tracks of one camera that overlap in time and therefore show two persons.
+        positives, negatives: crop pairs drawn from one track, and from overlapping tracks.
     """
 
     tracks: int
@@ -58,16 +55,16 @@ class TrackCounts:
 
 @dataclass(frozen=True)
 class ClusterFigures:
-    """Figures of one clustering.
+    """Metrics of one clustering.
 
     Attributes:
         clusters: their number.
-        outlier_share: share of crops in none, in [0, 1].
-        largest_share: share of crops in the largest, in [0, 1].
-        silhouette: see `Clustering`; None where labels are true persons.
+        outlier_share: share of crops in no cluster, in [0, 1].
+        largest_share: share of crops in the largest cluster, in [0, 1].
+        silhouette: see `Clustering`; None if the labels are true persons.
         collapsed: see `Clustering.collapsed`.
-        cameras: cameras of each cluster against chance; None without clusters.
-        tracks: what tracks say of the clusters.
+        cameras: number of cameras per cluster compared with chance; None without clusters.
+        tracks: agreement of the clusters with tracks.
     """
 
     clusters: int
@@ -81,21 +78,21 @@ class ClusterFigures:
 
 @dataclass(frozen=True, eq=False)
 class ModelJudgement:
-    """Figures of one model on one store.
+    """Metrics of one model on one store.
 
     Attributes:
         crops: N.
-        problem: what is wrong with the features themselves, empty if nothing.
-        collapse: why no clusters could be made of them, empty if they could or nobody tried.
-        variance: mean squared distance of features from their mean, 1 - |mean|^2, in [0, 1]; 0 where all crops are
-            alike to the model. None where features are not usable.
-        counts: what the tracks offer.
-        separation: how features tell tracks apart.
-        clusters: None where no clustering was given.
-        stability: None where there is no other clustering, or nothing clustered in both.
+        problem: why the features are unusable; empty if they are not.
+        collapse: why they could not be clustered; empty if they could, or clustering was not tried.
+        variance: mean squared distance of features from their mean, 1 - |mean|^2, in [0, 1]; 0 if all features are
+            equal. None if they are unusable.
+        counts: tracks and pairs of the store.
+        separation: how well features separate tracks.
+        clusters: None if no clustering was given.
+        stability: agreement with the previous clustering; None without one, or if no crop is clustered in both.
         searches: TPIR at fixed FPIR of searches among tracks, see `search_tracks`.
-        cameras: name of each camera whose own tracks suffice -> how features tell those apart.
-        links: agreement with confirmed and rejected pairs, see `agree`; None where there are none.
+        cameras: for each camera with enough tracks, how well features separate them.
+        links: agreement with confirmed and rejected pairs, see `link_agreement`; None without such pairs.
     """
 
     crops: int
@@ -112,12 +109,12 @@ class ModelJudgement:
 
     @property
     def score(self) -> float | None:
-        """The one figure to rank models by: the AUC of tracks; None without. docs/judging.md tells what it rests on."""
+        """The metric to rank models by: the AUC of tracks; None without. See docs/judging.md."""
         found = self.separation.figures.get("auc")
         return None if found is None else found.value
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; a figure that could not be measured is null, and `missing` says why."""
+        """Plain values; a metric that could not be measured is null, and `missing` gives the reason."""
         return {
             "crops": self.crops,
             "problem": self.problem,
@@ -134,7 +131,7 @@ class ModelJudgement:
 
 
 def _plain(found: Separation) -> dict[str, Any]:
-    """Figures, null where missing, and why."""
+    """Metrics, null for the missing ones, and the reasons."""
     figures = {name: asdict(estimate) for name, estimate in found.figures.items()}
     return {**figures, **dict.fromkeys(found.missing), "missing": dict(found.missing)}
 
@@ -148,13 +145,13 @@ def judge(
     linked: tuple[LinkedCrops, Floats] | None = None,
     seed: int = 0,
 ) -> ModelJudgement:
-    """Judge a model by its features of a store's crops; persons are never read.
+    """Judge a model by its features of a store's crops; labels of persons are not used.
 
     Args:
-        features: float32 (N, D), unit rows; others are a problem told in the answer, since it is the model's.
+        features: float32 (N, D), unit rows; if they are not, `ModelJudgement.problem` says so.
         store: the N crops, in the same order.
-        clustering: of these features, or the error `cluster` raised because they collapsed.
-        previous: of the epoch before, or of another model, for stability; likewise.
+        clustering: of these features, or the error that `cluster` raised because they collapsed.
+        previous: of the previous epoch, or of another model, for stability; likewise.
         linked: crops of confirmed and rejected pairs and this model's features of them.
         seed: of pairs and resamples. Two models are comparable only with the same seed and store.
     """
@@ -179,7 +176,7 @@ def judge(
 
 
 def _by_camera(features: Floats, store: CropStore, pairs: TrackPairs, seed: int) -> dict[str, Separation]:
-    """Each camera's own tracks; cameras with too few are left out."""
+    """Separation of each camera's own tracks; cameras with too few tracks are omitted."""
     found = {
         store.camera_names[camera]: separate(features, pairs.of_camera(store.cameras, int(camera)), seed=seed)
         for camera in np.unique(store.cameras)
@@ -190,7 +187,7 @@ def _by_camera(features: Floats, store: CropStore, pairs: TrackPairs, seed: int)
 def _links(
     features: Floats, pairs: TrackPairs, problem: str, crops: LinkedCrops, own: Floats, *, seed: int
 ) -> Separation:
-    """Agreement with confirmed and rejected pairs, the threshold taken from tracks."""
+    """Agreement with confirmed and rejected pairs, at the threshold chosen on tracks."""
     problem = problem or feature_problem(own)
     if problem:
         return missing_agreement(problem, crops, seed=seed)
@@ -198,7 +195,7 @@ def _links(
 
 
 def cluster_figures(clustering: Clustering, store: CropStore, pairs: TrackPairs) -> ClusterFigures:
-    """Figures of a clustering of a store's crops."""
+    """Metrics of a clustering of a store's crops."""
     health = clustering.health()
     return ClusterFigures(
         clustering.count,

@@ -1,4 +1,4 @@
-"""How long two models take for the same batch, in turns, so that a busy machine troubles both alike."""
+"""Latency of two models on the same batch, measured alternately, so that other load affects both alike."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 from resight.arrays import Floats, Pixels
 from resight.image import ImageSpec, fit
 
-LATENCY_BATCH = 16  # crops: what a service's batcher sees in moderate traffic
-ROUNDS = 15  # the median of as many pairs holds against a few disturbed ones
-WARM_UP = 2  # the first runs allocate and choose kernels
+LATENCY_BATCH = 16  # crops: a typical batch of a service in moderate traffic
+ROUNDS = 15  # pairs of runs; their median is robust against a few disturbed ones
+WARM_UP = 2  # runs not counted: the first ones allocate memory and choose kernels
 
 EmbeddingModel = tuple[ImageSpec, Callable[[Pixels], Floats]]
 """Image size and embedding, uint8 (B, H, W, 3) -> float32 (B, D)."""
@@ -21,14 +21,14 @@ EmbeddingModel = tuple[ImageSpec, Callable[[Pixels], Floats]]
 
 @dataclass(frozen=True)
 class Latency:
-    """What a batch costs.
+    """The time of a batch.
 
     Attributes:
-        before_s: of the active model, median, in seconds.
-        after_s: of the candidate.
-        ratio: median over rounds of the candidate's time by the active model's.
+        before_s: median of the active model, in seconds.
+        after_s: median of the candidate.
+        ratio: median over rounds of the candidate's time divided by the active model's.
         low, high: quartiles of that ratio.
-        limit: the ratio a caller allows, None for any.
+        limit: the largest allowed ratio; None = no limit.
     """
 
     before_s: float

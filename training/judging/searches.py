@@ -1,8 +1,8 @@
-"""Searches that tracks alone can mark: the first half of each track is enrolled, crops of the last half are searched.
+"""Searches scored by tracks: the first half of each track is enrolled, crops of the second half are searched for.
 
-Who is certainly not whom is known only of tracks that overlap in one camera's picture (`pairs`), so a search of a track
-is set against its own entry and the entries of those tracks. FPIR and TPIR are those of `resight.metrics.open_set`; N,
-the entries in a list, is small here, and figures compare models on one store, not stores.
+Only tracks that overlap in time in one camera certainly show different persons (`track_pairs`), so the search of a
+track is limited to its own entry and the entries of those tracks. FPIR and TPIR are defined in
+`resight.metrics.open_set`; the lists are small here, so the metrics compare models on one store, not stores.
 
 Letters: N crops, D feature size, T tracks, Q searches, E (search, stranger) pairs, B resamples.
 """
@@ -25,17 +25,17 @@ from resight.training.judging.separation import (
 )
 from resight.training.store.track_pairs import TrackPairs
 
-FPIR_TARGETS = (0.1, 0.01)  # as `resight evaluate` tells them
+FPIR_TARGETS = (0.1, 0.01)  # as in `resight evaluate`
 
 
 @dataclass(frozen=True, eq=False)
 class _TrackSearches:
-    """What every search found.
+    """The results of all searches.
 
     Attributes:
         tracks: int64 (Q,), of the track searched for.
         own: float32 (Q,), similarity to its own entry.
-        stranger: float32 (Q,), to the most similar of those that are certainly others.
+        stranger: float32 (Q,), to the most similar entry of another person.
     """
 
     tracks: Ints
@@ -44,18 +44,18 @@ class _TrackSearches:
 
 
 def search_tracks(features: Floats, pairs: TrackPairs, *, seed: int = 0) -> Separation:
-    """TPIR at fixed FPIR: how many searches find their own track first while few find a stranger.
+    """TPIR at fixed FPIR of searches among tracks.
 
-    Every search is made twice, as `resight.metrics.open_set` does with two lists: with the own track enrolled (mated)
-    and without (non-mated). Intervals resample tracks.
+    Every search is run twice, as with the two lists in `resight.metrics.open_set`: with the own track enrolled (mated)
+    and without it (non-mated). Intervals resample tracks.
 
     Args:
         features: float32 (N, D), unit rows.
-        pairs: from `draw_pairs`: their crops are those enrolled and searched.
+        pairs: from `draw_track_pairs`; their crops are enrolled and searched.
         seed: of the resamples.
 
     Returns:
-        Figures `tpir_at_fpir_0.1` and `tpir_at_fpir_0.01`, at rank 1.
+        Metrics `tpir_at_fpir_0.1` and `tpir_at_fpir_0.01`, at rank 1.
     """
     probes, tracks, edges = _plan(pairs)
     missing = _missing(probes, tracks)
@@ -71,7 +71,7 @@ def search_tracks(features: Floats, pairs: TrackPairs, *, seed: int = 0) -> Sepa
 
 
 def missing_searches(problem: str, pairs: TrackPairs, *, seed: int) -> Separation:
-    """No figure, each for the same reason."""
+    """A result without metrics, each missing for the same reason."""
     return Separation({}, dict.fromkeys(map(_name, FPIR_TARGETS), problem), {}, pairs.digest, seed)
 
 
@@ -80,7 +80,7 @@ def _name(target: float) -> str:
 
 
 def _plan(pairs: TrackPairs) -> tuple[Ints, Ints, Ints]:
-    """Crops searched (Q,), their tracks (Q,), and (E, 2) which search meets which stranger's track."""
+    """Crops searched (Q,), their tracks (Q,), and (E, 2) pairs of a search and a track of another person."""
     enrolled = np.zeros(pairs.track_count, bool)
     enrolled[pairs.positive_tracks] = True
     both_ways = np.concatenate([pairs.track_pairs, pairs.track_pairs[:, ::-1]])
@@ -110,13 +110,13 @@ def _search(features: Floats, pairs: TrackPairs, probes: Ints, tracks: Ints, edg
 
 
 class _RankedSearches:
-    """Searches in order, so that any weighing of the tracks costs O(Q)."""
+    """Searches in order, so that a resample of the tracks costs O(Q)."""
 
     def __init__(self, found: _TrackSearches) -> None:
         self.falling = np.argsort(-found.stranger, kind="stable")
-        above = found.own > found.stranger  # before every stranger: rank 1; ties are none
+        above = found.own > found.stranger  # rank 1; ties do not count
         self.hits = np.flatnonzero(above)[np.argsort(-found.own[above], kind="stable")]
-        # For each non-mated search how many hits lie above it.
+        # For each non-mated search the number of hits above it.
         self.ahead = np.searchsorted(-found.own[self.hits], -found.stranger[self.falling], side="left")
 
     def at(self, weights: Doubles, targets: tuple[float, ...]) -> Doubles:
@@ -126,17 +126,17 @@ class _RankedSearches:
         if not total:
             return np.full(len(targets), np.nan)
         right = np.concatenate([[0.0], np.cumsum(weights[self.hits])])
-        # The threshold stands just above the first non-mated search that would be one too many.
+        # The threshold is just above the first non-mated search that would exceed the FPIR.
         last = np.searchsorted(false, np.array(targets) * total + 1e-9 * total, side="right").clip(max=len(false) - 1)
         found: NDArray[np.float64] = right[self.ahead[last]] / total
         return found
 
 
 def _missing(probes: Ints, tracks: Ints) -> dict[str, str]:
-    """Figures that these searches cannot give, each with its reason."""
+    """The metrics that cannot be measured with these searches, each with its reason."""
     searched = len(np.unique(tracks))
     if searched < MIN_TRACKS:
-        why = f"{searched} tracks of several crops overlap another such one in time: expected {MIN_TRACKS} or more"
+        why = f"{searched} tracks with several crops overlap another such track in time: expected {MIN_TRACKS} or more"
         return dict.fromkeys(map(_name, FPIR_TARGETS), why)
     needed = {target: round(MIN_ACCEPTED / target) for target in FPIR_TARGETS}
     return {

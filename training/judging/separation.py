@@ -1,4 +1,4 @@
-"""How well similarities tell pairs of one person from pairs of two, with what the number of tracks leaves open.
+"""Separation of pairs of one person from pairs of two by similarity, with confidence intervals over tracks.
 
 Letters: P positive pairs, M negative pairs, T tracks, B resamples.
 """
@@ -14,15 +14,15 @@ from resight.arrays import Doubles, Floats, Ints
 from resight.training.store.track_pairs import TrackPairs
 
 FALSE_SHARES = (0.1, 0.01, 0.001)  # of negative pairs accepted; 1 % and 10 % as in open-set reports
-RESAMPLES = 1000  # Efron and Tibshirani 1993, section 14.2: what a percentile interval of 95 % asks for
+RESAMPLES = 1000  # for percentile intervals of 95 %: Efron and Tibshirani 1993, section 14.2
 CONFIDENCE = 0.95
-MIN_TRACKS = 10  # of either kind: below it resampled tracks say nothing
-MIN_ACCEPTED = 10  # negative pairs above a threshold; fewer place it by accident
+MIN_TRACKS = 10  # of each kind; with fewer, resampling is meaningless
+MIN_ACCEPTED = 10  # negative pairs above a threshold; with fewer, it is placed by chance
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and the percentile interval that holds it with 95 % confidence, from resampled tracks."""
+    """A metric and its 95 % confidence interval (percentiles over resampled tracks)."""
 
     value: float
     low: float
@@ -31,13 +31,13 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class Separation:
-    """Figures of one model, each with its resamples; of `separate` the names are `auc` and `tpr_at_fpr_0.1` and so on.
+    """Metrics of one model with their resamples; those of `separate` are `auc`, `tpr_at_fpr_0.1` and so on.
 
     Attributes:
-        figures: those that could be measured.
-        missing: for each other one why it could not be.
-        resampled: float64 (B,) for each measured figure; resample b drew the same tracks for every model.
-        digest: of the pairs: of two models only equal ones are compared.
+        figures: the measured metrics.
+        missing: for each other metric, why it could not be measured.
+        resampled: float64 (B,) for each measured metric; resample b draws the same tracks for every model.
+        digest: of the pairs; only results with the same digest may be compared.
         seed: of the resamples.
     """
 
@@ -50,13 +50,13 @@ class Separation:
 
 @dataclass(frozen=True, eq=False)
 class RankedPairs:
-    """Similarities in order, so that any weighing of the pairs costs O(P + M).
+    """Sorted similarities, so that a resample of the pairs costs O(P + M).
 
     Attributes:
         negative_order: int64 (M,), negative pairs by ascending similarity.
         positive_order: int64 (P,), positive pairs likewise.
-        below, upto: int64 (P,), for each ordered positive pair how many negatives lie below, and at or below it.
-        ties_end: int64 (M,), for each ordered negative pair how many lie at or below it.
+        below, upto: int64 (P,), for each ordered positive pair the number of negatives below, and at or below it.
+        ties_end: int64 (M,), for each ordered negative pair the number of negatives at or below it.
     """
 
     negative_order: Ints
@@ -74,9 +74,9 @@ class RankedPairs:
         ordered = positive_weights[self.positive_order]
         auc = ordered @ (light[self.below] + light[self.upto]) / (2 * heavy[-1] * light[-1])
         above = light[-1] - light[self.ties_end]  # (M,) weight above each negative, descending
-        # Weights are whole numbers: this forgives the rounding of share * total, never a pair.
+        # Weights are integers: the tolerance absorbs the rounding of share * total, never a whole pair.
         allowed = np.array(false_shares) * light[-1] + 1e-9 * light[-1]
-        threshold = np.searchsorted(-above, -allowed)  # the lowest negative with no more than that above it
+        threshold = np.searchsorted(-above, -allowed)  # the lowest negative with at most that weight above it
         first = np.searchsorted(self.below, self.ties_end[threshold])  # positives above it, from here on
         accepted = heavy[-1] - np.concatenate([[0.0], heavy])[first]
         return np.concatenate([[auc], accepted / heavy[-1]])
@@ -85,17 +85,17 @@ class RankedPairs:
 def separate(features: Floats, pairs: TrackPairs, *, seed: int = 0) -> Separation:
     """Measure AUC and the share of positives accepted at fixed shares of false acceptance.
 
-    AUC is P(positive > negative) + P(tie) / 2, the Mann-Whitney statistic, exact over all pairs of pairs. The
-    figure `tpr_at_fpr_a` is the share of positive pairs more similar than the lowest threshold that no more than a
-    share a of the negative pairs exceeds.
+    AUC is P(positive > negative) + P(tie) / 2, the Mann-Whitney statistic, exact over all pairs of pairs.
+    `tpr_at_fpr_a` is the share of positive pairs above the lowest threshold that at most a share a of the negative
+    pairs exceeds.
 
-    Intervals resample tracks, not pairs: pairs that share a track share its person and its light. A positive pair
-    weighs as often as its track was drawn, a negative one as often as the product of its two (the pigeonhole
-    bootstrap, Owen 2007, Annals of Applied Statistics 1(2)).
+    Intervals resample tracks, not pairs: pairs of one track share its person and lighting. The weight of a positive
+    pair is the number of times its track was drawn, that of a negative pair the product for its two tracks (the
+    pigeonhole bootstrap, Owen 2007, Annals of Applied Statistics 1(2)).
 
     Args:
         features: float32 (N, D), unit rows.
-        pairs: from `draw_pairs`.
+        pairs: from `draw_track_pairs`.
         seed: of the resamples.
     """
     missing = _missing(pairs)
@@ -112,14 +112,14 @@ def separate(features: Floats, pairs: TrackPairs, *, seed: int = 0) -> Separatio
 def with_intervals(
     names: Sequence[str], values: Doubles, drawn: Doubles, missing: Mapping[str, str], digest: str, seed: int
 ) -> Separation:
-    """Figures with the percentile intervals of their resamples.
+    """Metrics with the percentile intervals of their resamples.
 
     Args:
         names: F names.
         values: float64 (F,), over all pairs.
-        drawn: float64 (B, F), over each resample; NaN where one had no pairs.
-        missing: names of other figures and why there are none.
-        digest: of what was measured on.
+        drawn: float64 (B, F), over each resample; NaN for a resample without pairs.
+        missing: names of the other metrics, with the reasons.
+        digest: of the pairs measured on.
         seed: of the resamples.
     """
     bounds = np.nanquantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
@@ -131,14 +131,14 @@ def with_intervals(
 
 
 def bootstrap_weights(count: int, seed: int) -> Iterator[Doubles]:
-    """How often each of ``count`` tracks is drawn when as many are drawn with replacement; (count,) a resample."""
+    """Bootstrap resamples: the number of times each of ``count`` tracks is drawn; float64 (count,) each."""
     rng = np.random.default_rng(seed)
     for _ in range(RESAMPLES):
         yield np.bincount(rng.integers(count, size=count), minlength=count).astype(np.float64)
 
 
 def pair_similarities(features: Floats, rows: Ints, *, chunk: int = 1 << 14) -> Floats:
-    """Cosine of each pair of rows, float32 (P,) in [-1, 1]; ``chunk`` pairs at a time bound the memory."""
+    """Cosine of each pair of rows, float32 (P,) in [-1, 1]; ``chunk`` pairs at a time, to limit memory."""
     found = np.empty(len(rows), np.float32)
     for start in range(0, len(rows), chunk):
         part = rows[start : start + chunk]
@@ -155,12 +155,12 @@ def _names() -> tuple[str, ...]:
 
 
 def missing_separation(problem: str, pairs: TrackPairs, *, seed: int) -> Separation:
-    """No figure, each for the same reason."""
+    """A result without metrics, each missing for the same reason."""
     return Separation({}, dict.fromkeys(_names(), problem), {}, pairs.digest, seed)
 
 
 def _missing(pairs: TrackPairs) -> dict[str, str]:
-    """Figures that these pairs cannot give, each with its reason."""
+    """The metrics that cannot be measured with these pairs, each with its reason."""
     names = _names()
     if not pairs.track_count:
         return dict.fromkeys(names, "the store has no tracks")
@@ -180,7 +180,7 @@ def _missing(pairs: TrackPairs) -> dict[str, str]:
 
 
 def rank_pairs(positive: Floats, negative: Floats) -> RankedPairs:
-    """Order float32 (P,) similarities of pairs of one person and (M,) of pairs of two."""
+    """Sort float32 (P,) similarities of pairs of one person and (M,) of pairs of two."""
     negative_order, positive_order = np.argsort(negative, kind="stable"), np.argsort(positive, kind="stable")
     ascending, ordered = negative[negative_order], positive[positive_order]
     return RankedPairs(
@@ -193,7 +193,7 @@ def rank_pairs(positive: Floats, negative: Floats) -> RankedPairs:
 
 
 def _resamples(pairs: TrackPairs, seed: int) -> Iterator[tuple[Doubles, Doubles]]:
-    """Weights of positive and negative pairs when the tracks are drawn anew, with replacement."""
+    """Weights of positive and negative pairs in each bootstrap resample of the tracks."""
     used, number = np.unique(
         np.concatenate([pairs.positive_tracks, pairs.negative_tracks.ravel()]), return_inverse=True
     )

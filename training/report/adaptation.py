@@ -1,7 +1,7 @@
 """The report of an adaptation, of `resight adapt` and of `resight demo`: one self-contained HTML page.
 
-It takes plain figures and JPEG bytes, never a model. The page loads nothing: images are data URIs, curves are inline
-SVG, and a content security policy forbids the rest.
+The page loads no external resources: images are data URIs, charts are inline SVG, and a content security policy forbids
+everything else.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ SCORE_NAMES = {"mAP": "mAP", "rank1": "rank-1", "rank5": "rank-5", "rank10": "ra
 
 @dataclass(frozen=True)
 class AdaptationReport:
-    """Everything the page can show; a part without data is left out.
+    """The content of the page; a part without data is omitted.
 
     Attributes:
-        title: what was adapted.
+        title: of the page.
         summary: a sentence or two under the title.
-        notes: what is missing on the page, and why.
+        notes: parts missing on the page, and why.
         before, after: scores in percent under the keys ``mAP, rank1, rank5, rank10, mINP``.
-        epochs: training in the order it happened.
-        clusters: example clusters by the reason they are shown.
-        map: where crops lie to one another.
+        epochs: of training, in order.
+        clusters: example clusters by criterion.
+        map: the crops' features in the plane.
         ranked: example queries with their hits.
         seconds: step -> seconds, in the order of the steps.
         config: the resolved recipe; nested mappings are shown with dotted names.
-        model: facts of the model, for instance backbone, feature length, file size; nested mappings likewise.
+        model: properties of the model, such as backbone, feature length, file size; nested mappings likewise.
     """
 
     title: str
@@ -71,10 +71,10 @@ class AdaptationReport:
 
 
 def write_report(path: Path, report: AdaptationReport) -> None:
-    """Write ``report`` to ``path`` as one HTML file, replacing it in one step.
+    """Write ``report`` to ``path`` as one HTML file, atomically.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be created or written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -83,7 +83,7 @@ def write_report(path: Path, report: AdaptationReport) -> None:
 
 
 def render(report: AdaptationReport) -> str:
-    """Return the page."""
+    """The page as HTML."""
     environment = templates()
     environment.filters |= {"uri": data_uri, "number": format_number, "duration": format_duration}
     return environment.get_template("adaptation.html.j2").render(
@@ -99,7 +99,7 @@ def render(report: AdaptationReport) -> str:
 
 
 def score_rows(report: AdaptationReport) -> list[tuple[str, float | None, float | None]]:
-    """Return (name, before, after) in percent for each score that either side has, in the house's order."""
+    """Return (name, before, after) in percent for each score that either side has, in the order of `SCORE_NAMES`."""
     keys = [*SCORE_NAMES, *(k for k in {**report.before, **report.after} if k not in SCORE_NAMES)]
     rows = [(SCORE_NAMES.get(key, key), report.before.get(key), report.after.get(key)) for key in keys]
     return [row for row in rows if row[1] is not None or row[2] is not None]
@@ -120,16 +120,16 @@ def epoch_table(epochs: Sequence[EpochRow]) -> tuple[list[str], list[list[str]]]
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Everything a walk along the road leaves behind.
+    """The results of the demo.
 
     Attributes:
         site: with query and gallery.
         store: the N crops adapted to.
         checkpoint: of the student.
-        features: float32 (N, D), unit rows: the student's on ``store``.
+        features: float32 (N, D), unit rows, of the student on ``store``.
         bundle: exported from the checkpoint.
-        before: answers of the initial model's service.
-        after: answers of the adapted model's service.
+        before: search results of the initial model's service.
+        after: search results of the adapted model's service.
         log: folder of the run's log, with the last labels.
         figures: "initial" and "adapted", in percent.
         seconds: per step.
@@ -148,26 +148,26 @@ class DemoResult:
 
 
 def demo_report(outcome: DemoResult) -> AdaptationReport:
-    """The demo's report: an adaptation, and what the running service gained by it."""
+    """The demo's report: the adaptation, and the scores of the service before and after."""
     query, gallery = outcome.site.query, outcome.site.gallery
-    assert query is not None and gallery is not None  # a site without queries is refused before anything is measured
-    album = Thumbnails()
+    assert query is not None and gallery is not None  # a site without queries is rejected before anything is measured
+    thumbnails = Thumbnails()
     gain = outcome.figures["adapted"]["mAP"] - outcome.figures["initial"]["mAP"]
     report = adaptation_report(
         outcome.store,
         outcome.checkpoint,
         last_labels(outcome.log, outcome.checkpoint),
         outcome.features,
-        title=f"{outcome.site.name}: adapted without a label",
+        title=f"{outcome.site.name}: adapted without labels",
         before=outcome.figures["initial"],
         after=outcome.figures["adapted"],
-        ranked=ranked_lists(query, gallery, outcome.before, outcome.after, album),
+        ranked=ranked_lists(query, gallery, outcome.before, outcome.after, thumbnails),
     )
     return replace(
         report,
         summary=f"{len(outcome.store)} unlabelled crops changed mAP by {gain:+.1f} points, measured on other people "
         "through the running service before and after.",
-        notes=[*report.notes, *album.notes],
+        notes=[*report.notes, *thumbnails.notes],
         seconds=outcome.seconds,
         model={**report.model, **_bundle_facts(outcome.bundle)},
     )
@@ -184,28 +184,28 @@ def adaptation_report(
     after: Mapping[str, float] | None = None,
     ranked: Sequence[RankedList] = (),
 ) -> AdaptationReport:
-    """An adaptation's report; of truth it needs none.
+    """The report of an adaptation; needs no labels.
 
     Args:
-        store: the N crops adapted to; where it names persons, clusters tell their purity.
-        checkpoint: the result.
+        store: the N crops adapted to; if persons are known, the purity of clusters is shown.
+        checkpoint: of the adapted model.
         labels: int64 (N,) of the last epoch, -1 for outliers.
-        features: float32 (N, D), unit rows: the result's on ``store``.
+        features: float32 (N, D), unit rows, of the adapted model on ``store``.
         title: of the page.
         before: scores of the initial model in percent, under the keys of `percentages`.
-        after: likewise of the result.
+        after: likewise of the adapted model.
         ranked: example queries, from `ranked_lists`.
     """
     assert len(store) == len(labels) == len(features), (len(store), len(labels), len(features))
-    album = Thumbnails()
+    thumbnails = Thumbnails()
     provenance = checkpoint.provenance
     epochs = epoch_rows(provenance.history)
-    groups = cluster_groups(store, labels, features, album)
+    groups = cluster_groups(store, labels, features, thumbnails)
     shown = map_features(store, labels, features)
     return AdaptationReport(
         title=title,
         summary=_summary(store, labels),
-        notes=[*_missing_parts(store, labels, shown is not None), *album.notes],
+        notes=[*_missing_parts(store, labels, shown is not None), *thumbnails.notes],
         before=before or {},
         after=after or {},
         epochs=epochs,
@@ -231,15 +231,15 @@ def write_adaptation_report(
     ranked: Sequence[RankedList] = (),
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Embed the crops with the result, read its last labels and write the page.
+    """Embed the crops with the adapted model, read its last labels and write the page.
 
     Args:
         path: of the HTML file.
         store: the crops adapted to.
-        checkpoint: the result.
+        checkpoint: of the adapted model.
         log: folder of the run's log.
         title: of the page.
-        device: where the crops are embedded.
+        device: for the embedding.
         before: see `adaptation_report`.
         after: see `adaptation_report`.
         ranked: see `adaptation_report`.
@@ -256,10 +256,10 @@ def write_adaptation_report(
             "these crops"
         )
     features = extract_features(checkpoint.encoder.to(device), store, device=device, local=False, progress=progress)[0]
-    told = adaptation_report(
+    report = adaptation_report(
         store, checkpoint, labels, features, title=title, before=before, after=after, ranked=ranked
     )
-    write_report(path, told)
+    write_report(path, report)
 
 
 def last_labels(log: Path, checkpoint: Checkpoint) -> Ints:
@@ -279,31 +279,29 @@ def last_labels(log: Path, checkpoint: Checkpoint) -> Ints:
 
 
 def _summary(store: CropStore, labels: Ints) -> str:
-    """What went in and what the last epoch made of it."""
+    """Number of crops, cameras and clusters of the last epoch."""
     cameras, clusters = len(np.unique(store.cameras)), len(np.unique(labels[labels >= 0]))
     outliers = 100 * float((labels < 0).mean()) if len(labels) else 0.0
     return (
-        f"{len(store):,} unlabelled crops from {cameras} camera{'' if cameras == 1 else 's'}. The last epoch saw "
-        f"{clusters:,} cluster{'' if clusters == 1 else 's'} in them and left {outliers:.0f} % out as outliers."
+        f"{len(store):,} unlabelled crops from {cameras} camera{'' if cameras == 1 else 's'}. The last epoch found "
+        f"{clusters:,} cluster{'' if clusters == 1 else 's'} in them, and {outliers:.0f} % are outliers."
     )
 
 
 def _missing_parts(store: CropStore, labels: Ints, has_map: bool) -> list[str]:
-    """Why a part of the page is not there."""
+    """Notes on the parts that are missing on the page."""
     notes = []
     if not (labels >= 0).any():
-        notes.append(
-            "The last epoch found no cluster: more crops, or initial weights that suit the site better, may help."
-        )
+        notes.append("The last epoch found no cluster: use more crops, or initial weights that suit the site better.")
     if len(np.unique(store.cameras)) == 1:
-        notes.append("All crops come from one camera: nothing can be told about matching across cameras.")
+        notes.append("All crops come from one camera: matching across cameras cannot be assessed.")
     if not has_map:
         notes.append("Too few different crops for a map.")
     return notes
 
 
 def _training_seconds(epochs: Sequence[EpochRow]) -> dict[str, float]:
-    """Seconds that all epochs of a stage took together, from figures such as ``train_s``."""
+    """Total seconds over all epochs of a stage, from metrics such as ``train_s``."""
     totals: dict[str, float] = {}
     for row in epochs:
         for name, value in row.figures.items():
@@ -314,7 +312,7 @@ def _training_seconds(epochs: Sequence[EpochRow]) -> dict[str, float]:
 
 
 def _model_facts(checkpoint: Checkpoint) -> dict[str, object]:
-    """What one wants to know of the result."""
+    """Properties of the adapted model."""
     config, provenance = checkpoint.encoder.config, checkpoint.provenance
     return {
         "backbone": config.backbone,
@@ -328,7 +326,7 @@ def _model_facts(checkpoint: Checkpoint) -> dict[str, object]:
 
 
 def _bundle_facts(bundle: Bundle) -> dict[str, object]:
-    """What export adds."""
+    """Properties of the exported bundle."""
     manifest, artefact = bundle.manifest, bundle.find()
     return {
         "exported feature length": manifest.feature_dim,

@@ -1,8 +1,8 @@
-"""Maps of features in the plane: which crops are shown, where t-SNE puts them, and two scatter plots of them.
+"""The map of a store's features: a projection of crops to the plane by t-SNE, drawn by cluster and by camera.
 
-t-SNE (van der Maaten and Hinton 2008; Barnes-Hut, van der Maaten 2014) by scikit-learn. It keeps neighbours
-together; distances between far groups and their sizes mean nothing. One plot is coloured by cluster, the other by
-camera; shapes differ too, for readers who do not see the colours.
+t-SNE (van der Maaten and Hinton 2008; Barnes-Hut, van der Maaten 2014; scikit-learn) keeps neighbours together;
+distances between far groups and the sizes of groups have no meaning. Groups differ by colour and by the shape of their
+marks, for readers who cannot distinguish the colours.
 
 Letters: N crops, M crops shown, C cameras, D feature size.
 """
@@ -28,23 +28,23 @@ from resight.training.store.crops import CropStore
 
 SIDE, EDGE = 400, 0.1  # width of the view box; margins on both sides together, in the units of places
 MARK_SHAPES = ("dot", "square", "ring")
-LABELLED_GROUPS = 20  # groups with a mark of their own; SERIES_COLOURS x len(MARK_SHAPES) = 24 marks differ
-PASSES = 4  # every group is drawn in turns, so that none lies on top of all others
+LABELLED_GROUPS = 20  # groups with their own mark; SERIES_COLOURS x len(MARK_SHAPES) = 24 marks differ
+PASSES = 4  # groups are drawn in turns, so that none covers all others
 NO_CLUSTER = -1
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no truth value to compare by
 class EmbeddingMap:
-    """Where crops lie to one another.
+    """The positions of crops in the plane.
 
     Attributes:
         places: float32 (M, 2) in [0, 1].
         clusters: int64 (M,), -1 for outliers.
         cameras: int64 (M,), 0..C-1.
         camera_names: C names.
-        total: how many crops there are, M of which are shown.
-        own_camera: share in [0, 1] of a crop's nearest neighbours that its own camera saw; None with one camera.
-        own_camera_chance: the same, were cameras shuffled.
+        total: number of all crops, of which M are shown.
+        own_camera: share in [0, 1] of a crop's nearest neighbours from its own camera; None with one camera.
+        own_camera_chance: the same with shuffled cameras.
     """
 
     places: NDArray[np.float32]
@@ -58,7 +58,7 @@ class EmbeddingMap:
 
 @dataclass(frozen=True)
 class MapPanel:
-    """A drawn map and how to read it; the legend holds (colour class, shape, words)."""
+    """A drawn map with an explanation; the legend holds (colour class, shape, text)."""
 
     title: str
     hint: str
@@ -67,13 +67,13 @@ class MapPanel:
 
 
 def map_panels(shown: EmbeddingMap) -> list[MapPanel]:
-    """The map by cluster, and by camera where there are two or more."""
+    """The map coloured by cluster and, with two cameras or more, by camera."""
     sizes = np.bincount(shown.clusters[shown.clusters >= 0], minlength=0)
     biggest = [int(label) for label in np.argsort(-sizes, kind="stable")[:LABELLED_GROUPS] if sizes[label]]
     numbered = [(label, f"cluster {label}", str(label)) for label in biggest]
     marked = "" if len(numbered) == np.count_nonzero(sizes) else f"The {len(numbered)} largest shown are marked. "
     hint = (
-        marked + "A good cluster is an island; one colour in two places may be one person whom the model sees as two."
+        marked + "A good cluster is an island; one colour in two places may be one person that the model takes for two."
     )
     by_cluster = _panel("By cluster", hint, shown, shown.clusters, numbered)
     counts = np.bincount(shown.cameras, minlength=len(shown.camera_names))
@@ -81,7 +81,7 @@ def map_panels(shown: EmbeddingMap) -> list[MapPanel]:
     if len(busiest) < 2:
         return [by_cluster]
     cameras = [(camera, shown.camera_names[camera], "") for camera in sorted(busiest)]
-    hint = "A good island mixes colours: one of a single camera may be a wall, or somebody who never went on. "
+    hint = "A good island mixes colours: one of a single camera may be a wall, or a person who did not move on. "
     if shown.own_camera is not None and shown.own_camera_chance is not None:
         hint += (
             f"Of a crop's nearest neighbours {shown.own_camera:.0%} are of its own camera; shuffled cameras would give "
@@ -124,7 +124,7 @@ def _panel(
 
     span = np.ptp(shown.places, axis=0)
     height = SIDE * (EDGE + float(span[1])) / (EDGE + float(span[0]))
-    drawn = draw_svg(f"{title}: {len(groups)} crops, the nearer the more alike", SIDE, height, paint)
+    drawn = draw_svg(f"{title}: {len(groups)} crops; near crops are similar", SIDE, height, paint)
     legend = [
         (series, shape, f"{words} ({len(rows_of[number])})")
         for (number, words, _), (series, shape) in zip(named, looks, strict=True)
@@ -137,20 +137,20 @@ def _panel(
 def _draw_marks(
     axes: Axes, places: NDArray[np.float32], series: str, shape: str, words: str, *, size: float = 4.0
 ) -> None:
-    """Marks of one look."""
+    """Marks of one colour and shape."""
     fill = "none" if shape == "ring" else colour(series)
     marker = "s" if shape == "square" else "o"
     (drawn,) = axes.plot(*places.T, marker, markersize=size, markerfacecolor=fill, markeredgecolor=colour(series))
     set_title(drawn, words)
 
 
-MAX_CROPS = 2000  # 6 s on one core, and as many marks as a panel can hold apart
-MIN_CROPS = 10  # fewer points are no picture
-COMPONENTS = 50  # before t-SNE, as scikit-learn's manual advises: it takes noise and time away
+MAX_CROPS = 2000  # takes 6 s on one core; more marks would overlap
+MIN_CROPS = 10  # with fewer points there is no map
+COMPONENTS = 50  # PCA before t-SNE, as scikit-learn's manual advises, reduces noise and time
 PERPLEXITY = 30.0  # scikit-learn's default; 5 to 50 in the paper
 SEED = 0
-NEIGHBOURS = 10  # of a crop, asked for their camera
-MIN_SPREAD = 1e-6  # a spread below this is rounding: all crops look the same
+NEIGHBOURS = 10  # of a crop, whose cameras are compared
+MIN_SPREAD = 1e-6  # a smaller spread is rounding: all features are equal
 
 
 def map_features(store: CropStore, labels: Ints, features: Floats) -> EmbeddingMap | None:
@@ -162,7 +162,7 @@ def map_features(store: CropStore, labels: Ints, features: Floats) -> EmbeddingM
         features: float32 (N, D), unit rows.
 
     Returns:
-        None where there is nothing to see: under `MIN_CROPS` crops, or all features the same.
+        None with fewer than `MIN_CROPS` crops, or if all features are equal.
     """
     rows = choose_rows(labels)
     chosen = features[rows]
@@ -176,66 +176,66 @@ def map_features(store: CropStore, labels: Ints, features: Floats) -> EmbeddingM
 
 
 def choose_rows(labels: Ints, at_most: int = MAX_CROPS) -> Ints:
-    """Rows to show, the same each time: whole clusters evenly from the largest to the smallest, and outliers.
+    """Select the rows to show, deterministically: clusters evenly from the largest to the smallest, and outliers.
 
-    Outliers get their share of the places, evenly over the store. Clusters stay whole, so that the map shows them
-    as they are; only one too large for all places is thinned, evenly.
+    Outliers get their share of the rows, evenly over the store. Clusters are kept whole, unless one has more rows than
+    can be shown: then it is sampled evenly.
 
     Args:
         labels: int64 (N,), -1 for outliers.
-        at_most: places.
+        at_most: maximum number of rows.
 
     Returns:
-        int64 (M,), ascending, M at most ``at_most``; every row where N is no more.
+        int64 (M,), ascending, M at most ``at_most``; all rows if N is not larger.
     """
     if len(labels) <= at_most:
         return np.arange(len(labels))
     outliers = _evenly(np.flatnonzero(labels == NO_CLUSTER), round(at_most * float((labels == NO_CLUSTER).mean())))
-    places = at_most - len(outliers)
+    left = at_most - len(outliers)
     sizes = np.bincount(labels[labels != NO_CLUSTER])
     order = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes)]
     inliers = np.empty(0, np.int64)
-    most = 2 * places * len(order) // max(1, int(sizes.sum())) + 1  # as many as fit, were all half the mean size
+    most = 2 * left * len(order) // max(1, int(sizes.sum())) + 1  # an upper bound: as many as fit at half the mean size
     for count in range(min(len(order), most), 0, -1):
         chosen = order[np.linspace(0, len(order) - 1, count).astype(int)]
-        if sizes[chosen].sum() <= places:
+        if sizes[chosen].sum() <= left:
             inliers = np.flatnonzero(np.isin(labels, chosen))
             break
     if not len(inliers):
-        inliers = _evenly(np.flatnonzero(labels != NO_CLUSTER), places)
+        inliers = _evenly(np.flatnonzero(labels != NO_CLUSTER), left)
     return np.sort(np.concatenate([outliers, inliers]))
 
 
 def _evenly(rows: Ints, count: int) -> Ints:
-    """``count`` of the rows, evenly over them."""
+    """``count`` of the rows, evenly spaced."""
     return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))] if len(rows) else rows
 
 
 def project(features: Floats) -> NDArray[np.float32]:
-    """PCA, then t-SNE with cosine distances, started from the first two components.
+    """Project features to the plane: PCA, then t-SNE with cosine distances, initialised with the first two components.
 
     Args:
-        features: float32 (M, D), M at least 4, not all the same.
+        features: float32 (M, D), M at least 4, not all equal.
 
     Returns:
-        float32 (M, 2) in [0, 1], the horizontal side filling it; equal for equal features on one machine.
+        float32 (M, 2) in [0, 1], horizontally from 0 to 1; deterministic on one machine.
     """
     components = min(COMPONENTS, *features.shape)
     reduced = PCA(components, svd_solver="randomized", random_state=SEED).fit_transform(features.astype(np.float64))
     start = np.zeros((len(features), 2))
-    start[:, : min(2, components)] = reduced[:, :2] / reduced[:, 0].std() * 1e-4  # as init="pca" scales it
-    perplexity = min(PERPLEXITY, (len(features) - 1) / 3)  # a point needs three times as many neighbours
+    start[:, : min(2, components)] = reduced[:, :2] / reduced[:, 0].std() * 1e-4  # scaled as by init="pca"
+    perplexity = min(PERPLEXITY, (len(features) - 1) / 3)  # t-SNE needs three times as many neighbours
     placed = TSNE(perplexity=perplexity, metric="cosine", init=start, random_state=SEED).fit_transform(reduced)
     spans = np.ptp(placed, axis=0)
     if spans[1] > spans[0]:
-        placed = placed[:, ::-1]  # wide rather than high
+        placed = placed[:, ::-1]  # landscape
     return np.asarray((placed - placed.min(0)) / max(float(spans.max()), MIN_SPREAD), np.float32)
 
 
 def camera_affinity(features: Floats, cameras: Ints) -> tuple[float, float] | None:
-    """How often nearest neighbours come from one's own camera: found, and were cameras shuffled.
+    """Share of nearest neighbours from a crop's own camera: measured, and expected with shuffled cameras.
 
-    Somebody passing gives several crops to one camera, so even a perfect model is above chance.
+    A passing person gives several crops to one camera, so even a perfect model is above chance.
 
     Args:
         features: float32 (M, D), unit rows.

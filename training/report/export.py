@@ -1,7 +1,8 @@
-"""The page of an export: every form with its figures, and what a similarity means at this site.
+"""The page of an export: the table of forms, the calibration and its reliability, as one self-contained HTML file.
 
-The reliability drawing compares the calibration's probabilities with held-out pairs and shows where the thresholds are;
-one person is s0 and two persons are s1 of the style sheet.
+The drawing of a calibration has two panels: above, the reliability curve of held-out pairs with its intervals; below,
+the similarities of pairs of one person and of two, with the thresholds. One person is s0 and two persons are s1 of the
+page's style sheet.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ def draw_reliability(reliability: Reliability, calibration: Calibration) -> Mark
 
     Args:
         reliability: with a curve.
-        calibration: what it belongs to.
+        calibration: the calibration that was measured.
     """
     curve = reliability.curve
-    assert curve is not None, f"there is nothing to draw: {reliability.problem}"
+    assert curve is not None, f"no curve to draw: {reliability.problem}"
     accept, reject = (float(calibration.similarity(p)) for p in (calibration.accept, calibration.reject))
 
     def paint(figure: Figure) -> None:
@@ -92,17 +93,17 @@ def write_export_report(
     rows: Sequence[Sequence[str]],
     reliability: Reliability | None,
 ) -> None:
-    """Write the page, replacing it in one step.
+    """Write the page atomically.
 
     Args:
         path: of the page.
-        bundle: that was exported.
-        columns: names of the forms' figures.
-        rows: one for each form, as words.
-        reliability: of the calibration, or why there is none; None where no site was given.
+        bundle: the exported bundle.
+        columns: headings of the table of forms.
+        rows: cells of each form.
+        reliability: of the calibration, or why there is none; None if no site was given.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be created or written.
     """
     manifest = bundle.manifest
     drawn = Markup("")
@@ -113,7 +114,7 @@ def write_export_report(
         .get_template("export.html.j2")
         .render(
             title=f"Export of {manifest.name}",
-            summary=f"Space {manifest.space_id}, {manifest.feature_dim} numbers a person, {manifest.created}.",
+            summary=f"Space {manifest.space_id}, {manifest.feature_dim} values per feature, {manifest.created}.",
             measured_on=manifest.evaluation.get("measured_on", "an unknown machine"),
             columns=columns,
             rows=rows,
@@ -128,29 +129,29 @@ def write_export_report(
 
 
 def _meaning(calibration: Calibration | None, reliability: Reliability | None) -> list[str]:
-    """The calibration in sentences, and what its reader must mind."""
+    """The calibration in sentences, with its limits."""
     if calibration is None:
         why = reliability.problem if reliability is not None else "no crops of the site were given"
-        return [f"Not calibrated: {why}. Searches answer cosine similarities only."]
-    minded = [] if reliability is None else list(reliability.notes)
+        return [f"Not calibrated: {why}. Searches return only cosine similarities."]
+    notes = [] if reliability is None else list(reliability.notes)
     accept, reject = (float(calibration.similarity(p)) for p in (calibration.accept, calibration.reject))
     return [
-        f"A pair is called a match from probability {calibration.accept:.3f} on (similarity {accept:.3f}) and unknown "
-        f"below {calibration.reject:.3f} (similarity {reject:.3f}); between them a human should look.",
+        f"A pair is a match from probability {calibration.accept:.3f} (similarity {accept:.3f}) and unknown "
+        f"below {calibration.reject:.3f} (similarity {reject:.3f}); pairs in between need review.",
         f"Fitted without labels to {calibration.positives:,} pairs of one person ({calibration.positive_source}) and "
         f"{calibration.negatives:,} pairs of two ({calibration.negative_source}); expected calibration error "
-        f"{calibration.error:.3f} on pairs held out. Probabilities are at even odds, "
-        "as of two crops of which nothing else is known.",
-        *minded,
+        f"{calibration.error:.3f} on held-out pairs. Probabilities are at even prior odds, "
+        "as for two crops of which nothing else is known.",
+        *notes,
     ]
 
 
 def _facts(bundle: Bundle) -> Mapping[str, str]:
-    """What else the manifest says."""
+    """Other entries of the manifest."""
     manifest = bundle.manifest
     facts: dict[str, object] = {
         "licence of the initial weights": manifest.weights_licence,
-        "signed by": manifest.signer or "nobody",
+        "signed by": manifest.signer or "not signed",
         **{key: value for key, value in manifest.training.items() if key != "recipe"},
         "versions": manifest.versions,
     }

@@ -1,4 +1,4 @@
-"""Clusters worth a look, chosen without labels: the tightest, the loosest, and those most cameras see.
+"""Sample clusters for the report, selected without labels: the tightest, the loosest, and those of most cameras.
 
 Letters: N crops, K clusters, D feature size.
 """
@@ -22,12 +22,12 @@ class ClusterSample:
     """Some crops of one cluster.
 
     Attributes:
-        label: its number.
-        size: of all its crops.
-        crops: those shown.
-        cameras: how many see it.
+        label: the cluster's number.
+        size: number of its crops.
+        crops: the crops shown.
+        cameras: number of its cameras.
         silhouette: in [-1, 1], see `resight.training.report.montage.tightness`.
-        purity: share in [0, 1] of the most frequent true person; None where nobody knows the truth.
+        purity: share in [0, 1] of the most frequent true person; None without labels.
     """
 
     label: int
@@ -40,16 +40,16 @@ class ClusterSample:
 
 @dataclass(frozen=True)
 class ClusterGroup:
-    """Clusters chosen for one reason, and how to read them."""
+    """Clusters selected by one criterion, with an explanation."""
 
     title: str
     hint: str
     clusters: Sequence[ClusterSample] = ()
 
 
-CLUSTERS_SHOWN = 4  # clusters of a group
-CROPS_SHOWN = 12  # of a cluster
-CHUNK = 4096  # crops compared with all centroids at a time: 4096 x 10,000 clusters take 160 MiB
+CLUSTERS_SHOWN = 4  # clusters per group
+CROPS_SHOWN = 12  # per cluster
+CHUNK = 4096  # crops compared with all centroids at once: 4096 x 10,000 clusters take 160 MiB
 
 TIGHTEST = ClusterGroup(
     "Tightest",
@@ -57,22 +57,22 @@ TIGHTEST = ClusterGroup(
 )
 LOOSEST = ClusterGroup(
     "Loosest",
-    "The lowest silhouette: two people in one, or one person in two clusters. The last crops fit least.",
+    "The lowest silhouette: two people in one cluster, or one person in two clusters. The last crops fit worst.",
 )
 MOST_CAMERAS = ClusterGroup(
     "Seen by most cameras",
-    "One person found by many cameras is what adaptation is for; different people here are its worst mistake.",
+    "One person seen by many cameras is the goal of adaptation; different people here are its worst mistake.",
 )
-ALL_CLUSTERS = ClusterGroup("All clusters", "The tightest first. In each, the crops nearest to its centre come first.")
+ALL_CLUSTERS = ClusterGroup("All clusters", "The tightest first; in each, the crops nearest to its centre first.")
 
 
-@dataclass(frozen=True, eq=False)  # arrays have no truth value to compare by
+@dataclass(frozen=True, eq=False)  # arrays cannot be compared with ==
 class Tightness:
-    """How well crops and clusters hold together.
+    """The silhouette of crops and clusters.
 
     Attributes:
         crops: float64 (N,), simplified silhouette in [-1, 1]; 0 for outliers and clusters of one.
-        clusters: float64 (K,), mean over each cluster's crops; NaN for a number that no crop has.
+        clusters: float64 (K,), mean over each cluster's crops; NaN for a cluster without crops.
     """
 
     crops: NDArray[np.float64]
@@ -83,8 +83,8 @@ def tightness(features: Floats, labels: Ints) -> Tightness:
     """Simplified silhouette (Hruschka et al. 2004): distances to centroids instead of to all crops.
 
     For a crop, a is the cosine distance to the centroid of the rest of its cluster and b to the nearest other
-    centroid; s = (b - a) / max(a, b). The crop itself is taken out of its centroid, else small clusters would seem
-    tight. With a single cluster there is no b and all are 0.
+    centroid; s = (b - a) / max(a, b). The crop itself is excluded from its centroid, else small clusters would seem
+    tight. With a single cluster there is no b, and all values are 0.
 
     Args:
         features: float32 (N, D), unit rows.
@@ -108,7 +108,7 @@ def tightness(features: Floats, labels: Ints) -> Tightness:
 
 
 def _score(similarity: Floats, own: Ints, length: Floats, sizes: Ints) -> NDArray[np.float64]:
-    """Silhouettes of some crops from their similarities to all centroids, which are written over."""
+    """Silhouettes of some crops from their similarities to all centroids (modified in place)."""
     each = np.arange(len(own))
     to_sum = similarity[each, own].astype(np.float64) * length[own]  # <x, S>, S the sum of the cluster
     similarity[each, own] = -np.inf
@@ -119,14 +119,14 @@ def _score(similarity: Floats, own: Ints, length: Floats, sizes: Ints) -> NDArra
     return np.where(sizes[own] > 1, (b - a) / np.maximum(np.maximum(a, b), 1e-12), 0.0)
 
 
-def cluster_groups(store: CropStore, labels: Ints, features: Floats, album: Thumbnails) -> list[ClusterGroup]:
-    """Choose clusters and some crops of each; empty where there is no cluster.
+def cluster_groups(store: CropStore, labels: Ints, features: Floats, thumbnails: Thumbnails) -> list[ClusterGroup]:
+    """Select clusters and some crops of each; empty without clusters.
 
     Args:
         store: N crops.
         labels: int64 (N,), from 0, -1 for outliers.
         features: float32 (N, D), unit rows.
-        album: reads the crops.
+        thumbnails: reads the crops.
     """
     held = tightness(features, labels)
     present = np.flatnonzero(np.isfinite(held.clusters))
@@ -143,17 +143,20 @@ def cluster_groups(store: CropStore, labels: Ints, features: Floats, album: Thum
         ClusterGroup(
             group.title,
             group.hint,
-            [_cluster(store, labels, held, int(label), album, by_camera=group is MOST_CAMERAS) for label in picked],
+            [
+                _cluster(store, labels, held, int(label), thumbnails, by_camera=group is MOST_CAMERAS)
+                for label in members
+            ],
         )
-        for group, picked in chosen
+        for group, members in chosen
     ]
 
 
 def camera_counts(labels: Ints, cameras: Ints) -> NDArray[np.float64]:
-    """How many cameras see each cluster.
+    """The number of cameras of each cluster.
 
     Returns:
-        float64 (K, 2): distinct cameras, and 2 to the entropy of their shares, which is lower where one dominates.
+        float64 (K, 2): distinct cameras, and 2 to the entropy of their shares, which is lower if one dominates.
     """
     rows = np.flatnonzero(labels != OUTLIER)
     width = int(cameras.max(initial=0)) + 1
@@ -165,9 +168,9 @@ def camera_counts(labels: Ints, cameras: Ints) -> NDArray[np.float64]:
 
 
 def _cluster(
-    store: CropStore, labels: Ints, held: Tightness, label: int, album: Thumbnails, *, by_camera: bool
+    store: CropStore, labels: Ints, held: Tightness, label: int, thumbnails: Thumbnails, *, by_camera: bool
 ) -> ClusterSample:
-    """One cluster: crops evenly from the best to the worst fitting, or evenly over its cameras."""
+    """A sample of one cluster: crops spaced evenly by silhouette, or evenly over its cameras."""
     rows = np.flatnonzero(labels == label)
     rows = rows[np.argsort(-held.crops[rows], kind="stable")]
     if by_camera:
@@ -177,4 +180,4 @@ def _cluster(
         float(np.unique(store.persons[rows], return_counts=True)[1].max() / len(rows)) if store.has_persons else None
     )
     cameras = len(np.unique(store.cameras[rows]))
-    return ClusterSample(label, len(rows), album.crops(store, shown), cameras, float(held.clusters[label]), purity)
+    return ClusterSample(label, len(rows), thumbnails.crops(store, shown), cameras, float(held.clusters[label]), purity)

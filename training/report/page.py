@@ -1,4 +1,4 @@
-"""Crops as a page shows them: checked, small, each with its camera's name. One that is damaged is left out and told."""
+"""Common parts of the HTML pages: templates, number formats, and crops as thumbnails."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CropImage:
 
 
 def templates(*folders: Path) -> Environment:
-    """The templates beside this file and in other folders; every string from outside is escaped."""
+    """The templates in this folder and in other folders; strings are escaped."""
     return Environment(
         loader=FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=True,
@@ -58,7 +58,7 @@ def data_uri(image: bytes) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Write seconds as people say them: 0.4 s, 12 s, 3 min 05 s, 1 h 02 min."""
+    """Format seconds: 0.4 s, 12 s, 3 min 05 s, 1 h 02 min."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -69,19 +69,19 @@ def format_duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-THUMBNAIL_HEIGHT = 272  # pixels: twice what the page gives a crop, for screens of twice the density
-SHRINK_ABOVE_BYTES = 16 * 1024  # bytes: a 128 x 64 crop of Market-1501 has 2-3 KiB; what is larger is made smaller
+THUMBNAIL_HEIGHT = 272  # pixels: twice the size on the page, for high-density screens
+SHRINK_ABOVE_BYTES = 16 * 1024  # larger files are shrunk; a 128 x 64 crop of Market-1501 has 2-3 KiB
 THUMBNAIL_QUALITY = 80  # of JPEG
 
 
 class Thumbnails:
-    """Reads crops and remembers the paths of those it could not."""
+    """Reads crops as thumbnails and collects the paths of those that cannot be read."""
 
     def __init__(self) -> None:
         self.missing: dict[str, None] = {}
 
     def crop(self, store: CropStore, row: int) -> CropImage | None:
-        """One crop, or None where its file is gone or damaged."""
+        """One crop; None if its file is missing or damaged."""
         try:
             return CropImage(_shrink(store.read(row)), store.camera_names[store.cameras[row]])
         except (ImageError, StoreError):
@@ -89,23 +89,23 @@ class Thumbnails:
             return None
 
     def crops(self, store: CropStore, rows: Iterable[int]) -> list[CropImage]:
-        """Those of the rows that can be read, in their order."""
+        """The crops of the rows that can be read, in order."""
         return [crop for row in rows if (crop := self.crop(store, int(row))) is not None]
 
     @property
     def notes(self) -> list[str]:
-        """What the reader of a page has to know."""
+        """Notes for the page on crops that could not be read."""
         if not self.missing:
             return []
         first = ", ".join(list(self.missing)[:3])
-        return [f"{len(self.missing)} chosen crops cannot be read and are left out, among them {first}."]
+        return [f"{len(self.missing)} selected crops cannot be read and are not shown, including {first}."]
 
 
 def _shrink(data: bytes) -> bytes:
-    """The file as it is where it is small, else a JPEG of at most `THUMBNAIL_HEIGHT` rows, its aspect ratio kept.
+    """A small file unchanged, else a JPEG of at most `THUMBNAIL_HEIGHT` rows with the same aspect ratio.
 
     Raises:
-        ImageError: no image.
+        ImageError: the file is not an image.
     """
     pixels = decode(data)
     if len(data) <= SHRINK_ABOVE_BYTES:

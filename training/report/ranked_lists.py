@@ -1,4 +1,4 @@
-"""Example queries with their hits before and after, where a site's persons are known. Training never sees them."""
+"""Example queries with their hits before and after adaptation, for sites with known persons (not used by training)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HitLabel = Literal["right", "wrong", "junk"]
 
 @dataclass(frozen=True)
 class RankedHit:
-    """One search answer. ``junk`` is the same person seen by the query's own camera: neither right nor wrong."""
+    """One hit of a search. ``junk`` is the same person seen by the query's own camera: neither right nor wrong."""
 
     image: bytes = field(repr=False)
     camera: str
@@ -40,16 +40,16 @@ class RankedList:
     after: Sequence[RankedHit] = ()
 
 
-EXAMPLES = 9  # queries shown: the most helped, some in the middle, the most harmed
+EXAMPLES = 9  # queries shown: the most improved, some in the middle, the most degraded
 HITS = 10
 
 
 class SearchResults(Protocol):
-    """What a model answers to every query; `resight.demo.harness.ServedResult` is one."""
+    """Ranked hits of a model for every query, from a service or computed from features."""
 
     @property
     def score(self) -> RankingScore:
-        """Figures of the answers."""
+        """Metrics of the rankings."""
 
     @property
     def rankings(self) -> Sequence[Sequence[int]]:
@@ -62,7 +62,7 @@ class SearchResults(Protocol):
 
 @dataclass(frozen=True)
 class GalleryRanking:
-    """Answers computed from features, as deep as the report shows them; see `SearchResults`."""
+    """Rankings computed from features, as long as the report shows; see `SearchResults`."""
 
     score: RankingScore
     rankings: Sequence[Sequence[int]]
@@ -72,7 +72,7 @@ class GalleryRanking:
 def rank_gallery(
     query: CropStore, gallery: CropStore, query_features: Floats, gallery_features: Floats
 ) -> GalleryRanking:
-    """Answer every query by cosine similarity.
+    """Rank the gallery for every query by cosine similarity.
 
     Args:
         query: Q crops of known persons.
@@ -87,7 +87,7 @@ def rank_gallery(
         query_features, gallery_features, query.persons, gallery.persons, query.cameras, gallery.cameras
     )
     rows, cosines = [], []
-    for feature in query_features:  # one at a time: Q x G may not fit
+    for feature in query_features:  # one at a time: Q x G may not fit in memory
         similarity = gallery_features @ feature
         best = np.argsort(-similarity, kind="stable")[:HITS]
         rows.append(best.tolist())
@@ -96,9 +96,9 @@ def rank_gallery(
 
 
 def ranked_lists(
-    query: CropStore, gallery: CropStore, before: SearchResults, after: SearchResults, album: Thumbnails
+    query: CropStore, gallery: CropStore, before: SearchResults, after: SearchResults, thumbnails: Thumbnails
 ) -> list[RankedList]:
-    """Queries whose answers changed most for the better, that changed in between, and most for the worse."""
+    """Example queries: those that improved most, some in the middle, and those that degraded most."""
     gains = after.score.average_precision - before.score.average_precision
     valid = np.flatnonzero(np.isfinite(gains))
     order = valid[np.argsort(-gains[valid], kind="stable")]
@@ -106,20 +106,20 @@ def ranked_lists(
     middle = len(order) // 2
     lists = []
     for row in dict.fromkeys(map(int, [*order[:third], *order[middle : middle + third], *order[-third:]])):
-        crop = album.crop(query, row)
+        crop = thumbnails.crop(query, row)
         if crop is not None:
-            hits = [_shown_hits(query, gallery, answers, row, album) for answers in (before, after)]
+            hits = [_shown_hits(query, gallery, results, row, thumbnails) for results in (before, after)]
             lists.append(RankedList(crop, *hits))
     return lists
 
 
 def _shown_hits(
-    query: CropStore, gallery: CropStore, answers: SearchResults, row: int, album: Thumbnails
+    query: CropStore, gallery: CropStore, results: SearchResults, row: int, thumbnails: Thumbnails
 ) -> list[RankedHit]:
-    """The first hits of one answer, judged as `resight.metrics.ranking` does."""
+    """The first hits of one query, labelled by the rules of `resight.metrics.ranking`."""
     hits = []
-    for found, similarity in zip(answers.rankings[row][:HITS], answers.similarities[row][:HITS], strict=True):
-        crop = album.crop(gallery, found)
+    for found, similarity in zip(results.rankings[row][:HITS], results.similarities[row][:HITS], strict=True):
+        crop = thumbnails.crop(gallery, found)
         same = gallery.persons[found] == query.persons[row]
         junk = gallery.persons[found] == UNKNOWN or (same and gallery.cameras[found] == query.cameras[row])
         if crop is not None:
@@ -131,7 +131,7 @@ def _shown_hits(
 
 @dataclass(frozen=True)
 class BeforeAfter:
-    """Figures in percent, under the keys of `percentages`, and example queries."""
+    """Scores in percent, under the keys of `percentages`, and example queries."""
 
     before: dict[str, float]
     after: dict[str, float]
@@ -139,10 +139,10 @@ class BeforeAfter:
 
 
 def measure_before_after(site: Site, initial: Encoder, adapted: Encoder, *, device: str) -> BeforeAfter | None:
-    """Score a model before and after on people it was not adapted to.
+    """Score the initial and the adapted model on people that were not adapted to.
 
     Returns:
-        None where the site cannot be measured: nobody is known on its crops, or one camera saw everybody.
+        None if the site cannot be evaluated: its persons are not labelled, or all crops are from one camera.
     """
     try:
         query, gallery = evaluation_splits(site)

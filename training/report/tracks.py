@@ -1,6 +1,6 @@
-"""Tracks to look at: what was ingested, one track a row, as a page or a picture.
+"""The track sheet: the tracks of a store, one per row, as an HTML page or a JPEG.
 
-A track that shows two people, a wall, or half of somebody is seen in a second here, and in no figure.
+It shows errors that no metric reveals at a glance: tracks of two people, of a wall, or of half a person.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from resight.training.report.montage import CROPS_SHOWN
 from resight.training.report.page import CropImage, Thumbnails, data_uri, templates
 from resight.training.store.crops import UNKNOWN, CropStore
 
-MAX_ROWS = 60  # tracks shown, spread evenly over all: a page of it has about 2 MB
-TILE = ImageSpec(128, 64)  # of a picture
+MAX_ROWS = 60  # tracks shown, spaced evenly over all: a page has about 2 MB
+TILE = ImageSpec(128, 64)  # size of a crop in the JPEG
 GAP = 4  # pixels between two tiles
 SHEET_SUFFIXES = (".html", ".jpg", ".jpeg")
 
 
 @dataclass(frozen=True)
 class TrackRow:
-    """One track: its number, camera and first moment (words), how many crops it has, and those shown."""
+    """One track: its number, camera, start time as text, number of crops, and the crops shown."""
 
     track: int
     camera: str
@@ -38,7 +38,7 @@ class TrackRow:
 
 
 def check_sheet(path: Path) -> Path:
-    """A path that `write_sheet` can write to, before anything is computed for it.
+    """Check the suffix of the sheet's path before anything is computed; returns the path.
 
     Raises:
         FootageError: another suffix.
@@ -51,7 +51,7 @@ def check_sheet(path: Path) -> Path:
 
 
 def write_sheet(path: Path, store: CropStore, *, title: str) -> int:
-    """Write tracks of a store as HTML or JPEG, replacing the file in one step.
+    """Write tracks of a store as HTML or JPEG, atomically.
 
     Args:
         path: with a suffix of `SHEET_SUFFIXES`.
@@ -59,24 +59,24 @@ def write_sheet(path: Path, store: CropStore, *, title: str) -> int:
         title: of the page.
 
     Returns:
-        How many tracks are shown.
+        The number of tracks shown.
 
     Raises:
         FootageError: another suffix.
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be created or written.
     """
     check_sheet(path)
-    album = Thumbnails()
+    thumbnails = Thumbnails()
     tracks = np.unique(store.tracks[store.tracks != UNKNOWN])
     shown = tracks[np.unique(np.linspace(0, len(tracks) - 1, min(MAX_ROWS, len(tracks))).astype(int))]
-    rows = [_row(store, int(track), album) for track in shown]
+    rows = [_row(store, int(track), thumbnails) for track in shown]
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() == ".html":
         summary = f"{len(store)} crops of {len(tracks)} tracks; {len(rows)} of them are shown."
         environment = templates()
         environment.filters["uri"] = data_uri
         page = environment.get_template("tracks.html.j2").render(
-            title=title, summary=summary, notes=album.notes, rows=rows
+            title=title, summary=summary, notes=thumbnails.notes, rows=rows
         )  # fmt: skip
         write_atomic(path, page.encode())
     else:
@@ -84,18 +84,20 @@ def write_sheet(path: Path, store: CropStore, *, title: str) -> int:
     return len(rows)
 
 
-def _row(store: CropStore, track: int, album: Thumbnails) -> TrackRow:
-    """A track, its crops in order of time, evenly chosen where there are many."""
+def _row(store: CropStore, track: int, thumbnails: Thumbnails) -> TrackRow:
+    """The row of a track: crops ordered by time, evenly spaced if there are too many."""
     rows = np.flatnonzero(store.tracks == track)
     rows = rows[np.argsort(store.times_s[rows], kind="stable")]
     chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(CROPS_SHOWN, len(rows))).astype(int))]
     time_s = store.times_s[rows[0]]
     moment = datetime.fromtimestamp(float(time_s), UTC).isoformat(" ", "seconds") if np.isfinite(time_s) else ""
-    return TrackRow(track, store.camera_names[store.cameras[rows[0]]], moment, len(rows), album.crops(store, chosen))
+    return TrackRow(
+        track, store.camera_names[store.cameras[rows[0]]], moment, len(rows), thumbnails.crops(store, chosen)
+    )
 
 
 def _picture(rows: list[TrackRow]) -> bytes:
-    """One track below the other, on grey, as a JPEG."""
+    """A JPEG with one track per row on a grey background."""
     width = max((len(row.crops) for row in rows), default=1)
     canvas = np.full(
         (max(1, len(rows)) * (TILE.height + GAP) + GAP, max(1, width) * (TILE.width + GAP) + GAP, 3), 128, np.uint8

@@ -1,9 +1,9 @@
-"""The page of a verdict: the decision, the figures of both models and the crops behind them, in one file.
+"""The page of a verdict: decision, metrics of both models and example crops, as one self-contained HTML file.
 
-The forest plot shows each figure's difference with its interval; the histograms show how similar certain pairs are to
-each model. In both, one person is s0 and two persons are s1 of the style sheet.
+The forest plot shows each metric's difference with its interval; the histograms show the similarities of certain pairs
+by each model, in which one person is s0 and two persons are s1 of the page's style sheet.
 
-Letters: F figures, N crops, P positive and M negative pairs.
+Letters: F metrics, N crops, P positive and M negative pairs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BINS = 40  # between the least and the most similar pair
 
 
 def draw_forest(changes: Mapping[str, Estimate]) -> Markup:
-    """A line for each figure: candidate minus active model with its interval, beside a rule at no change.
+    """A row for each metric: candidate minus active model with its interval, and a line at no change.
 
     Args:
         changes: F differences, one or more.
@@ -85,12 +85,12 @@ def draw_similarities(models: Mapping[str, tuple[Floats, Floats]]) -> Markup:
 
 
 WORST_PAIRS = 8  # pairs shown of each kind
-CROPS_SHOWN = 8  # crops of a camera
+CROPS_SHOWN = 8  # crops per camera
 
 
 @dataclass(frozen=True)
 class ShownPair:
-    """Two crops and how similar each model finds them."""
+    """Two crops and their similarity by each model."""
 
     one: CropImage
     other: CropImage
@@ -100,7 +100,7 @@ class ShownPair:
 
 @dataclass(frozen=True)
 class ShownCamera:
-    """A camera's crops, its figures in words, and what is wrong with them."""
+    """A camera's crops, its statistics as text, and the problem with them, if any."""
 
     name: str
     words: str
@@ -109,40 +109,40 @@ class ShownCamera:
 
 
 def write_verdict_page(path: Path, case: CandidateResult, *, names: tuple[str, str]) -> None:
-    """Write the page, replacing it in one step.
+    """Write the page atomically.
 
     Args:
         path: of the page.
-        case: with two models.
+        case: result with two models.
         names: of the candidate and of the active model.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be created or written.
     """
-    site, active, verdict, album = case.site, case.site.active, case.verdict, Thumbnails()
-    assert active is not None and verdict is not None, "a verdict is on two models"
+    site, active, verdict, thumbnails = case.site, case.site.active, case.verdict, Thumbnails()
+    assert active is not None and verdict is not None, "a verdict needs two models"
     clustering = site.candidate.clustering
     labels = clustering.labels if isinstance(clustering, Clustering) else None
     environment = templates()
     environment.filters["uri"] = data_uri
     page = environment.get_template("verdict.html.j2").render(
-        title=f"{Path(names[0]).name} in the place of {Path(names[1]).name}?",
+        title=f"{Path(names[0]).name} instead of {Path(names[1]).name}?",
         summary=f"Candidate {names[0]}, active model {names[1]}.",
         verdict=verdict,
         forest=draw_forest(verdict.differences) if verdict.differences else "",
         tables=_tables(case),
         similarities=_histograms(site, active),
-        mistakes=_mistakes(site, active, album),
-        groups=[] if labels is None else cluster_groups(site.store, labels, site.candidate.features, album),
-        cameras=_cameras(site, next(iter(case.hygiene.values())), album),
-        notes=album.notes,
+        mistakes=_mistakes(site, active, thumbnails),
+        groups=[] if labels is None else cluster_groups(site.store, labels, site.candidate.features, thumbnails),
+        cameras=_cameras(site, next(iter(case.hygiene.values())), thumbnails),
+        notes=thumbnails.notes,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, page.encode())
 
 
 def _tables(case: CandidateResult) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Headings with every figure of both models."""
+    """Tables of all metrics of both models, with headings."""
     columns = ["", "candidate", "active model"]
     found, latency = [], case.latency
     parts = {
@@ -150,11 +150,11 @@ def _tables(case: CandidateResult) -> list[tuple[str, list[str], list[list[str]]
         "crops of earlier nights": case.reference,
         "the crops adapted to": case.adapted,
     }
-    for words, trial in parts.items():
-        if trial is not None and trial.active is not None:
-            after, before = (_figures(look.judgement) for look in (trial.candidate, trial.active))
+    for words, comparison in parts.items():
+        if comparison is not None and comparison.active is not None:
+            after, before = (_figures(one.judgement) for one in (comparison.candidate, comparison.active))
             rows = [[name, after.get(name, "–"), before.get(name, "–")] for name in {**after, **before}]
-            found.append((f"Figures on {words} ({len(trial.store):,})", columns, rows))
+            found.append((f"Figures on {words} ({len(comparison.store):,})", columns, rows))
     if latency is not None:
         timed = [f"{1000 * seconds:.1f} ms" for seconds in (latency.after_s, latency.before_s)]
         ratio = f"{latency.ratio:.2f} [{latency.low:.2f}, {latency.high:.2f}]"
@@ -163,23 +163,23 @@ def _tables(case: CandidateResult) -> list[tuple[str, list[str], list[list[str]]
 
 
 def _figures(judged: ModelJudgement) -> dict[str, str]:
-    """Every figure that could be measured, in words."""
-    told = _estimates("", judged.separation) | _estimates("searches.", judged.searches)
+    """All measured metrics as text."""
+    values = _estimates("", judged.separation) | _estimates("searches.", judged.searches)
     for name, found in judged.cameras.items():
-        told |= _estimates(f"cameras.{name}.", found)
+        values |= _estimates(f"cameras.{name}.", found)
     if judged.links is not None:
-        told |= _estimates("links.", judged.links)
+        values |= _estimates("links.", judged.links)
     plain: dict[str, float | None] = {"variance": judged.variance}
     if judged.clusters is not None:
         clusters = judged.clusters
         plain |= {"clusters": clusters.clusters, "outliers": clusters.outlier_share, "silhouette": clusters.silhouette}
         plain["largest cluster"] = clusters.largest_share
         if clusters.cameras is not None:
-            plain["cameras a cluster"] = clusters.cameras.cameras_per_cluster
+            plain["cameras per cluster"] = clusters.cameras.cameras_per_cluster
             plain["the same by chance"] = clusters.cameras.chance_cameras_per_cluster
         plain["tracks in one cluster"] = clusters.tracks.whole_share
         plain["two persons in one cluster"] = clusters.tracks.confused_share
-    return told | {name: f"{value:.4g}" for name, value in plain.items() if value is not None}
+    return values | {name: f"{value:.4g}" for name, value in plain.items() if value is not None}
 
 
 def _estimates(prefix: str, found: Separation) -> dict[str, str]:
@@ -187,24 +187,26 @@ def _estimates(prefix: str, found: Separation) -> dict[str, str]:
 
 
 def _histograms(site: ModelComparison, active: ModelResult) -> Markup | str:
-    """Similarities of certain pairs by both models; empty where features or pairs are missing."""
+    """Histograms of the similarities of certain pairs by both models; empty without features or pairs."""
     if site.candidate.judgement.problem or active.judgement.problem:
         return ""
     if not len(site.pairs.positives) or not len(site.pairs.negatives):
         return ""
     sides = {"candidate": site.candidate, "active model": active}
     rows = (site.pairs.positives, site.pairs.negatives)
-    drawn = {name: tuple(pair_similarities(look.features, pairs) for pairs in rows) for name, look in sides.items()}
+    drawn = {name: tuple(pair_similarities(side.features, pairs) for pairs in rows) for name, side in sides.items()}
     return draw_similarities({name: (pair[0], pair[1]) for name, pair in drawn.items()})
 
 
-def _mistakes(site: ModelComparison, active: ModelResult, album: Thumbnails) -> list[tuple[str, str, list[ShownPair]]]:
-    """The candidate's worst certain pairs, each track or pair of tracks once."""
+def _mistakes(
+    site: ModelComparison, active: ModelResult, thumbnails: Thumbnails
+) -> list[tuple[str, str, list[ShownPair]]]:
+    """The candidate's worst errors on certain pairs, at most one per track or pair of tracks."""
     if site.candidate.judgement.problem:
         return []
     pairs = site.pairs
-    alike = "Two persons it finds most alike", "Certainly two: both were in one camera's picture at once."
-    apart = "One track it finds least alike", "One passage of one person, unless the tracker jumped to another."
+    alike = "Two persons it finds most similar", "Certainly two: both were in one camera's image at the same time."
+    apart = "One track it finds least similar", "One person, unless the tracker switched to another."
     kinds = (
         (*alike, pairs.negatives, np.unique(pairs.negative_tracks, axis=0, return_inverse=True)[1].reshape(-1), -1),
         (*apart, pairs.positives, pairs.positive_tracks, 1),
@@ -214,31 +216,31 @@ def _mistakes(site: ModelComparison, active: ModelResult, album: Thumbnails) -> 
         found = pair_similarities(site.candidate.features, rows)
         order = np.argsort(sign * found, kind="stable")
         first = np.sort(np.unique(owners[order], return_index=True)[1])[:WORST_PAIRS]
-        chosen = _shown(site, active, rows[order[first]], album)
+        chosen = _shown(site, active, rows[order[first]], thumbnails)
         if chosen:
             shown.append((heading, hint, chosen))
     return shown
 
 
-def _shown(site: ModelComparison, active: ModelResult, rows: Ints, album: Thumbnails) -> list[ShownPair]:
-    """Pairs with their crops; one whose crop cannot be read is left out."""
-    after, before = (pair_similarities(look.features, rows) for look in (site.candidate, active))
+def _shown(site: ModelComparison, active: ModelResult, rows: Ints, thumbnails: Thumbnails) -> list[ShownPair]:
+    """Pairs with their crops; pairs with an unreadable crop are omitted."""
+    after, before = (pair_similarities(side.features, rows) for side in (site.candidate, active))
     found = []
     for (one, other), new, old in zip(rows, after, before, strict=True):
-        first, second = (album.crop(site.store, int(row)) for row in (one, other))
+        first, second = (thumbnails.crop(site.store, int(row)) for row in (one, other))
         if first is not None and second is not None:
             found.append(ShownPair(first, second, before=float(old), after=float(new)))
     return found
 
 
-def _cameras(site: ModelComparison, hygiene: Hygiene, album: Thumbnails) -> list[ShownCamera]:
-    """Every camera of the crops judged on."""
+def _cameras(site: ModelComparison, hygiene: Hygiene, thumbnails: Thumbnails) -> list[ShownCamera]:
+    """All cameras of the crops judged on."""
     shown = []
     for name, figures in hygiene.figures.items():
         rows = np.flatnonzero(site.store.cameras == site.store.camera_names.index(name))
         chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(CROPS_SHOWN, len(rows))).astype(int))]
         problem = hygiene.problems_by_camera.get(name, "")
-        shown.append(ShownCamera(name, _camera_words(figures), problem, album.crops(site.store, chosen)))
+        shown.append(ShownCamera(name, _camera_words(figures), problem, thumbnails.crops(site.store, chosen)))
     return shown
 
 
@@ -246,6 +248,6 @@ def _camera_words(figures: CameraHygiene) -> str:
     correlation = "none" if figures.correlation is None else f"{figures.correlation:.2f}"
     return (
         f"{figures.crops:,} crops, {figures.tracks:,} tracks; contrast {figures.contrast:.0f} grey levels, "
-        f"neighbouring pixels correlate by {correlation}; {figures.blank_share:.0%} without a picture, "
+        f"neighbouring pixels correlate by {correlation}; {figures.blank_share:.0%} blank, "
         f"{figures.clipped_share:.0%} black or white, {figures.repeated_share:.0%} repeated"
     )

@@ -1,7 +1,7 @@
-"""The weights that ship with resight: OSNet x0.25, trained with labels on people drawn by code.
+"""The weights that ship with resight: OSNet x0.25, trained with labels on synthetic people.
 
-They owe nobody a licence, and they have never seen the cameras of the demo's site. docs/weights.md has
-the command, the time it takes and the figures it reached.
+They do not depend on any licensed data, and the cameras of the demo's site were not used. docs/weights.md has the
+command, its run time and the results.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from resight.training.synthetic.site import SiteSettings, render_site
 SOURCE_SITE = SiteSettings(
     "source", train_persons=700, test_persons=60, strangers=20, cameras=16, visits=(3, 6), crops=4
 )
-ENCODER = EncoderConfig("osnet_x0_25", "gem", 256, ImageSpec(128, 64))  # the size people are drawn at
+ENCODER = EncoderConfig("osnet_x0_25", "gem", 256, ImageSpec(128, 64))  # the size of the synthetic crops
 LICENCE = "Apache-2.0"
 
 
@@ -41,7 +41,7 @@ def train_builtin(
     settings: SiteSettings = SOURCE_SITE,
     recipe: Recipe | None = None,
 ) -> dict[str, float]:
-    """Draw the source world, train with its labels, write the weights.
+    """Render the source world, train with its labels and write the weights.
 
     Args:
         out: checkpoint folder to write; replaced if it is one.
@@ -53,10 +53,10 @@ def train_builtin(
         recipe: a supervised one; by default the one of that name.
 
     Returns:
-        Figures on other people seen by the same cameras, in percent.
+        Metrics in percent on other people seen by the same cameras.
     """
     source = render_site(site, settings, seed=seed)
-    torch.manual_seed(seed)  # the only initialisation by chance in resight
+    torch.manual_seed(seed)  # the only random initialisation in resight
     initial = InitialWeights(Encoder(ENCODER).eval(), {"name": "random", "sha256": "", "licence": LICENCE})
     with tempfile.TemporaryDirectory() as folder, RunLog(Path(folder) / "log", console=console) as log:
         plan = Adaptation(
@@ -66,17 +66,17 @@ def train_builtin(
         )
         trained = adapt(plan)
         encoder = load_checkpoint(plan.out, device=device).encoder
-    figures = percentages(
+    metrics = percentages(
         evaluate_site(source, lambda store: extract_features(encoder, store, device=device, local=False)[0])
     )
-    kept = trained.provenance
-    # One line of history is enough to ship.
-    final = {**kept.history[-1], **{f"source_{name}": value for name, value in figures.items()}}
+    provenance = trained.provenance
+    # Only the last line of the history is shipped.
+    final = {**provenance.history[-1], **{f"source_{name}": value for name, value in metrics.items()}}
     source_of = {"name": "resight builtin", "sha256": "", "licence": LICENCE}
     write_checkpoint(
         out,
         trained.encoder,
-        Provenance(kept.recipe, "initial", kept.epoch, kept.store_fingerprint, source_of, (final,)),
+        Provenance(provenance.recipe, "initial", provenance.epoch, provenance.store_fingerprint, source_of, (final,)),
     )
-    console.print(figures)
-    return figures
+    console.print(metrics)
+    return metrics

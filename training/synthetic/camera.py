@@ -1,13 +1,10 @@
-"""Synthetic cameras: where they hang, what they do to colours, and the crop they deliver of a person.
+"""Synthetic cameras: their position, colours and optics, and the crops and video frames they produce.
 
-Two worlds: the cameras of ``site`` are worse than those of ``source``: duller, noisier, less sharp, hung
-higher, with more standing in the way. Colours differ as much from camera to camera in both.
+There are two worlds: the cameras of ``site`` are worse than those of ``source``: duller, noisier, less sharp, mounted
+higher, with more occlusion. Colours vary equally between cameras in both. `take_crop` renders a single crop;
+`FrameOptics` applies the same effects to whole video frames and is fast enough for many of them.
 
-Letters: H and W of the crop delivered; drawing is done at twice its size.
-
-Whole pictures taken through a drawn camera, fast enough for film: what `scene.take_crop` does to one crop.
-
-Letters: H and W of the picture, h and w of the lower resolution at which the camera really sees.
+Letters: H and W of the output (crops are drawn at twice this size), h and w of the camera's real, lower resolution.
 """
 
 from __future__ import annotations
@@ -26,24 +23,24 @@ from resight.training.synthetic.figure import Placement, Pose, draw_person
 from resight.training.synthetic.people import Person, World, sample_people
 
 Range = tuple[float, float]
-SUPERSAMPLING = 2  # pixels drawn for each delivered: shrinking smooths the edges
-BACKDROP_WIDTHS = 4  # the wall behind is this many crops wide, so that each crop shows another part of it
+SUPERSAMPLING = 2  # drawn pixels per output pixel: shrinking smooths the edges
+BACKDROP_WIDTHS = 4  # width of the background in crops, so that each crop shows another part of it
 
 
 @dataclass(frozen=True)
 class CameraRanges:
-    """From what to what a world's cameras look different; chosen by eye on contact sheets and by raw-pixel rank-1."""
+    """Ranges of the camera parameters of a world; chosen by eye on contact sheets and by raw-pixel rank-1."""
 
     gain: Range  # of each colour channel
     gamma: Range
     contrast: Range
-    brightness: Range  # added, shares of full scale
+    brightness: Range  # added, fraction of full scale
     saturation: Range
-    blur: Range  # standard deviation, delivered pixels at 128 rows
+    blur: Range  # standard deviation in output pixels at 128 rows
     noise: Range  # standard deviation, grey levels
-    rows: Range  # resolution at which the person is really seen, shares of H
+    rows: Range  # real resolution, fraction of H
     tilt: Range  # camera height: see `Pose`
-    occlusion: Range  # probability that something stands before the person
+    occlusion: Range  # probability that something occludes the person
     quality: Range  # of the JPEG
 
 
@@ -61,7 +58,7 @@ WORLDS: Mapping[World, CameraRanges] = {
 
 @dataclass(frozen=True)
 class SimulatedCamera:
-    """One camera: a draw from `CameraRanges`. ``backdrop`` is (2H, 8W) RGB, ``matrix`` (3, 3) mixes its colours."""
+    """One camera, sampled from `CameraRanges`. ``backdrop`` is (2H, 8W) RGB, ``matrix`` (3, 3) mixes the colours."""
 
     matrix: NDArray[np.float32]
     gamma: float
@@ -73,24 +70,24 @@ class SimulatedCamera:
     rows: int
     tilt: float
     turns: tuple[float, ...]  # usual view angles, radians
-    light: float  # -1..1: from which side
+    light: float  # -1..1: side of the light
     occlusion: float
     quality: int
     backdrop: Image.Image
-    strangers: tuple[Person, ...]  # who may walk through
+    strangers: tuple[Person, ...]  # people who may occlude others
 
 
 def make_cameras(
     count: int, rng: np.random.Generator, *, world: World, height: int, width: int
 ) -> tuple[SimulatedCamera, ...]:
-    """Draw the cameras of one site.
+    """Sample the cameras of one site.
 
     Args:
-        count: how many.
-        rng: source of chance.
-        world: whose ranges.
-        height: of the crops, in pixels.
-        width: of the crops, in pixels.
+        count: number of cameras.
+        rng: the only source of randomness.
+        world: selects the ranges.
+        height: height of the crops in pixels.
+        width: width of the crops in pixels.
     """
     strangers = sample_people(40, rng, world=world)
     return tuple(_make_camera(rng, WORLDS[world], height, width, strangers) for _ in range(count))
@@ -115,7 +112,7 @@ def _make_camera(
         noise=float(rng.uniform(*ranges.noise)),
         rows=round(float(rng.uniform(*ranges.rows)) * height),
         tilt=float(rng.uniform(*ranges.tilt)),
-        turns=(first, first + math.pi),  # a passage is walked both ways
+        turns=(first, first + math.pi),  # people walk in both directions
         light=float(rng.uniform(-1, 1)),
         occlusion=float(rng.uniform(*ranges.occlusion)),
         quality=round(rng.uniform(*ranges.quality)),
@@ -125,7 +122,7 @@ def _make_camera(
 
 
 def _draw_backdrop(rng: np.random.Generator, height: int, width: int) -> Image.Image:
-    """A wall over a floor, with doors, windows, signs and floor lines."""
+    """A wall and a floor, with doors, windows, signs and floor lines."""
     tone = rng.uniform(70, 210, 3) * 0.4 + rng.uniform(70, 210) * 0.6  # walls and floors are nearly grey
     floor = np.clip(tone * rng.uniform(0.5, 1.2) + rng.uniform(-20, 20, 3), 20, 235)
     image = Image.new("RGB", (width, height), _rgb(tone))
@@ -151,13 +148,13 @@ def _rgb(colour: NDArray[np.float64]) -> tuple[int, int, int]:
 
 
 def take_crop(person: Person, camera: SimulatedCamera, heading: float, rng: np.random.Generator) -> Pixels:
-    """What a camera delivers of a person.
+    """Render a crop of a person.
 
     Args:
-        person: who passes.
-        camera: who looks.
-        heading: view angle of this visit, radians; crops of one visit differ from it a little.
-        rng: source of chance.
+        person: the person.
+        camera: the camera.
+        heading: view angle of this visit in radians; crops of one visit vary slightly around it.
+        rng: the only source of randomness.
 
     Returns:
         uint8 (H, W, 3).
@@ -178,13 +175,13 @@ def take_crop(person: Person, camera: SimulatedCamera, heading: float, rng: np.r
 
 
 def _window(backdrop: Image.Image, height: int, width: int, rng: np.random.Generator) -> Image.Image:
-    """A random part of the wall."""
+    """A random part of the background."""
     left = int(rng.integers(0, backdrop.width - width + 1))
     return backdrop.crop((left, 0, left + width, height))
 
 
 def _paint(canvas: Image.Image, person: Person, pose: Pose, rng: np.random.Generator, *, shift: float = 0.0) -> None:
-    """Put a person before the canvas as a detector would frame them: now and then too wide or cut off."""
+    """Paint a person onto the canvas, framed like a detector's box: sometimes too wide or truncated."""
     height = canvas.height
     scale = height * rng.uniform(0.86, 1.05)
     layer = Image.new("RGBA", canvas.size)
@@ -196,7 +193,7 @@ def _paint(canvas: Image.Image, person: Person, pose: Pose, rng: np.random.Gener
 
 
 def _occlude(canvas: Image.Image, camera: SimulatedCamera, pose: Pose, rng: np.random.Generator) -> None:
-    """A post, a low barrier, or somebody else half in the way."""
+    """Occlude the person by a post, a low barrier or another person."""
     draw = ImageDraw.Draw(canvas)
     colour = _rgb(np.full(3, rng.uniform(20, 220)) + rng.uniform(-25, 25, 3))
     width, height = canvas.size
@@ -212,11 +209,11 @@ def _occlude(canvas: Image.Image, camera: SimulatedCamera, pose: Pose, rng: np.r
 
 
 def _apply_optics(canvas: Image.Image, camera: SimulatedCamera, rng: np.random.Generator) -> Pixels:
-    """Optics and electronics: resolution, blur, light, colour, contrast, noise."""
+    """Apply optics and electronics: resolution, blur, light, colour, contrast, noise."""
     height, width = camera.vignette.shape[:2]
-    seen = canvas.resize((max(16, camera.rows * width // height), camera.rows), Image.Resampling.BOX)
-    sharp = seen.resize((width, height), Image.Resampling.BILINEAR)
-    if camera.blur > 0.3:  # below that no pixel changes by a grey level
+    small = canvas.resize((max(16, camera.rows * width // height), camera.rows), Image.Resampling.BOX)
+    sharp = small.resize((width, height), Image.Resampling.BILINEAR)
+    if camera.blur > 0.3:  # smaller values do not change any grey level
         sharp = sharp.filter(ImageFilter.GaussianBlur(camera.blur))
     values: NDArray[np.floating[Any]] = np.asarray(sharp, np.float32) / 255
     across = np.linspace(-1, 1, width, dtype=np.float32)[:, None]
@@ -230,33 +227,29 @@ def _apply_optics(canvas: Image.Image, camera: SimulatedCamera, rng: np.random.G
     return pixels
 
 
-TONES = 1024  # steps of the tone curve: four for each grey level delivered
-SIDE_LIGHT = 0.18  # as `scene.take_crop`
-SHADE_COLOUR = (
-    0.52,
-    0.56,
-    0.68,
-)  # of red, green and blue that reaches the part of a street in the shade; the sky lights it
-SHADE_EDGE = 0.06  # of the width: how soft its border is
-SHIFTS = 64  # pixels by which the grain may be moved from frame to frame
+TONES = 1024  # steps of the tone curve: four per output grey level
+SIDE_LIGHT = 0.18  # as in `take_crop`
+SHADE_COLOUR = (0.52, 0.56, 0.68)  # share of red, green and blue light in the shaded part of a street, lit by the sky
+SHADE_EDGE = 0.06  # softness of the shade's border, fraction of the width
+SHIFTS = 64  # maximum shift of the noise pattern between frames, in pixels
 
 
 class FrameOptics:
-    """Resolution, blur, light, colours, contrast and noise of one camera.
+    """Applies resolution, blur, light, colours, contrast and noise of one camera to frames.
 
     Args:
-        camera: drawn for pictures of H x W.
-        rng: source of chance, for the grain and how it moves.
+        camera: sampled for frames of H x W.
+        rng: the only source of randomness, for the noise pattern and its shifts.
     """
 
     def __init__(self, camera: SimulatedCamera, rng: np.random.Generator) -> None:
         self._rng = rng
         self.height, self.width = camera.vignette.shape[:2]
-        self._seen = max(16, camera.rows * self.width // self.height), camera.rows  # (w, h)
-        # A box of radius r has the deviation of ((2 r + 1)^2 - 1) / 12; it takes a third of a Gaussian's time.
+        self._resolution = max(16, camera.rows * self.width // self.height), camera.rows  # (w, h)
+        # A box blur of radius r has the variance ((2 r + 1)^2 - 1) / 12 and takes a third of the time of a Gaussian.
         self._blur = (math.sqrt(12 * (camera.blur * camera.rows / self.height) ** 2 + 1) - 1) / 2
-        across = np.linspace(-1, 1, self._seen[0], dtype=np.float32)[:, None]
-        shade = Image.fromarray(camera.vignette[..., 0]).resize(self._seen)
+        across = np.linspace(-1, 1, self._resolution[0], dtype=np.float32)[:, None]
+        shade = Image.fromarray(camera.vignette[..., 0]).resize(self._resolution)
         light = (1 + SIDE_LIGHT * camera.light * across) * np.asarray(shade)[..., None]  # (h, w, 1)
         border = (across - 0.3 * camera.light) * math.copysign(1 / SHADE_EDGE, camera.light)
         sky = np.array(SHADE_COLOUR, np.float32)
@@ -270,7 +263,7 @@ class FrameOptics:
         self._grain = (rng.standard_normal(size, np.float32) * camera.noise).astype(np.int16)
 
     def __call__(self, canvas: Image.Image) -> Pixels:
-        """What the camera delivers of what stands before it.
+        """The camera's image of a scene.
 
         Args:
             canvas: RGB, W x H.
@@ -278,13 +271,13 @@ class FrameOptics:
         Returns:
             uint8 (H, W, 3).
         """
-        seen = canvas.resize(self._seen, Image.Resampling.BOX)
-        if self._blur > 0.3:  # below that hardly a pixel changes
-            seen = seen.filter(ImageFilter.BoxBlur(self._blur))
-        values: NDArray[np.float32] = (np.asarray(seen, np.float32) * self._light) @ self._matrix
+        small = canvas.resize(self._resolution, Image.Resampling.BOX)
+        if self._blur > 0.3:  # smaller values change hardly any pixel
+            small = small.filter(ImageFilter.BoxBlur(self._blur))
+        values: NDArray[np.float32] = (np.asarray(small, np.float32) * self._light) @ self._matrix
         toned = self._tone[np.clip(values, 0, TONES - 1).astype(np.uint16)]
-        delivered = Image.fromarray(toned).resize((self.width, self.height), Image.Resampling.BILINEAR)
+        output = Image.fromarray(toned).resize((self.width, self.height), Image.Resampling.BILINEAR)
         down, right = (int(shift) for shift in self._rng.integers(0, SHIFTS + 1, 2))
         grain = self._grain[down : down + self.height, right : right + self.width]
-        pixels: Pixels = np.clip(np.asarray(delivered, np.int16) + grain, 0, 255).astype(np.uint8)
+        pixels: Pixels = np.clip(np.asarray(output, np.int16) + grain, 0, 255).astype(np.uint8)
         return pixels

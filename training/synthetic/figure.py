@@ -1,11 +1,7 @@
-"""What a figure is painted with: round strokes, cut limbs, shades, and the cloth of patterned garments.
+"""Drawing a synthetic person: a small 3-D skeleton, rotated to the view angle and painted from far to near.
 
-`figure.py` says where the strokes go; nothing here knows of bodies or cameras.
-
-Draw one synthetic person: a small 3-D skeleton, turned to the view angle and painted far to near.
-
-Body coordinates are shares of body height: x to the person's left, y down from the crown, z
-forward. ``turn`` 0 looks the person in the face, pi sees the back, pi/2 the side.
+Body coordinates are fractions of the body height: x to the person's left, y down from the top of the head, z forward.
+``turn`` 0 shows the face, pi the back, pi/2 the side.
 """
 
 from __future__ import annotations
@@ -24,7 +20,7 @@ from resight.training.synthetic.people import Colour, Person
 Point = tuple[float, float]
 """x and y in pixels."""
 
-MARGIN = 96  # pixels of texture beyond the canvas, so that it can follow the torso
+MARGIN = 96  # pixels of texture beyond the canvas, so that it can be shifted with the torso
 
 
 def shade_colour(colour: Colour, shade: float) -> Colour:
@@ -44,7 +40,7 @@ def capsule(draw: ImageDraw.ImageDraw, a: Point, b: Point, radius: float, ink: C
 
 
 def cut_limb(joints: list[Point], share: float) -> list[Point]:
-    """The first ``share`` of a two-part limb, as its joints."""
+    """The joints of the first ``share`` of a two-part limb."""
     a, b, c = joints
     if share >= 0.5:
         t = (share - 0.5) * 2
@@ -55,7 +51,7 @@ def cut_limb(joints: list[Point], share: float) -> list[Point]:
 
 @lru_cache(maxsize=64)
 def garment_texture(person: Person, size: tuple[int, int], scale: int, shade: float) -> Image.Image:
-    """The cloth of a patterned garment, larger than the canvas by a margin; the shoulder line is at its margin."""
+    """Texture of a patterned garment, larger than the canvas by a margin; the shoulder line is at the margin."""
     wide, tall = size[0] + 2 * MARGIN, size[1] + 2 * MARGIN
     y, x = np.mgrid[0:tall, 0:wide]
     down, across = (y - MARGIN) / scale, (x - wide / 2) / scale
@@ -76,17 +72,17 @@ def garment_texture(person: Person, size: tuple[int, int], scale: int, shade: fl
 
 
 Paint = Callable[[ImageDraw.ImageDraw, Colour | int], None]
-# Heights and lengths as shares of stature, after the body proportions of Drillis & Contini (1966), rounded.
+# Heights and lengths as fractions of the body height, after the body proportions of Drillis & Contini (1966), rounded.
 _CHIN_Y, _SHOULDER_Y, _HIP_Y = 0.135, 0.185, 0.50
 _THIGH, _SHIN, _UPPER_ARM, _FOREARM = 0.235, 0.225, 0.17, 0.15
-_FAR = 0.8  # brightness of a limb on the far side: without it an arm melts into the torso
+_FAR = 0.8  # brightness of limbs on the far side, to separate them from the torso
 
 
 @dataclass(frozen=True)
 class Pose:
-    """How a person stands in one crop.
+    """Pose of a person in one crop.
 
-    ``turn`` is the view angle in radians, ``phase`` the moment of the stride (radians), ``stride``
+    ``turn`` is the view angle in radians, ``phase`` the phase of the stride (radians), ``stride``
     the swing of the thigh (radians), ``tilt`` how much a camera from above shortens the legs
     (0..0.25), ``raised`` whether one forearm is lifted as if holding a telephone.
     """
@@ -100,23 +96,23 @@ class Pose:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the figure goes: centre x and crown y in pixels, pixels per usual body height."""
+    """Position of the person: centre x and crown y in pixels, pixels per standard body height."""
 
     x: float
     y: float
     scale: float
 
 
-def draw_person(layer: Image.Image, person: Person, pose: Pose, place: Placement) -> None:
+def draw_person(layer: Image.Image, person: Person, pose: Pose, placement: Placement) -> None:
     """Paint a person onto a transparent layer.
 
     Args:
-        layer: RGBA image, changed in place; parts outside of it are cut off.
-        person: who.
-        pose: how they stand and from where they are seen.
-        place: where on the layer.
+        layer: RGBA image, changed in place; parts outside of it are clipped.
+        person: the person.
+        pose: pose and view angle.
+        placement: position on the layer.
     """
-    figure = _Figure(person, pose, place, layer)
+    figure = _Figure(person, pose, placement, layer)
     parts: list[tuple[float, Callable[[], None]]] = [(0.0, figure.trunk), (0.01, figure.head)]
     for side in (-1, 1):
         near = figure.depth(side * 0.12, 0.0)
@@ -136,37 +132,37 @@ def _bound(method: Callable[[int], None], side: int) -> Callable[[], None]:
 
 
 class _Figure:
-    """One person being painted: the projection, and a method for each part."""
+    """Paints one person: the projection, and a method for each body part."""
 
-    def __init__(self, person: Person, pose: Pose, place: Placement, layer: Image.Image) -> None:
-        self.person, self.pose, self.place, self.layer = person, pose, place, layer
+    def __init__(self, person: Person, pose: Pose, placement: Placement, layer: Image.Image) -> None:
+        self.person, self.pose, self.placement, self.layer = person, pose, placement, layer
         self.draw = ImageDraw.Draw(layer)
         self.cos, self.sin = math.cos(pose.turn), math.sin(pose.turn)
-        self.scale = place.scale * person.height
+        self.scale = placement.scale * person.height
         self.front, self.side_on = self.cos > 0.2, abs(self.sin)
 
     def at(self, x: float, y: float, z: float = 0.0) -> Point:
-        """Body coordinates to pixels; the feet stay on the ground whatever the height."""
+        """Body coordinates to pixels; the feet are on the ground for any height."""
         y *= 1.0 - self.pose.tilt * y
-        ground = self.place.y + self.place.scale * (1.0 - self.pose.tilt)
+        ground = self.placement.y + self.placement.scale * (1.0 - self.pose.tilt)
         top = ground - self.scale * (1.0 - self.pose.tilt)
-        return self.place.x + (x * self.cos + z * self.sin) * self.scale, top + y * self.scale
+        return self.placement.x + (x * self.cos + z * self.sin) * self.scale, top + y * self.scale
 
     def depth(self, x: float, z: float) -> float:
         """How near to the camera a body point is (larger is nearer)."""
         return -x * self.sin + z * self.cos
 
     def half(self, width: float, deep: float) -> float:
-        """Half the visible width, in body shares, of an elliptic trunk seen at this angle."""
+        """Half the visible width of an elliptic trunk at this angle, as a fraction of the body height."""
         return math.hypot(width * self.cos, deep * self.sin)
 
     def ellipse(self, centre: Point, rx: float, ry: float, fill: Colour) -> None:
-        """An upright ellipse, radii in body shares."""
+        """An upright ellipse, radii as fractions of the body height."""
         rx, ry = rx * self.scale, ry * self.scale
         self.draw.ellipse((centre[0] - rx, centre[1] - ry, centre[0] + rx, centre[1] + ry), fill=fill)
 
     def cloth(self, paint: Paint, shade: float) -> None:
-        """Fill what ``paint`` draws with the upper garment, pattern and all."""
+        """Fill the shape drawn by ``paint`` with the upper garment and its pattern."""
         if self.person.pattern not in ("stripes", "bars", "checks", "block"):
             return paint(self.draw, shade_colour(self.person.upper, shade))
         mask = Image.new("L", self.layer.size)
@@ -180,36 +176,36 @@ class _Figure:
 
     def trunk(self) -> None:
         """Neck, upper garment with its front or back, and the skirt or the seat of the trousers."""
-        who, build = self.person, self.person.build
+        person, build = self.person, self.person.build
         shoulder, hip = self.half(0.115 * build, 0.068 * build), self.half(0.082 * build, 0.07 * build)
-        hem = _HIP_Y + 0.02 + who.coat
+        hem = _HIP_Y + 0.02 + person.coat
         capsule(
             self.draw,
             self.at(0, _CHIN_Y - 0.02),
             self.at(0, _SHOULDER_Y),
             0.032 * self.scale,
-            shade_colour(who.skin, 0.85),
+            shade_colour(person.skin, 0.85),
         )
-        if not who.skirt:
+        if not person.skirt:
             seat = [self.at(0, _HIP_Y - 0.03), self.at(0, _HIP_Y + 0.05)]
-            capsule(self.draw, seat[0], seat[1], hip * 0.95 * self.scale, who.lower)
+            capsule(self.draw, seat[0], seat[1], hip * 0.95 * self.scale, person.lower)
         else:
-            self._band(_HIP_Y - 0.05, _HIP_Y + who.hem * (_THIGH + _SHIN), hip, hip * 1.35, who.lower)
-        flare = hip * (1.0 + 1.2 * who.coat)
+            self._band(_HIP_Y - 0.05, _HIP_Y + person.hem * (_THIGH + _SHIN), hip, hip * 1.35, person.lower)
+        flare = hip * (1.0 + 1.2 * person.coat)
         self.cloth(lambda draw, ink: self._torso(draw, ink, shoulder, flare, hem), 1.0)
-        if who.pattern == "jacket" and self.front:
-            self._band(_SHOULDER_Y - 0.02, hem, shoulder * 0.3, flare * 0.38, who.accent)
-        elif who.pattern == "sash":
+        if person.pattern == "jacket" and self.front:
+            self._band(_SHOULDER_Y - 0.02, hem, shoulder * 0.3, flare * 0.38, person.accent)
+        elif person.pattern == "sash":
             tops = (self.at(-0.09 * build, 0.2), self.at(0.07 * build, 0.5))
-            self.draw.line(tops, fill=who.accent, width=round(0.05 * self.scale))
-        elif who.pattern == "logo" and abs(self.cos) > 0.4:
+            self.draw.line(tops, fill=person.accent, width=round(0.05 * self.scale))
+        elif person.pattern == "logo" and abs(self.cos) > 0.4:
             x, y = self.at(0.0, 0.29)
             wide, tall = 0.065 * abs(self.cos) * self.scale, (0.045 if self.front else 0.07) * self.scale
-            self.draw.rectangle((x - wide, y - tall, x + wide, y + tall), fill=who.accent)
-        if who.bag == "backpack" and self.front:
+            self.draw.rectangle((x - wide, y - tall, x + wide, y + tall), fill=person.accent)
+        if person.bag == "backpack" and self.front:
             for side in (-1, 1):
                 ends = self.at(side * 0.065 * build, _SHOULDER_Y - 0.01, 0.05), self.at(side * 0.07 * build, 0.37, 0.05)
-                self.draw.line(ends, fill=who.bag_colour, width=max(2, round(0.026 * self.scale)))
+                self.draw.line(ends, fill=person.bag_colour, width=max(2, round(0.026 * self.scale)))
 
     def _torso(self, draw: ImageDraw.ImageDraw, ink: Colour | int, shoulder: float, hip: float, hem: float) -> None:
         left, right = self.at(0, _SHOULDER_Y), self.at(0, hem)
@@ -230,7 +226,7 @@ class _Figure:
         )
 
     def _band(self, top: float, bottom: float, half_top: float, half_bottom: float, fill: Colour) -> None:
-        """An upright trapezium around the body's axis, in body shares."""
+        """An upright trapezium around the body's axis, in fractions of the body height."""
         a, b = self.at(0, top), self.at(0, bottom)
         one, two = half_top * self.scale, half_bottom * self.scale
         corners = [(a[0] - one, a[1]), (a[0] + one, a[1]), (b[0] + two, b[1]), (b[0] - two, b[1])]
@@ -238,7 +234,7 @@ class _Figure:
 
     def leg(self, side: int) -> None:
         """One leg: bare, then the trouser leg down to its hem, then the shoe."""
-        who, build = self.person, self.person.build
+        person, build = self.person, self.person.build
         swing = side * self.pose.stride * math.sin(self.pose.phase)
         bend = 0.9 * self.pose.stride * max(0.0, side * math.cos(self.pose.phase))
         x = side * 0.048 * build
@@ -247,18 +243,18 @@ class _Figure:
         ankle = (x, knee[1] + _SHIN * math.cos(swing - bend), knee[2] + _SHIN * math.sin(swing - bend))
         shade = _FAR if self.depth(side * 0.05, knee[2]) < -0.01 else 1.0
         joints = [self.at(*hip), self.at(*knee), self.at(*ankle)]
-        self.ellipse(self.at(x, ankle[1] + 0.022, ankle[2] + 0.035), 0.03 + 0.022 * self.side_on, 0.02, who.shoes)
-        self._limb(self.draw, joints, (0.042, 0.032, 0.02), shade_colour(who.skin, shade))
-        if who.skirt:
+        self.ellipse(self.at(x, ankle[1] + 0.022, ankle[2] + 0.035), 0.03 + 0.022 * self.side_on, 0.02, person.shoes)
+        self._limb(self.draw, joints, (0.042, 0.032, 0.02), shade_colour(person.skin, shade))
+        if person.skirt:
             return
         wide = (0.056 * build, 0.044 * build, 0.038 * build)
-        self._limb(self.draw, cut_limb(joints, who.hem), wide, shade_colour(who.lower, shade))
+        self._limb(self.draw, cut_limb(joints, person.hem), wide, shade_colour(person.lower, shade))
 
     def arm(self, side: int) -> None:
-        """One arm: bare, then the sleeve, with a tote in the hand of whoever carries one."""
-        who, build = self.person, self.person.build
+        """One arm: bare, then the sleeve, with a tote bag if the person has one."""
+        person, build = self.person, self.person.build
         swing = -side * 0.8 * self.pose.stride * math.sin(self.pose.phase)
-        lift = 2.1 if self.pose.raised and side == who.side else 0.35
+        lift = 2.1 if self.pose.raised and side == person.side else 0.35
         shoulder = (side * 0.118 * build, _SHOULDER_Y + 0.025, 0.0)
         elbow = (
             shoulder[0] + side * 0.022,
@@ -272,16 +268,16 @@ class _Figure:
         )
         shade = _FAR if self.depth(side * 0.12, elbow[2]) < -0.02 else 0.9
         joints = [self.at(*shoulder), self.at(*elbow), self.at(*hand)]
-        if who.bag == "tote" and side == who.side:
+        if person.bag == "tote" and side == person.side:
             x, y = joints[2]
             wide, tall = (0.035 + 0.045 * self.side_on) * self.scale, 0.13 * self.scale
             self.draw.rectangle(
-                (x - wide, y + 0.03 * self.scale, x + wide, y + tall), fill=shade_colour(who.bag_colour, shade)
+                (x - wide, y + 0.03 * self.scale, x + wide, y + tall), fill=shade_colour(person.bag_colour, shade)
             )
-            self.draw.line((x, y, x, y + 0.04 * self.scale), fill=who.bag_colour, width=2)
-        self._limb(self.draw, joints, (0.032, 0.026, 0.024), shade_colour(who.skin, shade))
+            self.draw.line((x, y, x, y + 0.04 * self.scale), fill=person.bag_colour, width=2)
+        self._limb(self.draw, joints, (0.032, 0.026, 0.024), shade_colour(person.skin, shade))
         wide_arm = (0.038 * build, 0.034 * build, 0.031 * build)
-        sleeve = cut_limb(joints, who.sleeve * 0.94)
+        sleeve = cut_limb(joints, person.sleeve * 0.94)
         self.cloth(lambda draw, ink: self._limb(draw, sleeve, wide_arm, ink), shade)
 
     def _limb(
@@ -291,33 +287,33 @@ class _Figure:
             capsule(draw, a, b, (radii[start] + radii[start + 1]) / 2 * self.scale, ink)
 
     def head(self) -> None:
-        """Face, hair and hat; the face shows only from where it can be seen."""
-        who, r = self.person, 0.062
+        """Face, hair and hat; the face is drawn only if it is visible."""
+        person, r = self.person, 0.062
         x, y = self.at(0.0, 0.072, 0.012)
         wide = r * (0.82 + 0.12 * self.side_on)
-        hair, long = who.hair, who.hair_style in ("bob", "long")
-        if (long and self.cos < 0.5) or who.hair_style == "bun":
+        hair, long = person.hair, person.hair_style in ("bob", "long")
+        if (long and self.cos < 0.5) or person.hair_style == "bun":
             self.ellipse(self.at(0.0, 0.05, -0.05), r * 0.8, r * 0.8, hair)
         if long:
-            tail = 0.15 if who.hair_style == "bob" else 0.24
+            tail = 0.15 if person.hair_style == "bob" else 0.24
             capsule(self.draw, self.at(0, 0.06, -0.02), self.at(0, tail, -0.035), wide * 1.12 * self.scale, hair)
-        self.ellipse((x, y), wide, r * 1.12, who.skin)
-        if who.hair_style != "bald":
+        self.ellipse((x, y), wide, r * 1.12, person.skin)
+        if person.hair_style != "bald":
             self._scalp(x, y, wide, r, hair)
         if self.cos > 0.25:
             eye = round(self.scale * 0.008)
             for side in (-1, 1):
                 ex, ey = self.at(side * 0.024, 0.07, 0.055)
                 self.draw.ellipse((ex - eye, ey - eye, ex + eye, ey + eye), fill=(40, 30, 30))
-        if who.hair_style == "bun":
+        if person.hair_style == "bun":
             self.ellipse(self.at(0.0, 0.012, -0.055), 0.032, 0.03, hair)
-        if who.hat != "none":
+        if person.hat != "none":
             self._hat(x, y, wide, r)
 
     def _scalp(self, x: float, y: float, wide: float, r: float, hair: Colour) -> None:
         puff = 1.3 if self.person.hair_style == "curly" else 1.08
         rx, ry = wide * puff * self.scale, r * 1.12 * puff * self.scale
-        open_face = 90 * max(0.0, self.cos) + 45 * self.side_on  # degrees of the head's outline left to the face
+        open_face = 90 * max(0.0, self.cos) + 45 * self.side_on  # degrees of the head's outline that show the face
         lean = 90 - 70 * self.sin if self.cos > -0.6 else 90
         if self.cos < -0.5:
             self.draw.ellipse((x - rx, y - ry, x + rx, y + ry * 0.85), fill=hair)
@@ -338,7 +334,7 @@ class _Figure:
             self.draw.rectangle((x - rx, y - ry * 0.3, x + rx, y - ry * 0.05), fill=shade_colour(colour, 0.75))
 
     def backpack(self) -> None:
-        """Whole from behind, a hump from the side, hidden from the front."""
+        """Backpack: complete from behind, partly visible from the side, hidden from the front."""
         half = self.half(0.095, 0.055) * self.scale
         x, top = self.at(0.0, 0.2, -0.105)
         bottom = self.at(0.0, 0.46, -0.105)[1]
@@ -357,7 +353,7 @@ class _Figure:
         self.draw.line(ends, fill=self.person.bag_colour, width=max(2, round(0.018 * self.scale)))
 
     def shoulder_bag(self) -> None:
-        """The bag itself, on the hip of its side."""
+        """Shoulder bag at the hip."""
         x, y = self.at(self.person.side * 0.13 * self.person.build, 0.46)
         wide, tall = (0.035 + 0.05 * self.side_on) * self.scale, 0.11 * self.scale
         colour = self.person.bag_colour

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of simulated nights: what the cycle decided, and what search was worth each time."""
+"""A self-contained HTML report of simulated nights: decisions of the cycle and search quality after each night."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from PIL import Image
 from resight.files import write_atomic
 from resight.training.report.page import data_uri, format_duration, templates
 
-FRAME_QUALITY = 80  # of JPEG
+FRAME_QUALITY = 80  # JPEG quality
 
 
 @dataclass(frozen=True)
 class DemoStep:
-    """A night, or what an operator did between two.
+    """A night, or an operator action between two nights.
 
     Attributes:
-        name: of the step.
-        what: was there to see.
-        state: the cycle's word for how it ended.
-        reason: why.
+        name: name of the step.
+        what: description of the step; like all fields but pictures, a key of the demo's JSON output.
+        state: final state reported by the cycle.
+        reason: reason of that state.
         first: mAP in percent of the first model on this step's queries.
-        before: of the model that was active before the step.
-        after: of the one that is active after it.
-        active: that model's name.
-        entries: of the collection that the cycle keeps up.
-        searches: that live callers got answers to meanwhile.
-        failed: those they got none to.
-        seconds: what took how long.
-        link: the cycle's own page of the run, relative to this page; empty = none.
+        before: mAP of the model that was active before the step.
+        after: mAP of the model that is active after the step.
+        active: id of the model that is active after the step.
+        entries: number of entries in the collection maintained by the cycle.
+        searches: number of live searches answered during the step.
+        failed: number of live searches that failed.
+        seconds: duration of each part.
+        link: the cycle's page of the run, relative to this page; empty if there is none.
         pictures: camera -> JPEG.
     """
 
@@ -56,14 +56,14 @@ class DemoStep:
 def write_nights_page(
     path: Path, *, title: str, summary: str, steps: Sequence[DemoStep], promises: Sequence[tuple[str, bool]]
 ) -> None:
-    """Write the page, replacing it in one step.
+    """Write the page, replacing it atomically.
 
     Args:
-        path: of the page.
-        title: of the page.
-        summary: a sentence or two under it.
-        steps: in the order they happened.
-        promises: what the nights were to show, and whether they did.
+        path: file of the page.
+        title: title of the page.
+        summary: one or two sentences below the title.
+        steps: the steps in order.
+        promises: expected results, and whether they were met.
 
     Raises:
         OSError: the folder cannot be written.
@@ -77,7 +77,7 @@ def write_nights_page(
 
 
 def extract_frame(video: Path, number: int) -> bytes:
-    """One frame of a film, counted from 0, as JPEG; the last one of a shorter film."""
+    """A frame of a video by its number from 0, as JPEG; the last one if the video is shorter."""
     buffer = io.BytesIO()
     with av.open(str(video)) as container:
         picture: Image.Image | None = None

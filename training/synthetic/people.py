@@ -1,7 +1,7 @@
-"""Synthetic people: who they are and what they wear, before anybody looks at them.
+"""Synthetic people: body, hair, clothes and bags as plain data.
 
-A `Person` is plain data; `figure.py` draws it. Two wardrobes (``source`` and ``site``) prefer
-different colours, so that a model trained on one population meets other clothes on the other.
+`figure.py` draws a `Person`. The two worlds (``source`` and ``site``) prefer different colours, so that a model trained
+on one population sees other clothes in the other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ World = Literal["source", "site"]
 Colour = tuple[int, int, int]
 """Red, green, blue, each 0..255."""
 
-# The palettes and shares below are ours, chosen by eye on contact sheets; they describe no real population.
+# The palettes and shares below were chosen by eye on contact sheets; they describe no real population.
 CLOTH: Mapping[str, Colour] = {
     "black": (28, 28, 32), "charcoal": (62, 64, 70), "grey": (128, 130, 134), "white": (232, 231, 226),
     "navy": (30, 42, 84), "blue": (44, 92, 180), "sky": (136, 180, 222), "denim": (70, 92, 130),
@@ -51,16 +51,16 @@ PATTERNS = ("plain", "stripes", "bars", "checks", "block", "logo", "jacket", "sa
 HAIR_STYLES = ("bald", "short", "bob", "long", "bun", "curly")
 BAGS = ("none", "backpack", "shoulder", "tote")
 HATS = ("none", "cap", "beanie")
-_SAME_CLOTHES_SHARE = 0.3  # people dressed in an earlier person's colours: colour alone must not be enough
+_SAME_CLOTHES_SHARE = 0.3  # people in the colours of an earlier person, so that colour is not sufficient
 
 
 @dataclass(frozen=True)
 class Person:
-    """What stays the same about one person from camera to camera.
+    """Appearance of a person, the same for all cameras.
 
-    Lengths are shares: ``height`` of the usual figure, ``build`` of the usual width, ``sleeve`` of
+    Lengths are fractions: ``height`` of the usual figure, ``build`` of the usual width, ``sleeve`` of
     the arm covered, ``hem`` of the leg covered, ``coat`` of body height that the upper garment
-    falls below the hip. ``side`` is +1 or -1: the body side on which a bag hangs.
+    extends below the hip. ``side`` is +1 or -1: the side of the bag.
     """
 
     height: float
@@ -86,17 +86,17 @@ class Person:
 
 
 def sample_people(count: int, rng: np.random.Generator, *, world: World) -> tuple[Person, ...]:
-    """Draw a population; three in ten wear the colours of somebody drawn before them.
+    """Sample a population; three in ten wear the colours of an earlier person.
 
-    Look-alikes differ from their model in pattern, bag, hair, hat or shoes, never in nothing.
+    Such a person differs from the earlier one in pattern, bag, hair style or hat.
 
     Args:
-        count: how many people.
-        rng: source of chance.
-        world: whose wardrobe.
+        count: number of people.
+        rng: the only source of randomness.
+        world: selects the clothes.
 
     Returns:
-        ``count`` persons, no two of them equal.
+        ``count`` different persons.
     """
     people: list[Person] = []
     while len(people) < count:
@@ -118,7 +118,7 @@ def _sample_person(rng: np.random.Generator, world: World) -> Person:
     skirt = rng.random() < 0.18
     upper = _pick(_UPPER[world], rng)
     accent = _pick(CLOTH, rng)
-    while _contrast(upper, accent) < 110:  # a pattern nobody can see is no pattern
+    while _contrast(upper, accent) < 110:  # the pattern must be visible
         accent = _pick(CLOTH, rng)
     return Person(
         height=float(rng.uniform(0.88, 1.04)),
@@ -145,7 +145,7 @@ def _sample_person(rng: np.random.Generator, world: World) -> Person:
 
 
 def _pick(shares: Mapping[str, object], rng: np.random.Generator) -> Colour:
-    """One cloth colour by its share (a palette without shares counts as even), a little off each time."""
+    """A random colour by share (equal shares for a palette without them), slightly varied."""
     weights = np.array([w if isinstance(w, (int, float)) else 1.0 for w in shares.values()])
     name = list(shares)[int(rng.choice(len(weights), p=weights / weights.sum()))]
     return _jitter(CLOTH[name], 14, rng)

@@ -1,7 +1,7 @@
-"""Synthetic sites: people drawn by code, walking past cameras drawn by code, as a crop store.
+"""Synthetic sites: synthetic people who walk past synthetic cameras, as a crop store.
 
-Nobody real is in them, so they can be shipped, shown and trained on. The same seed and the same library
-versions give the same bytes.
+They show no real people, so they can be shipped, shown and used for training. The same seed and library versions give
+the same bytes.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from resight.training.synthetic.people import Person, World, sample_people
 
 FRAME_S = 0.4  # between crops of one visit
 VISIT_S = 30.0  # between the starts of two visits
-DISTRACTOR = 0  # the person number of those no query searches for
+DISTRACTOR = 0  # person number of people without queries
 
 
 @dataclass(frozen=True)
 class SiteSettings:
-    """How large a synthetic site is and what it looks like.
+    """Size and appearance of a synthetic site.
 
     Attributes:
-        world: "source" or "site", see `scene`.
-        train_persons: people to adapt to.
-        test_persons: other people, to measure with.
-        strangers: people only in the gallery, whom no query searches for.
-        cameras: how many.
-        visits: cameras each person passes, at least and at most.
-        crops: crops of one visit.
-        height, width: of a crop, in pixels.
+        world: "source" or "site", see `camera`.
+        train_persons: people for adaptation.
+        test_persons: other people for evaluation.
+        strangers: people only in the gallery, without queries.
+        cameras: number of cameras.
+        visits: minimum and maximum number of cameras each person passes.
+        crops: crops per visit.
+        height, width: size of a crop in pixels.
     """
 
     world: World = "site"
@@ -64,26 +64,26 @@ class _IndexRows:
 
 
 def demo_site(root: Path, *, seed: int) -> Site:
-    """The site of `resight demo`: about 2,400 crops to adapt to, and 60 other people to measure with."""
+    """The site of `resight demo`: about 2,400 crops for adaptation and 60 other people for evaluation."""
     return render_site(root, SiteSettings(), seed=seed)
 
 
 def render_site(root: Path, settings: SiteSettings, *, seed: int) -> Site:
-    """Draw a site into a new crop store.
+    """Render a site into a new crop store.
 
     Args:
         root: folder to write; must be empty or missing.
         settings: see `SiteSettings`.
-        seed: of everything.
+        seed: seed of everything random.
 
     Returns:
         The site, with a query and a gallery if there are test persons.
 
     Raises:
-        SiteError: there is something in the folder already.
+        SiteError: the folder is not empty.
     """
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise SiteError(f"{root} is not empty: choose another folder to draw people into, or empty it")
+        raise SiteError(f"{root} is not empty: choose another folder for the synthetic site, or empty it")
     rng = np.random.default_rng(seed)
     cameras = make_cameras(settings.cameras, rng, world=settings.world, height=settings.height, width=settings.width)
     count = settings.train_persons + settings.test_persons + settings.strangers
@@ -113,7 +113,7 @@ def _render_visits(
     settings: SiteSettings,
     rng: np.random.Generator,
 ) -> None:
-    """Let one person pass some cameras; of a test person the first crop at each is a query, the others gallery."""
+    """Render the visits of one person; a test person's first crop at each camera is a query, the others gallery."""
     testing = number > settings.train_persons
     stranger = number > settings.train_persons + settings.test_persons
     passed = rng.permutation(len(cameras))[: int(rng.integers(settings.visits[0], settings.visits[1] + 1))]
@@ -135,7 +135,7 @@ def _render_visits(
 
 
 def _save(path: Path, image: Pixels, quality: int) -> None:
-    """One JPEG."""
+    """Write a JPEG file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality)

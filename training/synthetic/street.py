@@ -1,7 +1,7 @@
-"""A simulated street: cameras that hang over it, and who walks through their pictures when.
+"""A simulated street: the cameras above it and the walks of people through their images.
 
-Everything here is geometry and chance; `film.py` draws it. A picture is `WIDTH` x `HEIGHT` pixels. Somebody far
-away stands higher in it and is smaller; depth is 0 at the far edge of the street and 1 at the near one.
+This module only computes geometry; `film.py` draws it. An image is `WIDTH` x `HEIGHT` pixels. People farther away are
+higher in the image and smaller; depth is 0 at the far edge of the street and 1 at the near one.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import numpy as np
 
 from resight.training.synthetic.camera import SimulatedCamera, make_cameras
 
-WIDTH, HEIGHT = 480, 270  # pixels: people are about as high in it as the crops the built-in weights were trained on
-FPS = 5.0  # frames a second, as `resight ingest` reads footage by default
+WIDTH, HEIGHT = 480, 270  # pixels: people are about as high as the crops the built-in weights were trained on
+FPS = 5.0  # frames per second, the default of `resight ingest`
 FAR_SCALE, NEAR_SCALE = 80.0, 155.0  # pixels of the usual body height at depth 0 and 1
 FAR_FEET, NEAR_FEET = 150.0, 255.0  # row of the feet at depth 0 and 1
 BODY_M = 1.7  # metres of the usual body height
-SPEED_M_S = (1.1, 1.6)  # of walking; Weidmann (1993) gives 1.34 in the mean, with a deviation of 0.26
-STRIDE_S = 1.1  # seconds of two steps
-OUTSIDE = 0.12  # of the width: how far beyond the edge people come from and leave to
-BACK = 0.4  # share of people who look round and go back to where they came from: one track shows both their sides
-BEND = 0.4  # radians by which the others change direction, as one deviation
-DEPTH_TURN = 0.4  # depth walked while the picture's width is crossed at 45 degrees: the street is narrow
-SLANT = 0.9  # radians at most between a walk and the picture's plane: everybody leaves at one of its sides
-STEEPEST = 1.2  # radians likewise after a bend
+SPEED_M_S = (1.1, 1.6)  # walking speed; Weidmann (1993) reports a mean of 1.34 with a standard deviation of 0.26
+STRIDE_S = 1.1  # duration of two steps
+OUTSIDE = 0.12  # distance beyond the image edge where walks start and end, fraction of the width
+BACK = 0.4  # share of people who turn around and walk back, so that a track shows both sides of them
+BEND = 0.4  # standard deviation of the change of direction of the others, in radians
+DEPTH_TURN = 0.4  # depth covered while crossing the image width at 45 degrees: the street is narrow
+SLANT = 0.9  # maximum angle between a walk and the image plane in radians: everyone leaves at a side of the image
+STEEPEST = 1.2  # the same after a bend
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Leg:
     """A straight part of a walk.
 
     Attributes:
-        seconds: how long it takes.
-        x: from and to, centre of the body in shares of the width.
-        depth: from and to, 0..1.
+        seconds: duration.
+        x: start and end, centre of the body as a fraction of the width.
+        depth: start and end, 0..1.
         turn: view angle, see `figure.Pose`.
     """
 
@@ -49,13 +49,13 @@ class Leg:
 
 @dataclass(frozen=True)
 class Walk:
-    """One walk through one camera's picture.
+    """One walk through one camera's image.
 
     Attributes:
-        person: number in the cast.
-        start_s: when it begins, on the clock of the film.
-        legs: its parts; between two of them the walker turns.
-        phase: moment of the stride at the start, radians.
+        person: number of the person in the cast.
+        start_s: start in seconds of the video.
+        legs: straight parts, between which the walker turns.
+        phase: phase of the stride at the start, radians.
         stride: swing of the thigh, radians.
     """
 
@@ -67,16 +67,16 @@ class Walk:
 
     @property
     def seconds(self) -> float:
-        """How long it takes."""
+        """Duration of the walk."""
         return sum(leg.seconds for leg in self.legs)
 
     @property
     def end_s(self) -> float:
-        """When it ends."""
+        """End in seconds of the video."""
         return self.start_s + self.seconds
 
     def at(self, time_s: float) -> WalkPosition:
-        """Where the walker is, a time of the film within the walk given."""
+        """Position of the walker at a time of the video within the walk."""
         number, since_s = 0, time_s - self.start_s
         while number < len(self.legs) - 1 and since_s >= self.legs[number].seconds:
             since_s -= self.legs[number].seconds
@@ -93,14 +93,14 @@ class Walk:
 
 @dataclass(frozen=True)
 class WalkPosition:
-    """Where somebody stands in a picture.
+    """Position of a person in an image.
 
     Attributes:
         x: centre of the body, pixels.
         feet: row of the feet, pixels.
         scale: pixels of the usual body height.
-        phase: moment of the stride, radians.
-        leg: number of the walk's part.
+        phase: phase of the stride, radians.
+        leg: index of the leg.
     """
 
     x: float
@@ -111,25 +111,25 @@ class WalkPosition:
 
 
 def place_cameras(count: int, rng: np.random.Generator) -> tuple[SimulatedCamera, ...]:
-    """Cameras of the world "site" over a street; each looks at a passage that is walked both ways.
+    """Cameras of the world "site" above a street where people walk in both directions.
 
     Args:
-        count: how many.
-        rng: source of chance.
+        count: number of cameras.
+        rng: the only source of randomness.
     """
     cameras = make_cameras(count, rng, world="site", height=HEIGHT, width=WIDTH)
     return tuple(_placed_over_street(camera, rng) for camera in cameras)
 
 
 def _placed_over_street(camera: SimulatedCamera, rng: np.random.Generator) -> SimulatedCamera:
-    """People fill half the picture here, not all of it as in a crop; nobody walks straight at the camera."""
+    """Adapt a crop camera: people fill half of the image height, and nobody walks straight towards the camera."""
     axis = math.pi / 2 + float(rng.uniform(-SLANT, SLANT))
     body = (FAR_SCALE + NEAR_SCALE) / 2
     return dataclasses.replace(camera, turns=(axis, axis + math.pi), blur=camera.blur * body / HEIGHT)
 
 
 def at_dusk(camera: SimulatedCamera) -> SimulatedCamera:
-    """The same camera when daylight has gone: dark, bluish, grainy and soft. Chosen by eye on contact sheets."""
+    """The same camera without daylight: dark, bluish, noisy and soft. Chosen by eye on contact sheets."""
     blue = np.diag([0.8, 0.88, 1.05]).astype(np.float32)
     return dataclasses.replace(
         camera,
@@ -145,41 +145,41 @@ def at_dusk(camera: SimulatedCamera) -> SimulatedCamera:
 def simulate_walks(
     people: Sequence[int], camera: SimulatedCamera, together: float, rng: np.random.Generator
 ) -> tuple[Walk, ...]:
-    """Let people pass a camera one after another, so that their walks overlap and cross.
+    """Simulate successive walks past a camera that overlap and cross.
 
     Args:
-        people: numbers in the cast, in the order they come.
-        camera: whose passage they walk.
-        together: how many are in the picture at a time, in the mean.
-        rng: source of chance.
+        people: numbers in the cast, in order of appearance.
+        camera: the camera.
+        together: mean number of people in the image.
+        rng: the only source of randomness.
     """
-    walks = [_walk(person, camera, rng) for person in people]
-    start_s, begun = 0.0, []
+    walks = [_random_walk(person, camera, rng) for person in people]
+    start_s, scheduled = 0.0, []
     for walk in walks:
-        begun.append(dataclasses.replace(walk, start_s=start_s))
+        scheduled.append(dataclasses.replace(walk, start_s=start_s))
         start_s += walk.seconds / together * float(rng.uniform(0.3, 1.7))
-    return tuple(begun)
+    return tuple(scheduled)
 
 
-def _walk(person: int, camera: SimulatedCamera, rng: np.random.Generator) -> Walk:
-    """Through the picture with a bend, or to somewhere in it and back."""
+def _random_walk(person: int, camera: SimulatedCamera, rng: np.random.Generator) -> Walk:
+    """A walk through the image with a bend, or to a point in it and back."""
     turn = float(rng.choice(camera.turns)) + float(rng.normal(0, 0.15))
     rightwards, back = math.sin(turn) > 0, bool(rng.random() < BACK)
     near, far = (-OUTSIDE, 1 + OUTSIDE) if rightwards else (1 + OUTSIDE, -OUTSIDE)
     middle, depth = float(rng.uniform(0.3, 0.7)), float(rng.uniform(0.2, 0.8))
     speed = float(rng.uniform(*SPEED_M_S))
     straight = math.pi / 2 if rightwards else 3 * math.pi / 2
-    bent = straight + float(np.clip(turn - straight + rng.normal(0, BEND), -STEEPEST, STEEPEST))
-    turned = turn + math.pi if back else bent
-    coming = _leg(turn, (near, middle), depth, speed, ends=True)
-    leaving = _leg(turned, (middle, near if back else far), depth, speed, ends=False)
-    return Walk(person, 0.0, (coming, leaving), float(rng.uniform(0, 2 * math.pi)), float(rng.uniform(0.25, 0.5)))
+    new_turn = straight + float(np.clip(turn - straight + rng.normal(0, BEND), -STEEPEST, STEEPEST))
+    second_turn = turn + math.pi if back else new_turn
+    first = _leg(turn, (near, middle), depth, speed, ends=True)
+    second = _leg(second_turn, (middle, near if back else far), depth, speed, ends=False)
+    return Walk(person, 0.0, (first, second), float(rng.uniform(0, 2 * math.pi)), float(rng.uniform(0.25, 0.5)))
 
 
 def _leg(turn: float, x: tuple[float, float], depth: float, speed: float, *, ends: bool) -> Leg:
-    """A part of a walk that ends, or begins, in the depth given."""
+    """A part of a walk that ends (or starts) at the given depth."""
     wide = abs(x[1] - x[0])
-    across = max(abs(math.sin(turn)), 0.5)  # nobody walks so straight at the camera that they never leave
+    across = max(abs(math.sin(turn)), 0.5)  # bounded, so that every walk leaves the image
     other = float(np.clip(depth + (-1 if ends else 1) * DEPTH_TURN * wide * math.cos(turn) / across, 0, 1))
     metres = wide * WIDTH / (FAR_SCALE + (NEAR_SCALE - FAR_SCALE) * depth) * BODY_M / across
     return Leg(metres / speed, x, (other, depth) if ends else (depth, other), turn)

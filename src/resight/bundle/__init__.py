@@ -1,1 +1,1 @@
-"""Bundles: a model's folder, its manifest, probes, signature and graph check; never torch."""
+"""Bundles: a model's folder, manifest, probes, signature and graph check; does not import torch."""

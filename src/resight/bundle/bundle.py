@@ -1,7 +1,7 @@
-"""The bundle: a folder with one model, ready to serve, that proves itself.
+"""The bundle: a folder with one model ready to serve, and the probes to check it with.
 
-``exporters`` write it, the service reads it, and nothing else passes between them. The format is
-specified in ``docs/bundle.md``; needs numpy and Pillow only.
+``exporters`` write bundles, the service reads them; they share nothing else. The format is specified in
+``docs/bundle.md``. Needs numpy and Pillow only.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from resight.files import check_digest, read_plain, read_verified, replace_folde
 from resight.image import ImageSpec
 
 MAX_MANIFEST_BYTES = 1024 * 1024
-MAX_ARTEFACT_BYTES = 2**31 - 1  # protobuf, and so ONNX, ends there
+MAX_ARTEFACT_BYTES = 2**31 - 1  # the limit of protobuf, and therefore of ONNX
 
 
 @dataclass(frozen=True)
 class Graph:
-    """One runnable form of a model on its way into a bundle."""
+    """One runnable form of a model, to be written to a bundle."""
 
     data: bytes
     parity: Parity
@@ -45,7 +45,7 @@ class Graph:
 
     @property
     def file(self) -> str:
-        """``model.onnx``, ``model.int8.onnx``, ``model.int8.tensorrt.onnx``: for people; readers go by the manifest."""
+        """``model.onnx``, ``model.int8.onnx``, ``model.int8.tensorrt.onnx``; programs find it through the manifest."""
         parts = ["model"]
         if self.precision != "fp32":
             parts.append(self.precision)
@@ -77,11 +77,11 @@ class Bundle:
         )
 
     def artefact(self, precision: str = "fp32", runtime: str = "onnx") -> Path:
-        """The path of one runnable form. `read` is safer where a library takes bytes."""
+        """The path of one runnable form. Prefer `read` if a library accepts bytes."""
         return self.path / self.find(precision, runtime).file
 
     def read(self, precision: str = "fp32", runtime: str = "onnx") -> bytes:
-        """The bytes of one runnable form, verified again, so that what was checked is what runs.
+        """The bytes of one runnable form, verified again in case the file changed since it was checked.
 
         Raises:
             BundleError: no such form, or the file changed since the bundle was opened.
@@ -100,7 +100,7 @@ class Bundle:
         if found != expected:
             raise BundleError(
                 f"{self.manifest.probes.file}: expected height, width and feature length {expected}, found {found}: "
-                "export the bundle anew"
+                "export the bundle again"
             )
         return probes
 
@@ -109,20 +109,20 @@ class Bundle:
 
 
 def require_free_folder(path: Path, *, replace: bool) -> None:
-    """Refuse a folder that a new bundle must not take; worth asking before anything is computed.
+    """Check that a new bundle may be written to a folder, before anything is computed.
 
     Args:
-        path: folder of the bundle to be.
-        replace: whether a bundle already there gives way.
+        path: folder of the new bundle.
+        replace: whether an existing bundle may be replaced.
 
     Raises:
-        AlreadyExistsError: something stands at ``path``.
+        AlreadyExistsError: ``path`` exists.
     """
     if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
         if not replace:
             raise AlreadyExistsError(
-                f"expected a new folder for the bundle, found {path}: choose another, remove it, or let a bundle give "
-                "way with --replace"
+                f"expected a new folder for the bundle, found {path}: choose another, remove it, or replace the bundle "
+                "with --replace"
             )
         if not is_bundle(path):
             raise AlreadyExistsError(f"expected a bundle to replace, found {path}: choose another folder or remove it")
@@ -147,24 +147,24 @@ def write_bundle(
     """Write a bundle beside ``path``, flush it, rename it into place and open it.
 
     Args:
-        path: the folder to make.
+        path: the folder to create.
         name: 1-63 of ``a-z 0-9 . _ -``.
         space_id: from `space_id`.
-        image: what the graphs take.
-        graphs: the runnable forms, fp32 ONNX among them.
+        image: the graphs' input size and resize filter.
+        graphs: the runnable forms, including fp32 ONNX.
         probes: golden images with torch's features; their length decides ``feature_dim``.
         weights_licence: of the initial weights.
         training: JSON-able provenance.
-        evaluation: JSON-able figures.
+        evaluation: JSON-able measurements.
         versions: of the libraries used.
         calibration: of similarities, fitted on the site's crops.
         key: signs the manifest.
-        replace: whether a folder already at ``path`` gives way; it must be a bundle or empty.
+        replace: whether an existing folder at ``path`` is replaced; it must be a bundle or empty.
 
     Raises:
-        AlreadyExistsError: something stands at ``path``.
-        BundleError: a field is out of range, two graphs share a name, or what was written does not open.
-        OSError: the disk refused; ``path`` is as it was.
+        AlreadyExistsError: ``path`` exists.
+        BundleError: a field is out of range, two graphs share a name, or the written bundle cannot be opened.
+        OSError: writing failed; ``path`` is unchanged.
     """
     require_free_folder(path, replace=replace)
     files = {graph.file: graph.data for graph in graphs} | {PROBES_FILE: to_npz(probes)}
@@ -201,16 +201,16 @@ def is_bundle(path: Path) -> bool:
 
 
 def open_bundle(path: Path | str, *, trusted_keys: Collection[str] = ()) -> Bundle:
-    """Open a bundle after every byte of it has been verified.
+    """Verify every byte of a bundle and open it.
 
     Args:
         path: the folder.
-        trusted_keys: minisign public keys (their base64 lines); when any are given, one of them must have signed.
-            Without any, a signature still has to be that of the manifest's own ``signer``.
+        trusted_keys: minisign public keys (their base64 lines); if given, the signature must be by one of them.
+            Without any, a signature must still match the manifest's own ``signer``.
 
     Raises:
-        BundleError: not a bundle, of another schema, a file missing, added, linked, too large or altered, or not
-            signed as it should be; the message names the file.
+        BundleError: not a bundle, another schema, a missing, added, linked, too large or altered file, or a missing
+            or wrong signature; the message names the file.
     """
     path = Path(path)
     if not path.is_dir():
@@ -232,7 +232,7 @@ def open_bundle(path: Path | str, *, trusted_keys: Collection[str] = ()) -> Bund
         )
     extra = sorted(entry.name for entry in path.iterdir() if entry.name not in expected)
     if extra:
-        raise BundleError(f"{extra[0]!r} in {path} is not in the manifest: remove it or export the bundle anew")
+        raise BundleError(f"{extra[0]!r} in {path} is not in the manifest: remove it or export the bundle again")
     check_digest(path / manifest.probes.file, manifest.probes.sha256, MAX_PROBES_BYTES)
     for artefact in manifest.artefacts:
         check_digest(path / artefact.file, artefact.sha256, MAX_ARTEFACT_BYTES)
@@ -240,11 +240,11 @@ def open_bundle(path: Path | str, *, trusted_keys: Collection[str] = ()) -> Bund
 
 
 def sign_bundle(path: Path, key: PrivateKey) -> Bundle:
-    """Sign a verified bundle; the folder is replaced whole, so that a crash leaves it unsigned or signed.
+    """Sign a verified bundle; the folder is replaced as a whole, so a crash leaves it either unsigned or signed.
 
     Raises:
         BundleError: the bundle is damaged.
-        OSError: the disk refused; the bundle is as it was.
+        OSError: writing failed; the bundle is unchanged.
     """
     manifest = replace(open_bundle(path).manifest, signer=key.public)
     with temporary_folder(path) as temp:
@@ -256,7 +256,7 @@ def sign_bundle(path: Path, key: PrivateKey) -> Bundle:
 
 
 def _seal(folder: Path, manifest: Manifest, key: PrivateKey | None) -> None:
-    """Write the manifest and its signature, and read everything back as a stranger would."""
+    """Write the manifest and its signature, then open the bundle to verify it."""
     data = to_json(manifest)
     (folder / MANIFEST_FILE).write_bytes(data)
     if key is not None:

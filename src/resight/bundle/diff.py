@@ -1,4 +1,4 @@
-"""What differs between two bundles: their manifests field by field, and their features of the same golden pixels."""
+"""Comparison of two bundles: their manifests field by field, and their features of the same golden pixels."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from resight.bundle.manifest import to_json
 EmbedPrecision = Callable[[Bundle, str, Pixels], NDArray[np.float32]]
 """A bundle, one of its precisions and uint8 (P, H, W, 3) -> float32 (P, D) unit rows."""
 
-IGNORED_FIELDS = ("manifest_sha256",)  # differs whenever anything does
+IGNORED_FIELDS = ("manifest_sha256",)  # differs whenever any other field does
 
 
 @dataclass(frozen=True)
 class ProbeComparison:
-    """How far two bundles' features of the same P pixels are apart.
+    """The differences between two bundles' features of the same P images.
 
     Attributes:
         precision: of both graphs.
         probes: P.
-        mean_cosine: between the two features of a probe, over all probes; None where their lengths differ. It
-            compares models only within one space: two spaces may be a rotation of each other and mean the same.
-        min_cosine: the smallest of them.
-        mean_similarity_change: of the P (P - 1) / 2 similarities between probes, how much one bundle's differ from
-            the other's: what a rotation leaves as it is. 0 for a single probe.
-        max_similarity_change: the largest of them.
+        mean_cosine: mean cosine between the two features of a probe; None if their lengths differ. Only meaningful
+            within one space: two spaces may be rotations of each other and still be equivalent.
+        min_cosine: the smallest of these cosines.
+        mean_similarity_change: mean absolute change of the P (P - 1) / 2 similarities between probes, which a rotation
+            does not affect. 0 for a single probe.
+        max_similarity_change: the largest of these changes.
     """
 
     precision: str
@@ -44,7 +44,7 @@ class ProbeComparison:
 
 
 def flatten(value: Any, path: str = "") -> dict[str, Any]:
-    """A tree of dictionaries and lists as one dictionary: ``{"a": {"b": [7]}, "c": {}}`` -> ``{"a.b.0": 7}``."""
+    """Flatten nested dictionaries and lists to one dictionary: ``{"a": {"b": [7]}, "c": {}}`` -> ``{"a.b.0": 7}``."""
     return dict(_leaves(value, path))
 
 
@@ -70,7 +70,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
 
 
 def differing_fields(first: Bundle, second: Bundle) -> dict[str, tuple[Any, Any]]:
-    """Every field of the manifests that is not the same in both, in alphabetical order; None where one lacks it."""
+    """Every field that differs between the manifests, in alphabetical order; None if one lacks it."""
     one, other = flatten(describe(first)), flatten(describe(second))
     return {
         path: (one.get(path), other.get(path))
@@ -80,7 +80,7 @@ def differing_fields(first: Bundle, second: Bundle) -> dict[str, tuple[Any, Any]
 
 
 def shared_pixels(first: Bundle, second: Bundle) -> Pixels:
-    """Golden pixels that both bundles carry, uint8 (P, H, W, 3); P = 0 where their images are of two kinds.
+    """Golden pixels that are in both bundles, uint8 (P, H, W, 3); P = 0 if their image specs differ.
 
     Raises:
         BundleError: a bundle's probes are damaged.
@@ -93,10 +93,10 @@ def shared_pixels(first: Bundle, second: Bundle) -> Pixels:
 
 
 def compare_probes(first: Bundle, second: Bundle, embed: EmbedPrecision) -> list[ProbeComparison]:
-    """Run the pixels both carry through each precision both have.
+    """Compare features of the shared pixels in each precision that both bundles have.
 
     Raises:
-        BundleError: a graph or the probes are refused.
+        BundleError: a graph or the probes are rejected.
     """
     pixels = shared_pixels(first, second)
     if not len(pixels):
@@ -110,7 +110,7 @@ def compare_probes(first: Bundle, second: Bundle, embed: EmbedPrecision) -> list
 
 
 def compare_features(precision: str, first: NDArray[np.float32], second: NDArray[np.float32]) -> ProbeComparison:
-    """Compare features of the same images, row by row and by what they say of each other.
+    """Compare features of the same images, row by row and by the similarities between the rows.
 
     Args:
         precision: of both graphs.

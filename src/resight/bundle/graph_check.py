@@ -1,15 +1,14 @@
-"""The structure of an ONNX file without its weights: what can be read of a hostile file in bounded time and memory.
+"""The check of untrusted ONNX graphs: every graph of a bundle passes it before onnxruntime loads the graph.
 
-A protobuf parser pays for what a file claims: 2 bytes make an empty node of a hundred bytes, and a 94 MB model is
-copied before its first field can be looked at. So the file is walked in protobuf's wire format first
-(https://protobuf.dev/programming-guides/encoding/), the weights are skipped and only counted, and the little that is
-left, half a megabyte at most in our graphs, is bounded, parsed and held to the one spelling that protobuf writes.
+Only graphs such as `resight.exporters` writes are accepted: one self-contained graph of a few standard operators in
+which every tensor has a known size. Therefore a file cannot refer to other files, contain code, or require memory or
+time out of proportion to its weights. The check works on bytes alone and needs ``onnx``, not onnxruntime.
 
-A graph in a bundle is hostile until this has read it: nothing else hands a graph to onnxruntime.
-
-What may pass is what `resight.exporters` writes, and nothing more: one self-contained graph of few standard
-operators whose every tensor has a known size. So a file cannot name other files, bring code of its own, or ask for
-memory and time out of proportion to its weights. Works on bytes alone and needs ``onnx``, not onnxruntime.
+Parsing an untrusted protobuf message is itself costly: 2 bytes can encode an empty node of a hundred bytes, and a 94 MB
+model is copied before its first field can be read. Therefore `read_structure` first scans the file in protobuf's wire
+format (https://protobuf.dev/programming-guides/encoding/) and skips the weights, only counting their bytes. The
+remaining structure, at most half a megabyte in our graphs, is limited in size, parsed, and must be in protobuf's
+canonical encoding.
 
 A crop is one row of the batch; "a pixel" below is one of the crop's height times width.
 """
@@ -31,7 +30,7 @@ from resight.image import MAX_SIDE, ImageSpec
 MAX_GRAPH_BYTES = 512 * 1024 * 1024  # five ResNet-50 in fp32, our largest encoder
 MAX_STRUCTURE_BYTES = 2 * 1024 * 1024  # five times that of OSNet x1.0 in INT8 for TensorRT, our largest: 0.42 MB
 MAX_GRAPH_FIELDS = 32_768  # of one message; that graph has 5000 nodes, weights and values
-SMALL_FIELD_BYTES = 1024  # of constants that are parsed, because shapes may follow from them (the ends of a slice)
+SMALL_FIELD_BYTES = 1024  # constants up to this size are parsed: shapes may depend on them (the ends of a slice)
 _GRAPH, _INITIALIZER = onnx.ModelProto.GRAPH_FIELD_NUMBER, onnx.GraphProto.INITIALIZER_FIELD_NUMBER
 _RAW_DATA = onnx.TensorProto.RAW_DATA_FIELD_NUMBER
 _PATH = (_GRAPH, _INITIALIZER, _RAW_DATA)
@@ -40,35 +39,35 @@ _BYTES = 2  # the wire type of messages, strings and packed numbers
 
 
 def read_structure(data: bytes) -> tuple[onnx.ModelProto, list[int]]:
-    """Parse an ONNX file but for its weights.
+    """Parse an ONNX file except its weights.
 
     Args:
         data: a serialised model.
 
     Returns:
-        The model, its initializers without the ``raw_data`` that is larger than `SMALL_FIELD_BYTES`; and the bytes
-        left out of each initializer, 0 where nothing was.
+        The model, without ``raw_data`` larger than `SMALL_FIELD_BYTES` in its initializers; and the number of bytes
+        skipped in each initializer.
 
     Raises:
-        BundleError: too large, cut short, or not spelled as protobuf spells it.
+        BundleError: too large, truncated, or not in protobuf's canonical encoding.
     """
     if not 0 < len(data) <= MAX_GRAPH_BYTES:
         raise BundleError(f"expected 1 to {MAX_GRAPH_BYTES} bytes, found {len(data)}")
-    left_out: list[int] = []
-    structure = _skim(data, 0, len(data), 0, left_out)
+    skipped_bytes: list[int] = []
+    structure = _skim(data, 0, len(data), 0, skipped_bytes)
     model = onnx.ModelProto()
     model.ParseFromString(structure)
     model.DiscardUnknownFields()
     if model.SerializeToString(deterministic=True) != structure:
         raise BundleError(
-            "expected protobuf's own spelling of an ONNX model, found unknown, repeated or misplaced fields, or bytes "
-            "after its end"
+            "expected protobuf's canonical encoding of an ONNX model, found unknown, repeated or misplaced fields, or "
+            "bytes after its end"
         )
-    return model, left_out
+    return model, skipped_bytes
 
 
-def _skim(data: bytes, start: int, end: int, depth: int, left_out: list[int]) -> bytes:
-    """Copy the message at ``data[start:end]`` without the weights in it; ``depth`` is its place on `_PATH`."""
+def _skim(data: bytes, start: int, end: int, depth: int, skipped_bytes: list[int]) -> bytes:
+    """Copy the message at ``data[start:end]`` without its weights; ``depth`` is its position on `_PATH`."""
     kept, seen = bytearray(), 0
     for count, (number, begin, value, after) in enumerate(_fields(data, start, end)):
         on_path = number == _PATH[depth]
@@ -76,15 +75,15 @@ def _skim(data: bytes, start: int, end: int, depth: int, left_out: list[int]) ->
         if on_path and (data[begin] & 7 != _BYTES or (seen > 1 and number != _INITIALIZER)):
             raise BundleError(f"expected one field {number} of bytes in its message, found another at byte {begin}")
         if on_path and number == _RAW_DATA and after - value > SMALL_FIELD_BYTES:
-            left_out[-1] = after - value
+            skipped_bytes[-1] = after - value
             continue
         if on_path and number != _RAW_DATA:
             if number == _INITIALIZER:
-                left_out.append(0)
-            inner = _skim(data, value, after, depth + 1, left_out)
+                skipped_bytes.append(0)
+            inner = _skim(data, value, after, depth + 1, skipped_bytes)
             kept += _varint(number << 3 | _BYTES) + _varint(len(inner)) + inner
         else:
-            kept += data[begin : min(after, begin + MAX_STRUCTURE_BYTES + 1)]  # one more than may be is enough
+            kept += data[begin : min(after, begin + MAX_STRUCTURE_BYTES + 1)]  # one byte too many is detected below
         if len(kept) > MAX_STRUCTURE_BYTES or count >= MAX_GRAPH_FIELDS:
             raise BundleError(
                 f"expected at most {MAX_STRUCTURE_BYTES} bytes beside the weights and {MAX_GRAPH_FIELDS} fields of a "
@@ -94,7 +93,7 @@ def _skim(data: bytes, start: int, end: int, depth: int, left_out: list[int]) ->
 
 
 def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """Walk a message: the number of each field, where it begins, where its value begins and where that ends."""
+    """Scan a message: the number of each field, where it begins, where its value begins and where it ends."""
     place = start
     while place < end:
         begin = place
@@ -109,14 +108,14 @@ def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int, 
         elif wire in _FIXED:
             place += _FIXED[wire]
         else:
-            raise BundleError(f"expected an ONNX model, found no protobuf at byte {begin}")
+            raise BundleError(f"expected an ONNX model, found invalid protobuf at byte {begin}")
         if place > end:
-            raise BundleError(f"expected a whole ONNX model, found one cut short at byte {begin}")
+            raise BundleError(f"expected a complete ONNX model, found it truncated at byte {begin}")
         yield number, begin, value, place
 
 
 def _read_varint(data: bytes, place: int, end: int) -> tuple[int, int]:
-    """A number of 7 bits a byte, the lowest first, and the place after it."""
+    """Read a varint (7 bits per byte, lowest first); returns it and the position after it."""
     number = 0
     for shift in range(0, 70, 7):  # ten bytes hold 64 bits
         if place >= end:
@@ -126,7 +125,7 @@ def _read_varint(data: bytes, place: int, end: int) -> tuple[int, int]:
         number |= (byte & 0x7F) << shift
         if byte < 0x80:
             return number, place
-    raise BundleError(f"expected a whole ONNX model, found one cut short or no protobuf at byte {place}")
+    raise BundleError(f"expected a complete ONNX model, found it truncated or invalid at byte {place}")
 
 
 def _varint(number: int) -> bytes:
@@ -139,11 +138,11 @@ def _varint(number: int) -> bytes:
 
 
 OPERATORS = frozenset(
-    # The trunks: OSNet and ResNet as torch translates them.
+    # The trunks: OSNet and ResNet as exported by torch.
     "Transpose Cast Sub Conv Relu MaxPool AveragePool ReduceMean Sigmoid Add Mul BatchNormalization"
     # The heads: GeM pooling, stripes, a linear layer, the unit length; MatMul is a linear layer without bias.
     " Clip Pow Slice Concat Flatten Gemm MatMul ReduceL2 Div"
-    # INT8; SpaceToDepth gives the first layer's three channels a width that INT8 kernels are made for.
+    # INT8; SpaceToDepth turns the first layer's 3 channels into 12, which suits INT8 kernels.
     " QuantizeLinear DequantizeLinear SpaceToDepth GlobalAveragePool".split()
 )
 OPSETS = range(17, 22)  # ours is 20; onnxruntime runs 21 since 1.20, and before 17 other attributes were in use
@@ -152,9 +151,9 @@ MAX_NODES = 8192  # OSNet of 16 stripes in INT8 has 2000
 MAX_ELEMENTS_PER_PIXEL = 64  # of one tensor, for one crop; ResNet and OSNet x1.0 need 16 after their first layers
 MAX_ALL_ELEMENTS_PER_PIXEL = 8192  # of all tensors, for one crop; OSNet x1.0 in INT8 for TensorRT: 2332
 MAX_WORK_PER_PIXEL = 2**20  # multiplications for one crop; ResNet-50: 1.4e5
-MAX_CONSTANTS_PER_BYTE = 4  # elements computed of weights alone; Q and DQ of float weights make two of four bytes
+MAX_CONSTANTS_PER_BYTE = 4  # elements computed from weights alone; Q and DQ make two elements of each four bytes
 
-_BYTES_OF: dict[int, tuple[int, str]] = {  # of an element, and the field it may lie in where it is not raw
+_BYTES_OF: dict[int, tuple[int, str]] = {  # size of an element, and its field if it is not raw
     TensorProto.FLOAT: (4, "float_data"),
     TensorProto.FLOAT16: (2, "int32_data"),
     TensorProto.UINT8: (1, "int32_data"),
@@ -181,39 +180,39 @@ _METADATA = {"onnx.infer", "onnx.quant.pre_process"}  # onnxruntime's quantizer;
 _AT_LEAST_ONE = {"kernel_shape", "strides", "dilations", "group", "blocksize"}
 
 Shape = tuple[int | str, ...]
-"""Lengths; a free one goes by its name."""
+"""Lengths; a dynamic one is represented by its name."""
 Value = tuple[int, Shape]
 """Element type and shape of a tensor."""
 
 
 def check_graph(data: bytes, image: ImageSpec, feature_dim: int | None, *, what: str = "the graph") -> None:
-    """Refuse a graph that our exporters would not write.
+    """Reject a graph that our exporters would not write.
 
     Args:
         data: a serialised ONNX model.
-        image: its height and width are the input's.
+        image: height and width of the input.
         feature_dim: D, the length of a feature; None: any.
-        what: how messages name the graph, such as its file.
+        what: name of the graph in error messages, such as its file.
 
     Raises:
-        BundleError: not uint8 ``images`` (batch, H, W, 3) to float32 ``features`` (batch, D), not self-contained, of
-            other operators or versions, not a sorted graph, or out of proportion.
+        BundleError: not uint8 ``images`` (batch, H, W, 3) to float32 ``features`` (batch, D), not self-contained,
+            other operators or versions, not topologically sorted, or too large or costly.
     """
     try:
-        model, left_out = read_structure(data)
+        model, skipped_bytes = read_structure(data)
         _check_fields(model)
         _check_header(model)
-        weights = _check_weights(model.graph, left_out)
+        weights = _check_weights(model.graph, skipped_bytes)
         _check_nodes(model.graph, weights)
         batch = _check_input(model.graph, image)
-        values = weights | _infer(model, weights, left_out)
+        values = weights | _infer(model, weights, skipped_bytes)
         _check_output(*values[GRAPH_OUTPUT], batch, feature_dim)
         _check_sizes(model.graph, values, batch, image.height * image.width, len(data))
-    except Exception as error:  # on hostile bytes protobuf and onnx raise classes of many kinds, with no common root
-        told = str(error) if isinstance(error, BundleError) else f"expected a valid ONNX model, found: {error}"
-        shown = "".join(letter if letter.isprintable() else "?" for letter in " ".join(told.split())[:500])
+    except Exception as error:  # protobuf and onnx raise many classes without a common base
+        problem = str(error) if isinstance(error, BundleError) else f"expected a valid ONNX model, found: {error}"
+        shown = "".join(letter if letter.isprintable() else "?" for letter in " ".join(problem.split())[:500])
         raise BundleError(
-            f"{what} was refused before anything ran it: {shown}: export the checkpoint anew, "
+            f"{what} was rejected before it was run: {shown}: export the checkpoint again, "
             "and take bundles only from those you trust"
         ) from error
 
@@ -223,7 +222,7 @@ def _refuse(expected: str, found: object) -> NoReturn:
 
 
 def _check_fields(message: Message) -> None:
-    """Refuse whatever a message carries that our graphs do not: external data, functions, subgraphs, strings, ..."""
+    """Reject fields that our graphs do not have: external data, functions, subgraphs, strings, ..."""
     name = message.DESCRIPTOR.name
     for field, value in message.ListFields():
         if field.name not in _ALLOWED[name]:
@@ -234,7 +233,7 @@ def _check_fields(message: Message) -> None:
 
 
 def _check_header(model: ModelProto) -> None:
-    """Refuse versions, domains and settings we do not know."""
+    """Reject unknown versions, domains and settings."""
     if model.ir_version not in IR_VERSIONS:
         _refuse(f"IR version {IR_VERSIONS[0]} to {IR_VERSIONS[-1]}", model.ir_version)
     opsets = [(opset.domain, opset.version) for opset in model.opset_import]
@@ -247,10 +246,10 @@ def _check_header(model: ModelProto) -> None:
         _refuse(f"no metadata but {', '.join(sorted(_METADATA))}", sorted(unknown))
 
 
-def _check_weights(graph: GraphProto, left_out: list[int]) -> dict[str, Value]:
-    """Types and shapes of the initializers, which must agree with their bytes."""
+def _check_weights(graph: GraphProto, skipped_bytes: list[int]) -> dict[str, Value]:
+    """Types and shapes of the initializers, which must agree with their number of bytes."""
     found: dict[str, Value] = {}
-    for tensor, skipped in zip(graph.initializer, left_out, strict=True):
+    for tensor, skipped in zip(graph.initializer, skipped_bytes, strict=True):
         size, field = _BYTES_OF.get(tensor.data_type, (0, ""))
         if not size:
             _refuse(f"weights of type {', '.join(map(_type_name, _BYTES_OF))}", _type_name(tensor.data_type))
@@ -268,7 +267,7 @@ def _check_weights(graph: GraphProto, left_out: list[int]) -> dict[str, Value]:
 
 
 def _check_nodes(graph: GraphProto, weights: Mapping[str, Value]) -> None:
-    """Refuse other operators, odd attributes, and what is not a sorted graph without cycles."""
+    """Reject other operators, invalid attributes, and graphs that are not topologically sorted."""
     names = [value.name for value in (*graph.input, *graph.output)]
     if names != [GRAPH_INPUT, GRAPH_OUTPUT]:
         _refuse(f"one input {GRAPH_INPUT} and one output {GRAPH_OUTPUT}", names)
@@ -294,7 +293,7 @@ def _check_nodes(graph: GraphProto, weights: Mapping[str, Value]) -> None:
 
 
 def _check_attribute(node: NodeProto, attribute: AttributeProto) -> None:
-    """Refuse numbers that no crop needs: onnxruntime would compute with them."""
+    """Reject attribute values out of the range that crops need; onnxruntime would compute with them."""
     name = f"{attribute.name} of {node.op_type} {node.name!r}"
     least = 1 if attribute.name in _AT_LEAST_ONE else 0 if attribute.name == "pads" else -MAX_SIDE
     numbers = (*attribute.ints, *([attribute.i] if attribute.HasField("i") else []))
@@ -305,11 +304,11 @@ def _check_attribute(node: NodeProto, attribute: AttributeProto) -> None:
         _refuse(f"a finite {name}, and no padding by name", attribute.s or "infinity or NaN")
 
 
-def _infer(model: ModelProto, weights: Mapping[str, Value], left_out: list[int]) -> dict[str, Value]:
-    """Work out type and shape of every value from the nodes alone; what the file claims of them must agree."""
+def _infer(model: ModelProto, weights: Mapping[str, Value], skipped_bytes: list[int]) -> dict[str, Value]:
+    """Infer type and shape of every value from the nodes alone; types and shapes stated in the file must agree."""
     graph = model.graph
     claimed = {value.name: _value(value) for value in (*graph.value_info, *graph.output)}
-    small = [tensor for tensor, skipped in zip(graph.initializer, left_out, strict=True) if not skipped]
+    small = [tensor for tensor, skipped in zip(graph.initializer, skipped_bytes, strict=True) if not skipped]
     large = weights.keys() - {tensor.name for tensor in small}
     skeleton = ModelProto()
     skeleton.CopyFrom(model)
@@ -318,7 +317,7 @@ def _infer(model: ModelProto, weights: Mapping[str, Value], left_out: list[int])
     skeleton.graph.input.extend(onnx.helper.make_tensor_value_info(name, *weights[name]) for name in sorted(large))
     onnx.checker.check_model(skeleton)  # each node against its operator's definition
     for output in skeleton.graph.output:
-        output.type.tensor_type.ClearField("shape")  # or what nothing implies would be taken from here
+        output.type.tensor_type.ClearField("shape")  # else stated shapes would be used
     inferred = onnx.shape_inference.infer_shapes(skeleton, check_type=True, strict_mode=True).graph
     values = {value.name: _value(value) for value in (*inferred.value_info, *inferred.output, graph.input[0])}
     for name, claim in claimed.items():
@@ -328,7 +327,7 @@ def _infer(model: ModelProto, weights: Mapping[str, Value], left_out: list[int])
 
 
 def _value(value: ValueInfoProto) -> Value:
-    """Type and shape of a tensor; refuses one of unknown rank or length."""
+    """Type and shape of a tensor; rejects unknown ranks or lengths."""
     tensor = value.type.tensor_type
     shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in tensor.shape.dim)
     if not tensor.HasField("shape") or "" in shape or tensor.elem_type not in _BYTES_OF:
@@ -341,7 +340,7 @@ def _type_name(number: int) -> str:
 
 
 def _check_input(graph: GraphProto, image: ImageSpec) -> str:
-    """Hold the input to the bundle's contract; returns the name of the batch's length."""
+    """Check the input's type and shape; returns the name of the batch dimension."""
     kind, shape = _value(graph.input[0])
     batch = shape[0] if shape else 0
     if kind != TensorProto.UINT8 or shape != (batch, image.height, image.width, 3) or not isinstance(batch, str):
@@ -353,7 +352,7 @@ def _check_input(graph: GraphProto, image: ImageSpec) -> str:
 
 
 def _check_output(kind: int, shape: Shape, batch: str, feature_dim: int | None) -> None:
-    """Hold the output to the bundle's contract."""
+    """Check the output's type and shape."""
     known = len(shape) == 2 and isinstance(shape[1], int) and feature_dim in (None, shape[1])
     if kind != TensorProto.FLOAT or not known or shape[0] != batch:
         size = "D" if feature_dim is None else feature_dim
@@ -361,7 +360,7 @@ def _check_output(kind: int, shape: Shape, batch: str, feature_dim: int | None) 
 
 
 def _check_sizes(graph: GraphProto, values: Mapping[str, Value], batch: str, pixels: int, size: int) -> None:
-    """Bound the memory and the time a graph asks for, by the crop's pixels and by the file's own ``size`` in bytes."""
+    """Limit the memory and time a graph needs, relative to the crop's pixels and the file's ``size`` in bytes."""
     elements = work = constants = 0
     for node in graph.node:
         for name in filter(None, node.output):
@@ -388,7 +387,7 @@ def _check_sizes(graph: GraphProto, values: Mapping[str, Value], batch: str, pix
 
 
 def _work(node: NodeProto, values: Mapping[str, Value]) -> int:
-    """Multiplications, or for pooling comparisons and additions, that one element of a node's output takes."""
+    """Multiplications (for pooling: comparisons or additions) per element of a node's output."""
 
     def lengths(place: int) -> list[int]:
         return [length for length in values[node.input[place]][1] if isinstance(length, int)]

@@ -1,8 +1,8 @@
-"""The manifest of a bundle: what the model is, which files belong to it and how they were made.
+"""The manifest of a bundle: its model, its files and their provenance.
 
-The file is JSON in one canonical spelling and carries the SHA-256 of its own body, so that a changed
-byte is noticed even where JSON would not mind it. That guards against damage and mix-ups; against
-forgery there is a signature, by the key that ``signer`` names. The format is specified in ``docs/bundle.md``.
+The file is canonical JSON and contains the SHA-256 of its own body, so that any changed byte is detected. That protects
+against damage and mix-ups; against forgery there is a signature by the key in ``signer``. The format is specified in
+``docs/bundle.md``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from resight.calibration import Calibration
 from resight.errors import BundleError
 from resight.image import ImageSpec
 
-SCHEMA_VERSION = 2  # 2: calibration and signer; TensorRT engines no longer travel
+SCHEMA_VERSION = 2  # 2: calibration and signer added, TensorRT engines removed
 MANIFEST_FILE = "manifest.json"
 SIGNATURE_FILE = "manifest.json.minisig"
 MAX_ARTEFACTS = 16
@@ -56,22 +56,22 @@ class Artefact(FileEntry):
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a program needs to know before it trusts a bundle.
+    """The content of ``manifest.json``.
 
     Attributes:
-        name: what people call the model; 1-63 of ``a-z 0-9 . _ -``.
-        space_id: names the embedding space; features compare only when it is equal.
+        name: of the model; 1-63 of ``a-z 0-9 . _ -``.
+        space_id: of the embedding space; only features of the same space are comparable.
         feature_dim: D, the length of a feature.
         image: the size and filter `resight.image.fit` needs.
         artefacts: the runnable forms; one of them is fp32 ONNX.
         probes: the golden images and their features.
-        weights_licence: under which licence the initial weights came.
+        weights_licence: licence of the initial weights.
         training: recipe, config, crop store fingerprint, epoch.
-        evaluation: measured figures, empty where nothing was measured.
+        evaluation: measurements; may be empty.
         created: time of export, ISO 8601 in UTC.
-        versions: of the libraries that made it.
-        calibration: similarity to probability on the site's crops; None where nothing was fitted.
-        signer: minisign public key (its base64 line) whose signature lies beside the manifest; empty = unsigned.
+        versions: of the libraries used for the export.
+        calibration: similarity to probability on the site's crops; None if not fitted.
+        signer: minisign public key (its base64 line) whose signature is in `SIGNATURE_FILE`; empty = unsigned.
     """
 
     name: str
@@ -113,7 +113,7 @@ class Manifest:
 
 
 def check_name(name: str, what: str) -> None:
-    """Refuse a name that could leave its folder or trip a file system.
+    """Reject a name that is not safe as a file name.
 
     Raises:
         BundleError: not 1-63 characters of ``a-z 0-9 . _ -`` beginning with a letter or digit.
@@ -123,7 +123,7 @@ def check_name(name: str, what: str) -> None:
 
 
 def space_id(weights: bytes, image: ImageSpec, feature_dim: int) -> str:
-    """Name an embedding space by what decides the vectors: weights, image spec and feature length.
+    """Id of an embedding space: a hash of everything its features depend on: weights, image spec and feature length.
 
     Args:
         weights: the bytes or a digest of all parameters of the global head's path.
@@ -140,10 +140,10 @@ def space_id(weights: bytes, image: ImageSpec, feature_dim: int) -> str:
 
 
 def to_json(manifest: Manifest) -> bytes:
-    """Spell a manifest canonically, with the SHA-256 of its own body.
+    """Serialise a manifest to canonical JSON with the SHA-256 of its body.
 
     Raises:
-        BundleError: training, evaluation or versions hold what JSON cannot say, such as NaN or a path.
+        BundleError: training, evaluation or versions hold values that JSON cannot represent, such as NaN or a path.
     """
     try:
         body = asdict(manifest)
@@ -157,22 +157,21 @@ def to_json(manifest: Manifest) -> bytes:
 
 
 def from_json(data: bytes) -> Manifest:
-    """Read what `to_json` wrote, and nothing else.
+    """Parse the output of `to_json`; anything else is rejected.
 
     Raises:
-        BundleError: not JSON, altered by as much as a byte, of a newer schema, a key missing or unknown,
-            or a value out of range.
+        BundleError: not JSON, altered, another schema version, a missing or unknown key, or a value out of range.
     """
     try:
         body = json.loads(data)
         if not isinstance(body, dict) or _canonical_json(body) != data:
-            raise ValueError("not the canonical spelling")
+            raise ValueError("not canonical JSON")
         stated = body.pop("manifest_sha256", None)
         if stated != hashlib.sha256(_canonical_json(body)).hexdigest():
             raise ValueError("its manifest_sha256 does not match")
     except (ValueError, RecursionError) as error:
         raise BundleError(
-            f"{MANIFEST_FILE} was altered or damaged ({error}): copy the bundle again or export it anew"
+            f"{MANIFEST_FILE} was altered or damaged ({error}): copy the bundle again or export it again"
         ) from error
     version = body.get("schema_version")
     if version != SCHEMA_VERSION:
@@ -183,7 +182,7 @@ def from_json(data: bytes) -> Manifest:
     try:
         image = ImageSpec(**_typed(ImageSpec, body.get("image"), "image"))
     except ValueError as error:
-        raise BundleError(f"{MANIFEST_FILE}: {error}: export the bundle anew") from error
+        raise BundleError(f"{MANIFEST_FILE}: {error}: export the bundle again") from error
     artefacts = body.get("artefacts")
     if not isinstance(artefacts, list):
         _refuse("artefacts", "a list", artefacts)
@@ -219,8 +218,8 @@ def _check_artefact(artefact: Artefact) -> None:
     if artefact.runtime not in RUNTIMES:
         _refuse(f"runtime of {artefact.file}", " | ".join(RUNTIMES), artefact.runtime)
     if not (math.isfinite(artefact.max_abs_diff) and -1.0 <= artefact.min_cosine <= 1.0 + 1e-6):
-        figures = (artefact.max_abs_diff, artefact.min_cosine)
-        _refuse(f"parity of {artefact.file}", "a finite difference and a cosine in [-1, 1]", figures)
+        found = (artefact.max_abs_diff, artefact.min_cosine)
+        _refuse(f"parity of {artefact.file}", "a finite difference and a cosine in [-1, 1]", found)
 
 
 def _canonical_json(body: dict[str, Any]) -> bytes:
@@ -229,7 +228,7 @@ def _canonical_json(body: dict[str, Any]) -> bytes:
 
 def _refuse(what: str, expected: str, found: object) -> NoReturn:
     raise BundleError(
-        f"{MANIFEST_FILE}: {what}: expected {expected}, found {str(found)[:200]!r}: export the bundle anew"
+        f"{MANIFEST_FILE}: {what}: expected {expected}, found {str(found)[:200]!r}: export the bundle again"
     )
 
 

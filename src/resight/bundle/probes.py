@@ -1,7 +1,7 @@
-"""Golden images by which a bundle proves itself: JPEG bytes, the pixels they become, and their features.
+"""Probes: the golden images of a bundle, as JPEG bytes, decoded and fitted pixels, and expected features.
 
-They are drawn by code: a bundle travels between machines and people, and crops of people are personal data.
-`MIN_COSINE_BY_PRECISION` and `min_cosine_for` say how near a runtime must come to the exported features.
+They are drawn by code, because a bundle is passed on and crops of people are personal data. `MIN_COSINE_BY_PRECISION`
+and `min_cosine_for` define how closely a runtime must reproduce the exported features.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ PROBES_FILE = "probes.npz"
 MAX_PROBES = 64
 MAX_PROBES_BYTES = 64 * 1024 * 1024  # 16 probes of 256x128 take 1.6 MiB
 MIN_COSINE = 0.9999  # acceptance of the exported fp32 graph against torch
-BATCH_SIZES = (1, 7)  # a lone request, and a size no kernel is tuned for
-MAX_PIXEL_DIFF = 1.0  # mean levels of 255; other JPEG decoders differ by under 0.5, another filter by more
+BATCH_SIZES = (1, 7)  # a single request, and a size that no kernel is tuned for
+MAX_PIXEL_DIFF = 1.0  # mean, in levels of 255; other JPEG decoders differ by under 0.5, other filters by more
 _SIZES = ((256, 128), (64, 32), (40, 90), (512, 256), (333, 111), (128, 64), (200, 201), (768, 300))
 
 EmbedBatch = Callable[[Pixels], NDArray[np.float32]]
@@ -37,7 +37,7 @@ class Probes:
     """P golden images.
 
     Attributes:
-        jpegs: P files as they would arrive.
+        jpegs: P image files.
         pixels: uint8 (P, H, W, 3) RGB, decoded and fitted.
         features: float32 (P, D), unit rows, computed by torch in fp32.
 
@@ -65,13 +65,13 @@ class Probes:
             raise BundleError(
                 f"{PROBES_FILE}: expected 1..{MAX_PROBES} JPEGs, uint8 pixels (P, H, W, 3) and float32 unit features "
                 f"(P, D), found {count} JPEGs, {self.pixels.dtype} {self.pixels.shape} and {self.features.dtype} "
-                f"{self.features.shape}: export the bundle anew"
+                f"{self.features.shape}: export the bundle again"
             )
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far a runtime's features of the probes are from the stored ones, worst over `BATCH_SIZES`."""
+    """Difference between a runtime's features of the probes and the stored ones, worst over `BATCH_SIZES`."""
 
     max_abs_diff: float
     min_cosine: float
@@ -129,7 +129,7 @@ def from_npz(data: bytes) -> Probes:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = archive.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED or member.file_size > len(data) for member in members):
-            raise ValueError("compressed members")  # a few KB could unpack to all of memory
+            raise ValueError("compressed members")  # a few KB could decompress to more than the memory
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             count = len(arrays.files) - 2
             expected = {"pixels", "features", *(f"jpeg_{i}" for i in range(count))}
@@ -140,7 +140,7 @@ def from_npz(data: bytes) -> Probes:
     except (ValueError, OSError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, NotImplementedError) as error:
         raise BundleError(
             f"{PROBES_FILE}: expected arrays pixels, features and jpeg_0.. in an uncompressed .npz, found {error}: "
-            "export the bundle anew"
+            "export the bundle again"
         ) from error
 
 
@@ -157,10 +157,10 @@ def measure_parity(probes: Probes, run: EmbedBatch) -> Parity:
         if features.shape != probes.features.shape or features.dtype != np.float32 or not np.isfinite(features).all():
             raise BundleError(
                 f"at batch size {size} the graph returns {features.dtype} {features.shape}, expected finite float32 "
-                f"{probes.features.shape}: export the bundle anew"
+                f"{probes.features.shape}: export the bundle again"
             )
         mine, theirs = features.astype(np.float64), probes.features.astype(np.float64)
-        # As they come, not renormalised: a graph that forgot to normalise must not pass.
+        # Not renormalised: a graph without normalisation must not pass.
         cosine = (mine * theirs).sum(1) / np.maximum(np.linalg.norm(theirs, axis=1), 1e-12)
         min_cosine = min(min_cosine, float(np.minimum(cosine, 2.0 - cosine).min()))
         max_abs_diff = max(max_abs_diff, float(np.abs(mine - theirs).max()))
@@ -170,13 +170,13 @@ def measure_parity(probes: Probes, run: EmbedBatch) -> Parity:
 def check_probes(
     probes: Probes, image: ImageSpec, run: EmbedBatch, *, what: str, min_cosine: float = MIN_COSINE
 ) -> Parity:
-    """Prove that this machine's decoder, resize and runtime reproduce the probes.
+    """Check that this machine's decoder, resize and runtime reproduce the probes.
 
     Args:
         probes: from the bundle.
         image: the bundle's image spec.
         run: the runtime under test.
-        what: its name in an error, such as ``model.onnx in onnxruntime``.
+        what: name of the runtime in an error, such as ``model.onnx in onnxruntime``.
         min_cosine: the smallest similarity accepted; lower for quantised graphs.
 
     Raises:
@@ -191,35 +191,35 @@ def check_probes(
         difference = np.abs(pixels.astype(np.int16) - stored).mean() if pixels.shape == stored.shape else np.inf
         if difference > MAX_PIXEL_DIFF:
             raise BundleError(
-                f"{PROBES_FILE}: jpeg_{index} becomes other pixels here (mean difference {difference:.2f} levels, at "
-                f"most {MAX_PIXEL_DIFF} accepted): this machine decodes or resizes images differently; use the locked "
-                "version of Pillow"
+                f"{PROBES_FILE}: jpeg_{index} is decoded to other pixels here (mean difference {difference:.2f} levels,"
+                f" at most {MAX_PIXEL_DIFF} accepted): this machine decodes or resizes images differently; use the "
+                "locked version of Pillow"
             )
     parity = measure_parity(probes, run)
     if parity.min_cosine < min_cosine:
         raise BundleError(
-            f"{what} gives other features than the model that was exported: min cosine {parity.min_cosine:.6f} over "
-            f"{len(probes.jpegs)} probes, expected at least {min_cosine}: export the bundle anew"
+            f"{what} gives other features than the exported model: min cosine {parity.min_cosine:.6f} over "
+            f"{len(probes.jpegs)} probes, expected at least {min_cosine}: export the bundle again"
         )
     return parity
 
 
-# The smallest cosine of a probe's feature to torch's in fp32, whatever its own export reached.
+# The smallest accepted cosine of a probe's feature to torch's in fp32.
 MIN_COSINE_BY_PRECISION = {
     "fp32": MIN_COSINE,
-    "fp16": 0.999,  # half floats keep 11 bits, 5e-4 of a value; trunks of 50 layers stay above it
+    "fp16": 0.999,  # fp16 has 11 bits, 5e-4 of a value; trunks of 50 layers reach it
 }
-# INT8 is held to the parity of its own export, less this: machines sum and round INT8 differently. The same graphs
+# INT8 must reach the parity of its own export minus this: machines sum and round INT8 differently. The same graphs
 # (OSNet x0.25 and the built-in encoder, per-channel, symmetric or not) in onnxruntime 1.31 with its VNNI kernels and
 # with its float emulation moved the cosine of a probe by at most 0.0086, and the smallest of 16 by 0.0055.
 INT8_SLACK = 0.01
 
 
 def min_cosine_for(artefact: Artefact) -> float:
-    """The smallest cosine similarity to the stored features at which a runtime may serve a form of the model.
+    """The smallest accepted cosine similarity of a form's features to the stored ones.
 
     Args:
-        artefact: the manifest's entry: its precision, and the parity it had when it was exported.
+        artefact: the manifest's entry of the form, with its precision and its parity at export.
 
     Returns:
         A cosine, at most 1.

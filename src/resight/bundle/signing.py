@@ -1,10 +1,10 @@
-"""Ed25519 signatures in minisign's file format, and the private keys that make them.
+"""Ed25519 signatures in minisign's file format, and their private keys.
 
-The format: https://jedisct1.github.io/minisign/; `minisign -V` verifies our signatures and we verify its. One thing is
-stricter here: the untrusted comment, which minisign lets anyone change, is one fixed text, so that no byte of a
-signature file can change unnoticed. Private keys are PKCS#8 PEM in files that only their owner can read.
+The format is specified at https://jedisct1.github.io/minisign/; signatures are interchangeable with ``minisign -S`` and
+``-V``. One rule is stricter here: the untrusted comment, which minisign does not sign, must be one fixed text, so that
+every change of a signature file is detected. Private keys are PKCS#8 PEM in files that only their owner can read.
 
-Needs the package ``cryptography``, imported only when something is signed or verified.
+Needs the package ``cryptography``, which is imported only to sign or verify.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ TRUSTED = "trusted comment: "
 MAX_COMMENT = 1024  # bytes; minisign reads trusted comments up to 8192
 MAX_SIGNATURE_BYTES = 16 * 1024  # four lines; minisign's longest comment has 8 KiB
 MAX_PUBLIC_KEY_BYTES = 16 * 1024  # two lines; a comment may be long
-_LEGACY, _PREHASHED = b"Ed", b"ED"  # signed is the data itself, or its BLAKE2b-512 (minisign's default)
+_LEGACY, _PREHASHED = b"Ed", b"ED"  # of the data itself, or of its BLAKE2b-512 (minisign's default)
 
 
 @dataclass(frozen=True)
 class PrivateKey:
-    """A key that signs, as `resight.bundle.signing.load_private_key` reads it."""
+    """A private key; see `load_private_key`."""
 
     ed25519: Ed25519PrivateKey = field(repr=False)
 
     @property
     def public(self) -> str:
-        """The public half, as `load_public_keys` and ``minisign -P`` take it.
+        """The public key in the form that `load_public_keys` and ``minisign -P`` read.
 
-        minisign draws key ids by chance; ours follow from the key, so that PKCS#8 need not hold them.
+        minisign chooses random key ids; ours are derived from the key, because PKCS#8 cannot store them.
         """
         raw = self.ed25519.public_key().public_bytes_raw()
         key_id = hashlib.blake2b(raw, digest_size=8, person=b"resight-key-id").digest()
@@ -62,12 +62,12 @@ def to_public_file(public: str) -> str:
 
 
 def sign(data: bytes, key: PrivateKey, trusted_comment: str) -> bytes:
-    """Sign a manifest the way ``minisign -S`` does.
+    """Sign a manifest like ``minisign -S``.
 
     Args:
         data: its bytes.
         key: of the signer.
-        trusted_comment: one printable line, signed too.
+        trusted_comment: one printable line, also signed.
 
     Returns:
         The signature file: four lines.
@@ -93,14 +93,13 @@ def verify(data: bytes, signature: bytes, public_key: str) -> str:
     Args:
         data: the manifest's bytes.
         signature: the file, of `sign` or ``minisign -S -c "signature of a resight bundle"``.
-        public_key: the one key that may have signed, as its base64 line.
+        public_key: the signer's public key, as its base64 line.
 
     Returns:
         The trusted comment.
 
     Raises:
-        BundleError: ``cryptography`` is missing, the public key is none, or anything about the signature is not
-            exactly as it was written.
+        BundleError: ``cryptography`` is missing, the public key is invalid, or the signature is invalid or altered.
     """
     require_cryptography()
     from cryptography.exceptions import InvalidSignature
@@ -110,7 +109,7 @@ def verify(data: bytes, signature: bytes, public_key: str) -> str:
     head, comment, whole = _parse_signature(signature)
     algorithm, key_id, signed = head[:2], head[2:10], head[10:]
     if algorithm not in (_LEGACY, _PREHASHED):
-        _refuse(f"the algorithm is {algorithm!r}, expected {_PREHASHED!r}, or {_LEGACY!r} of older programs")
+        _refuse(f"the algorithm is {algorithm!r}, expected {_PREHASHED!r}, or {_LEGACY!r} by older programs")
     if key_id != expected_id:
         _refuse(f"it is by the key with id {key_id.hex()}, expected {expected_id.hex()} of {public_key}")
     verifier = Ed25519PublicKey.from_public_bytes(raw)
@@ -129,10 +128,10 @@ def verify(data: bytes, signature: bytes, public_key: str) -> str:
 
 
 def load_public_keys(keys: Iterable[Path | str]) -> tuple[str, ...]:
-    """Read public keys, each a minisign ``.pub`` file or the base64 line that is in it.
+    """Read public keys, each a minisign ``.pub`` file or its base64 line.
 
     Returns:
-        The base64 lines, each once, in the order given.
+        The base64 lines without duplicates, in the given order.
 
     Raises:
         BundleError: neither a file nor a key, or a file without a key.
@@ -180,7 +179,7 @@ def _parse_signature(signature: bytes) -> tuple[bytes, bytes, bytes]:
 
 
 def _parse_public(line: str) -> tuple[bytes, bytes]:
-    """Key id, 8 bytes that anyone may choose, and key, 32 bytes."""
+    """Key id (8 bytes, arbitrary) and key (32 bytes)."""
     raw = _decode(line.encode(errors="replace"))
     if len(raw) != 42 or raw[:2] != _LEGACY:
         raise BundleError(
@@ -200,7 +199,7 @@ def _encode(data: bytes) -> bytes:
 
 
 def _decode(line: bytes) -> bytes:
-    """Canonical base64 only: one spelling for each value; nothing for any other."""
+    """Decode canonical base64; empty for any other input."""
     try:
         data = base64.b64decode(line, validate=True)
     except (binascii.Error, ValueError):
@@ -209,16 +208,16 @@ def _decode(line: bytes) -> bytes:
 
 
 def _printable(text: str) -> bool:
-    """One line; tabs pass, because minisign's own comments have them."""
+    """Whether a text is one printable line; tabs are allowed, because minisign's own comments have them."""
     return text.replace("\t", " ").isprintable()
 
 
 def _refuse(why: str) -> NoReturn:
-    raise BundleError(f"{SIGNATURE_FILE} is refused: {why}: copy the bundle again, or sign it with a key you trust")
+    raise BundleError(f"{SIGNATURE_FILE} is rejected: {why}: copy the bundle again, or sign it with a key you trust")
 
 
 def require_cryptography() -> None:
-    """Say what to install where the package is missing.
+    """Check that the package ``cryptography`` is installed.
 
     Raises:
         BundleError: it is missing.
@@ -235,45 +234,45 @@ MAX_PRIVATE_KEY_BYTES = 16 * 1024  # an encrypted Ed25519 key in PEM has about 4
 
 
 def generate_key(path: Path, passphrase: str | None = None) -> str:
-    """Make a key: the private one at ``path``, readable by its owner only, the public one at ``path.pub``.
+    """Create a key pair: the private key at ``path``, readable by its owner only, the public key at ``path.pub``.
 
     Args:
         path: a new file.
-        passphrase: encrypts the private key (PBES2, as ``cryptography`` chooses best); None leaves it plain.
+        passphrase: encrypts the private key (PBES2 with ``cryptography``'s best algorithm); None = not encrypted.
 
     Returns:
-        The public key, as `load_public_keys` and ``minisign -P`` take it.
+        The public key in the form that `load_public_keys` and ``minisign -P`` read.
 
     Raises:
         AlreadyExistsError: one of the two files exists; a key is never overwritten.
         BundleError: ``cryptography`` is missing, or the passphrase is empty.
-        OSError: the disk refused.
+        OSError: writing failed.
     """
     require_cryptography()
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     if passphrase == "":
-        raise BundleError("expected a passphrase of at least one character, found none: type one, or leave it out")
-    beside = public_path(path)
-    for file in (path, beside):
+        raise BundleError("expected a passphrase of at least one character, found none: type one, or omit it")
+    public_file = public_path(path)
+    for file in (path, public_file):
         if os.path.lexists(file):
             raise AlreadyExistsError(f"expected a new file for the key, found {file}: choose another name")
     key = Ed25519PrivateKey.generate()
-    lock = serialization.BestAvailableEncryption(passphrase.encode()) if passphrase else serialization.NoEncryption()
-    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, lock)
+    cipher = serialization.BestAvailableEncryption(passphrase.encode()) if passphrase else serialization.NoEncryption()
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, cipher)
     public = PrivateKey(key).public
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as private:
         private.write(pem)
         private.flush()
         os.fsync(private.fileno())
-    with beside.open("x") as text:
+    with public_file.open("x") as text:
         text.write(to_public_file(public))
     return public
 
 
 def public_path(path: Path) -> Path:
-    """Where `generate_key` puts the public half: ``site.key`` -> ``site.key.pub``."""
+    """The file of the public key that `generate_key` writes: ``site.key`` -> ``site.key.pub``."""
     return path.with_name(f"{path.name}.pub")
 
 
@@ -281,8 +280,8 @@ def load_private_key(path: Path, passphrase: str | None = None) -> PrivateKey:
     """Read a private key.
 
     Args:
-        path: PKCS#8 PEM with an Ed25519 key, of `generate_key` or ``openssl genpkey -algorithm ed25519``.
-        passphrase: where the key is encrypted.
+        path: PKCS#8 PEM with an Ed25519 key, made by `generate_key` or ``openssl genpkey -algorithm ed25519``.
+        passphrase: if the key is encrypted.
 
     Raises:
         BundleError: ``cryptography`` is missing, no such file, others may read it, no Ed25519 key in it, or
@@ -317,7 +316,7 @@ def is_encrypted(pem: bytes) -> bool:
 
 
 def _read_private(path: Path) -> bytes:
-    """The bytes of a file that nobody else may read; asked of the open file, so that it cannot be swapped."""
+    """Read a file that only its owner may read; the mode is checked on the open file, so that it cannot be swapped."""
     try:
         file = path.open("rb")
     except OSError as error:

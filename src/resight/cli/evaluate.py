@@ -157,7 +157,7 @@ def print_judgement(console: Console, case: CandidateResult, model: str, against
             console.print(_judgement_table(trial, f"{model} on {len(trial.store)} crops of {words}", against))
     _print_missing(console, case.site)
     for which, found in case.hygiene.items():
-        for problem in found.told():
+        for problem in found.messages():
             console.print(f"{which}: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
     if case.latency is not None:
         timed = case.latency

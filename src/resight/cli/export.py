@@ -167,22 +167,22 @@ def export(
     from resight.exporters.export import export_checkpoint
     from resight.exporters.forms import ExportOptions, export_steps
 
-    wanted = ExportOptions.parse(precision, crops=site is not None, tensorrt=tensorrt)
+    options = ExportOptions.parse(precision, crops=site is not None, tensorrt=tensorrt)
     key = load_key(sign_key) if sign_key is not None else None
     console = Console(stderr=True)
     columns = (TextColumn("export"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("checkpoint", total=None)
         loader = _site_data_loader(checkpoint, site, evaluation)
-        site_data = loader.load(crops="int8" in wanted.precisions)
-        steps = export_steps(wanted, site_data)
+        site_data = loader.load(crops="int8" in options.precisions)
+        steps = export_steps(options, site_data)
         bar.update(task, total=len(steps) + 1, advance=1)
         bundle = export_checkpoint(
             checkpoint,
             out,
             name=name,
-            wanted=wanted,
-            lent=site_data,
+            options=options,
+            site=site_data,
             key=key,
             replace=replace,
             progress=lambda step: bar.update(task, description=step, completed=1 + steps.index(step)),

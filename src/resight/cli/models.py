@@ -98,7 +98,7 @@ def migrate(
         done = client.wait(
             begun,
             timeout_s=OPERATION_TIMEOUT_S,
-            told=lambda now: status.update(f"{now.succeeded} of {now.total} entries"),
+            on_update=lambda now: status.update(f"{now.succeeded} of {now.total} entries"),
         )
     lines = [f"{name} {value}" for name, value in sorted(done.result.items())]
     _print_operation(

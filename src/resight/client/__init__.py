@@ -6,9 +6,9 @@
         for hit in client.search("lobby", other_jpeg).hits:
             ...
 
-The server's errors arrive as the classes of `resight.errors`. Calls that can be repeated without
-harm are, while the server is overloaded or away; that includes enrolments, which carry a request id.
-`AsyncClient` has the same methods to await.
+The server's errors are raised as the classes of `resight.errors`. Idempotent calls are retried while the server is
+overloaded or unavailable; that includes enrolments, which carry a request id. `AsyncClient` has the same methods for
+asyncio.
 """
 
 from resight.client.async_client import AsyncClient

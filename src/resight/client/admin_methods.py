@@ -1,11 +1,12 @@
-"""The calls about models and migrations, as those in `resight.client.methods`.
+"""The call plans of the client's methods for operators: models, migrations, shadows, operations, statistics and audit.
 
-The calls of operators, as those in `resight.client.methods`: how things stand, long work, and the audit.
+See `resight.client.methods`.
 """
 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Literal
@@ -27,33 +28,33 @@ from resight.v1 import admin_pb2, model_pb2, operation_pb2
 
 
 def models() -> PagedCall[ModelInfo]:
-    """All models, loaded or in the server's folder of models, by name."""
-    ask = UnaryCall("models.ListModels", model_pb2.ListModelsRequest())
-    return PagedCall(ask, lambda page: [convert.model(one) for one in page.models])
+    """List all models, loaded or in the server's folder of models, ordered by name."""
+    call = UnaryCall("models.ListModels", model_pb2.ListModelsRequest())
+    return PagedCall(call, lambda page: [convert.model(one) for one in page.models])
 
 
 def model(model_id: str) -> CallPlan[ModelInfo]:
-    """One model."""
+    """Get a model."""
     return convert.model((yield UnaryCall("models.GetModel", model_pb2.GetModelRequest(model_id=model_id))).model)
 
 
 def load_model(model_id: str) -> CallPlan[OperationInfo]:
-    """Begin to load a model from the server's folder of models; `wait` for it before it is activated."""
+    """Start to load a model from the server's folder of models; `wait` for it before activating the model."""
     request = model_pb2.LoadModelRequest(model_id=model_id)
     return convert.operation((yield UnaryCall("models.LoadModel", request, retry=False)).operation)
 
 
 def unload_model(model_id: str) -> CallPlan[None]:
-    """Let a loaded model go; requests that began with it end on it."""
+    """Unload a model; requests that already use it are completed."""
     yield UnaryCall("models.UnloadModel", model_pb2.UnloadModelRequest(model_id=model_id), retry=False)
 
 
 def activate_model(model_id: str, *, expected: str = "") -> CallPlan[tuple[ModelInfo, ModelInfo]]:
-    """Let a loaded model embed what names none; returns it and the one before.
+    """Make a loaded model the default; returns it and the previous default.
 
     Args:
         model_id: of a loaded model.
-        expected: the model thought to be active now; `ConflictError` if another is. Empty = whichever.
+        expected: the model expected to be active now; `ConflictError` if it is not. Empty = any.
     """
     request = model_pb2.ActivateModelRequest(model_id=model_id, expected_current_model_id=expected)
     reply = yield UnaryCall("models.ActivateModel", request, retry=False)
@@ -63,12 +64,12 @@ def activate_model(model_id: str, *, expected: str = "") -> CallPlan[tuple[Model
 def migrate(
     collection: str, model_id: str, *, auto_activate: bool = False, drop_missing: bool = False
 ) -> CallPlan[OperationInfo]:
-    """Begin to embed a collection's stored crops with a loaded model, or go on with it.
+    """Start or resume embedding a collection's stored crops with a loaded model.
 
     Args:
         collection: its name.
         model_id: of a loaded model.
-        auto_activate: search in the new space as soon as the gate is passed.
+        auto_activate: switch searches to the new space when the migration passes its checks.
         drop_missing: entries without a stored crop are absent from the new space.
     """
     request = model_pb2.MigrateCollectionRequest(
@@ -84,7 +85,7 @@ def migrate(
 def activate_space(
     collection: str, space_id: str, *, expected: str = "", allow_incomplete: bool = False
 ) -> CallPlan[tuple[str, str]]:
-    """Search a collection in another of its spaces; returns the ids of that space and of the one before."""
+    """Switch a collection's searches to another of its spaces; returns the ids of that space and the previous one."""
     request = model_pb2.ActivateSpaceRequest(
         collection_id=collection,
         space_id=space_id,
@@ -103,16 +104,16 @@ def start_shadow(
     max_searches: int = 0,
     expire_after: timedelta | None = None,
 ) -> CallPlan[Shadow]:
-    """Let a candidate model answer a sample of a collection's searches of crops too, for figures alone.
+    """Start a shadow: a candidate model also runs a sample of a collection's searches of crops, only to be measured.
 
-    Asked for again with the same model, it goes on, with the bounds of this call.
+    If a shadow of the same model is running, it continues with the limits of this call.
 
     Args:
-        collection: its name; migrated to the model's space, and searched in another one.
+        collection: its name; it must be migrated to the model's space but searched in another space.
         model_id: of a loaded model.
         sample: share of the searches, above 0, at most 1.
-        max_searches: answered ones, after which it ends; 0 = without such an end.
-        expire_after: None = without such an end.
+        max_searches: number of answered searches after which it ends; 0 = no limit.
+        expire_after: time after which it ends; None = no limit.
     """
     request = model_pb2.StartShadowRequest(
         collection_id=collection, model_id=model_id, sample=sample, max_searches=max_searches
@@ -123,23 +124,23 @@ def start_shadow(
 
 
 def get_shadow(collection: str) -> CallPlan[Shadow]:
-    """A collection's shadow that runs, or ran last, with its figures so far."""
+    """Get a collection's running or last shadow with its results so far."""
     request = model_pb2.GetShadowRequest(collection_id=collection)
     return convert.shadow((yield UnaryCall("models.GetShadow", request)).shadow)
 
 
 def stop_shadow(collection: str) -> CallPlan[Shadow]:
-    """End a collection's shadow; returns its last figures."""
+    """Stop a collection's shadow; returns its final results."""
     request = model_pb2.StopShadowRequest(collection_id=collection)
     return convert.shadow((yield UnaryCall("models.StopShadow", request)).shadow)
 
 
 OPERATION_STATE_VALUES = {state: number for number, state in convert.OPERATION_STATES.items()}
-MIN_POLL_S, MAX_POLL_S = 0.05, 1.0  # between two looks at an operation
+MIN_POLL_S, MAX_POLL_S = 0.05, 1.0  # interval between two polls of an operation
 
 
 def stats(collection: str) -> CallPlan[CollectionStats]:
-    """How a collection and its index stand."""
+    """Get the statistics of a collection and its index."""
     request = admin_pb2.GetCollectionStatsRequest(collection_id=collection)
     return convert.stats((yield UnaryCall("admin.GetCollectionStats", request)))
 
@@ -152,14 +153,14 @@ def search_figures(
     space_id: str = "",
     reference: tuple[datetime, datetime] | None = None,
 ) -> CallPlan[list[SearchFigures]]:
-    """What a collection's searches came to, in each space, by its first search in the window.
+    """Get the search statistics of a collection, one item per space, ordered by its first search in the window.
 
     Args:
         collection: its name.
-        start: of the window, which is widened to whole minutes; None = as far back as is kept.
-        end: exclusive; None = until now.
-        space_id: of one space; empty = of all.
-        reference: window, begin and end, that drift is told against; None = the space's first 1000 best hits.
+        start: of the window, which is widened to whole minutes; None = from the oldest kept.
+        end: of the window, exclusive; None = now.
+        space_id: only of this space; empty = of all.
+        reference: start and end of the window that drift is measured against; None = the space's first 1000 best hits.
     """
     request = admin_pb2.GetSearchFiguresRequest(collection_id=collection, space_id=space_id)
     if start is not None:
@@ -174,19 +175,19 @@ def search_figures(
 
 
 def rebuild_index(collection: str, index_type: str = "") -> CallPlan[OperationInfo]:
-    """Begin to build a collection's index anew: ``flat``, ``flat-fp16``, ``hnsw``, or empty = by its size."""
+    """Start to rebuild a collection's index as ``flat``, ``flat-fp16`` or ``hnsw``; empty = chosen by its size."""
     request = admin_pb2.RebuildIndexRequest(collection_id=collection, index_type=index_type)
     return convert.operation((yield UnaryCall("admin.RebuildIndex", request, retry=False)).operation)
 
 
 def create_snapshot(name: str = "") -> CallPlan[OperationInfo]:
-    """Begin to copy the tenant's database; empty = named by the time. The name stands in the result."""
+    """Start a snapshot of the tenant's database; an empty name = the time. The operation's result holds the name."""
     request = admin_pb2.CreateSnapshotRequest(snapshot_id=name)
     return convert.operation((yield UnaryCall("admin.CreateSnapshot", request, retry=False)).operation)
 
 
 def audit_events(*, start: datetime | None = None, end: datetime | None = None) -> PagedCall[AuditRow]:
-    """Who searched, deleted and erased what; the newest first. ``start`` is inclusive, ``end`` exclusive."""
+    """List the audit events of searches and changes, newest first. ``start`` is inclusive, ``end`` exclusive."""
     request = admin_pb2.ListAuditEventsRequest()
     if start is not None:
         request.window.start_time.FromDatetime(start)
@@ -198,41 +199,43 @@ def audit_events(*, start: datetime | None = None, end: datetime | None = None) 
 
 
 def operation(operation_id: str) -> CallPlan[OperationInfo]:
-    """Long work as it stands."""
+    """Get an operation."""
     request = operation_pb2.GetOperationRequest(operation_id=operation_id)
     return convert.operation((yield UnaryCall("operations.GetOperation", request)).operation)
 
 
 def operations(*, kind: str = "", state: OperationState | None = None) -> PagedCall[OperationInfo]:
-    """Long work, the newest first; only of one kind or in one state, where told."""
+    """List operations, newest first, optionally of one kind or in one state."""
     number = OPERATION_STATE_VALUES[state] if state else operation_pb2.OPERATION_STATE_UNSPECIFIED
-    ask = UnaryCall("operations.ListOperations", operation_pb2.ListOperationsRequest(kind=kind, state=number))
-    return PagedCall(ask, lambda page: [convert.operation(one) for one in page.operations])
+    call = UnaryCall("operations.ListOperations", operation_pb2.ListOperationsRequest(kind=kind, state=number))
+    return PagedCall(call, lambda page: [convert.operation(one) for one in page.operations])
 
 
 def cancel_operation(operation_id: str) -> CallPlan[OperationInfo]:
-    """Ask long work to end at its next step."""
+    """Request that an operation be cancelled; it ends at its next step."""
     request = operation_pb2.CancelOperationRequest(operation_id=operation_id)
     return convert.operation((yield UnaryCall("operations.CancelOperation", request)).operation)
 
 
 def start_adaptation(site: str) -> CallPlan[OperationInfo]:
-    """Ask the cycle of a site, by the name in its file, for a run; the operation is pending until that takes it.
+    """Request an adaptation run of the site with this name; the operation is pending until a cycle takes it.
 
-    One that is pending for this site already is answered again.
+    If a run of this site is already pending, that operation is returned.
     """
     request = admin_pb2.StartAdaptationRequest(job_spec_id=site, request_id=str(uuid4()))
     return convert.operation((yield UnaryCall("admin.StartAdaptation", request)).operation)
 
 
 def pending_adaptations(site: str = "") -> PagedCall[OperationInfo]:
-    """Adaptations that were asked for and that no cycle has taken; their ``result["site"]`` tells whose they are.
+    """List requested adaptations that no cycle has taken; ``result["site"]`` names the site.
 
     Args:
-        site: only of this one; empty = of every one.
+        site: only of this site; empty = of all.
     """
-    found = operations(kind="adapt", state="pending")
-    return PagedCall(found.ask, lambda page: [one for one in found.items(page) if site in ("", one.result["site"])])
+    pending = operations(kind="adapt", state="pending")
+    return PagedCall(
+        pending.call, lambda page: [one for one in pending.items(page) if site in ("", one.result["site"])]
+    )
 
 
 def report_adaptation(
@@ -242,13 +245,13 @@ def report_adaptation(
     result: Mapping[str, str] | None = None,
     error: str = "",
 ) -> CallPlan[OperationInfo]:
-    """Tell how an adaptation goes that this program carries out; answered as ``cancelled``, it is to be given up.
+    """Report the state of an adaptation that this program runs; if the reply is ``cancelled``, stop it.
 
     Args:
         operation_id: from `pending_adaptations`.
-        state: running takes it, and may be told again with new results; the others end it.
-        result: added to what was told before.
-        error: why it failed; with failed alone.
+        state: ``running`` takes the operation and may be repeated with new results; the others end it.
+        result: added to the results reported before.
+        error: why it failed; only with ``failed``.
     """
     request = admin_pb2.ReportAdaptationRequest(
         operation_id=operation_id, state=OPERATION_STATE_VALUES[state], result=result or {}, error=error
@@ -260,29 +263,40 @@ def wait(
     operation: OperationInfo,
     *,
     timeout_s: float = 600.0,
-    told: Callable[[OperationInfo], None] = lambda operation: None,
+    on_update: Callable[[OperationInfo], None] | None = None,
+    told: Callable[[OperationInfo], None] | None = None,
 ) -> CallPlan[OperationInfo]:
-    """Return when long work has ended, however it did.
+    """Wait until an operation has ended, successfully or not.
 
     Args:
-        operation: from the call that began it.
-        timeout_s: for that.
-        told: is told each time it is looked at.
+        operation: from the call that started it.
+        timeout_s: longest time to wait.
+        on_update: called with the operation each time it was polled.
+        told: deprecated name of ``on_update``.
 
     Raises:
-        DeadlineError: it goes on after ``timeout_s``.
+        DeadlineError: the operation has not ended after ``timeout_s``.
     """
+    if told is not None:
+        warnings.warn("wait(told=...) is deprecated: use on_update=", DeprecationWarning, stacklevel=3)
+    return _wait(operation, timeout_s, on_update or told)
+
+
+def _wait(
+    operation: OperationInfo, timeout_s: float, on_update: Callable[[OperationInfo], None] | None
+) -> CallPlan[OperationInfo]:
     deadline, pause_s = time.monotonic() + timeout_s, MIN_POLL_S
     while not operation.ended:
         if time.monotonic() > deadline:
             raise DeadlineError(
-                f"operation {operation.operation_id} goes on after {timeout_s:.0f} s: look at it again later"
+                f"operation {operation.operation_id} has not ended after {timeout_s:.0f} s: query it again later"
             )
         yield Sleep(pause_s)
         pause_s = min(MAX_POLL_S, 1.5 * pause_s)
-        operation = yield from _operation(operation.operation_id)
-        told(operation)
+        operation = yield from _get_operation(operation.operation_id)
+        if on_update is not None:
+            on_update(operation)
     return operation
 
 
-_operation = operation  # which `wait` calls its argument
+_get_operation = operation  # in `_wait` that name is an argument

@@ -1,4 +1,4 @@
-"""The client of `resight.client` for programs with an event loop: the same methods, to await.
+"""The asyncio client: the methods of `resight.client.Client` as coroutines and asynchronous iterators.
 
 async with AsyncClient("127.0.0.1:50051") as client:
     answer = await client.search("lobby", jpeg, group_by="subject")
@@ -46,45 +46,45 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _method(road: Callable[P, CallPlan[T]]) -> Callable[Concatenate[AsyncClient, P], Awaitable[T]]:
-    """A method that walks a road."""
+def _method(plan: Callable[P, CallPlan[T]]) -> Callable[Concatenate[AsyncClient, P], Awaitable[T]]:
+    """Make a client method from a function that returns a call plan."""
 
-    @wraps(road)
+    @wraps(plan)
     async def method(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self._walk(road(*args, **kwargs))
+        return await self._run(plan(*args, **kwargs))
 
     return method
 
 
-def _paged(listing: Callable[P, PagedCall[T]]) -> Callable[Concatenate[AsyncClient, P], AsyncIterator[T]]:
-    """A method that goes through a listing, asking for a page when it is needed."""
+def _paged(plan: Callable[P, PagedCall[T]]) -> Callable[Concatenate[AsyncClient, P], AsyncIterator[T]]:
+    """Make a client method from a paged call: it iterates over the items and requests each page when it is needed."""
 
-    @wraps(listing)
+    @wraps(plan)
     async def method(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
-        found = listing(*args, **kwargs)
+        pages = plan(*args, **kwargs)
         while True:
-            page = await self._reply(found.ask)
-            for item in found.items(page):
+            page = await self._call(pages.call)
+            for item in pages.items(page):
                 yield item
             if not page.next_page_token:
                 return
-            found.ask.request.page_token = page.next_page_token
+            pages.call.request.page_token = page.next_page_token
 
     return method
 
 
-def _resumable(begin: Callable[P, ResumableStream[T]]) -> Callable[Concatenate[AsyncClient, P], AsyncIterator[T]]:
-    """A method that takes a stream of answers and, when the server went away, goes on behind the last one."""
+def _resumable(plan: Callable[P, ResumableStream[T]]) -> Callable[Concatenate[AsyncClient, P], AsyncIterator[T]]:
+    """Make a client method from a resumable stream: after a lost connection it resumes behind the last reply."""
 
-    @wraps(begin)
+    @wraps(plan)
     async def method(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
-        stream = begin(*args, **kwargs)
+        stream = plan(*args, **kwargs)
         streaming = self._stubs.method(stream.method)
         while True:
             call = streaming(stream.request, timeout=stream.timeout_s, metadata=self._metadata)
             try:
                 async for reply in call:
-                    yield stream.took(reply)
+                    yield stream.advance(reply)
                 return
             except grpc.RpcError as failure:
                 pause_s = stream.pause(to_error(failure, self.address))
@@ -98,7 +98,7 @@ def _resumable(begin: Callable[P, ResumableStream[T]]) -> Callable[Concatenate[A
 class AsyncClient:
     """A connection to one server, used in one event loop. Close it, or use it in an ``async with``.
 
-    Takes what `resight.client.Client` takes, and raises the same.
+    Takes the same arguments as `resight.client.Client` and raises the same errors.
     """
 
     def __init__(
@@ -130,40 +130,48 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """End the connection; calls in flight are cancelled."""
+        """Close the connection; calls in flight are cancelled."""
         await self._channel.close(None)
 
-    async def _walk(self, road: CallPlan[T]) -> T:
-        told: Any = None
+    async def _run(self, plan: CallPlan[T]) -> T:
+        result: Any = None
         while True:
             try:
-                step = road.send(told)
+                step = plan.send(result)
             except StopIteration as end:
-                found: T = end.value
-                return found
-            told = await (asyncio.sleep(step.seconds) if isinstance(step, Sleep) else self._reply(step))
+                value: T = end.value
+                return value
+            if isinstance(step, Sleep):
+                await asyncio.sleep(step.seconds)
+                result = None
+            else:
+                result = await self._call(step)
 
-    async def _reply(self, ask: UnaryCall) -> Any:
-        method, told = self._stubs.method(ask.method), None
-        trying = attempts(self._timeout_s * (BATCH_TIMEOUT_FACTOR if ask.batch else 1), retry=ask.retry)
+    async def _call(self, call: UnaryCall) -> Any:
+        method, outcome = self._stubs.method(call.method), None
+        plan = attempts(self._timeout_s * (BATCH_TIMEOUT_FACTOR if call.batch else 1), retry=call.retry)
         while True:
             try:
-                step = trying.send(told)
+                step = plan.send(outcome)
             except StopIteration as end:
                 return end.value
-            told = await (asyncio.sleep(step.seconds) if isinstance(step, Sleep) else self._told(method, ask, step))
+            if isinstance(step, Sleep):
+                await asyncio.sleep(step.seconds)
+                outcome = None
+            else:
+                outcome = await self._attempt(method, call, step)
 
-    async def _told(self, method: Any, ask: UnaryCall, step: Attempt) -> Any:
+    async def _attempt(self, method: Any, call: UnaryCall, attempt: Attempt) -> Any:
         try:
-            return await method(ask.request, timeout=step.timeout_s, metadata=self._metadata)
+            return await method(call.request, timeout=attempt.timeout_s, metadata=self._metadata)
         except grpc.RpcError as failure:
             return to_error(failure, self.address)
 
     async def wait_ready(self, timeout_s: float = 60.0) -> None:
-        """Return when the server says that it serves.
+        """Wait until the server reports that it is serving.
 
         Raises:
-            UnavailableError: it did not within ``timeout_s``.
+            UnavailableError: it is not within ``timeout_s``.
         """
         check: Any = health_pb2_grpc.HealthStub(self._channel).Check
         deadline = time.monotonic() + timeout_s
@@ -173,20 +181,20 @@ class AsyncClient:
                 if reply.status == health_pb2.HealthCheckResponse.SERVING:
                     return
             except grpc.RpcError:
-                pass  # not there yet, which is what is waited for
+                pass  # not ready yet
             await asyncio.sleep(0.05)
         raise UnavailableError(f"no server became ready at {self.address} within {timeout_s:.0f} s: see its log")
 
     def stream_embed(
         self, images: Iterable[bytes] | AsyncIterable[bytes], *, timeout_s: float | None = None
     ) -> AsyncIterator[tuple[int, Feature | ReIDError]]:
-        """Embed crops as they come: (number of the crop, outcome), as they are ready. No time limit by default."""
+        """Embed a stream of crops; yields (number of the crop, result) as each is ready. No time limit by default."""
         return self._stream(methods.embed_stream(), images, timeout_s)
 
     def stream_search(
         self, collection: str, queries: Iterable[Query] | AsyncIterable[Query], *, timeout_s: float | None = None
     ) -> AsyncIterator[tuple[int, SearchAnswer | ReIDError]]:
-        """Search as queries come: (number of the query, outcome), as they are ready. No time limit by default."""
+        """Run a stream of queries; yields (number of the query, result) as each is ready. No time limit by default."""
         return self._stream(methods.search_stream(collection), queries, timeout_s)
 
     async def _stream(
@@ -257,7 +265,7 @@ class AsyncClient:
 async def _numbered(
     stream: methods.StreamPlan[methods.Item, T], items: Iterable[methods.Item] | AsyncIterable[methods.Item]
 ) -> AsyncIterator[Any]:
-    """The requests of a stream."""
+    """The stream's requests, numbered from 0."""
     number = 0
     if isinstance(items, AsyncIterable):
         async for item in items:

@@ -15,9 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from resight.arrays import Feature
 from resight.client import admin_methods, methods
 from resight.client.requests import Query
-from resight.client.responses import (
-    SearchAnswer,
-)
+from resight.client.responses import SearchAnswer
 from resight.client.transport import (
     BATCH_TIMEOUT_FACTOR,
     CHANNEL_OPTIONS,
@@ -41,43 +39,43 @@ T = TypeVar("T")
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 
-def _method(road: Callable[P, CallPlan[T]]) -> Callable[Concatenate[Client, P], T]:
-    """A method that walks a road."""
+def _method(plan: Callable[P, CallPlan[T]]) -> Callable[Concatenate[Client, P], T]:
+    """Make a client method from a function that returns a call plan."""
 
-    @wraps(road)
+    @wraps(plan)
     def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return self._walk(road(*args, **kwargs))
+        return self._run(plan(*args, **kwargs))
 
     return method
 
 
-def _paged(listing: Callable[P, PagedCall[T]]) -> Callable[Concatenate[Client, P], Iterator[T]]:
-    """A method that goes through a listing, asking for a page when it is needed."""
+def _paged(plan: Callable[P, PagedCall[T]]) -> Callable[Concatenate[Client, P], Iterator[T]]:
+    """Make a client method from a paged call: it iterates over the items and requests each page when it is needed."""
 
-    @wraps(listing)
+    @wraps(plan)
     def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
-        found = listing(*args, **kwargs)
+        pages = plan(*args, **kwargs)
         while True:
-            page = self._reply(found.ask)
-            yield from found.items(page)
+            page = self._call(pages.call)
+            yield from pages.items(page)
             if not page.next_page_token:
                 return
-            found.ask.request.page_token = page.next_page_token
+            pages.call.request.page_token = page.next_page_token
 
     return method
 
 
-def _resumable(begin: Callable[P, ResumableStream[T]]) -> Callable[Concatenate[Client, P], Iterator[T]]:
-    """A method that takes a stream of answers and, when the server went away, goes on behind the last one."""
+def _resumable(plan: Callable[P, ResumableStream[T]]) -> Callable[Concatenate[Client, P], Iterator[T]]:
+    """Make a client method from a resumable stream: after a lost connection it resumes behind the last reply."""
 
-    @wraps(begin)
+    @wraps(plan)
     def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
-        stream = begin(*args, **kwargs)
+        stream = plan(*args, **kwargs)
         while True:
             call = self._stubs.method(stream.method)(stream.request, timeout=stream.timeout_s)
             try:
                 for reply in call:
-                    yield stream.took(reply)
+                    yield stream.advance(reply)
                 return
             except grpc.RpcError as failure:
                 pause_s = stream.pause(to_error(failure, self.address))
@@ -93,14 +91,14 @@ class Client:
 
     Args:
         address: ``HOST:PORT``.
-        timeout_s: for one call with its retries; batches get six times as much.
-        token: what `resight token create` printed, where the server asks for one.
+        timeout_s: for one call including its retries; batch calls get six times as long.
+        token: as printed by `resight token create`, if the server requires one.
         tls_ca: PEM file of the authorities that sign the server's certificate; None = plaintext.
-        tls_cert: PEM file of this client's certificate, where the server asks for one.
-        tls_key: PEM file of its private key.
+        tls_cert: PEM file of this client's certificate, if the server requires one.
+        tls_key: PEM file of the certificate's private key.
 
     Raises:
-        InputError: a file cannot be read, or the token would travel to another machine in clear.
+        InputError: a file cannot be read, or the token would be sent to another machine in plaintext.
     """
 
     def __init__(
@@ -127,48 +125,48 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """End the connection; calls in flight are cancelled."""
+        """Close the connection; calls in flight are cancelled."""
         self._channel.close()
 
-    def _walk(self, road: CallPlan[T]) -> T:
-        told: Any = None
+    def _run(self, plan: CallPlan[T]) -> T:
+        result: Any = None
         while True:
             try:
-                step = road.send(told)
+                step = plan.send(result)
             except StopIteration as end:
-                found: T = end.value
-                return found
+                value: T = end.value
+                return value
             if isinstance(step, Sleep):
                 time.sleep(step.seconds)
-                told = None
+                result = None
             else:
-                told = self._reply(step)
+                result = self._call(step)
 
-    def _reply(self, ask: UnaryCall) -> Any:
-        method, told = self._stubs.method(ask.method), None
-        trying = attempts(self._timeout_s * (BATCH_TIMEOUT_FACTOR if ask.batch else 1), retry=ask.retry)
+    def _call(self, call: UnaryCall) -> Any:
+        method, outcome = self._stubs.method(call.method), None
+        plan = attempts(self._timeout_s * (BATCH_TIMEOUT_FACTOR if call.batch else 1), retry=call.retry)
         while True:
             try:
-                step = trying.send(told)
+                step = plan.send(outcome)
             except StopIteration as end:
                 return end.value
             if isinstance(step, Sleep):
                 time.sleep(step.seconds)
-                told = None
+                outcome = None
             else:
-                told = self._told(method, ask, step)
+                outcome = self._attempt(method, call, step)
 
-    def _told(self, method: Any, ask: UnaryCall, step: Attempt) -> Any:
+    def _attempt(self, method: Any, call: UnaryCall, attempt: Attempt) -> Any:
         try:
-            return method(ask.request, timeout=step.timeout_s)
+            return method(call.request, timeout=attempt.timeout_s)
         except grpc.RpcError as failure:
             return to_error(failure, self.address)
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
-        """Return when the server says that it serves.
+        """Wait until the server reports that it is serving.
 
         Raises:
-            UnavailableError: it did not within ``timeout_s``.
+            UnavailableError: it is not within ``timeout_s``.
         """
         health, deadline = health_pb2_grpc.HealthStub(self._channel), time.monotonic() + timeout_s
         while (left_s := deadline - time.monotonic()) > 0:
@@ -177,20 +175,20 @@ class Client:
                 if reply.status == health_pb2.HealthCheckResponse.SERVING:
                     return
             except grpc.RpcError:
-                pass  # not there yet, which is what is waited for
+                pass  # not ready yet
             time.sleep(0.05)
         raise UnavailableError(f"no server became ready at {self.address} within {timeout_s:.0f} s: see its log")
 
     def stream_embed(
         self, images: Iterable[bytes], *, timeout_s: float | None = None
     ) -> Iterator[tuple[int, Feature | ReIDError]]:
-        """Embed crops as they come: (number of the crop, outcome), as they are ready. No time limit by default."""
+        """Embed a stream of crops; yields (number of the crop, result) as each is ready. No time limit by default."""
         return self._stream(methods.embed_stream(), images, timeout_s)
 
     def stream_search(
         self, collection: str, queries: Iterable[Query], *, timeout_s: float | None = None
     ) -> Iterator[tuple[int, SearchAnswer | ReIDError]]:
-        """Search as queries come: (number of the query, outcome), as they are ready. No time limit by default."""
+        """Run a stream of queries; yields (number of the query, result) as each is ready. No time limit by default."""
         return self._stream(methods.search_stream(collection), queries, timeout_s)
 
     def _stream(

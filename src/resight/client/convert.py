@@ -1,7 +1,4 @@
-"""From the wire: a server's replies as the values of `resight.client.responses`.
-
-From the wire: figures of shadows and of searches, as the values of `resight.client.responses`.
-"""
+"""Conversion of the server's protobuf replies to the values of `resight.client.responses`."""
 
 from __future__ import annotations
 
@@ -62,7 +59,7 @@ OPERATION_STATES: dict[operation_pb2.OperationState.ValueType, OperationState] =
 
 
 def feature(message: common_pb2.Embedding) -> Feature:
-    """From the wire."""
+    """Convert from protobuf."""
     return np.frombuffer(message.float32_le, "<f4").astype(np.float32)
 
 
@@ -71,7 +68,7 @@ def _time(message: timestamp_pb2.Timestamp) -> datetime:
 
 
 def entry(message: gallery_pb2.Entry) -> Entry:
-    """From the wire."""
+    """Convert from protobuf."""
     return Entry(
         entry_id=message.entry_id,
         subject_id=message.subject_id,
@@ -88,7 +85,7 @@ def entry(message: gallery_pb2.Entry) -> Entry:
 
 
 def collection(message: gallery_pb2.Collection) -> CollectionInfo:
-    """From the wire."""
+    """Convert from protobuf."""
     return CollectionInfo(
         name=message.collection_id,
         space_id=message.space.space_id,
@@ -124,7 +121,7 @@ def _probability(score: common_pb2.Score) -> float | None:
 
 
 def search_answer(message: search_pb2.SearchResponse) -> SearchAnswer:
-    """From the wire."""
+    """Convert from protobuf."""
     times = message.timings
     return SearchAnswer(
         hits=tuple(_hit(hit) for hit in message.hits),
@@ -144,7 +141,7 @@ def search_answer(message: search_pb2.SearchResponse) -> SearchAnswer:
 
 
 def comparison(message: search_pb2.VerifyResponse) -> Comparison:
-    """From the wire."""
+    """Convert from protobuf."""
     return Comparison(
         message.score.cosine,
         _probability(message.score),
@@ -156,20 +153,20 @@ def comparison(message: search_pb2.VerifyResponse) -> Comparison:
 
 
 def erased(message: gallery_pb2.EraseSubjectResponse) -> Erased:
-    """From the wire."""
+    """Convert from protobuf."""
     return Erased(message.erased_count, message.audit_id, message.storage_scrubbed)
 
 
 def stats(message: admin_pb2.GetCollectionStatsResponse) -> CollectionStats:
-    """From the wire."""
-    told: dict[str, Any] = {name.name: getattr(message, name.name) for name in message.DESCRIPTOR.fields}
+    """Convert from protobuf."""
+    fields: dict[str, Any] = {name.name: getattr(message, name.name) for name in message.DESCRIPTOR.fields}
     if not message.HasField("sampled_recall_at_10"):
-        told["sampled_recall_at_10"] = None
-    return CollectionStats(**told)
+        fields["sampled_recall_at_10"] = None
+    return CollectionStats(**fields)
 
 
 def operation(message: operation_pb2.Operation) -> OperationInfo:
-    """From the wire."""
+    """Convert from protobuf."""
     return OperationInfo(
         operation_id=message.operation_id,
         kind=message.kind,
@@ -186,7 +183,7 @@ def operation(message: operation_pb2.Operation) -> OperationInfo:
 
 
 def model(message: model_pb2.Model) -> ModelInfo:
-    """From the wire."""
+    """Convert from protobuf."""
     return ModelInfo(
         model_id=message.model_id,
         state=_MODEL_STATES.get(message.state, "failed"),
@@ -202,18 +199,18 @@ def model(message: model_pb2.Model) -> ModelInfo:
 
 
 def feedback(message: gallery_pb2.Feedback) -> Feedback:
-    """From the wire."""
+    """Convert from protobuf."""
     same = message.verdict == gallery_pb2.FEEDBACK_VERDICT_SAME_PERSON
     return Feedback(message.entry_id, message.other_entry_id, same, message.principal, _time(message.feedback_time))
 
 
 def kept_crops(message: gallery_pb2.StreamCropsResponse) -> KeptCrops:
-    """From the wire."""
+    """Convert from protobuf."""
     return KeptCrops(entry(message.entry), tuple(message.images), message.cursor)
 
 
 def audit_event(message: admin_pb2.AuditEvent) -> AuditRow:
-    """From the wire."""
+    """Convert from protobuf."""
     return AuditRow(
         message.audit_id,
         _time(message.event_time),
@@ -227,7 +224,7 @@ def audit_event(message: admin_pb2.AuditEvent) -> AuditRow:
 
 
 def server_info(message: admin_pb2.GetServerInfoResponse) -> ServerInfo:
-    """From the wire."""
+    """Convert from protobuf."""
     limits = {name.name: getattr(message.limits, name.name) for name in admin_pb2.Limits.DESCRIPTOR.fields}
     space = message.active_space
     return ServerInfo(message.server_version, message.provider, space.space_id, space.model_id, space.dim, limits)
@@ -244,7 +241,7 @@ _SHADOW_STATES: dict[int, ShadowState] = {
 
 
 def shadow(message: model_pb2.Shadow) -> Shadow:
-    """From the wire."""
+    """Convert from protobuf."""
     figures = message.figures
     return Shadow(
         collection=message.collection_id,
@@ -268,7 +265,7 @@ def _side(message: model_pb2.ShadowSide) -> ShadowSide:
 
 
 def search_figures(message: admin_pb2.SearchFigures) -> SearchFigures:
-    """From the wire."""
+    """Convert from protobuf."""
     return SearchFigures(
         **_scalars(message),
         first_time=_to_datetime(message.first_time),
@@ -278,7 +275,7 @@ def search_figures(message: admin_pb2.SearchFigures) -> SearchFigures:
 
 
 def _scalars(message: Message) -> dict[str, Any]:
-    """The single numbers, words and flags of a message by name; one that was not told, and could be, is None."""
+    """The scalar fields of a message by name; None for an optional field that is not set."""
     return {
         field.name: getattr(message, field.name) if not field.has_presence or message.HasField(field.name) else None
         for field in message.DESCRIPTOR.fields

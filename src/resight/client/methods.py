@@ -1,12 +1,8 @@
-"""Every call of the client, once: what it sends and what it makes of the reply; walked blocking or awaiting.
+"""The call plans of the client's methods on crops, collections, entries, searches and feedback.
 
-The methods of `resight.client.Client` and `resight.client.async_client.AsyncClient` are made of these, and documented
-here.
-
-The two streams of the API: what is sent for each item, and what is made of each answer.
-
-The calls about what a site's next model learns from, as those in `resight.client.methods`: verdicts on pairs, kept
-crops.
+Each function builds a call's request and converts its reply. `resight.client.client.Client` and
+`resight.client.async_client.AsyncClient` make their methods from these functions and take over their docstrings.
+`resight.client.admin_methods` holds the calls for operators.
 """
 
 from __future__ import annotations
@@ -56,13 +52,11 @@ from resight.client.transport import (
 from resight.errors import OverloadedError, ReIDError
 from resight.v1 import admin_pb2, common_pb2, embedding_pb2, gallery_pb2, search_pb2
 
-ENROL_RETRY_S = (
-    10.0 * BATCH_TIMEOUT_FACTOR
-)  # for the entries of one batch that the server had no room for, to be sent again
+ENROL_RETRY_S = 10.0 * BATCH_TIMEOUT_FACTOR  # total time to resend entries of a batch that an overloaded server refused
 
 
 def info() -> CallPlan[ServerInfo]:
-    """What the server serves and accepts."""
+    """The server's version, active model and limits."""
     return convert.server_info((yield UnaryCall("admin.GetServerInfo", admin_pb2.GetServerInfoRequest())))
 
 
@@ -73,7 +67,7 @@ def embed(image: bytes, *, model: str = "") -> CallPlan[Feature]:
 
 
 def embed_batch(images: Sequence[bytes], *, model: str = "") -> CallPlan[list[Feature | ReIDError]]:
-    """Embed crops; the outcomes stand in their order."""
+    """Embed crops; returns one result per crop, in the same order."""
     out: list[Feature | ReIDError] = []
     for part in split_batches([common_pb2.ImageCrop(data=image) for image in images]):
         request = embedding_pb2.BatchEmbedRequest(images=part, model_id=model)
@@ -94,40 +88,40 @@ def create_collection(
     min_quality: float = 0.0,
     model: str = "",
 ) -> CallPlan[CollectionInfo]:
-    """Make an empty collection for features of a loaded model.
+    """Create an empty collection for features of a loaded model.
 
     Args:
-        name: 1-63 of ``a-z 0-9 -``, a letter first.
-        ttl: how long entries live that say nothing else.
-        unlimited_retention: must be said where no ``ttl`` is.
-        keep_crops: keep the images, to embed them again with another model.
+        name: 1-63 characters of ``a-z 0-9 -``, starting with a letter.
+        ttl: lifetime of entries without an ``expire_time`` of their own.
+        unlimited_retention: must be set if there is no ``ttl``.
+        keep_crops: store the images, so that they can be embedded again with another model.
         max_entries: 0 = no limit.
-        accept_probability: a match from here on; 0 = the calibration's own.
-        reject_probability: unknown below; 0 = the calibration's own.
-        min_quality: crops below it are refused at enrolment.
+        accept_probability: lowest probability of a match; 0 = from the calibration.
+        reject_probability: lower probabilities are decided as unknown; 0 = from the calibration.
+        min_quality: crops of lower quality are rejected at enrolment.
         model: empty = the active one.
     """
-    told = CollectionChange(ttl, max_entries, keep_crops, accept_probability, reject_probability, min_quality)
+    settings = CollectionChange(ttl, max_entries, keep_crops, accept_probability, reject_probability, min_quality)
     request = gallery_pb2.CreateCollectionRequest(
-        collection=told.message(name)[0], allow_unlimited_retention=unlimited_retention, model_id=model
+        collection=settings.message(name)[0], allow_unlimited_retention=unlimited_retention, model_id=model
     )
     return convert.collection((yield UnaryCall("gallery.CreateCollection", request, retry=False)).collection)
 
 
 def collection(name: str) -> CallPlan[CollectionInfo]:
-    """One collection."""
+    """Get a collection."""
     request = gallery_pb2.GetCollectionRequest(collection_id=name)
     return convert.collection((yield UnaryCall("gallery.GetCollection", request)).collection)
 
 
 def collections() -> PagedCall[CollectionInfo]:
-    """All collections by name."""
-    ask = UnaryCall("gallery.ListCollections", gallery_pb2.ListCollectionsRequest())
-    return PagedCall(ask, lambda page: [convert.collection(one) for one in page.collections])
+    """List all collections, ordered by name."""
+    call = UnaryCall("gallery.ListCollections", gallery_pb2.ListCollectionsRequest())
+    return PagedCall(call, lambda page: [convert.collection(one) for one in page.collections])
 
 
 def update_collection(name: str, change: CollectionChange, *, etag: str = "") -> CallPlan[CollectionInfo]:
-    """Change a collection's settings; with an ``etag`` only if nobody did since it was read (`ConflictError`)."""
+    """Change a collection's settings; with an ``etag`` only if it was not changed since (`ConflictError`)."""
     message, paths = change.message(name, etag)
     request = gallery_pb2.UpdateCollectionRequest(collection=message)
     request.update_mask.paths.extend(paths)
@@ -135,7 +129,7 @@ def update_collection(name: str, change: CollectionChange, *, etag: str = "") ->
 
 
 def delete_collection(name: str, *, force: bool = False, etag: str = "") -> CallPlan[None]:
-    """Remove a collection; with ``force`` also one that has entries."""
+    """Delete a collection; with ``force`` also one that has entries."""
     request = gallery_pb2.DeleteCollectionRequest(collection_id=name, force=force, etag=etag)
     yield UnaryCall("gallery.DeleteCollection", request, retry=False, batch=True)
 
@@ -148,9 +142,9 @@ def enrol(collection: str, entry: NewEntry) -> CallPlan[Entry]:
 def enrol_batch(
     collection: str, entries: Sequence[NewEntry], *, atomic: bool = False
 ) -> CallPlan[list[Entry | ReIDError]]:
-    """Enrol entries; the outcomes stand in their order. Those the server had no room for are sent again.
+    """Enrol entries; returns one result per entry, in the same order. Entries refused by overload are sent again.
 
-    With ``atomic`` all are enrolled or none, at most as many as one batch has, and the first error is raised.
+    With ``atomic`` either all are enrolled or none, at most one batch of them, and the first error is raised.
     """
     messages = [entry.message("", str(uuid4())) for entry in entries]
     out: list[Entry | ReIDError] = []
@@ -192,14 +186,25 @@ def search(
     min_revision: int = 0,
     exact: bool = False,
 ) -> CallPlan[SearchAnswer]:
-    """The entries nearest to a crop, to several of one person, to a feature or to an entry; see `Query`."""
-    asked = (top_k, where or Where(), min_similarity, with_features, group_by, rerank, min_probability, min_revision)
-    request = Query(source, *asked, exact).message(collection)
+    """Search for the entries nearest to a crop, several crops of one person, a feature or an entry; see `Query`."""
+    query = Query(
+        source,
+        top_k=top_k,
+        where=where or Where(),
+        min_similarity=min_similarity,
+        with_features=with_features,
+        group_by=group_by,
+        rerank=rerank,
+        min_probability=min_probability,
+        min_revision=min_revision,
+        exact=exact,
+    )
+    request = query.message(collection)
     return convert.search_answer((yield UnaryCall("search.Search", request)))
 
 
 def search_batch(collection: str, queries: Sequence[Query]) -> CallPlan[list[SearchAnswer | ReIDError]]:
-    """Search one collection for many queries; the outcomes stand in their order."""
+    """Search one collection for many queries; returns one result per query, in the same order."""
     out: list[SearchAnswer | ReIDError] = []
     for part in split_batches([query.message(collection) for query in queries]):
         reply = yield UnaryCall("search.BatchSearch", search_pb2.BatchSearchRequest(requests=part), batch=True)
@@ -208,26 +213,26 @@ def search_batch(collection: str, queries: Sequence[Query]) -> CallPlan[list[Sea
 
 
 def verify(collection: str, left: bytes | Sequence[bytes], right: bytes | Sequence[bytes]) -> CallPlan[Comparison]:
-    """Compare two persons' crops by the calibration and thresholds of a collection; it need have no entries."""
+    """Compare two sets of crops with the calibration and thresholds of a collection, which may be empty."""
     request = search_pb2.VerifyRequest(collection_id=collection, left=crop_set(left), right=crop_set(right))
     return convert.comparison((yield UnaryCall("search.Verify", request)))
 
 
 def get_entry(collection: str, entry_id: str) -> CallPlan[Entry]:
-    """One entry."""
+    """Get an entry."""
     request = gallery_pb2.GetEntryRequest(collection_id=collection, entry_id=entry_id)
     return convert.entry((yield UnaryCall("gallery.GetEntry", request)).entry)
 
 
 def get_feature(collection: str, entry_id: str) -> CallPlan[GivenFeature]:
-    """The stored feature of an entry."""
+    """Get the stored feature of an entry."""
     request = gallery_pb2.GetEntryRequest(collection_id=collection, entry_id=entry_id, include_embedding=True)
     found = (yield UnaryCall("gallery.GetEntry", request)).embedding
     return GivenFeature(convert.feature(found), found.space_id)
 
 
 def entries(collection: str, *, where: Where | None = None, page_size: int = 1000) -> PagedCall[Entry]:
-    """The entries of a collection in order of enrolment, fetched page by page."""
+    """List the entries of a collection in order of enrolment, fetched page by page."""
     filters = (where or Where()).message()
     request = gallery_pb2.ListEntriesRequest(collection_id=collection, filter=filters, page_size=page_size)
     return PagedCall(
@@ -244,9 +249,9 @@ def update_entry(
     expire_time: datetime | None = None,
     etag: str = "",
 ) -> CallPlan[Entry]:
-    """Change what is told of an entry; None leaves it as it is, an empty string or dict takes it away.
+    """Change the fields of an entry; None leaves a field unchanged, an empty string or dict clears it.
 
-    With an ``etag`` only if nobody changed it since that was read (`ConflictError`).
+    With an ``etag`` only if the entry was not changed since (`ConflictError`).
     """
     request = gallery_pb2.UpdateEntryRequest(collection_id=collection)
     request.entry.entry_id, request.entry.etag = entry_id, etag
@@ -263,7 +268,7 @@ def update_entry(
 
 
 def delete_entry(collection: str, entry_id: str, *, allow_missing: bool = False, etag: str = "") -> CallPlan[None]:
-    """Remove an entry with its feature and crops."""
+    """Delete an entry with its feature and crops."""
     request = gallery_pb2.DeleteEntryRequest(
         collection_id=collection, entry_id=entry_id, allow_missing=allow_missing, etag=etag
     )
@@ -271,7 +276,7 @@ def delete_entry(collection: str, entry_id: str, *, allow_missing: bool = False,
 
 
 def delete_entries(collection: str, where: Where, *, max_deletes: int = 0, dry_run: bool = False) -> CallPlan[int]:
-    """Remove what passes a filter; returns how many. ``max_deletes`` 0 = no cap; a dry run only counts."""
+    """Delete the entries that match a filter; returns how many. ``max_deletes`` 0 = no limit; a dry run only counts."""
     request = gallery_pb2.DeleteEntriesRequest(
         collection_id=collection, filter=where.message(), max_deletes=max_deletes, validate_only=dry_run
     )
@@ -280,7 +285,7 @@ def delete_entries(collection: str, where: Where, *, max_deletes: int = 0, dry_r
 
 
 def erase_subject(subject_id: str, *, collection: str = "", reason: str = "") -> CallPlan[Erased]:
-    """Erase a person for good, in one collection or in all of the tenant; the reason goes to the audit."""
+    """Erase all entries of a person, in one collection or in all of the tenant; the reason is recorded in the audit."""
     request = gallery_pb2.EraseSubjectRequest(collection_id=collection, subject_id=subject_id, reason=reason)
     return convert.erased((yield UnaryCall("gallery.EraseSubject", request, retry=False, batch=True)))
 
@@ -290,7 +295,7 @@ Result = TypeVar("Result")
 
 
 class StreamPlan(NamedTuple, Generic[Item, Result]):
-    """One stream: its method, an item's request by number, and an answer's number and outcome."""
+    """A bidirectional stream: its method, the request for item ``number``, and a reply's number and result."""
 
     method: str
     request: Callable[[int, Item], Any]
@@ -298,7 +303,7 @@ class StreamPlan(NamedTuple, Generic[Item, Result]):
 
 
 def embed_stream() -> StreamPlan[bytes, Feature]:
-    """Crops to features."""
+    """Embed a stream of crops."""
     return StreamPlan(
         "embedding.StreamEmbed",
         lambda number, image: embedding_pb2.StreamEmbedRequest(
@@ -309,7 +314,7 @@ def embed_stream() -> StreamPlan[bytes, Feature]:
 
 
 def search_stream(collection: str) -> StreamPlan[Query, SearchAnswer]:
-    """Queries of one collection to answers."""
+    """Run a stream of queries on one collection."""
     return StreamPlan(
         "search.StreamSearch",
         lambda number, query: search_pb2.StreamSearchRequest(request_id=str(number), request=query.message(collection)),
@@ -318,16 +323,16 @@ def search_stream(collection: str) -> StreamPlan[Query, SearchAnswer]:
 
 
 def confirm(collection: str, entry_id: str, other_entry_id: str) -> CallPlan[Feedback]:
-    """Say that two entries of a collection show one person.
+    """Record that two entries of a collection show the same person.
 
     Raises:
-        FeedbackConflictError: what was said of other pairs contradicts it; the message names them.
+        FeedbackConflictError: feedback on other pairs contradicts it; the message names them.
     """
     return _add_feedback(collection, entry_id, other_entry_id, gallery_pb2.FEEDBACK_VERDICT_SAME_PERSON)
 
 
 def reject(collection: str, entry_id: str, other_entry_id: str) -> CallPlan[Feedback]:
-    """Say that two entries of a collection show two people; raises as `confirm`."""
+    """Record that two entries of a collection show different people; raises as `confirm`."""
     return _add_feedback(collection, entry_id, other_entry_id, gallery_pb2.FEEDBACK_VERDICT_DIFFERENT_PERSON)
 
 
@@ -341,15 +346,15 @@ def _add_feedback(
 
 
 def list_feedback(collection: str) -> PagedCall[Feedback]:
-    """What was said of a collection's entries, in the order in which the pairs were first told."""
-    ask = UnaryCall("gallery.ListFeedback", gallery_pb2.ListFeedbackRequest(collection_id=collection, page_size=1000))
-    return PagedCall(ask, lambda page: [convert.feedback(one) for one in page.feedback])
+    """List the feedback on a collection's entries, in the order in which the pairs were first recorded."""
+    call = UnaryCall("gallery.ListFeedback", gallery_pb2.ListFeedbackRequest(collection_id=collection, page_size=1000))
+    return PagedCall(call, lambda page: [convert.feedback(one) for one in page.feedback])
 
 
 def remove_feedback(
     collection: str, entry_id: str, other_entry_id: str, *, allow_missing: bool = False
 ) -> CallPlan[None]:
-    """Take back what was said of two entries."""
+    """Delete the feedback on two entries."""
     request = gallery_pb2.RemoveFeedbackRequest(
         collection_id=collection, entry_id=entry_id, other_entry_id=other_entry_id, allow_missing=allow_missing
     )
@@ -364,17 +369,17 @@ def stream_crops(
     since: datetime | None = None,
     timeout_s: float | None = None,
 ) -> ResumableStream[KeptCrops]:
-    """The crops that a collection keeps, in order of enrolment; what was enrolled when this begins.
+    """Stream the stored crops of a collection, in order of enrolment, as of the start of the call.
 
     Args:
         collection: its name.
-        where: only of entries that pass.
-        cursor: of the last answer taken, to go on behind it; empty = from the beginning.
+        where: only of entries that match.
+        cursor: of the last reply received, to resume behind it; empty = from the beginning.
         since: only enrolled then or later.
-        timeout_s: of one try; None = as long as it takes. When the server goes away, the next try goes on.
+        timeout_s: of one attempt; None = no limit. If the connection is lost, the next attempt resumes the stream.
 
     Raises:
-        CropsMissingError: the collection keeps no crops.
+        CropsMissingError: the collection stores no crops.
     """
     request = gallery_pb2.StreamCropsRequest(
         collection_id=collection, filter=(where or Where()).message(), cursor=cursor

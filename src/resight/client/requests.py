@@ -1,6 +1,6 @@
-"""What one tells a server through `resight.client`: plain values, no protobuf.
+"""The arguments of the client's methods as plain values, and their conversion to protobuf.
 
-Times are aware `datetime` values; an empty string, None or empty dict stands for what is not told.
+Times are aware `datetime` values; an empty string, None or an empty dict means "not set".
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ RERANKING_METHODS = {
 
 
 class GivenFeature(NamedTuple):
-    """A feature computed elsewhere, with the space it is of."""
+    """A feature computed elsewhere, with the id of its embedding space."""
 
     vector: Feature
     space_id: str
 
 
 class EntryId(str):
-    """An enrolled entry, as a query: more like this one."""
+    """The id of an enrolled entry as a query: search for similar entries."""
 
 
 Source = bytes | Sequence[bytes] | GivenFeature
@@ -44,7 +44,7 @@ Source = bytes | Sequence[bytes] | GivenFeature
 
 @dataclass(frozen=True)
 class Where:
-    """Which entries may be found, listed or deleted: AND of what is set, OR within a tuple.
+    """Filter of the entries to find, list or delete: AND of the fields that are set, OR within a field.
 
     ``start`` is inclusive, ``end`` exclusive; ``labels`` must all match.
     """
@@ -60,7 +60,7 @@ class Where:
     min_quality: float | None = None
 
     def message(self) -> gallery_pb2.EntryFilter:
-        """For the wire."""
+        """Convert to protobuf."""
         message = gallery_pb2.EntryFilter(
             camera_ids=self.camera_ids,
             exclude_camera_ids=self.exclude_camera_ids,
@@ -79,7 +79,7 @@ class Where:
 
 @dataclass(frozen=True)
 class NewEntry:
-    """One entry to enrol. Without ``entry_id`` the server chooses one; ``replace`` lets one of that id give way."""
+    """One entry to enrol. Without ``entry_id`` the server chooses one; ``replace`` overwrites an entry of that id."""
 
     source: Source
     entry_id: str = ""
@@ -93,7 +93,7 @@ class NewEntry:
     replace: bool = False
 
     def message(self, collection: str, request_id: str) -> gallery_pb2.EnrollEntryRequest:
-        """For the wire."""
+        """Convert to protobuf."""
         message = gallery_pb2.EnrollEntryRequest(collection_id=collection, request_id=request_id)
         set_source(message, self.source)
         entry = message.entry
@@ -110,9 +110,9 @@ class NewEntry:
 
 
 class Rerank(NamedTuple):
-    """How the first candidates are ordered anew; 0 and None stand for the server's defaults.
+    """Re-ranking of the first candidates; 0 and None are the server's defaults.
 
-    ``weight`` is that of the original distance among k-reciprocal ones, 0..1.
+    ``weight``, 0..1, is the weight of the original distance in k-reciprocal re-ranking.
     """
 
     method: Literal["k_reciprocal", "query_expansion"] = "k_reciprocal"
@@ -122,12 +122,12 @@ class Rerank(NamedTuple):
     weight: float | None = None
 
     def message(self) -> search_pb2.Reranking:
-        """For the wire."""
+        """Convert to protobuf."""
         message = search_pb2.Reranking(
             method=RERANKING_METHODS[self.method], candidates=self.candidates, k1=self.k1, k2=self.k2
         )
         if self.weight is not None:
-            setattr(message, "lambda", self.weight)  # a keyword of Python's
+            setattr(message, "lambda", self.weight)  # a Python keyword
         return message
 
 
@@ -136,16 +136,16 @@ class Query:
     """One search.
 
     Attributes:
-        source: a crop, several of one person, a feature, or an entry.
-        top_k: hits, or groups; None = the server's default of 10.
-        where: which entries may be found.
-        min_similarity: of every hit, -1..1.
-        with_features: hits carry theirs.
-        group_by: the best entry of each person, track or camera; entries that name none stand for themselves.
-        rerank: order the first candidates by their neighbours; True = k-reciprocal, with the server's numbers.
-        min_probability: of every hit, 0..1, where the space has a calibration.
-        min_revision: wait until this write can be found.
-        exact: miss no entry, whatever the index.
+        source: a crop, several crops of one person, a feature, or an entry.
+        top_k: number of hits, or of groups; None = the server's default of 10.
+        where: filter of the entries.
+        min_similarity: smallest similarity of a hit, -1..1.
+        with_features: return the features of the hits.
+        group_by: return the best entry of each person, track or camera; an entry without one is a group of its own.
+        rerank: re-rank the first candidates; True = k-reciprocal with the server's defaults.
+        min_probability: smallest probability of a hit, 0..1; requires a calibrated space.
+        min_revision: wait until this revision of the collection is indexed.
+        exact: search all entries instead of an approximate index.
     """
 
     source: Source | EntryId
@@ -160,7 +160,7 @@ class Query:
     exact: bool = False
 
     def message(self, collection: str) -> search_pb2.SearchRequest:
-        """For the wire."""
+        """Convert to protobuf."""
         message = search_pb2.SearchRequest(
             collection_id=collection,
             top_k=self.top_k,
@@ -185,15 +185,15 @@ class Query:
 
 @dataclass(frozen=True)
 class CollectionChange:
-    """What a collection is told at its making or later; None = left as it is.
+    """Settings of a collection to change; None = unchanged.
 
     Attributes:
-        ttl: how long entries live that say nothing else.
+        ttl: lifetime of entries without an ``expire_time`` of their own.
         max_entries: 0 = no limit.
-        keep_crops: keep the images, to embed them again with another model.
-        accept_probability: a match from here on; 0 = the calibration's own.
-        reject_probability: unknown below; 0 = the calibration's own.
-        min_quality: crops below it are refused at enrolment.
+        keep_crops: store the images, so that they can be embedded again with another model.
+        accept_probability: lowest probability of a match; 0 = from the calibration.
+        reject_probability: lower probabilities are decided as unknown; 0 = from the calibration.
+        min_quality: crops of lower quality are rejected at enrolment.
     """
 
     ttl: timedelta | None = None
@@ -204,7 +204,7 @@ class CollectionChange:
     min_quality: float | None = None
 
     def message(self, name: str, etag: str = "") -> tuple[gallery_pb2.Collection, list[str]]:
-        """For the wire, with the paths of what is told."""
+        """Convert to protobuf, with the field mask's paths of the settings that are not None."""
         message, paths = gallery_pb2.Collection(collection_id=name, etag=etag), []
         if self.ttl is not None:
             message.default_ttl.FromTimedelta(self.ttl)
@@ -221,7 +221,7 @@ class CollectionChange:
 
 
 def set_source(message: gallery_pb2.EnrollEntryRequest | search_pb2.SearchRequest, source: Source) -> None:
-    """Put a source into the field of its kind."""
+    """Set the message field for this kind of source."""
     if isinstance(source, bytes):
         message.image.data = source
     elif isinstance(source, GivenFeature):
@@ -233,6 +233,6 @@ def set_source(message: gallery_pb2.EnrollEntryRequest | search_pb2.SearchReques
 
 
 def crop_set(shots: bytes | Sequence[bytes]) -> common_pb2.ImageCropSet:
-    """One crop or several, for the wire."""
+    """Convert one or several crops to protobuf."""
     images = [shots] if isinstance(shots, bytes) else shots
     return common_pb2.ImageCropSet(images=[common_pb2.ImageCrop(data=image) for image in images])

@@ -1,10 +1,7 @@
-"""What a server answers through `resight.client`: plain values, no protobuf.
+"""The results of the client's methods as plain values, without protobuf.
 
-Times are aware `datetime` values; an empty string, None or empty dict stands for what was not told.
-
-What a server answers of figures: a shadowed model beside the active one, and what searches came to.
-
-As in `resight.client.responses`; None stands for a figure that nothing was counted for, or that needs a calibration.
+Times are aware `datetime` values; an empty string, None or an empty dict means "not set". A statistic is None if
+nothing was counted for it, or if it requires a calibration and the space has none.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ OperationState = Literal["pending", "running", "succeeded", "failed", "cancelled
 
 @dataclass(frozen=True)
 class Entry:
-    """An enrolled entry; its feature stays with the server unless asked for."""
+    """An enrolled entry, without its feature: see ``Client.get_feature``."""
 
     entry_id: str
     subject_id: str
@@ -40,7 +37,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class CollectionInfo:
-    """A collection. ``ttl`` None = entries are kept until they are deleted."""
+    """A collection. With ``ttl`` None entries are kept until they are deleted."""
 
     name: str
     space_id: str
@@ -60,15 +57,15 @@ class CollectionInfo:
 
 @dataclass(frozen=True)
 class SearchHit:
-    """An entry found.
+    """A hit of a search.
 
     Attributes:
         similarity: cosine, -1..1.
-        feature: where asked for.
-        probability: that it shows the same person, at even odds; None where the space has no calibration.
-        decision: likewise.
-        ranking_score: orders the hits, larger is better; never to be compared with a threshold.
-        group_size: entries of its group among those looked at.
+        feature: if requested.
+        probability: that it shows the same person, with even prior odds; None if the space has no calibration.
+        decision: from the probability; None likewise.
+        ranking_score: orders the hits, larger is better; not comparable with a threshold.
+        group_size: number of its group's entries among the candidates.
     """
 
     entry: Entry
@@ -85,9 +82,9 @@ class SearchAnswer:
     """Hits, best first. Times are the server's, in nanoseconds.
 
     Attributes:
-        decision: the best hit's; unknown where there is none, None where the space has no calibration.
-        shots_used: crops that made the query.
-        shots_rejected: crops left out, as of another person or undecodable.
+        decision: the best hit's; unknown without a hit, None if the space has no calibration.
+        shots_used: crops that the query's feature was computed from.
+        shots_rejected: crops excluded because they show another person or cannot be decoded.
     """
 
     hits: tuple[SearchHit, ...]
@@ -107,7 +104,7 @@ class SearchAnswer:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two sets of crops, each of one person, compared."""
+    """The comparison of two sets of crops, each of one person."""
 
     similarity: float
     probability: float | None
@@ -119,7 +116,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Erased:
-    """What an erasure did. ``storage_scrubbed``: the server saw its write-ahead log emptied."""
+    """The result of an erasure. ``storage_scrubbed``: the server emptied its write-ahead log."""
 
     count: int
     audit_id: str
@@ -128,7 +125,7 @@ class Erased:
 
 @dataclass(frozen=True)
 class CollectionStats:
-    """How a collection and its index stand; the fields are those of ``GetCollectionStatsResponse``."""
+    """Statistics of a collection and its index; the fields are those of ``GetCollectionStatsResponse``."""
 
     live_entries: int
     tombstones: int
@@ -145,8 +142,8 @@ class ModelInfo:
     """A model of the server.
 
     Attributes:
-        version: when its bundle was made, ISO 8601.
-        active: it embeds what names no model.
+        version: when its bundle was created, ISO 8601.
+        active: it is the default, for requests that name no model.
         min_cosine: of its worst probe on the server, once loaded.
         problem: why it could not be loaded.
     """
@@ -165,7 +162,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class OperationInfo:
-    """Long work of the server; counts are what it read back. ``error`` when it failed."""
+    """A long-running operation of the server; ``error`` is set if it failed."""
 
     operation_id: str
     kind: str
@@ -181,13 +178,13 @@ class OperationInfo:
 
     @property
     def ended(self) -> bool:
-        """Nothing will change any more."""
+        """Whether the operation has reached a final state."""
         return self.state not in ("pending", "running")
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """What somebody said of two entries: ``same`` = they show one person, else two; ``principal`` said so last."""
+    """Feedback on two entries: whether they show the same person; ``principal`` gave it last."""
 
     entry_id: str
     other_entry_id: str
@@ -198,7 +195,7 @@ class Feedback:
 
 @dataclass(frozen=True)
 class KeptCrops:
-    """An entry with its crops, image files as they were enrolled; a stream goes on behind ``cursor``."""
+    """An entry with its crops, the image files as enrolled; ``cursor`` is the position to resume a stream behind."""
 
     entry: Entry
     images: tuple[bytes, ...]
@@ -207,7 +204,7 @@ class KeptCrops:
 
 @dataclass(frozen=True)
 class AuditRow:
-    """One call that touched people; ``subject_hash`` is keyed, so that it outlives an erasure."""
+    """An audit event: one call that concerned persons; ``subject_hash`` is keyed, so it is kept after an erasure."""
 
     audit_id: str
     time: datetime
@@ -221,7 +218,7 @@ class AuditRow:
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server serves and accepts."""
+    """The server's version, active model and limits."""
 
     version: str
     provider: str
@@ -236,13 +233,13 @@ ShadowState = Literal["running", "done", "expired", "stopped", "superseded", "in
 
 @dataclass(frozen=True)
 class ShadowSide:
-    """How one of two models answered.
+    """The results of one of a shadow's two models.
 
     Attributes:
-        unknown_share: of decisions, 0..1.
-        mean_probability: of best hits; ``mean_cosine`` likewise.
-        measured: searches that both models did once more, at the same low priority and in turn, to be timed.
-        infer_p50_ns: of one crop; so all times, over the newest 1000 that were timed, in nanoseconds.
+        unknown_share: share of the decisions, 0..1.
+        mean_probability: mean over best hits; ``mean_cosine`` likewise.
+        measured: searches that both models repeated in turn, at the same low priority, for timing.
+        infer_p50_ns: median inference time of one crop; all times are over the newest 1000 measurements.
         total_p50_ns: inference of one crop and search.
     """
 
@@ -264,18 +261,18 @@ class ShadowSide:
 
 @dataclass(frozen=True)
 class ShadowFigures:
-    """What a shadow has counted so far; shares are 0..1, of ``answered``.
+    """The results of a shadow so far; shares are 0..1, of ``answered``.
 
     Attributes:
-        offered: searches of crops while it ran.
-        sampled: of them chosen: answered, dropped, failed or under way.
-        answered: by both models.
-        dropped: the server had better things to do.
-        failed: the candidate could not answer.
-        top1_agreement: best hits of one subject, of one entry where either has no subject.
-        overlap_at_10: mean share of entries that both name among their first min(10, top_k).
-        decision_agreement: None where either space has no calibration.
-        cosine_shift: mean cosine of best hits, the candidate's less the active one's.
+        offered: searches of crops while it was running.
+        sampled: those chosen for the candidate: answered, dropped, failed or in progress.
+        answered: answered by both models.
+        dropped: skipped because the server was busy.
+        failed: the candidate failed.
+        top1_agreement: share of best hits with the same subject, or the same entry if either has no subject.
+        overlap_at_10: mean share of entries that both return among their first min(10, top_k).
+        decision_agreement: share of equal decisions; None if either space has no calibration.
+        cosine_shift: mean cosine of the candidate's best hits minus the active model's.
     """
 
     offered: int
@@ -293,15 +290,15 @@ class ShadowFigures:
 
 @dataclass(frozen=True)
 class Shadow:
-    """A candidate model that answers a sample of a collection's searches beside the active one.
+    """A shadow: a candidate model that also runs a sample of a collection's searches.
 
     Attributes:
         model_id: the candidate; ``space_id`` its space.
         sample: share of the searches of crops, 0..1.
-        max_searches: answered ones, after which it ends; 0 = without such an end.
+        max_searches: number of answered searches after which it ends; 0 = no limit.
         ended: None while it runs.
-        expires: None = it does not.
-        operation_id: the shadow as long work.
+        expires: None = never.
+        operation_id: of the shadow's operation.
     """
 
     collection: str
@@ -321,16 +318,16 @@ class Shadow:
 
 @dataclass(frozen=True)
 class SearchFigures:
-    """What a collection's searches in one space came to, in a window of whole minutes.
+    """Statistics of a collection's searches in one space, in a window of whole minutes.
 
     Attributes:
-        active: the collection is searched in that space now.
+        active: the collection's searches use this space now.
         without_hit: searches without any hit; with a calibration also among the unknown.
         unknown_share: of searches with a decision, 0..1.
-        mean_cosine: of best hits; ``mean_probability`` likewise.
+        mean_cosine: mean over best hits; ``mean_probability`` likewise.
         drift_index: population stability index of best hits' cosines against the reference; None below 100 hits.
-        mean_shift: mean cosine less the reference's; likewise.
-        reference_searches: best hits the reference holds.
+        mean_shift: mean cosine minus the reference's; None likewise.
+        reference_searches: number of best hits in the reference.
         cosine_histogram: best hits in 64 bins of equal width over -1..1.
     """
 

@@ -1,9 +1,7 @@
-"""What the sync and the async client share: what a call asks, its tries, and the server's errors as errors of ours.
+"""The parts that the sync and the async client share: call plans, retries, error conversion, TLS and tokens.
 
-A road is a generator that says what to do next and is told how it went; it never waits and never touches the network.
-`resight.client` and `resight.client.async_client` walk the same roads, one by blocking and one by awaiting.
-
-A client's way to a server: TLS, the client's own certificate, and the token that goes with every call.
+A call plan is a generator that yields the calls and pauses of one client method and receives their results. It does no
+I/O itself: `resight.client.client.Client` runs it blocking, `resight.client.async_client.AsyncClient` with ``await``.
 """
 
 from __future__ import annotations
@@ -37,15 +35,12 @@ from resight.v1 import (
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 
-MAX_ATTEMPTS = 5  # while nobody answers; an overloaded server is asked until the time is up
-MIN_BACKOFF_S, MAX_BACKOFF_S = (
-    0.1,
-    0.8,
-)  # doubled at each try: 1.5 s in all for a server that is away, a restart's length
+MAX_ATTEMPTS = 5  # if the server is unavailable; an overloaded server is retried until the timeout
+MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 0.8  # doubled at each attempt: 1.5 s in total, the time of a server's restart
 MAX_BATCH_ITEMS = 64  # the server's default limit on a batch
-MAX_BATCH_BYTES = 7 * 1024 * 1024  # of the server's 8 MiB, leaving room for what is not image
-BATCH_TIMEOUT_FACTOR = 6  # a batch may take 60 s where a lone item may take 10, as on the server
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # of an answer; the server has its own limit
+MAX_BATCH_BYTES = 7 * 1024 * 1024  # of the server's 8 MiB, leaving room for the other fields
+BATCH_TIMEOUT_FACTOR = 6  # 60 s for a batch instead of 10 s for one item, as on the server
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # of a reply; the server has its own limit
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -55,7 +50,7 @@ CHANNEL_OPTIONS = (
 
 
 class Stubs:
-    """The services of a channel, blocking or not."""
+    """The stubs of all services on a channel, blocking or asyncio."""
 
     def __init__(self, channel: Any) -> None:
         self.embedding = embedding_pb2_grpc.EmbeddingServiceStub(channel)
@@ -66,18 +61,18 @@ class Stubs:
         self.operations = operation_pb2_grpc.OperationServiceStub(channel)
 
     def method(self, name: str) -> Any:
-        """A method by service and name, such as ``search.Search``."""
+        """The stub's method for a service and method name such as ``search.Search``."""
         return attrgetter(name)(self)
 
 
 @dataclass
 class UnaryCall:
-    """One call to make: its reply is sent back.
+    """A unary call of a plan; the plan receives its reply.
 
     Attributes:
-        method: service and name, as `Stubs.method` takes it.
-        retry: try again while the server is overloaded or away, with jitter and not before it says.
-        batch: it may take as long as a batch.
+        method: name for `Stubs.method`.
+        retry: retry with jitter while the server is overloaded or unavailable, not before the time it states.
+        batch: use the longer timeout of batches.
     """
 
     method: str
@@ -88,7 +83,7 @@ class UnaryCall:
 
 @dataclass
 class Sleep:
-    """A wait in seconds."""
+    """A pause of a plan."""
 
     seconds: float
 
@@ -98,22 +93,22 @@ CallPlan = Generator[UnaryCall | Sleep, Any, T]
 
 @dataclass
 class PagedCall(Generic[T]):
-    """A list that comes page by page: what asks for a page, and what makes of each the items."""
+    """A paged list: the call for a page, and the function that converts a page's items."""
 
-    ask: UnaryCall
+    call: UnaryCall
     items: Callable[[Any], list[T]]
 
 
 @dataclass
 class ResumableStream(Generic[T]):
-    """A stream of answers that each carry a ``cursor``: after a break it goes on behind the last one that was taken.
+    """A server stream whose replies carry a ``cursor``, so that it can be resumed after a lost connection.
 
     Attributes:
-        method: service and name, as `Stubs.method` takes it.
-        request: has a ``cursor`` too.
-        make: of each answer the item.
-        timeout_s: of one try; None = as long as it takes.
-        failures: tries that failed since an answer was taken.
+        method: name for `Stubs.method`.
+        request: its ``cursor`` is the position to resume behind.
+        make: converts a reply to an item.
+        timeout_s: of one attempt; None = no limit.
+        failures: failed attempts since the last reply.
     """
 
     method: str
@@ -122,13 +117,13 @@ class ResumableStream(Generic[T]):
     timeout_s: float | None = None
     failures: int = 0
 
-    def took(self, reply: Any) -> T:
-        """Note an answer; the item."""
+    def advance(self, reply: Any) -> T:
+        """Move the cursor behind a reply; returns its item."""
         self.request.cursor, self.failures = reply.cursor, 0
         return self.make(reply)
 
     def pause(self, error: ReIDError) -> float:
-        """How long to wait before the next try, in seconds; raises the error where none would help."""
+        """Seconds to wait before the next attempt; raises the error if it cannot be retried."""
         pause_s = backoff_s(error, self.failures)
         if pause_s is None:
             raise error
@@ -138,16 +133,16 @@ class ResumableStream(Generic[T]):
 
 @dataclass
 class Attempt:
-    """One try of a call; what came of it, a reply or an error of ours, is sent back."""
+    """One attempt of a call; its reply, or its error as a `ReIDError`, is sent back."""
 
     timeout_s: float
 
 
 def attempts(timeout_s: float, *, retry: bool) -> Generator[Attempt | Sleep, Any, Any]:
-    """The tries of one call, within a time for all of them together; returns the reply.
+    """The attempts of one call within a total timeout; returns the reply.
 
     Raises:
-        ReIDError: the leaf the server named; `UnavailableError` and `DeadlineError` also from gRPC itself.
+        ReIDError: the server's error; `UnavailableError` and `DeadlineError` also from gRPC itself.
     """
     deadline = time.monotonic() + timeout_s
     for number in itertools.count():
@@ -162,9 +157,9 @@ def attempts(timeout_s: float, *, retry: bool) -> Generator[Attempt | Sleep, Any
 
 
 def backoff_s(error: ReIDError, number: int) -> float | None:
-    """How long to wait after failure ``number``, from 0: what the server asked for, and jitter, in seconds.
+    """Seconds to wait after failure ``number`` (from 0): the server's ``retry_after_s``, if any, plus jitter.
 
-    None = another try would not help.
+    None = the error cannot be retried.
     """
     jitter_s = random.uniform(0.5, 1.0) * min(MIN_BACKOFF_S * 2.0**number, MAX_BACKOFF_S)
     if isinstance(error, OverloadedError):
@@ -173,7 +168,7 @@ def backoff_s(error: ReIDError, number: int) -> float | None:
 
 
 def to_error(failure: Any, address: str) -> ReIDError:
-    """The error of ours for one of gRPC's, of a blocking call or not."""
+    """Convert an error of a blocking or asyncio gRPC call."""
     try:
         status = rpc_status.from_call(failure)
     except ValueError:  # details that contradict the status: a proxy wrote one of them
@@ -182,7 +177,7 @@ def to_error(failure: Any, address: str) -> ReIDError:
         return from_status(status)
     text = failure.details() or failure.code().name
     if failure.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
-        return LimitError(f"the server takes no message of this size ({text}): send, or ask for, less at once")
+        return LimitError(f"the message is larger than the server accepts ({text}): send or request less at once")
     error = from_status(status_pb2.Status(code=failure.code().value[0], message=text))
     if isinstance(error, UnavailableError):
         return UnavailableError(f"no server answers at {address} ({text}): start one with `resight serve`")
@@ -190,7 +185,7 @@ def to_error(failure: Any, address: str) -> ReIDError:
 
 
 def split_batches(messages: Sequence[M]) -> Iterator[Sequence[M]]:
-    """Cut a list so that each part fits in one request, by number and by bytes."""
+    """Split messages into parts that each fit into one request, by number and by bytes."""
     start, size = 0, 0
     for number, message in enumerate(messages):
         own = message.ByteSize()
@@ -203,7 +198,7 @@ def split_batches(messages: Sequence[M]) -> Iterator[Sequence[M]]:
 
 
 def item_result(result: Any, good: str, make: Callable[[Any], T]) -> T | ReIDError:
-    """One item of a batch: what it became, or the error the server gave it."""
+    """Convert one result of a batch: the value of its field ``good``, or the server's error."""
     if result.WhichOneof("outcome") == good:
         return make(getattr(result, good))
     return from_status(result.error)
@@ -215,18 +210,18 @@ AUTHORIZATION_HEADER = "authorization"
 def channel_credentials(
     *, tls_ca: Path | None = None, tls_cert: Path | None = None, tls_key: Path | None = None
 ) -> grpc.ChannelCredentials | None:
-    """What a secure channel needs; None = plaintext, where no file is given.
+    """Credentials of a TLS channel; None (plaintext) if no file is given.
 
     Args:
-        tls_ca: PEM authorities that the server's certificate must come from.
-        tls_cert: PEM certificate of this client with its chain, for servers that ask for one.
-        tls_key: PEM private key of it.
+        tls_ca: PEM file of the authorities that sign the server's certificate.
+        tls_cert: PEM file of this client's certificate with its chain, if the server requires one.
+        tls_key: PEM file of the certificate's private key.
 
     Raises:
-        InputError: a file cannot be read, or one that another needs is missing.
+        InputError: a file cannot be read, or a required one is missing.
     """
     if (tls_cert is None) != (tls_key is None):
-        raise InputError("a client's certificate and its key come together: give both or none")
+        raise InputError("a client's certificate and its key are used together: give both or none")
     if tls_ca is None:
         if tls_cert is not None:
             raise InputError("a client's certificate needs TLS: give tls_ca, the authorities that sign the server's")
@@ -239,18 +234,18 @@ def channel_credentials(
 
 
 def check_token(address: str, token: str | None, *, secure: bool) -> None:
-    """Refuse a token that cannot be sent, or would go to another machine in clear.
+    """Reject a token that cannot be sent, or would be sent to another machine in plaintext.
 
     Raises:
-        InputError: it is not printable ASCII without spaces, or there is no TLS and the address is not on loopback.
+        InputError: it is not printable ASCII without spaces, or there is no TLS and the address is not loopback.
     """
     if token is None:
         return
     if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise InputError("a token is one word of printable ASCII, such as `resight token create` prints")
+        raise InputError("a token is printable ASCII without spaces, as printed by `resight token create`")
     if not secure and not _is_loopback(address):
         raise InputError(
-            f"the token would travel to {address} in clear: give tls_ca (RESIGHT_TLS_CA), the PEM file of the "
+            f"the token would be sent to {address} in plaintext: give tls_ca (RESIGHT_TLS_CA), the PEM file of the "
             "authorities that sign the server's certificate"
         )
 
@@ -258,7 +253,7 @@ def check_token(address: str, token: str | None, *, secure: bool) -> None:
 def open_channel(
     address: str, options: Sequence[tuple[str, Any]], credentials: grpc.ChannelCredentials | None, token: str | None
 ) -> grpc.Channel:
-    """A channel whose calls carry the token.
+    """Open a channel whose calls carry the token.
 
     Raises:
         InputError: see `check_token`.
@@ -272,7 +267,7 @@ def open_channel(
 
 
 def bearer(token: str) -> tuple[str, str]:
-    """The metadata of a call that shows a token."""
+    """The call metadata that carries a token."""
     return AUTHORIZATION_HEADER, f"Bearer {token}"
 
 
@@ -294,10 +289,10 @@ class Bearer(
     """Adds the token to every call, unary or streaming."""
 
     def __init__(self, token: str) -> None:
-        self._own = bearer(token)
+        self._header = bearer(token)
 
-    def _sent(self, continuation: Callable[[Any, Any], Any], details: Any, request: Any) -> Any:
-        metadata = (*(details.metadata or ()), self._own)
+    def _add_header(self, continuation: Callable[[Any, Any], Any], details: Any, request: Any) -> Any:
+        metadata = (*(details.metadata or ()), self._header)
         return continuation(
             _Details(
                 details.method,
@@ -310,14 +305,14 @@ class Bearer(
             request,
         )
 
-    intercept_unary_unary: Any = _sent
-    intercept_unary_stream: Any = _sent
-    intercept_stream_unary: Any = _sent
-    intercept_stream_stream: Any = _sent
+    intercept_unary_unary: Any = _add_header
+    intercept_unary_stream: Any = _add_header
+    intercept_stream_unary: Any = _add_header
+    intercept_stream_stream: Any = _add_header
 
 
 def _is_loopback(address: str) -> bool:
-    """Whether an address stays on this machine."""
+    """Whether an address is on this machine."""
     if address.startswith("unix:"):
         return True
     host = address.rpartition(":")[0].rpartition("/")[2].strip("[]")

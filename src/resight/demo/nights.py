@@ -176,7 +176,7 @@ def _tail(done: subprocess.CompletedProcess[str]) -> str:
 DAY_S = 86_400.0
 FOLLOWING_COLLECTION = "people"  # migrated by the cycle
 FIXED_COLLECTION = "first-model"  # keeps no crops, so it stays with the first model
-ENROLMENT_FOLDER = "lineup"
+ENROLMENT_FOLDER = "enrolment"
 SEARCHES_PER_S = 8.0  # live searches: 30 for a shadow take seconds, with little effect on training
 
 
@@ -271,7 +271,7 @@ def _run_night(
     demo.console.rule(f"[bold]night {night.number}[/bold] {description}", align="left")
     with _timed(seconds, "film"), ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         folder = demo.out / "footage" / f"night-{night.number}"
-        pending = [pool.submit(site.film, folder, night, camera) for camera in range(night.cameras)]
+        pending = [pool.submit(site.record, folder, night, camera) for camera in range(night.cameras)]
         films = [film.result() for film in pending]
     demo.file.write_text(site_toml(demo, address, night.cameras))
     with _timed(seconds, "measure"):

@@ -1,1 +1,1 @@
-"""The encoder, its weights and checkpoints: with neighbours/search the only folder of this package that loads torch."""
+"""The encoder, its weights and checkpoints. Imports torch, as otherwise only `resight.neighbours.search` does here."""

@@ -84,7 +84,7 @@ class OSBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, h, w) -> (B, out, h, w)."""
         stem = self.conv1(x)
-        # Summed one by one: stacking them costs onnxruntime an eighth of the whole graph's time.
+        # Summed one by one: stacking them would take an eighth of the graph's time in onnxruntime.
         mixed = self.gate(self.conv2a(stem)) + self.gate(self.conv2b(stem))
         mixed = mixed + self.gate(self.conv2c(stem)) + self.gate(self.conv2d(stem))
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -142,10 +142,10 @@ class ResNetTrunk(nn.Module):
 
 
 def build_backbone(name: str) -> tuple[nn.Module, int]:
-    """Make a trunk by name (see `BACKBONES`) and say how many channels its map has.
+    """Build a trunk by name (see `BACKBONES`); returns it and the number of channels of its map.
 
     Raises:
-        ValueError: the name is none of `BACKBONES`.
+        ValueError: an unknown name.
     """
     if name in OSNET_CHANNELS:
         return OSNet(OSNET_CHANNELS[name]), OSNET_CHANNELS[name][-1]

@@ -1,8 +1,8 @@
-"""Checkpoints: what training writes and exporters read. A folder, never a pickle.
+"""Checkpoints, written by training and read by the exporters: a folder without pickles.
 
     model.safetensors       the encoder's state dict
     checkpoint.json         schema version, encoder config, recipe, epoch, provenance
-    optimizer.safetensors   moments and step counts, only where training may be resumed
+    optimizer.safetensors   moments and step counts, only if training can be resumed
 
 See docs/checkpoint.md.
 """
@@ -33,15 +33,15 @@ RESUME_FILE = "optimizer.safetensors"
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a checkpoint's weights come from.
+    """The origin of a checkpoint's weights.
 
     Attributes:
         recipe: the recipe with every value resolved; empty for initial weights.
         stage: "initial", "teacher" or "student".
-        epoch: last epoch finished, -1 before the first.
+        epoch: last completed epoch, -1 before the first.
         store_fingerprint: `CropStore.fingerprint` of the crops trained on; empty for initial weights.
-        initial_weights: name and sha256 of the file training started from, and its licence where known.
-        history: one mapping of figures per epoch.
+        initial_weights: name and sha256 of the file that training started from, and its licence if known.
+        history: one mapping of metrics per epoch.
     """
 
     recipe: Mapping[str, Any] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An encoder in eval mode and where it comes from; ``resume`` holds the optimizer's state."""
+    """An encoder in eval mode and its provenance; ``resume`` holds the optimizer's state."""
 
     encoder: Encoder
     provenance: Provenance
@@ -64,19 +64,19 @@ class Checkpoint:
 def write_checkpoint(
     path: Path, encoder: Encoder, provenance: Provenance, *, resume: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write a checkpoint folder so that a reader sees the old one, or the whole new one.
+    """Write a checkpoint folder atomically.
 
     Args:
-        path: folder; replaced if it is a checkpoint already.
+        path: folder; an existing checkpoint is replaced.
         encoder: its state dict is stored as float32.
         provenance: see `Provenance`.
-        resume: tensors from which training goes on, by name.
+        resume: tensors to resume training from, by name.
 
     Raises:
         CheckpointError: ``path`` exists and is not a checkpoint.
     """
     if path.exists() and not (path / INDEX_FILE).is_file():
-        raise CheckpointError(f"{path} exists and is no checkpoint: choose another folder, or remove it")
+        raise CheckpointError(f"{path} exists and is not a checkpoint: choose another folder, or remove it")
     index = {
         "schema_version": SCHEMA_VERSION,
         "encoder": encoder.config.to_json(),
@@ -92,7 +92,7 @@ def write_checkpoint(
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU copies: safetensors refuses shared and strided storage."""
+    """Contiguous CPU copies: safetensors rejects shared and strided storage."""
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
@@ -129,7 +129,7 @@ def _read_index(path: Path) -> dict[str, Any]:
         index = json.loads((path / INDEX_FILE).read_text())
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{path} is no checkpoint: {INDEX_FILE} is missing; expected a folder `resight adapt` wrote"
+            f"{path} is not a checkpoint: {INDEX_FILE} is missing; expected a folder `resight adapt` wrote"
         ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / INDEX_FILE} cannot be read ({error}): the checkpoint is damaged") from error
@@ -155,7 +155,7 @@ def fit_state(encoder: Encoder, tensors: Mapping[str, Tensor], *, source: str) -
     """Load tensors that must match the encoder's state dict exactly.
 
     Raises:
-        CheckpointError: names the missing, the unexpected and the misshapen tensors.
+        CheckpointError: lists missing and unexpected tensors and wrong shapes.
     """
     expected = encoder.state_dict()
     problems = describe_mismatch(expected, tensors)
@@ -165,7 +165,7 @@ def fit_state(encoder: Encoder, tensors: Mapping[str, Tensor], *, source: str) -
 
 
 def describe_mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """Name the first missing, unexpected and misshapen tensors, or return an empty string."""
+    """List the first missing and unexpected tensors and wrong shapes; empty if all match."""
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
     shapes = [
@@ -178,6 +178,6 @@ def describe_mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor
 
 
 def _first(names: list[str], count: int = 4) -> str:
-    """The first few names and how many more there are."""
+    """The first few names and the number of the others."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more

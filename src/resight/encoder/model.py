@@ -1,9 +1,8 @@
 """The encoder: images to unit features of three views.
 
-Backbone, pooling, optional linear embedding and a batch-norm neck (BNNeck, Luo et al., CVPRW 2019),
-once for the whole map (global) and once for each of its parts: upper and lower half in *Learning to
-Purification* (Lan et al., TIP 2023; the two "local views"). Once a model is trained only the global
-head is used, unless the config gives the parts a share.
+Backbone, then pooling, optional linear embedding and a batch-norm neck (BNNeck, Luo et al., CVPRW 2019) for the whole
+map (global) and for each of its parts: upper and lower half in *Learning to Purification* (LP; Lan et al., TIP 2023;
+the two "local views"). A trained model uses only the global head, unless the config has a ``local_share``.
 
 Letters: B batch, C channels, D feature size, H and W of an image, h and w of a feature map.
 """
@@ -22,16 +21,16 @@ from torch.nn import functional
 from resight.encoder.backbone import BACKBONES, build_backbone
 from resight.image import ImageSpec
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in [0, 1], the statistics every initial weight here was trained with
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in [0, 1], used for all initial weights
 IMAGENET_STD = (0.229, 0.224, 0.225)
-STRIDE = 16  # image rows a map row stands for, in every backbone here
+STRIDE = 16  # image rows per row of the feature map, for all backbones
 HALVES = ("upper", "lower")  # LP's two local views
 Views = tuple[Tensor, ...]  # unit features (B, D): the global view, then one per part from top to bottom
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """What must be equal for two encoders to have the same parameters.
+    """The architecture of an encoder: equal configs have the same parameters.
 
     Attributes:
         backbone: one of `resight.encoder.backbone.BACKBONES`.
@@ -39,11 +38,11 @@ class EncoderConfig:
         embedding_dim: outputs of a linear layer between pooling and neck; 0 means none (BNNeck of LP and O2CAP).
         image: input size and resize filter.
         parts: horizontal stripes of equal height with a head of their own; 2 in LP, 8 in selective contrast.
-        part_dim: length of a part's feature; 0: that of the global one.
-        local_share: share of the parts in the squared distance between embeddings; 0: the global view alone.
+        part_dim: length of a part's feature; 0 = the global feature's.
+        local_share: share of the parts in the squared distance between embeddings; 0 = global view only.
 
     Raises:
-        ValueError: a field is outside what is said above.
+        ValueError: a field is out of range.
     """
 
     backbone: str = "osnet_x0_25"
@@ -75,15 +74,15 @@ class EncoderConfig:
         return ("global", *(HALVES if self.parts == 2 else (f"part{i}" for i in range(self.parts))))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as `from_json` reads them."""
+        """Plain values for `from_json`."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> EncoderConfig:
-        """Read what `to_json` wrote.
+        """Parse the output of `to_json`.
 
         Raises:
-            ValueError, TypeError: unknown, missing or impossible values.
+            ValueError, TypeError: unknown, missing or invalid values.
         """
         return cls(**{**values, "image": ImageSpec(**values["image"])})
 
@@ -110,7 +109,7 @@ class AveragePool(nn.Module):
 
 
 class EmbeddingHead(nn.Module):
-    """Pooling, optional embedding, batch-norm neck: a map to a vector not yet of unit length."""
+    """Pooling, optional embedding, batch-norm neck: a map to a vector that is not normalised."""
 
     def __init__(self, channels: int, config: EncoderConfig, dim: int) -> None:
         super().__init__()
@@ -162,20 +161,20 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Views:
         """Normalised images (B, 3, H, W) -> unit features of all views, the global one first.
 
-        Rows that do not divide by the parts are left out at the bottom (LP's released code).
+        If the height is not a multiple of the parts, the last rows are ignored (as in LP's released code).
         """
         maps = split_stripes(self.backbone(images), self.config.parts)
         return tuple(unit_rows(head(part)) for head, part in zip(self.heads.values(), maps, strict=True))
 
     def embed(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) -> unit embeddings (B, D), the global view unless `local_share` says more."""
+        """Normalised images (B, 3, H, W) -> unit embeddings (B, D); with the parts if `local_share` > 0."""
         if not self.config.local_share:
             return unit_rows(self.heads["global"](self.backbone(images)))
         return join_views(self(images), self.config.local_share)
 
 
 def split_stripes(features: Tensor, parts: int) -> list[Tensor]:
-    """A map (B, C, h, w) whole, then its stripes from top to bottom, each (B, C, h // parts, w)."""
+    """A map (B, C, h, w), then its stripes from top to bottom, each (B, C, h // parts, w)."""
     height = features.shape[2] // parts
     return [features, *(features[:, :, i * height : (i + 1) * height] for i in range(parts))]
 
@@ -183,8 +182,8 @@ def split_stripes(features: Tensor, parts: int) -> list[Tensor]:
 def join_views(views: Sequence[Tensor], local_share: float) -> Tensor:
     """Views of unit length -> unit embeddings (B, D).
 
-    With local_share l and S parts: [sqrt(1 - l) g, sqrt(l / S) p_1, ...]; its squared distance is the weighed
-    one of the views (selective contrast's distance for ranking, without its camera term).
+    With local_share l and S parts: [sqrt(1 - l) g, sqrt(l / S) p_1, ...]; its squared distance is the weighted sum of
+    the views' (selective contrast's distance for ranking, without its camera term).
     """
     whole, *parts = views
     share = (local_share / len(parts)) ** 0.5
@@ -192,10 +191,10 @@ def join_views(views: Sequence[Tensor], local_share: float) -> Tensor:
 
 
 def with_parts(encoder: Encoder, parts: int, local_share: float) -> Encoder:
-    """The same encoder with other parts, a copy; their features together are as long as the global one.
+    """A copy of an encoder with other parts; their features together are as long as the global one.
 
-    Part i begins as the i-th slice of the global head, so that the parts put together are what the global head
-    says, each slice of it on one stripe. Where the global head has no linear layer (ResNet), theirs are random.
+    Part i is initialised with the i-th slice of the global head's outputs, so that together the parts compute the
+    global feature, each slice from one stripe. If the global head has no linear layer (ResNet), the parts are random.
     """
     config = encoder.config
     if (config.parts, config.local_share) == (parts, local_share):
@@ -207,7 +206,7 @@ def with_parts(encoder: Encoder, parts: int, local_share: float) -> Encoder:
     whole = encoder.heads["global"]
     dim = (config.embedding_dim or encoder.channels) // parts
     with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)  # the parts of a ResNet have nothing to begin with: the same chance for everybody
+        torch.manual_seed(0)  # for the random parts of a ResNet
         changed = Encoder(replace(config, parts=parts, part_dim=dim, local_share=local_share))
     changed.backbone.load_state_dict(encoder.backbone.state_dict())
     changed.heads["global"].load_state_dict(whole.state_dict())
@@ -218,7 +217,7 @@ def with_parts(encoder: Encoder, parts: int, local_share: float) -> Encoder:
 
 
 def _rows_of(state: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
-    """Some outputs of a head; its pooling has none."""
+    """The state of some outputs of a head; pooling parameters are unchanged."""
     return {key: value[rows] if value.ndim and not key.startswith("pool.") else value for key, value in state.items()}
 
 

@@ -1,12 +1,12 @@
-"""Initial weights a user already has, and the ones that ship with resight.
+"""Loading of initial weights: the built-in ones, torchvision's, and files of several formats.
 
-    builtin, osnet_x0_25  our own OSNet x0.25, trained with labels on synthetic people (docs/weights.md)
+    builtin, osnet_x0_25  resight's OSNet x0.25, trained with labels on synthetic people (docs/weights.md)
     resnet18, resnet50    torchvision's ImageNet weights, by torchvision's own download and cache
     FILE.pth              a torchreid OSNet or torchvision ResNet state dict (never a pickled module)
-    FILE.onnx             an OSNet export, its batch norms folded into the convolutions
-    FOLDER                a checkpoint of ours
+    FILE.onnx             an OSNet export with batch norms folded into the convolutions
+    FOLDER                a resight checkpoint
 
-A file that does not fit gets an error naming the missing and the unexpected tensors.
+If a file does not fit, the error lists the missing and the unexpected tensors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from resight.errors import WeightsError
 from resight.image import ImageSpec
 
 BUILTIN = "builtin"
-BUILTIN_BACKBONE = "osnet_x0_25"  # the only weights of this backbone that may be shipped are the built-in ones
+BUILTIN_BACKBONE = "osnet_x0_25"  # the built-in weights are the only ones of this backbone that may be shipped
 TORCHREID_IMAGE = ImageSpec(256, 128, "bilinear")  # torchreid's default transform
 IMAGENET_IMAGE = ImageSpec(256, 128, "bicubic")  # SpCL, Cluster Contrast, LP and O2CAP
 EXPECTED = "expected 'builtin' (an osnet_x0_25), 'resnet18', 'resnet50', a .pth or .onnx file, or a checkpoint folder"
@@ -41,9 +41,9 @@ class InitialWeights:
     """An encoder to start from.
 
     Attributes:
-        encoder: in eval mode, its local heads copies of the global one unless the source has them.
-        source: name, sha256 and licence, as provenance keeps them.
-        statistics_missing: batch norms were folded away; `restore_batch_norm` has to see crops before training.
+        encoder: in eval mode; its local heads are copies of the global head unless the source has them.
+        source: name, sha256 and licence, for the provenance.
+        statistics_missing: batch norms were folded; call `restore_batch_norm` with crops before training.
     """
 
     encoder: Encoder
@@ -52,7 +52,7 @@ class InitialWeights:
 
 
 def load_weights(source: str) -> InitialWeights:
-    """Read initial weights; see the module's docstring for what a source can be.
+    """Load initial weights; see the module's docstring for the kinds of sources.
 
     Raises:
         WeightsError: the source does not exist, cannot be read or does not fit an encoder.
@@ -72,11 +72,11 @@ def load_weights(source: str) -> InitialWeights:
         return _from_onnx(path)
     if path.suffix in (".pth", ".pt"):
         return _from_state_dict(_read_pth(path), path)
-    raise WeightsError(f"cannot tell what {source!r} holds by its suffix {path.suffix!r}: {EXPECTED}")
+    raise WeightsError(f"unknown suffix {path.suffix!r} of {source!r}: {EXPECTED}")
 
 
 def _from_checkpoint(folder: Path, name: str, licence: str) -> InitialWeights:
-    """A checkpoint keeps the licence of the weights it began with."""
+    """Load a checkpoint; it keeps the licence of its initial weights."""
     checkpoint = load_checkpoint(folder)
     kept = licence or str(checkpoint.provenance.initial_weights.get("licence", "unknown"))
     return InitialWeights(checkpoint.encoder, _describe(folder / "model.safetensors", name, kept))
@@ -100,10 +100,10 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     """Tensors of a state dict, by torch's restricted unpickler."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on foreign bytes the unpickler raises whatever it meets: struct.error, IndexError, ...
+    except Exception as error:  # invalid files raise struct.error, IndexError, ...
         raise WeightsError(
-            f"{path} is no state dict that can be read safely ({str(error).partition(chr(10))[0] or 'it is empty'}): "
-            "save it with torch.save(model.state_dict(), path)"
+            f"{path} is not a state dict that can be read safely "
+            f"({str(error).partition(chr(10))[0] or 'it is empty'}): save it with torch.save(model.state_dict(), path)"
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -112,7 +112,7 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
 
 
 def _from_state_dict(state: dict[str, Tensor], path: Path) -> InitialWeights:
-    """Tell the architecture by its tensors, never by the file's name."""
+    """Recognise the architecture by its tensors, not by the file's name."""
     name = _recognise(state, path)
     return InitialWeights(
         _build(name, state, str(path)), _describe(path, path.name, "unknown: see where the file came from")
@@ -120,7 +120,7 @@ def _from_state_dict(state: dict[str, Tensor], path: Path) -> InitialWeights:
 
 
 def _recognise(state: Mapping[str, Tensor], path: Path) -> str:
-    """Which backbone a state dict belongs to."""
+    """The backbone that a state dict belongs to."""
     stem = state.get("conv1.conv.weight")
     for name, channels in OSNET_CHANNELS.items():
         if stem is not None and stem.shape[0] == channels[0]:
@@ -135,7 +135,7 @@ def _recognise(state: Mapping[str, Tensor], path: Path) -> str:
 
 
 def _build(name: str, state: Mapping[str, Tensor], source: str) -> Encoder:
-    """An encoder with these weights; heads the source does not have start from its global layer, or at 1."""
+    """Build an encoder with these weights; missing heads are initialised from the global layer or as identity."""
     if name in OSNET_CHANNELS:
         dim = state["fc.0.weight"].shape[0] if "fc.0.weight" in state else 512
         encoder = Encoder(EncoderConfig(name, "avg", dim, TORCHREID_IMAGE))
@@ -155,13 +155,13 @@ def _build(name: str, state: Mapping[str, Tensor], source: str) -> Encoder:
     renamed = {key: tensor.to(expected[key].dtype) if key in expected else tensor for key, tensor in renamed.items()}
     problems = describe_mismatch(expected, renamed)
     if problems:
-        raise WeightsError(f"{source} does not hold a whole {name}: {problems}")
+        raise WeightsError(f"{source} does not hold a complete {name}: {problems}")
     encoder.load_state_dict(renamed)
     return encoder.eval()
 
 
 def _from_onnx(path: Path) -> InitialWeights:
-    """Undo the folding of batch norm in an OSNet export: see `restore_batch_norm`."""
+    """Load an OSNet export whose batch norms were folded: see `restore_batch_norm`."""
     state = _read_onnx(path)
     name = _recognise(state, path)
     norms = {key: value for key, value in _identity_norms(name).items() if key not in state}
@@ -170,14 +170,14 @@ def _from_onnx(path: Path) -> InitialWeights:
 
 
 def _read_onnx(path: Path) -> dict[str, Tensor]:
-    """Tensors under the names of the module they were traced from; folded biases become batch-norm biases."""
+    """Tensors by the names of their torch modules; folded biases become batch-norm biases."""
     import onnx  # only this source needs it
 
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
         stored = {item.name: torch.from_numpy(onnx.numpy_helper.to_array(item).copy()) for item in graph.initializer}
-    except Exception as error:  # onnx lets protobuf's and its own errors through, whatever they are
-        raise WeightsError(f"{path} is no ONNX file with its weights inside ({error})") from error
+    except Exception as error:  # onnx raises protobuf's errors and its own
+        raise WeightsError(f"{path} is not an ONNX file that contains its weights ({error})") from error
     state = {
         name: value for name, value in stored.items() if name.partition(".")[0] in ("conv2", "conv3", "conv4", "fc")
     }
@@ -191,7 +191,7 @@ def _read_onnx(path: Path) -> dict[str, Tensor]:
 
 
 def _module_path(node: str) -> str:
-    """Module behind a node: /conv2/conv2.0/conv1/conv/Conv is conv2.0.conv1.conv; sequences repeat their name."""
+    """Module of a node: /conv2/conv2.0/conv1/conv/Conv -> conv2.0.conv1.conv; sequences repeat their name."""
     path: list[str] = []
     for part in node.strip("/").split("/")[:-1]:
         repeated = next((i for i in range(len(path)) if part.startswith(".".join(path[i:]) + ".")), len(path))
@@ -200,7 +200,7 @@ def _module_path(node: str) -> str:
 
 
 def _identity_norms(name: str) -> dict[str, Tensor]:
-    """Batch-norm tensors of a trunk that leave their input alone in eval mode."""
+    """Batch-norm tensors of a trunk that are the identity in eval mode."""
     trunk = Encoder(EncoderConfig(name)).backbone
     found: dict[str, Tensor] = {}
     for scope, module in trunk.named_modules():
@@ -218,14 +218,14 @@ def _identity_norms(name: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_batch_norm(encoder: Encoder, batches: Iterable[Tensor]) -> None:
-    """Give folded batch norms their statistics back, so that train mode computes nearly what eval mode does.
+    """Restore the statistics of folded batch norms in place, so that train mode computes nearly the same as eval mode.
 
-    Each norm's input mean mu and variance v are measured over unlabelled crops; then weight becomes
-    sqrt(v + eps) and bias grows by mu, which leaves eval mode as it was. In place.
+    Each norm's input mean mu and variance v are measured over unlabelled crops; then the weight is set to
+    sqrt(v + eps) and mu is added to the bias, which does not change the result in eval mode.
 
     Args:
         encoder: with identity norms, in eval mode.
-        batches: normalised images (B, 3, H, W), a few hundred in all.
+        batches: normalised images (B, 3, H, W), a few hundred images in total.
     """
     norms = [module for module in encoder.backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     moments: defaultdict[nn.Module, list[Tensor]] = defaultdict(list)
@@ -252,5 +252,5 @@ def restore_batch_norm(encoder: Encoder, batches: Iterable[Tensor]) -> None:
 
 
 def _describe(path: Path, name: str, licence: str) -> dict[str, Any]:
-    """What provenance keeps of a file of weights."""
+    """The provenance of a file of weights."""
     return {"name": name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "licence": licence}

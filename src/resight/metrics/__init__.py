@@ -1,1 +1,1 @@
-"""Figures of ranked lists and of open-set searches."""
+"""Metrics of ranked lists and of open-set searches."""

@@ -1,19 +1,14 @@
-"""How good ranked lists are: mAP, mINP and CMC by the single-query protocol of Market-1501.
+"""Metrics of ranked lists: mAP, mINP and CMC by the single-query protocol of Market-1501, overall and per camera pair.
 
-For each query, gallery rows of the same person seen by the same camera are junk: removed before
-ranking (Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015). Rows of person -1
-(nobody knows who) are junk for everyone. Person 0 is Market-1501's distractor: a stranger who counts as
-wrong and is never searched for. Queries left without a match are skipped and reported as such.
-All figures are fractions in [0, 1].
+For each query, gallery rows of the same person seen by the same camera are junk: they are removed before ranking
+(Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015). Rows of person -1 (unknown) are junk for
+every query. Person 0 is Market-1501's distractor: it counts as wrong and is never searched for. Queries without a match
+are skipped and counted. All metrics are fractions in [0, 1].
 
-Letters: Q queries, G gallery rows, D feature size.
+The metrics of a camera pair limit the gallery to one camera at a time, since a metric over the whole site hides a pair
+that fails. By the rule above, a camera paired with itself has only junk and therefore no metric.
 
-Which camera finds which: ranking figures for every pair of a query's and the gallery's camera.
-
-One figure for a site hides a pair that fails. Here the gallery is limited to one camera at a time; the
-Market-1501 rule stands (`resight.metrics.ranking`), so that a camera paired with itself has junk only and no figure.
-
-Letters: Q queries, G gallery rows, A cameras with queries, B cameras with gallery rows.
+Letters: Q queries, G gallery rows, D feature size, A cameras with queries, B cameras with gallery rows.
 """
 
 from __future__ import annotations
@@ -28,21 +23,21 @@ from resight.arrays import Ints
 from resight.errors import InputError
 
 SimilarityRows = Callable[[slice], NDArray[np.floating]]
-"""Some queries -> float (q, G), how similar each gallery row is to each of them; larger is nearer."""
+"""Slice of the queries -> float (q, G), their similarities to all gallery rows; larger is nearer."""
 MAX_RANK = 50  # CMC is reported up to rank 50 at most; papers print ranks 1, 5 and 10
-QUERY_CHUNK = 256  # queries a step: 256 x 82,161 rows of MSMT17 take 80 MiB a matrix
+QUERY_CHUNK = 256  # queries per step: 256 x 82,161 rows of MSMT17 take 80 MiB per matrix
 
 
 @dataclass(frozen=True)
 class RankingScore:
-    """Figures over the valid queries, each in [0, 1].
+    """Metrics over the valid queries, each in [0, 1].
 
     Attributes:
         mAP: mean of average precision.
         mINP: mean of (matches / rank of the last match), the effort to find everyone (Ye et al., TPAMI 2021, Eq. 1).
         cmc: float64 (R,): ``cmc[r - 1]`` is the share of queries whose first match has rank r or better.
-        average_precision: float64 (Q,): per query, NaN where the query was skipped.
-        valid_queries: how many queries had a match left.
+        average_precision: float64 (Q,): per query, NaN for skipped queries.
+        valid_queries: number of queries with a match.
     """
 
     mAP: float
@@ -58,7 +53,7 @@ class RankingScore:
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """Who is on which image: int64 (Q,) and (G,). Cameras of both sides count in one numbering.
+    """Persons and cameras of the images: int64 (Q,) and (G,). Both sides share one camera numbering.
 
     Raises:
         InputError: lengths differ, or there is no query or no gallery row.
@@ -84,8 +79,8 @@ class GroundTruth:
         """G."""
         return len(self.gallery_persons)
 
-    def judge(self, queries: slice) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Which gallery rows are matches and which are junk, each bool (q, G), for some of the queries."""
+    def match_masks(self, queries: slice) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Masks of the gallery rows that are matches and that are junk, each bool (q, G), for some of the queries."""
         persons = self.query_persons[queries, None]
         same = persons == self.gallery_persons
         junk = (same & (self.query_cameras[queries, None] == self.gallery_cameras)) | (self.gallery_persons < 0)
@@ -104,7 +99,7 @@ def evaluate_ranking(
 ) -> RankingScore:
     """Rank the gallery for each query by similarity and score the lists.
 
-    Of equally similar rows the one with the smaller index comes first.
+    Ties are ordered by row.
 
     Args:
         query_features: (Q, D), unit rows.
@@ -113,30 +108,30 @@ def evaluate_ranking(
         gallery_persons: int (G,).
         query_cameras: int (Q,), in the same numbering as the gallery's.
         gallery_cameras: int (G,).
-        chunk: queries ranked at once; it bounds memory and changes no figure.
+        chunk: queries ranked at once; limits memory, does not change the result.
 
     Raises:
-        InputError: lengths do not fit, a feature is not finite, or no query has a match left.
+        InputError: lengths differ, a feature is not finite, or no query has a match.
     """
     truth = ground_truth_of(query_persons, gallery_persons, query_cameras, gallery_cameras)
     return evaluate_rows(cosine_rows(query_features, gallery_features, truth), truth, chunk=chunk)
 
 
 def evaluate_rows(rows: SimilarityRows, truth: GroundTruth, *, chunk: int = QUERY_CHUNK) -> RankingScore:
-    """Score the ranking by any similarity; see `evaluate_ranking`.
+    """Score the rankings by any similarity; see `evaluate_ranking`.
 
     Args:
-        rows: similarities of some queries to all gallery rows; called once for each chunk.
-        truth: who is on which image.
+        rows: returns the similarities of some queries to all gallery rows; called once for each chunk.
+        truth: persons and cameras of the images.
         chunk: queries ranked at once.
 
     Raises:
-        InputError: no query has a match left.
+        InputError: no query has a match.
     """
 
     def found() -> Iterator[tuple[Ints, int]]:
         for part in query_chunks(truth, chunk):
-            yield from ranked_matches(rows(part), *truth.judge(part))
+            yield from ranked_matches(rows(part), *truth.match_masks(part))
 
     return _summarise(found(), truth.gallery)
 
@@ -159,7 +154,7 @@ def cosine_rows(
         truth: for Q and G.
 
     Raises:
-        InputError: lengths do not fit, or a feature is not finite.
+        InputError: lengths differ, or a feature is not finite.
     """
     queries, gallery = np.asarray(query_features), np.asarray(gallery_features)
     expected = (len(truth.query_persons), truth.gallery)
@@ -178,21 +173,21 @@ def cosine_rows(
 def ranked_matches(
     similarity: NDArray[np.floating], match: NDArray[np.bool_], junk: NDArray[np.bool_]
 ) -> Iterator[tuple[Ints, int]]:
-    """For each query the 1-based ranks of its matches, rising, and how many there are.
+    """For each query the ascending 1-based ranks of its matches, and their number.
 
     Args:
         similarity: (q, G).
-        match: bool (q, G), see `GroundTruth.judge`.
-        junk: bool (q, G), rows taken out before ranking.
+        match: bool (q, G), see `GroundTruth.match_masks`.
+        junk: bool (q, G), rows removed before ranking.
     """
-    distance = np.where(junk, np.inf, -similarity)  # junk behind all others: ranks before it are those after removal
+    distance = np.where(junk, np.inf, -similarity)  # junk last, as if removed
     order = np.argsort(distance, axis=1, kind="stable")
     for row in np.take_along_axis(match, order, axis=1):
         yield np.flatnonzero(row) + 1, int(row.sum())
 
 
 def average_precision(ranks: Ints, matches: int) -> float:
-    """Mean over all matches of the precision where each stands; one that was never found adds 0."""
+    """Mean over all matches of the precision at their ranks; a match that was not found adds 0."""
     return float((np.arange(1, len(ranks) + 1) / ranks).sum() / matches)
 
 
@@ -203,33 +198,32 @@ def score_rankings(
     query_cameras: Ints,
     gallery_cameras: Ints,
 ) -> RankingScore:
-    """Score lists that somebody else ranked, such as a service's answers.
+    """Score given ranked lists, such as the results of a service.
 
-    A list may stop early (at ``top_k``). A match that is not in it counts as never found: it adds nothing to
-    average precision and makes the query's INP 0. So figures of short lists are lower bounds, and equal
-    those of `evaluate_ranking` when every match is listed.
+    A list may be truncated (at ``top_k``). A match that is not in the list counts as not found: it adds nothing to
+    average precision and sets the query's INP to 0. Therefore metrics of truncated lists are lower bounds; they equal
+    those of `evaluate_ranking` if every match is listed.
 
     Args:
-        rankings: for each query, gallery row indices, best first; junk rows in it are passed over.
+        rankings: for each query, gallery row indices, best first; junk rows are skipped.
         query_persons: int (Q,).
         gallery_persons: int (G,).
         query_cameras: int (Q,).
         gallery_cameras: int (G,).
 
     Raises:
-        InputError: lengths do not fit, a list repeats a row or names one outside the gallery, or no query has a
-            match left.
+        InputError: lengths differ, a list repeats a row or has a row outside the gallery, or no query has a match.
     """
     truth = ground_truth_of(query_persons, gallery_persons, query_cameras, gallery_cameras)
     if len(rankings) != len(truth.query_persons):
-        raise InputError(f"expected {len(truth.query_persons)} ranked lists, one a query, found {len(rankings)}")
+        raise InputError(f"expected {len(truth.query_persons)} ranked lists, one per query, found {len(rankings)}")
 
     def found() -> Iterator[tuple[Ints, int]]:
         for query, ranking in enumerate(rankings):
             rows = np.asarray(ranking, dtype=np.int64)
             if len(np.unique(rows)) != len(rows) or (len(rows) and not 0 <= rows.min() <= rows.max() < truth.gallery):
                 raise InputError(f"expected distinct rows 0..{truth.gallery - 1}, found others in list {query}")
-            match, junk = truth.judge(slice(query, query + 1))
+            match, junk = truth.match_masks(slice(query, query + 1))
             kept = rows[~junk[0, rows]]
             yield np.flatnonzero(match[0, kept]) + 1, int(match.sum())
 
@@ -237,7 +231,7 @@ def score_rankings(
 
 
 def ground_truth_of(*columns: Ints) -> GroundTruth:
-    """`GroundTruth` of columns of any kind of integer."""
+    """A `GroundTruth` from columns of any integer type."""
     return GroundTruth(*(np.asarray(column, dtype=np.int64) for column in columns))
 
 
@@ -245,7 +239,7 @@ def _summarise(found: Iterator[tuple[Ints, int]], gallery: int) -> RankingScore:
     """Average over queries.
 
     Args:
-        found: for each query the 1-based ranks at which matches stand, rising, and how many matches there are.
+        found: for each query the ascending 1-based ranks of its matches, and the number of matches.
         gallery: G.
     """
     precisions, penalties = [], []
@@ -271,11 +265,11 @@ def _summarise(found: Iterator[tuple[Ints, int]], gallery: int) -> RankingScore:
 
 @dataclass(frozen=True)
 class CameraPairScore:
-    """Figures of each pair, fractions in [0, 1], NaN where no query of the pair has a match.
+    """Metrics of each camera pair, fractions in [0, 1], NaN if no query of the pair has a match.
 
     Attributes:
-        query_cameras: int64 (A,), rising.
-        gallery_cameras: int64 (B,), rising.
+        query_cameras: int64 (A,), ascending.
+        gallery_cameras: int64 (B,), ascending.
         mAP: float64 (A, B).
         rank1: float64 (A, B).
         valid_queries: int64 (A, B), queries of one camera that have a match in the other.
@@ -289,19 +283,19 @@ class CameraPairScore:
 
 
 def evaluate_camera_pairs(rows: SimilarityRows, truth: GroundTruth, *, chunk: int = QUERY_CHUNK) -> CameraPairScore:
-    """Rank each camera's part of the gallery for each query, and average by the query's camera.
+    """Rank each camera's gallery rows for each query, and average by the query's camera.
 
     Args:
-        rows: similarities of some queries to all gallery rows; called once for each chunk.
-        truth: who is on which image.
-        chunk: queries ranked at once; it bounds memory and changes no figure.
+        rows: returns the similarities of some queries to all gallery rows; called once for each chunk.
+        truth: persons and cameras of the images.
+        chunk: queries ranked at once; limits memory, does not change the result.
     """
     query_cameras, gallery_cameras = np.unique(truth.query_cameras), np.unique(truth.gallery_cameras)
     parts = [np.flatnonzero(truth.gallery_cameras == camera) for camera in gallery_cameras]
     precision = np.full((len(truth.query_persons), len(parts)), np.nan)  # (Q, B)
-    first = np.full(precision.shape, np.nan)  # (Q, B), 1 where the best row is a match
+    first = np.full(precision.shape, np.nan)  # (Q, B), 1 if the best row is a match
     for queries in query_chunks(truth, chunk):
-        similarity, (match, junk) = rows(queries), truth.judge(queries)
+        similarity, (match, junk) = rows(queries), truth.match_masks(queries)
         for column, part in enumerate(parts):
             found = ranked_matches(similarity[:, part], match[:, part], junk[:, part])
             for query, (ranks, matches) in enumerate(found, queries.start):

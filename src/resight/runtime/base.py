@@ -1,7 +1,4 @@
-"""Pixels to features: what runs the model, behind one small protocol, and the one place that chooses it.
-
-A runtime proves itself on the bundle's probes before it is handed out, and that run is its warm-up.
-"""
+"""The `Runtime` protocol: a model that computes features of crops, its warm-up, and a dummy for tests."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ Provider = Literal["cpu", "cuda", "ort-tensorrt", "tensorrt"]
 
 
 class Runtime(Protocol):
-    """What the batcher needs of a model; ``min_cosine`` is of its worst probe here."""
+    """A model as the batcher uses it; ``min_cosine`` is the smallest cosine of a probe on this machine."""
 
     name: str
     space_id: str
@@ -33,12 +30,12 @@ class Runtime(Protocol):
 
 
 def warm_up(runtime: Runtime, *, every_size: bool) -> None:
-    """Run what later runs should not pay for: the largest batch, which takes all memory there is to take.
+    """Run the largest batch, so that memory is allocated before the first request.
 
     Args:
-        runtime: to run.
-        every_size: also the other powers of two a batcher makes. A GPU's libraries choose kernels when they first
-            meet a shape, and the sizes between share them with a neighbour; on a CPU nothing depends on the size.
+        runtime: the runtime to warm up.
+        every_size: also run the smaller powers of two. A GPU's libraries choose kernels at the first run of a shape,
+            and the sizes in between use the same kernels; on a CPU nothing depends on the size.
     """
     size = runtime.max_batch
     while size:
@@ -47,9 +44,9 @@ def warm_up(runtime: Runtime, *, every_size: bool) -> None:
 
 
 class DummyRuntime:
-    """A model whose answer can be computed by hand: mean colour of a 4x4 grid of cells, centred, unit length.
+    """A model with a simple known result: the mean colours of a 4x4 grid of cells, centred, with unit length.
 
-    D = 48. For tests of everything around the model, and for load tests that must not measure it.
+    D = 48. For tests of the code around the model, and for load tests that must not measure the model.
     """
 
     name, space_id, feature_dim, provider, min_cosine = "dummy", "d0" * 16, 48, "dummy", 1.0

@@ -1,12 +1,12 @@
-"""TensorRT engines: building one from a bundle's ONNX graph, and the cache of those built on this machine.
+"""TensorRT engines: building one from a bundle's ONNX graph, and the cache of engines built on this machine.
 
-An engine is executable code, and TensorRT runs what it is given ("never deserialize an engine file from an untrusted
-source", its migration guide). So each file in the cache carries an HMAC by a secret that never leaves the folder: a
-plan that was copied from elsewhere, altered, cut short or renamed is not loaded but built anew.
+An engine is executable code that TensorRT does not check ("never deserialize an engine file from an untrusted source",
+its migration guide). Therefore each file in the cache carries an HMAC with a secret that never leaves the folder: a
+file that was copied from elsewhere, altered, truncated or renamed is not loaded but rebuilt.
 
-Written for TensorRT 10.x and 11.x, whose Python API is the same in every call made here (compared with the names and
-docstrings in the 11.4 bindings; what 11 removed stands in its migration guide, "Removed Python APIs and
-Replacements"). The precision is the graph's own: 11 knows strongly typed networks only, and 10 is set to them.
+Works with TensorRT 10.x and 11.x: every call used here is the same in both (compared with the names and docstrings in
+the 11.4 bindings; its migration guide lists the removed ones under "Removed Python APIs and Replacements"). The graph
+determines the precision: TensorRT 11 only has strongly typed networks, and 10 is configured to use them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SECRET_FILE, LOCK_FILE = "secret", "lock"
 SECRET_BYTES = 32  # as long as the HMAC's digest (RFC 2104, section 3)
 MAX_FILE_BYTES = 2**32  # an engine of ResNet-50 takes 100 MB; a timing cache less
 _MAGIC = b"resight-engine-1\n"
-_PRIVATE = 0o077  # what group and others must not have
+_PRIVATE = 0o077  # permission bits of group and others
 
 
 def default_folder() -> Path:
@@ -52,13 +52,13 @@ def default_folder() -> Path:
 
 
 class EngineCache:
-    """A folder of sealed files, for one user of one machine.
+    """A folder of files sealed with an HMAC, for one user of one machine.
 
     Args:
-        folder: made with mode 0700 when missing; `default_folder` by default.
+        folder: created with mode 0700 if missing; `default_folder` by default.
 
     Raises:
-        StartupError: the folder or its secret is a link, of another owner, open to others, or cannot be written.
+        StartupError: the folder or its secret is a link, has another owner, is open to others, or cannot be written.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -78,7 +78,7 @@ class EngineCache:
         status = self.folder.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & _PRIVATE:
             raise StartupError(
-                f"engine cache {self.folder}: expected a folder of this user alone (mode 0700), found "
+                f"engine cache {self.folder}: expected a folder accessible only to this user (mode 0700), found "
                 f"{stat.filemode(status.st_mode)} of user {status.st_uid}: engines are executable code; remove it, or "
                 "choose another with --engine-cache"
             )
@@ -89,19 +89,19 @@ class EngineCache:
             made = self.folder / f".{SECRET_FILE}.{os.getpid()}"
             self._write(made, secrets.token_bytes(SECRET_BYTES))
             with contextlib.suppress(FileExistsError):
-                path.hardlink_to(made)  # the first of two processes wins, and neither overwrites
+                path.hardlink_to(made)  # the first of two processes wins; nothing is overwritten
             made.unlink()
         secret = _read_private(path)
         if secret is None or len(secret) != SECRET_BYTES:
             raise StartupError(
-                f"{path}: expected {SECRET_BYTES} bytes in a file of this user alone (mode 0600), found something "
-                f"else: remove the folder {self.folder}, its engines are built anew"
+                f"{path}: expected {SECRET_BYTES} bytes in a file accessible only to this user (mode 0600), found "
+                f"something else: remove the folder {self.folder}, its engines are rebuilt"
             )
         return secret
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder: one process builds at a time, for two on one GPU would spoil each other's timings."""
+        """Lock the folder: one process builds at a time, since two builds would distort each other's timings."""
         lock = FileLock(self.folder / LOCK_FILE, mode=OWNER_ONLY)
         try:
             lock.acquire(timeout=0)
@@ -114,14 +114,14 @@ class EngineCache:
             lock.release()
 
     def load(self, name: str, key: bytes) -> bytes | None:
-        """What `store` put there under this name and key.
+        """Read a file that `store` wrote with this name and key.
 
         Args:
             name: a file name.
             key: everything the content depends on; part of the seal.
 
         Returns:
-            The content, or None when there is none, or it is not ours: the log says so.
+            The content; None if there is no such file, or (with a warning in the log) if its seal does not match.
         """
         path = self.folder / name
         if not path.exists() and not path.is_symlink():
@@ -132,11 +132,11 @@ class EngineCache:
             content = data[start:]
             if hmac.compare_digest(data[len(_MAGIC) : start], self._seal(name, key, content)):
                 return content
-        log.warning("%s was not sealed here as it stands (altered, cut short, or copied): it is built anew", path)
+        log.warning("%s does not match its seal (altered, truncated, or copied): it is rebuilt", path)
         return None
 
     def store(self, name: str, key: bytes, content: bytes) -> None:
-        """Seal and write a file, all or nothing."""
+        """Seal and write a file atomically."""
         self._write(self.folder / name, _MAGIC + self._seal(name, key, content) + content)
 
     def _seal(self, name: str, key: bytes, content: bytes) -> bytes:
@@ -145,16 +145,16 @@ class EngineCache:
 
     @contextlib.contextmanager
     def sealed_folder(self, name: str, key: bytes) -> Iterator[Path]:
-        """A folder that another library keeps its engines in: checked before the block, sealed after it.
+        """A folder in which another library stores its engines: checked before the block, sealed after it.
 
-        Whatever in it was not there when it was last sealed, or was altered since, empties it first.
+        If a file was added, removed or altered since the folder was sealed, the folder is emptied first.
         """
         folder, seal = self.folder / name, f"{name}.seal"
         if folder.is_symlink():
             folder.unlink()
-        told = self.load(seal, key)
-        if folder.exists() and (told is None or told != _list(folder)):
-            log.warning("%s is not as it was left: emptied, its engines are built anew", folder)
+        sealed = self.load(seal, key)
+        if folder.exists() and (sealed is None or sealed != _list(folder)):
+            log.warning("%s was changed since it was sealed: emptied, its engines are rebuilt", folder)
             shutil.rmtree(folder)
         folder.mkdir(mode=0o700, exist_ok=True)
         yield folder
@@ -169,7 +169,7 @@ class EngineCache:
 
 
 def _list(folder: Path) -> bytes:
-    """Names and digests of a folder's files; anything else in it makes a list that no seal holds."""
+    """Names and digests of a folder's files; for anything else a random value, so that no seal matches."""
     found = {}
     for path in sorted(folder.iterdir()):
         data = _read_private(path) if path.is_file() else None
@@ -178,7 +178,7 @@ def _list(folder: Path) -> bytes:
 
 
 def _read_private(path: Path) -> bytes | None:
-    """The bytes of a regular file of this user alone; None for anything else."""
+    """The bytes of a regular file that only this user can access; None for anything else."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -197,7 +197,7 @@ _HELP = "install resight[gpu] on a machine with an NVIDIA GPU, or use --provider
 
 @dataclass(frozen=True)
 class ShapeProfile:
-    """Batch sizes an engine accepts, ``least`` to ``most``, and the one, ``tuned``, its kernels are chosen for."""
+    """The batch sizes an engine accepts, ``least`` to ``most``; its kernels are chosen for size ``tuned``."""
 
     least: int
     tuned: int
@@ -210,7 +210,7 @@ class ShapeProfile:
 
 @dataclass(frozen=True)
 class EngineKey:
-    """Everything an engine depends on; another value of any of them is another engine.
+    """Everything an engine depends on; if one value differs, another engine is built.
 
     Attributes:
         gpu: the product's name, such as ``NVIDIA H200``.
@@ -233,7 +233,7 @@ class EngineKey:
     profile: ShapeProfile
 
     def to_bytes(self) -> bytes:
-        """One spelling for one key."""
+        """A canonical serialisation."""
         return json.dumps(asdict(self), sort_keys=True).encode()
 
     @property
@@ -243,7 +243,7 @@ class EngineKey:
 
 
 def load_tensorrt() -> ModuleType:
-    """The package ``tensorrt``.
+    """Import the package ``tensorrt``.
 
     Raises:
         StartupError: it cannot be imported.
@@ -252,7 +252,7 @@ def load_tensorrt() -> ModuleType:
 
 
 def load_cudart() -> ModuleType:
-    """CUDA's runtime API, `check_cuda.bindings.runtime`.
+    """Import CUDA's runtime API, ``cuda.bindings.runtime``.
 
     Raises:
         StartupError: it cannot be imported.
@@ -270,27 +270,27 @@ def _load(module: str, package: str) -> ModuleType:
 
 
 def check_cuda(result: tuple[Any, ...], kind: type[ReIDError] = StartupError) -> Any:
-    """The value of a call to `check_cuda.bindings.runtime`, which answers (error, value).
+    """Return the value of a call to ``cuda.bindings.runtime``, or raise its error.
 
     Args:
-        result: the call's answer.
-        kind: raised where the error is not ``cudaSuccess``.
+        result: the call's result, (error, value).
+        kind: class of the error to raise if the result is not ``cudaSuccess``.
 
     Raises:
-        ReIDError: of that kind.
+        ReIDError: of class ``kind``.
     """
     cudart = load_cudart()
     if result[0] != cudart.cudaError_t.cudaSuccess:
-        _, told = cudart.cudaGetErrorString(result[0])
+        _, description = cudart.cudaGetErrorString(result[0])
         raise kind(
-            f"expected success of CUDA, found {result[0].name} ({told.decode()}): see that `nvidia-smi` shows the GPU "
-            "with memory to spare, or use --provider cpu"
+            f"expected success of CUDA, found {result[0].name} ({description.decode()}): check that `nvidia-smi` shows "
+            "the GPU with free memory, or use --provider cpu"
         )
     return result[1] if len(result) > 1 else None
 
 
 def tensorrt_logger(trt: ModuleType) -> Any:
-    """TensorRT's log as Python's."""
+    """A TensorRT logger that writes to Python's ``logging``."""
     severity = trt.ILogger.Severity
     levels = {
         severity.INTERNAL_ERROR: logging.ERROR,
@@ -304,7 +304,7 @@ def tensorrt_logger(trt: ModuleType) -> Any:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, msg: str) -> None:
-            if severity in levels:  # its verbose lines are tens of thousands
+            if severity in levels:  # verbose messages, tens of thousands, are dropped
                 log.log(levels[severity], "tensorrt: %s", msg)
 
     return Logger()
@@ -332,24 +332,24 @@ def engine_key(
     )
 
 
-def load_or_build_engine(data: bytes, key: EngineKey, cache: EngineCache, *, anew: bool = False) -> bytes:
-    """The engine of a graph: from the cache, or built, which takes minutes and is told in the log.
+def load_or_build_engine(data: bytes, key: EngineKey, cache: EngineCache, *, rebuild: bool = False) -> bytes:
+    """Load a graph's engine from the cache, or build it, which takes minutes and is logged.
 
     Args:
         data: the ONNX graph, already checked by `resight.bundle.graph_check.check_graph`.
-        key: from `engine_key`, on the GPU that is current.
-        cache: looked into first and written last.
-        anew: build although the cache has one, which TensorRT refused.
+        key: from `engine_key`, on the current GPU.
+        cache: the engine is loaded from it, or stored in it.
+        rebuild: ignore the cached engine, because TensorRT rejected it.
 
     Raises:
-        BundleError: TensorRT does not take the graph.
+        BundleError: TensorRT does not accept the graph.
         StartupError: no TensorRT, or the cache cannot be used.
     """
-    plan = None if anew else cache.load(key.file, key.to_bytes())
+    plan = None if rebuild else cache.load(key.file, key.to_bytes())
     if plan is not None:
         return plan
     with cache.lock():
-        plan = None if anew else cache.load(key.file, key.to_bytes())  # built while this one waited
+        plan = None if rebuild else cache.load(key.file, key.to_bytes())  # another process may have built it meanwhile
         if plan is not None:
             return plan
         timings = f"{key.compute_capability}-{key.tensorrt}.timing"
@@ -363,25 +363,25 @@ def load_or_build_engine(data: bytes, key: EngineKey, cache: EngineCache, *, ane
     return plan
 
 
-# What a layer's kernels may take beside its tensors. TensorRT's own default is all of the GPU's memory, which a
-# gallery's index may share; this is onnxruntime's default for it (trt_max_workspace_size).
+# Limit of the scratch memory of a layer's kernels. TensorRT's own default is all of the GPU's memory, which a gallery's
+# index may share; this is onnxruntime's default (trt_max_workspace_size).
 WORKSPACE_BYTES = 2**30
-PROGRESS_S = 10.0  # between two lines of the log
+PROGRESS_S = 10.0  # interval of progress messages in the log
 
 
 def build_engine(data: bytes, key: EngineKey, timing_cache: bytes = b"") -> tuple[bytes, bytes]:
     """Build an engine.
 
     Args:
-        data: the ONNX graph, uint8 ``images`` (batch, H, W, 3) in.
+        data: the ONNX graph with input uint8 ``images`` (batch, H, W, 3).
         key: its profile and precision are used; the rest names it.
-        timing_cache: from an earlier build; TensorRT itself refuses one of another GPU or version.
+        timing_cache: from an earlier build; TensorRT rejects one of another GPU or version.
 
     Returns:
-        The engine and the timing cache as it is now.
+        The engine and the updated timing cache.
 
     Raises:
-        BundleError: TensorRT does not take the graph, or finds no kernels for it.
+        BundleError: TensorRT does not accept the graph, or finds no kernels for it.
     """
     trt = load_tensorrt()
     logger = tensorrt_logger(trt)
@@ -391,16 +391,16 @@ def build_engine(data: bytes, key: EngineKey, timing_cache: bytes = b"") -> tupl
     network = builder.create_network(strong)
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(data):
-        told = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
+        problems = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
         raise BundleError(
-            f"TensorRT {trt.__version__} does not take the {key.precision} graph: {told[:500]}: export it anew"
+            f"TensorRT {trt.__version__} does not accept the {key.precision} graph: {problems[:500]}: export it again"
         )
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
-    monitor = _monitor(trt)  # by a name, as the timings below: both must outlive the build
+    monitor = _monitor(trt)  # in a variable, like `timings`: both must outlive the build
     config.progress_monitor = monitor
     if key.precision == "fp32":
-        config.clear_flag(trt.BuilderFlag.TF32)  # on by default: 10 bits of mantissa, which is no fp32
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default; has only 10 bits of mantissa
     timings = config.create_timing_cache(timing_cache)
     if not config.set_timing_cache(timings, False):  # of another GPU or version
         timings = config.create_timing_cache(b"")
@@ -409,7 +409,7 @@ def build_engine(data: bytes, key: EngineKey, timing_cache: bytes = b"") -> tupl
     shapes = [(batch, *key.image, 3) for batch in (key.profile.least, key.profile.tuned, key.profile.most)]
     profile.set_shape(GRAPH_INPUT, *shapes)
     if config.add_optimization_profile(profile) < 0:
-        raise BundleError(f"TensorRT {trt.__version__} does not take batches of {key.profile} for this graph")
+        raise BundleError(f"TensorRT {trt.__version__} does not accept batches of {key.profile} for this graph")
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BundleError(
@@ -420,20 +420,20 @@ def build_engine(data: bytes, key: EngineKey, timing_cache: bytes = b"") -> tupl
 
 
 def _monitor(trt: ModuleType) -> Any:
-    """A line of the log every `PROGRESS_S` while an engine is built."""
+    """A progress monitor that logs every `PROGRESS_S` while an engine is built."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc,name-defined]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self._steps: dict[str, int] = {}
-            self._told = time.monotonic()
+            self._last_logged_s = time.monotonic()
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self._steps[phase_name] = num_steps
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            if time.monotonic() - self._told >= PROGRESS_S:
-                self._told = time.monotonic()
+            if time.monotonic() - self._last_logged_s >= PROGRESS_S:
+                self._last_logged_s = time.monotonic()
                 log.info("building: %s %d/%d", phase_name, step + 1, self._steps.get(phase_name, step + 1))
             return True
 

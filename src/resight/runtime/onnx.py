@@ -1,12 +1,11 @@
-"""A graph on all the cores of a CPU: a few crops at a time on each core.
+"""A bundle's ONNX graph in onnxruntime, on the CPU or on a GPU, without fallback to another provider.
 
-Onnxruntime shares every operator of a run among its threads, and they meet after each: waiting asleep costs small
-operators more than their work, and waiting awake (spinning) takes the cores that decoding and gRPC need. Runs of one
-thread never meet, and a run of few crops stays in its core's cache. OSNet x0.25 on two idle cores: 712 crops/s in
-batches of 32 with threads asleep, 794 with threads spinning; with a run on each core 781 in batches of 16, 843 in
-batches of 4 and 872 one by one. ResNet-50 27 to 29 in each way.
-
-The bundle's ONNX graph in onnxruntime, on the provider that was asked for and no other.
+On a CPU a batch is split into runs of a few crops, one single-threaded run per core. A multi-threaded run synchronises
+its threads after every operator: sleeping threads cost small operators more than their work, and spinning threads take
+the cores that decoding and gRPC need. Single-threaded runs need no synchronisation, and a run of few crops fits in its
+core's cache. OSNet x0.25 on two idle cores: 712 crops/s in batches of 32 with sleeping threads, 794 with spinning
+threads; with one run per core 781 in batches of 16, 843 in batches of 4 and 872 one by one. ResNet-50: 27 to 29 in
+each case.
 """
 
 from __future__ import annotations
@@ -36,20 +35,19 @@ from resight.runtime.base import Provider, warm_up
 from resight.runtime.engine import WORKSPACE_BYTES, EngineCache
 
 PROVIDER = "CPUExecutionProvider"
-MAX_SHARED_TIME_RATIO = (
-    0.8  # of the time of one core: below it a second session for batches too small to part pays for its weights
-)
+# Time of a multi-threaded run relative to a single-threaded one, below which a second session is worth its memory.
+MAX_SHARED_TIME_RATIO = 0.8
 TRIALS = 5
-CROPS_PER_CORE = 4  # crops of a run: within 3 % of the fastest size of OSNet x0.25, ResNet-18 and ResNet-50
+CROPS_PER_CORE = 4  # crops per run: within 3 % of the fastest size of OSNet x0.25, ResNet-18 and ResNet-50
 
 
 class CpuSession:
-    """One graph in onnxruntime.
+    """One graph in onnxruntime on the CPU; thread-safe.
 
-    Up to `CROPS_PER_CORE` crops are computed in the calling thread; more go in such parts to all cores. Fewer crops
-    than cores would leave some idle: if nobody else is here they go to a second session that shares its operators among
-    all cores, where that is faster (ResNet-50: 38 ms a crop instead of 76) and not slower (OSNet x0.25: 2.5 ms instead
-    of 2.3). Any thread may call.
+    Up to `CROPS_PER_CORE` crops are computed in the calling thread; larger batches are split into parts of that size
+    and distributed over all cores. A batch with fewer crops than cores would leave cores idle: if no other call is
+    running, it is run by a second, multi-threaded session, provided that is faster (it is for ResNet-50: 38 ms a crop
+    instead of 76, not for OSNet x0.25: 2.5 ms instead of 2.3).
 
     Args:
         data: serialised ONNX, checked.
@@ -60,7 +58,7 @@ class CpuSession:
         self._threads = threads = threads or cores()
         self._alone = open_session(data, 1)
         self._together = self._alone
-        self._callers, self._lock = 0, Lock()  # within `run`
+        self._callers, self._lock = 0, Lock()  # calls in progress
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="core")
         if threads > 1:
             together = open_session(data, threads)
@@ -69,7 +67,7 @@ class CpuSession:
                 self._together = together
 
     def run(self, images: Pixels) -> Features:
-        """Features, float32 (N, D), of uint8 (N, H, W, 3)."""
+        """Compute features, float32 (N, D), of crops, uint8 (N, H, W, 3)."""
         with self._lock:
             self._callers += 1
             idle = self._callers == 1
@@ -84,31 +82,31 @@ class CpuSession:
 
 
 def open_session(data: bytes, threads: int) -> ort.InferenceSession:
-    """A session on the CPU; onnxruntime's own exceptions come through."""
+    """Open a session on the CPU; onnxruntime's exceptions are not converted."""
     return ort.InferenceSession(data, session_options(threads), providers=[PROVIDER])
 
 
 def session_options(threads: int) -> ort.SessionOptions:
-    """How onnxruntime runs a graph beside a service on the same cores; figures by `benchmarks/bench_session.py`.
+    """Session options for a graph that shares its cores with a service; measured by `benchmarks/bench_session.py`.
 
     Args:
-        threads: of one run; 1 = the calling thread.
+        threads: number of threads per run; 1 = the calling thread.
     """
     options = ort.SessionOptions()
-    # Given as a number, even where it is onnxruntime's own: left at 0 it also pins each thread to a core (its page
-    # "Thread management"), where it waits for whatever of the service runs there.
+    # An explicit number, even if it is onnxruntime's default: with 0 onnxruntime also pins each thread to a core (its
+    # page "Thread management"), where it competes with the service's threads.
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    # A pattern is planned and kept for every shape, and a batcher makes max_batch of them: the peak of OSNet x0.25
-    # was 182 MiB with patterns and 123 MiB without, at the same speed. The arena itself stays: without it each run
-    # asks the system anew (RSS 139 MiB, no faster); after the warm-up it grew by 2 MiB, so nothing is shrunk.
+    # A memory pattern is kept for every shape, and a batcher makes max_batch of them: the peak memory of OSNet x0.25
+    # was 182 MiB with patterns and 123 MiB without, at the same speed. The arena is kept: without it each run
+    # allocates again (RSS 139 MiB, no faster); after the warm-up it grew by only 2 MiB, so it is not shrunk.
     options.enable_cpu_mem_arena = True
     options.enable_mem_pattern = False
-    # Threads that spin for work took 1.6-1.9 times the CPU time per crop; decoding and gRPC on these cores want it.
+    # Spinning threads took 1.6-1.9 times the CPU time per crop, which decoding and gRPC on the same cores need.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3  # errors: its warnings are about graphs, and a user of a bundle writes none
+    options.log_severity_level = 3  # errors only: its warnings concern authors of graphs
     return options
 
 
@@ -118,8 +116,8 @@ def _run(session: ort.InferenceSession, images: Pixels) -> Features:
 
 
 def _single_crop_s(session: ort.InferenceSession, crop: Pixels) -> float:
-    """Seconds of a lone crop: the best of a few, since whatever else runs only adds to them."""
-    _run(session, crop)  # allocates
+    """Seconds per run of one crop: the fastest of `TRIALS`, which other load affects least."""
+    _run(session, crop)  # warm-up
     best = float("inf")
     for _ in range(TRIALS):
         started = time.perf_counter()
@@ -147,10 +145,10 @@ class OnnxRuntime:
         max_batch: crops per run.
         threads: of one run on the CPU; 0 = one for each core this process may use.
         device_id: which GPU.
-        engine_cache: where ``ort-tensorrt`` keeps its engines; None = `resight.runtime.engine.default_folder`.
+        engine_cache: folder for the engines of ``ort-tensorrt``; None = `resight.runtime.engine.default_folder`.
 
     Raises:
-        BundleError: the graph is refused, cannot be loaded, or fails the probes.
+        BundleError: the graph is rejected, cannot be loaded, or fails the probes.
         StartupError: this onnxruntime has no such provider, or it does not start.
     """
 
@@ -179,10 +177,10 @@ class OnnxRuntime:
         with contextlib.ExitStack() as stack:
             if provider == "ort-tensorrt":
                 folder = stack.enter_context(_engines(EngineCache(engine_cache), data, self.provider, max_batch))
-                chosen = tensorrt_options(folder, self._batch_shapes(), precision=precision, device_id=device_id)
+                options = tensorrt_options(folder, self._batch_shapes(), precision=precision, device_id=device_id)
             else:
-                chosen = cuda_options(precision=precision, device_id=device_id) if provider == "cuda" else {}
-            self._run = self._open(data, provider, chosen, threads, artefact.file)
+                options = cuda_options(precision=precision, device_id=device_id) if provider == "cuda" else {}
+            self._run = self._open(data, provider, options, threads, artefact.file)
             what = f"{artefact.file} of bundle {self.name} on {provider}"
             try:
                 found = check_probes(
@@ -191,29 +189,29 @@ class OnnxRuntime:
                 warm_up(self, every_size=provider != "cpu")
             except ReIDError:
                 raise
-            except Exception as error:  # a graph can load and still not run
+            except Exception as error:  # some graphs load but fail to run
                 raise _unusable(provider, f"{what} does not run", error) from error
         self.min_cosine = found.min_cosine
         log.info("probes passed bundle=%s provider=%s min_cosine=%.6f", self.name, self.provider, found.min_cosine)
 
     def _batch_shapes(self) -> tuple[str, str, str]:
-        """Smallest, usual and largest input, as onnxruntime's TensorRT provider spells shapes."""
+        """Smallest, typical and largest input shape in the notation of onnxruntime's TensorRT provider."""
         crop = f"{self.image.height}x{self.image.width}x3"
         batches = (1, self.max_batch, max(self.max_batch, *BATCH_SIZES))
         least, usual, most = (f"{GRAPH_INPUT}:{batch}x{crop}" for batch in batches)
         return least, usual, most
 
     def _open(
-        self, data: bytes, provider: str, chosen: dict[str, str], threads: int, file: str
+        self, data: bytes, provider: str, options: dict[str, str], threads: int, file: str
     ) -> Callable[[Pixels], Feature]:
-        """What runs a batch on the chosen provider and no other."""
+        """A function that runs a batch on the given provider."""
         try:
             if provider == "cpu":
                 return CpuSession(data, threads).run
-            return _open_gpu(data, provider, chosen)
+            return _open_gpu(data, provider, options)
         except ReIDError:
             raise
-        except Exception as error:  # onnxruntime raises a dozen classes of its own that share no base
+        except Exception as error:  # onnxruntime's exceptions have no common base class
             raise _unusable(
                 provider, f"bundle {self.name}: onnxruntime {ort.__version__} cannot load {file} on {provider}", error
             ) from error
@@ -223,22 +221,22 @@ class OnnxRuntime:
         return self._run(images)
 
 
-def _open_gpu(data: bytes, provider: str, chosen: dict[str, str]) -> Callable[[Pixels], Feature]:
-    """A session on a GPU; onnxruntime would fall back to the CPU with a printed line, we do not.
+def _open_gpu(data: bytes, provider: str, options: dict[str, str]) -> Callable[[Pixels], Feature]:
+    """Open a session on a GPU, with onnxruntime's fallback to the CPU disabled.
 
     Raises:
         StartupError: the provider did not start.
     """
-    # What TensorRT leaves runs on CUDA.
-    beside = [("CUDAExecutionProvider", {"device_id": chosen["device_id"]})] if provider == "ort-tensorrt" else []
+    # Operators that TensorRT does not support run on CUDA.
+    beside = [("CUDAExecutionProvider", {"device_id": options["device_id"]})] if provider == "ort-tensorrt" else []
     session = ort.InferenceSession(
-        data, session_options(1), providers=[(PROVIDERS[provider], chosen), *beside], enable_fallback=0
+        data, session_options(1), providers=[(PROVIDERS[provider], options), *beside], enable_fallback=0
     )
-    session.disable_fallback()  # nor when a run fails
+    session.disable_fallback()  # also for failures of a run
     if session.get_providers()[0] != PROVIDERS[provider]:
         raise StartupError(
             f"provider {provider} could not be started, onnxruntime chose {session.get_providers()[0]}: "
-            "mend the GPU's driver and libraries, or use --provider cpu"
+            "repair the GPU's driver and libraries, or use --provider cpu"
         )
 
     def run(images: Pixels) -> Feature:
@@ -249,32 +247,32 @@ def _open_gpu(data: bytes, provider: str, chosen: dict[str, str]) -> Callable[[P
 
 
 def _unusable(provider: str, what: str, error: Exception) -> ReIDError:
-    """On a CPU the graph is to blame, on a GPU what is around it."""
-    told = f"{what}: {(str(error).splitlines() or [type(error).__name__])[0][:300]}"
+    """The error for a failure of onnxruntime: on a CPU the graph is at fault, on a GPU the driver or its memory."""
+    message = f"{what}: {(str(error).splitlines() or [type(error).__name__])[0][:300]}"
     if provider == "cpu":
-        return BundleError(f"{told}: export the bundle anew")
-    return StartupError(f"{told}: mend the GPU's driver, free its memory, or use --provider cpu")
+        return BundleError(f"{message}: export the bundle again")
+    return StartupError(f"{message}: repair the GPU's driver, free its memory, or use --provider cpu")
 
 
 def cuda_options(*, precision: str, device_id: int) -> dict[str, str]:
-    """Of onnxruntime's CUDA provider; names and meanings from its page "CUDA Execution Provider"."""
+    """Options of onnxruntime's CUDA provider, documented on its page "CUDA Execution Provider"."""
     return {
         "device_id": str(device_id),
-        # The default tries every algorithm for each new shape, and a batcher makes many shapes.
+        # The default benchmarks every algorithm for each new shape, and a batcher makes many shapes.
         "cudnn_conv_algo_search": "HEURISTIC",
-        # The default doubles what it takes; a gallery's index may want the rest.
+        # The default doubles the arena each time; a gallery's index may need that memory.
         "arena_extend_strategy": "kSameAsRequested",
-        "use_tf32": "0" if precision == "fp32" else "1",  # on by default: 10 bits of mantissa, which is no fp32
+        "use_tf32": "0" if precision == "fp32" else "1",  # on by default; has only 10 bits of mantissa
     }
 
 
 def tensorrt_options(folder: Path, shapes: tuple[str, str, str], *, precision: str, device_id: int) -> dict[str, str]:
-    """Of onnxruntime's TensorRT provider; names and meanings from its page "TensorRT Execution Provider".
+    """Options of onnxruntime's TensorRT provider, documented on its page "TensorRT Execution Provider".
 
     Args:
-        folder: for its engines and timings.
-        shapes: smallest, usual and largest input. Without them the engine is built anew for each larger batch.
-        precision: of the graph; its build for TensorRT 10 has to be allowed what the graph holds.
+        folder: for its engines and timing cache.
+        shapes: smallest, typical and largest input. Without them the engine is rebuilt for each larger batch.
+        precision: of the graph; with TensorRT 10 it has to be enabled for the build.
         device_id: the GPU.
     """
     least, usual, most = shapes
@@ -295,16 +293,16 @@ def tensorrt_options(folder: Path, shapes: tuple[str, str, str], *, precision: s
 
 @contextlib.contextmanager
 def _engines(cache: EngineCache, data: bytes, provider: str, max_batch: int) -> Iterator[Path]:
-    """The sealed folder of one graph; onnxruntime itself tells GPUs and versions of TensorRT apart in it."""
+    """The sealed folder of one graph; onnxruntime separates GPUs and versions of TensorRT by file name."""
     key: dict[str, Any] = {
         "onnx": hashlib.sha256(data).hexdigest(),
         "provider": provider,
         "max_batch": max_batch,
         "onnxruntime": ort.__version__,
     }
-    spelled = json.dumps(key, sort_keys=True).encode()
+    key_json = json.dumps(key, sort_keys=True).encode()
     with (
         cache.lock(),
-        cache.sealed_folder(f"{hashlib.sha256(spelled).hexdigest()[:32]}.onnxruntime", spelled) as folder,
+        cache.sealed_folder(f"{hashlib.sha256(key_json).hexdigest()[:32]}.onnxruntime", key_json) as folder,
     ):
         yield folder

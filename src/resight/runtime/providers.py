@@ -1,4 +1,4 @@
-"""Providers."""
+"""Opening a bundle's model on a provider: the one place that chooses the runtime."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def open_runtime(
     device_id: int = 0,
     engine_cache: Path | None = None,
 ) -> Runtime:
-    """The runtime that was asked for, proven on the bundle's probes and warm; never another one instead.
+    """Open the requested runtime, check it on the bundle's probes and warm it up; there is no fallback.
 
     Args:
         bundle: verified by `resight.bundle.bundle.open_bundle`.
-        provider: where it runs; told back in the runtime's ``provider``.
+        provider: where the model runs.
         precision: which of the bundle's graphs.
         max_batch: crops per run.
         threads: of one run on the CPU; 0 = one for each core this process may use.
@@ -30,10 +30,10 @@ def open_runtime(
         engine_cache: folder of TensorRT's engines; None = `resight.runtime.engine.default_folder`.
 
     Raises:
-        BundleError: no such graph, a hostile one, or it fails the probes.
+        BundleError: the bundle has no such graph, the graph is rejected, or it fails the probes.
         StartupError: the provider's library or GPU is missing, or the cache cannot be used.
     """
-    # Each where it is used: onnxruntime and TensorRT are large, and the second is not everywhere.
+    # Imported on use: both libraries are large, and TensorRT may not be installed.
     if provider == "tensorrt":
         from resight.runtime.tensorrt import TensorRTRuntime
 

@@ -1,4 +1,4 @@
-"""The bundle's model in TensorRT: an engine built on this machine, verified by the probes, run through CUDA."""
+"""A bundle's model in TensorRT: an engine built on this machine, checked on the probes and run through CUDA."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ log = logging.getLogger(__name__)
 
 
 class EngineSession:
-    """One engine on one GPU, with buffers for its largest batch. Calls from several threads wait for one another.
+    """One engine on one GPU, with buffers for its largest batch. Calls from several threads are serialised.
 
     Args:
-        plan: from `resight.runtime.engine.load_or_build_engine`, built on this machine: TensorRT runs what it says.
+        plan: from `resight.runtime.engine.load_or_build_engine`, built on this machine: an engine is executable code.
         image: height and width of a crop.
         device_id: the GPU.
 
     Raises:
-        BundleError: TensorRT refuses the engine, or it is not uint8 (N, H, W, 3) -> float32 (N, D).
+        BundleError: TensorRT rejects the engine, or it is not uint8 (N, H, W, 3) -> float32 (N, D).
         StartupError: no TensorRT, no CUDA, or no memory on the GPU.
     """
 
@@ -55,17 +55,17 @@ class EngineSession:
         self._device_id = device_id
         self._lock = threading.Lock()
         check_cuda(self._cudart.cudaSetDevice(device_id))
-        # All three live as long as the session: an engine needs its runtime, a runtime its logger.
+        # All three must live as long as the session: an engine needs its runtime, a runtime its logger.
         self._logger = tensorrt_logger(trt)
         self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise BundleError("TensorRT refuses the engine: it is of another version or GPU; it has to be built anew")
+            raise BundleError("TensorRT rejects the engine: it is of another version or GPU and has to be rebuilt")
         self.profile, self.feature_dim = self._check_tensors(trt, image)
         self._shape = (image.height, image.width, 3)
         self._context = self._engine.create_execution_context()
         if self._context is None:
-            raise BundleError("TensorRT cannot make room for the engine on this GPU: free memory, or lower max_batch")
+            raise BundleError("not enough GPU memory for the engine's context: free memory, or lower max_batch")
         self._allocate()
 
     def _check_tensors(self, trt: ModuleType, image: ImageSpec) -> tuple[ShapeProfile, int]:
@@ -81,16 +81,16 @@ class EngineSession:
             GRAPH_OUTPUT: (trt.TensorIOMode.OUTPUT, trt.float32, (-1, dim)),
         }
         if found != expected or dim < 1:
-            raise BundleError(f"expected an engine with tensors {expected}, found {found}: export the bundle anew")
+            raise BundleError(f"expected an engine with tensors {expected}, found {found}: export the bundle again")
         batches = [int(shape[0]) for shape in engine.get_tensor_profile_shape(GRAPH_INPUT, 0)]
         return ShapeProfile(*batches), int(dim)
 
     def _allocate(self) -> None:
-        """Page-locked buffers on the host, so that copies need no staging, and others on the GPU; freed with it."""
+        """Allocate page-locked buffers on the host, which need no staging for copies, and buffers on the GPU."""
         cudart, most = self._cudart, self.profile.most
         sizes = (int(most * np.prod(self._shape)), most * self.feature_dim * 4)
         held: list[tuple[Callable[[Any], Any], Any]] = []
-        self._give_back = weakref.finalize(self, _free, held)
+        self._release = weakref.finalize(self, _free, held)
         self._stream = check_cuda(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking))
         held.append((cudart.cudaStreamDestroy, self._stream))
         host, self._device = [], []
@@ -105,13 +105,13 @@ class EngineSession:
         self._images[:] = 0
         for name, address in zip((GRAPH_INPUT, GRAPH_OUTPUT), self._device, strict=True):
             if not self._context.set_tensor_address(name, int(address)):
-                raise BundleError(f"TensorRT refuses the address of {name}: export the bundle anew")
+                raise BundleError(f"TensorRT rejects the address of {name}: export the bundle again")
 
     def run(self, images: Pixels) -> NDArray[np.float32]:
         """Embed fitted crops.
 
         Args:
-            images: uint8 (N, H, W, 3) RGB, N in 1..profile.most; fewer than ``profile.least`` are filled up with black.
+            images: uint8 (N, H, W, 3) RGB, N in 1..profile.most; fewer than ``profile.least`` are padded with black.
 
         Returns:
             float32 (N, D), unit rows.
@@ -124,10 +124,10 @@ class EngineSession:
         if not 1 <= count <= self.profile.most or images.shape[1:] != self._shape or images.dtype != np.uint8:
             raise LimitError(
                 f"expected uint8 of 1..{self.profile.most} x {self._shape}, found {images.dtype} {images.shape}: "
-                "the engine was built for no other batch"
+                "the engine was built only for such batches"
             )
         with self._lock:
-            if not self._give_back.alive:
+            if not self._release.alive:
                 raise ModelError("the engine was closed: open the bundle again")
             batch = max(count, self.profile.least)
             self._images[:count] = images
@@ -137,15 +137,15 @@ class EngineSession:
         return features
 
     def close(self) -> None:
-        """Give the GPU's memory back, after the batch that runs; otherwise it goes with the object."""
+        """Free the GPU's memory after the current batch; otherwise it is freed with the object."""
         with self._lock:
-            self._give_back()
+            self._release()
 
     def _compute(self, batch: int) -> None:
-        """The buffers' first ``batch`` crops to features, through the GPU."""
+        """Compute the features of the first ``batch`` crops of the buffers on the GPU."""
         cudart, kinds, stream = self._cudart, self._cudart.cudaMemcpyKind, self._stream
         incoming, outgoing = self._images[:batch], self._features[:batch]
-        check_cuda(cudart.cudaSetDevice(self._device_id), ModelError)  # the current GPU is each thread's own
+        check_cuda(cudart.cudaSetDevice(self._device_id), ModelError)  # the current GPU is per thread
         check_cuda(
             cudart.cudaMemcpyAsync(
                 self._device[0], incoming.ctypes.data, incoming.nbytes, kinds.cudaMemcpyHostToDevice, stream
@@ -165,23 +165,23 @@ class EngineSession:
 
 
 def _array_at(address: Any, shape: tuple[int, ...], kind: type[np.generic]) -> NDArray[Any]:
-    """Memory of CUDA's, which outlives the array, as an array."""
+    """An array over memory that CUDA allocated, which must outlive the array."""
     size = math.prod(shape) * np.dtype(kind).itemsize
     buffer: Any = (ctypes.c_uint8 * size).from_address(int(address))
     return np.frombuffer(buffer, kind).reshape(shape)
 
 
 def _free(held: list[tuple[Callable[[Any], Any], Any]]) -> None:
-    """Give back what a session held, the last first; a context that is gone has nothing to give back."""
+    """Release a session's resources in reverse order, ignoring errors (the CUDA context may be gone)."""
     while held:
-        give_back, handle = held.pop()
-        give_back(handle)
+        release, handle = held.pop()
+        release(handle)
 
 
 def open_engine(
     bundle: Bundle, *, precision: str, max_batch: int, device_id: int = 0, folder: Path | None = None
 ) -> tuple[EngineSession, Parity]:
-    """Find or build the engine of one form of a bundle, and prove it on the bundle's probes.
+    """Load or build the engine of one form of a bundle and check it on the bundle's probes.
 
     Args:
         bundle: verified by `resight.bundle.bundle.open_bundle`.
@@ -191,10 +191,10 @@ def open_engine(
         folder: of the engine cache; `resight.runtime.engine.default_folder` by default.
 
     Returns:
-        The session and how near its features of the probes came.
+        The session and the parity of its features of the probes.
 
     Raises:
-        BundleError: no such form, a hostile graph, TensorRT does not take it, or it fails the probes.
+        BundleError: no such form, the graph is rejected by the check or by TensorRT, or it fails the probes.
         StartupError: no TensorRT, no CUDA, no such GPU, or the cache cannot be used.
     """
     load_tensorrt()
@@ -202,7 +202,7 @@ def open_engine(
     manifest, runtime = bundle.manifest, "tensorrt" if precision == "int8" else "onnx"
     artefact, data = bundle.find(precision, runtime), bundle.read(precision, runtime)
     check_graph(data, manifest.image, manifest.feature_dim, what=artefact.file)
-    profile = ShapeProfile(1, max_batch, max(max_batch, *BATCH_SIZES))  # full batches are what counts under load
+    profile = ShapeProfile(1, max_batch, max(max_batch, *BATCH_SIZES))  # tuned for full batches
     key = engine_key(data, precision=precision, image=manifest.image, profile=profile, device_id=device_id)
     cache = EngineCache(folder)
     plan = load_or_build_engine(data, key, cache)
@@ -210,7 +210,7 @@ def open_engine(
         session = EngineSession(plan, manifest.image, device_id=device_id)
     except BundleError as error:
         log.warning("%s (%s in %s)", error, key.file, cache.folder)
-        plan = load_or_build_engine(data, key, cache, anew=True)
+        plan = load_or_build_engine(data, key, cache, rebuild=True)
         session = EngineSession(plan, manifest.image, device_id=device_id)
     found = check_probes(
         bundle.probes(),
@@ -231,10 +231,10 @@ class TensorRTRuntime:
         max_batch: crops per run, and the batch the engine is tuned for.
         device_id: the GPU.
         engine_cache: folder of engines; None = `resight.runtime.engine.default_folder`. The first start builds the
-            engine, which takes minutes and is told in the log.
+            engine, which takes minutes; progress is logged.
 
     Raises:
-        BundleError: no such graph, a hostile one, TensorRT does not take it, or it fails the probes.
+        BundleError: no such graph, it is rejected by the check or by TensorRT, or it fails the probes.
         StartupError: TensorRT, CUDA or the GPU is missing, or the cache cannot be used.
     """
 
@@ -262,5 +262,5 @@ class TensorRTRuntime:
         return self._session.run(images)
 
     def close(self) -> None:
-        """Give the GPU's memory back now; otherwise it goes with the object."""
+        """Free the GPU's memory now; otherwise it is freed with the object."""
         self._session.close()

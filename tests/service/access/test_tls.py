@@ -257,7 +257,7 @@ def test_a_certificate_that_expires_soon_is_logged_once_a_day(authority, caplog,
 def test_a_clients_files_are_checked_before_it_connects(tmp_path, authority):
     certificate, key = authority.issue("client")
     assert channel_credentials() is None
-    with pytest.raises(InputError, match="come together"):
+    with pytest.raises(InputError, match="used together"):
         channel_credentials(tls_ca=authority.ca, tls_cert=certificate)
     with pytest.raises(InputError, match="give tls_ca"):
         channel_credentials(tls_cert=certificate, tls_key=key)

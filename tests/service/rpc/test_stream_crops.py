@@ -199,7 +199,7 @@ def test_stream_retries_are_limited_and_reset_by_each_response():
             assert 0 < stream.pause(UnavailableError("away")) < 1
         with pytest.raises(UnavailableError):
             stream.pause(UnavailableError("away"))
-        assert stream.took(gallery_pb2.StreamCropsResponse(cursor="c")) == "c" == stream.request.cursor
+        assert stream.advance(gallery_pb2.StreamCropsResponse(cursor="c")) == "c" == stream.request.cursor
     assert stream.pause(OverloadedError("full", retry_after_s=2.0)) > 2
     with pytest.raises(InputError):
         stream.pause(InputError("no"))

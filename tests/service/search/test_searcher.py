@@ -257,7 +257,7 @@ def test_a_graph_with_low_recall_is_rejected_with_a_note(tmp_path):
             lobby = await site.create()
             await site.enrol(lobby, unit(rng.normal(size=(300, DIM))))
             stats = await site.searcher.rebuild(lobby, "hnsw")
-            assert stats.index_type == "flat-fp16" and "1.10 is asked" in stats.note
+            assert stats.index_type == "flat-fp16" and "1.10 is required" in stats.note
             assert len(await site.ids(lobby, people()[0], 300)) == 300
 
     asyncio.run(body())

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pytest
 from serving import ServerProcess, features_by_hand, jpeg, make_bundle
-from stores import SPACE, made, opened
+from stores import SPACE, create_collection, open_gallery
 
 from resight.calibration import Calibration
 from resight.client import Client, NewEntry, Query
@@ -144,7 +144,7 @@ def test_drift_compares_the_newest_hits_with_the_first_and_survives_restarts(tmp
     parts += [rng.normal(0.7, 0.05, 50), rng.normal(0.6, 0.05, 600), rng.normal(0.6, 0.05, 600)]
 
     async def body(store) -> None:
-        lobby = await made(store)
+        lobby = await create_collection(store)
         place = (lobby.key, SPACE.space_id)
         statistics = SearchStatistics(store)
         for number, part in enumerate(parts):
@@ -174,13 +174,13 @@ def test_drift_compares_the_newest_hits_with_the_first_and_survives_restarts(tmp
         )
         assert (stats.counts.hits, stats.reference.hits) == (50, 400)
 
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(body(store))
 
 
 def test_minutes_are_summed_kept_for_a_month_and_deleted_with_their_collection(tmp_path):
     async def body(store) -> None:
-        lobby = await made(store)
+        lobby = await create_collection(store)
         place, now = (lobby.key, SPACE.space_id), now_us() // MINUTE_US
         for minute in (now - 31 * 1440, now - 29 * 1440, now, now):
             await store.write_unchecked(statistics_module.write_counts, {(place, minute): counted((0.5, 0.9), minute)})
@@ -195,13 +195,13 @@ def test_minutes_are_summed_kept_for_a_month_and_deleted_with_their_collection(t
         counts = "SELECT (SELECT count(*) FROM search_minute) + (SELECT count(*) FROM search_reference)"
         assert await store.read(lambda c: c.execute(counts).fetchone()[0]) == 0
 
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(body(store))
 
 
 def test_failed_writes_are_retried_and_cancelled_flushes_lose_nothing(tmp_path):
     async def body(store) -> None:
-        lobby, statistics = await made(store), SearchStatistics(store)
+        lobby, statistics = await create_collection(store), SearchStatistics(store)
         statistics.record(lobby, [answer_with(0.5)])
         leaving = asyncio.create_task(statistics.flush())
         await asyncio.sleep(0)
@@ -216,5 +216,5 @@ def test_failed_writes_are_retried_and_cancelled_flushes_lose_nothing(tmp_path):
         (stats,) = await statistics.window_stats(lobby)
         assert stats.counts.searches == 3
 
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(body(store))

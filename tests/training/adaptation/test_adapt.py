@@ -33,7 +33,7 @@ from resight.training.adaptation.checkpoints import Adaptation
 from resight.training.adaptation.distill import Teacher
 from resight.training.adaptation.objective import ClusterObjective, Objective
 from resight.training.adaptation.recipe import Recipe, load_recipe
-from resight.training.adaptation.run import EpochState, RunLog, Stage, TrainingRun, TrainState, make_optimizer
+from resight.training.adaptation.run import RunLog, Stage, StageState, TrainingRun, make_optimizer
 from resight.training.store.crops import CropStore, usable_crops
 from resight.training.store.datasets import Site, open_site
 
@@ -144,10 +144,10 @@ def test_student_stage_does_not_modify_teacher_files_or_initial_weights(
     seen: list[dict[str, tuple[bytes, int]]] = []
     real = train_epoch
 
-    def recording(run: TrainingRun, epoch: EpochState, state: TrainState) -> dict[str, float]:
-        if epoch.stage == "student":
+    def recording(run: TrainingRun, state: StageState) -> dict[str, float]:
+        if state.stage == "student":
             seen.append(contents(tmp_path / "model-teacher"))
-        return real(run, epoch, state)
+        return real(run, state)
 
     monkeypatch.setattr("resight.training.adaptation.adapt.train_epoch", recording)
     start = initial()
@@ -176,8 +176,8 @@ def test_first_student_epoch_uses_labels_and_frozen_memories_of_the_teacher(
         run = TrainingRun(store, PURIFY, 1, "cpu", log)
         for number, encoder, source in ((0, copy.deepcopy(teacher), None), (-1, student, Teacher(teacher))):
             stage: Stage = "student" if source else "teacher"
-            state = TrainState(encoder, make_optimizer(encoder, PURIFY), source)
-            metrics = train_epoch(run, EpochState(stage, number), state)
+            state = StageState(stage, encoder, make_optimizer(encoder, PURIFY), source, number)
+            metrics = train_epoch(run, state)
             labels.append(np.load(tmp_path / "log" / f"{stage}-labels.npy"))
             after, before = ([memory.centroids for memory in objective.memories] for objective in made[-1])
             centres.append(before[0])
@@ -251,10 +251,10 @@ def test_killed_and_resumed_run_gives_the_weights_of_an_uninterrupted_one(
 def test_a_run_interrupted_before_any_epoch_resumes(
     store: CropStore, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, number: int
 ) -> None:
-    def interrupted(run: TrainingRun, epoch: EpochState, state: TrainState) -> dict[str, float]:
-        if (epoch.stage, epoch.number) == (stage, number):
+    def interrupted(run: TrainingRun, state: StageState) -> dict[str, float]:
+        if (state.stage, state.epoch) == (stage, number):
             raise KeyboardInterrupt
-        return train_epoch(run, epoch, state)
+        return train_epoch(run, state)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("resight.training.adaptation.adapt.train_epoch", interrupted)
@@ -380,7 +380,7 @@ def test_identical_crops_are_one_cluster_which_is_refused(tmp_path: Path) -> Non
 
 def test_crops_without_any_cluster_are_refused(store: CropStore, tmp_path: Path) -> None:
     strict = dataclasses.replace(PURIFY, cluster=dataclasses.replace(PURIFY.cluster, eps=0.001))
-    with pytest.raises(TrainingError, match=r"no cluster.*more crops"):
+    with pytest.raises(TrainingError, match=r"no cluster.*add crops"):
         run_adapt(store, tmp_path / "model", strict)
 
 

@@ -19,7 +19,7 @@ from resight.training.adaptation import adapt as adapt_module
 from resight.training.adaptation.adapt import adapt, train_epoch
 from resight.training.adaptation.checkpoints import Adaptation
 from resight.training.adaptation.recipe import Recipe, load_recipe
-from resight.training.adaptation.run import EpochState, RunLog, TrainingRun, TrainState
+from resight.training.adaptation.run import RunLog, StageState, TrainingRun
 from resight.training.store.crops import CropStore
 from resight.training.store.datasets import Site
 
@@ -58,10 +58,10 @@ def test_resumed_run_gives_the_same_weights(
     whole = run(store, tmp_path / "whole" / "model", recipe)
     out, last = tmp_path / "broken" / "model", "student" if recipe.student else "teacher"
 
-    def interrupted(run: TrainingRun, epoch: EpochState, state: TrainState) -> dict[str, float]:
-        if (epoch.stage, epoch.number) == (last, 1):
+    def interrupted(run: TrainingRun, state: StageState) -> dict[str, float]:
+        if (state.stage, state.epoch) == (last, 1):
             raise KeyboardInterrupt
-        return train_epoch(run, epoch, state)
+        return train_epoch(run, state)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(adapt_module, "train_epoch", interrupted)

@@ -1,4 +1,4 @@
-"""Calibration without labels: relayed clusters, the fitted line, thresholds by counting, and what it refuses."""
+"""Calibration without labels: clusters assigned by tracks, the fitted line, thresholds, and rejected inputs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CAMERAS, CROPS = 3, 4
 
 
 def made_site(persons: int, *, noise: float, seed: int, cameras: int = CAMERAS) -> tuple[Floats, CropStore]:
-    """Each person passes each camera once, several crops a passage; a camera, a passage and a crop add their own."""
+    """Each person has one track per camera with several crops; camera, track and crop each add noise."""
     rng = np.random.default_rng(seed)
     who = np.repeat(np.arange(1, persons + 1), cameras * CROPS)
     camera = np.tile(np.repeat(np.arange(cameras), CROPS), persons)
@@ -60,7 +60,7 @@ def made_site(persons: int, *, noise: float, seed: int, cameras: int = CAMERAS) 
 
 
 def truth(features: Floats, store: CropStore) -> tuple[Floats, Floats]:
-    """Similarities of all pairs of two cameras: of one person, and of two."""
+    """Similarities of all pairs across cameras: of one person, and of two."""
     one, other = np.triu_indices(len(store), 1)
     across = store.cameras[one] != store.cameras[other]
     same = store.persons[one] == store.persons[other]
@@ -69,19 +69,19 @@ def truth(features: Floats, store: CropStore) -> tuple[Floats, Floats]:
 
 
 def even_error(calibration: Calibration, positive: Floats, negative: Floats) -> float:
-    """Expected calibration error, both kinds weighing a half, by a loop over bins."""
-    told = [calibration.probability(part) for part in (positive, negative)]
+    """Expected calibration error with equal weight on both kinds, by a loop over bins."""
+    probabilities = [calibration.probability(part) for part in (positive, negative)]
     error = 0.0
     for b in range(BINS):
-        inside = [(p >= b / BINS) & ((p < (b + 1) / BINS) | (b == BINS - 1)) for p in told]
+        inside = [(p >= b / BINS) & ((p < (b + 1) / BINS) | (b == BINS - 1)) for p in probabilities]
         found = inside[0].sum() / len(positive) / 2
-        promised = sum(p[i].sum() / len(p) / 2 for p, i in zip(told, inside, strict=True))
+        promised = sum(p[i].sum() / len(p) / 2 for p, i in zip(probabilities, inside, strict=True))
         error += abs(found - promised)
     return error
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_crop_stands_for_the_cluster_of_its_tracks_other_crops(seed: int) -> None:
+def test_a_crop_gets_the_cluster_of_the_other_crops_of_its_track(seed: int) -> None:
     rng = np.random.default_rng(seed)
     tracks, labels = rng.integers(-1, 12, 80), rng.integers(-1, 4, 80)
     found = label_by_track(labels, tracks)
@@ -92,25 +92,25 @@ def test_a_crop_stands_for_the_cluster_of_its_tracks_other_crops(seed: int) -> N
         assert found[row] == expected, row
 
 
-def test_nothing_is_relayed_without_clusters_or_tracks() -> None:
+def test_no_crop_gets_a_cluster_without_clusters_or_tracks() -> None:
     nothing, some = np.full(6, -1), np.arange(6) % 2
     assert (label_by_track(nothing, some) == -1).all() and (label_by_track(some, nothing) == -1).all()
 
 
 @pytest.mark.parametrize("tracked", [True, False])
-def test_pairs_are_of_two_cameras_and_keep_to_clusters(tracked: bool) -> None:
+def test_pairs_are_across_cameras_and_respect_clusters(tracked: bool) -> None:
     _, store = made_site(9, noise=0.1, seed=0)
     if not tracked:
         store = replace(store, tracks=np.full(len(store), -1))
     labels = np.where(np.random.default_rng(1).random(len(store)) < 0.3, -1, store.persons // 2)
     drawn = draw_search_pairs(store, labels, seed=3)
-    told = label_by_track(labels, store.tracks) if tracked else labels
-    assert drawn.relayed == tracked and drawn.clusters == len(set(told[told >= 0].tolist()))
+    assigned = label_by_track(labels, store.tracks) if tracked else labels
+    assert drawn.by_track == tracked and drawn.clusters == len(set(assigned[assigned >= 0].tolist()))
     expected = {
         (i, j)
         for i in range(len(store))
         for j in range(i + 1, len(store))
-        if told[i] == told[j] >= 0 and store.cameras[i] != store.cameras[j]
+        if assigned[i] == assigned[j] >= 0 and store.cameras[i] != store.cameras[j]
     }
     found = [tuple(sorted(map(int, pair))) for pair in drawn.positives]
     assert len(found) == len(set(found)) and set(found) == expected  # few enough for all to be drawn
@@ -118,7 +118,9 @@ def test_pairs_are_of_two_cameras_and_keep_to_clusters(tracked: bool) -> None:
         (i, j)
         for i in range(len(store))
         for j in range(i + 1, len(store))
-        if store.cameras[i] != store.cameras[j] and not labels[i] == labels[j] >= 0 and not told[i] == told[j] >= 0
+        if store.cameras[i] != store.cameras[j]
+        and not labels[i] == labels[j] >= 0
+        and not assigned[i] == assigned[j] >= 0
     }
     assert {tuple(map(int, pair)) for pair in drawn.negatives} == strangers
     assert np.array_equal(drawn.positives, draw_search_pairs(store, labels, seed=3).positives)
@@ -126,7 +128,7 @@ def test_pairs_are_of_two_cameras_and_keep_to_clusters(tracked: bool) -> None:
 
 def test_units_keep_crops_of_one_person_together() -> None:
     _, store = made_site(3, noise=0.1, seed=0)
-    labels = np.where(store.tracks % 3 == 2, -1, store.persons)  # one passage of each person is in no cluster
+    labels = np.where(store.tracks % 3 == 2, -1, store.persons)  # one track of each person is in no cluster
     units = draw_search_pairs(replace(store, tracks=np.where(store.cameras == 1, -1, store.tracks)), labels).units
     clustered = labels >= 0
     for row in range(len(store)):
@@ -137,8 +139,8 @@ def test_units_keep_crops_of_one_person_together() -> None:
 @pytest.mark.parametrize(
     ("counts", "flatter"), [((20_000, 20_000), 0.15), ((20_000, 3000), 0.15), ((300, 20_000), 0.4)]
 )
-def test_the_line_of_two_bells_is_found_again(counts: tuple[int, int], flatter: float) -> None:
-    """Its middle lies between the means, however many there are of each kind; few pairs never make it steeper."""
+def test_the_logistic_line_of_two_gaussians_is_recovered(counts: tuple[int, int], flatter: float) -> None:
+    """Its midpoint is between the means, for any number of each kind; few pairs do not make it steeper."""
     rng = np.random.default_rng(0)
     line = fit_line(rng.normal(0.7, 0.1, counts[0]), rng.normal(0.2, 0.1, counts[1]))
     assert line is not None
@@ -157,8 +159,8 @@ def loss(line: LogisticFit, positive: list[float], negative: list[float]) -> flo
     return total
 
 
-@pytest.mark.parametrize("apart", [0.1, 0.6, 1.6])  # mixed, as usual, and without any overlap
-def test_no_line_nearby_is_better(apart: float) -> None:
+@pytest.mark.parametrize("apart", [0.1, 0.6, 1.6])  # overlapping, and fully separated
+def test_the_fit_is_a_minimum_of_the_loss(apart: float) -> None:
     rng = np.random.default_rng(1)
     positive, negative = apart / 2 + 0.05 * rng.normal(size=60), -apart / 2 + 0.05 * rng.normal(size=90)
     line = fit_line(positive, negative)
@@ -169,7 +171,7 @@ def test_no_line_nearby_is_better(apart: float) -> None:
         assert loss(other, positive.tolist(), negative.tolist()) > best
 
 
-def test_there_is_no_line_where_similarity_says_nothing() -> None:
+def test_there_is_no_fit_if_similarity_is_uninformative() -> None:
     same = np.full(50, 0.97)
     assert fit_line(same, same) is None
     rng = np.random.default_rng(0)
@@ -177,21 +179,21 @@ def test_there_is_no_line_where_similarity_says_nothing() -> None:
 
 
 @pytest.mark.parametrize("count", [1000, 9999, 10_000, 12_345])
-def test_thresholds_are_placed_by_counting(count: int) -> None:
+def test_thresholds_are_quantiles(count: int) -> None:
     rng = np.random.default_rng(count)
     similarity = np.round(rng.normal(0.3, 0.1, count), 3).astype(np.float32).astype(np.float64)  # many ties
     accept, share = _accept_threshold(similarity)
     assert share == (0.001 if count >= 10_000 else 0.01)
     assert sum(s >= accept for s in similarity) <= share * count
     lower = max(s for s in similarity if s < accept)
-    assert sum(s >= lower for s in similarity) > share * count  # any lower and too many pass
+    assert sum(s >= lower for s in similarity) > share * count  # a lower one accepts too many
     reject = _reject_threshold(similarity)
     assert sum(s < reject for s in similarity) <= FALSE_REJECT_SHARE * count
     higher = min(s for s in similarity if s > reject)
     assert sum(s < higher for s in similarity) > FALSE_REJECT_SHARE * count
 
 
-def test_a_pair_is_judged_by_a_line_that_never_saw_its_people() -> None:
+def test_cross_validation_excludes_the_persons_of_a_pair() -> None:
     rng = np.random.default_rng(0)
     units = np.arange(40) // 2
     positives = np.arange(40).reshape(-1, 2)
@@ -213,19 +215,19 @@ def test_a_pair_is_judged_by_a_line_that_never_saw_its_people() -> None:
 
 def reliability_of(seed: int) -> tuple[tuple[Doubles, Doubles], ReliabilityCurve]:
     rng = np.random.default_rng(seed)
-    told = rng.beta(4, 1.5, 400), rng.beta(1, 4, 900) * 0.7
+    probabilities = rng.beta(4, 1.5, 400), rng.beta(1, 4, 900) * 0.7
     units = np.repeat(np.arange(40), 10)[:, None].repeat(2, 1).astype(np.int64), rng.integers(0, 40, (900, 2))
-    curve = measure_reliability(told, told, units, seed=1).curve
+    curve = measure_reliability(probabilities, probabilities, units, seed=1).curve
     assert curve is not None
-    return told, curve
+    return probabilities, curve
 
 
-def test_reliability_is_that_of_the_loops() -> None:
-    told, curve = reliability_of(0)
+def test_reliability_equals_the_loops() -> None:
+    probabilities, curve = reliability_of(0)
     error = brier = 0.0
     for b in range(BINS):
-        one = [p for p in told[0] if int(p * BINS) == b]
-        two = [p for p in told[1] if int(p * BINS) == b]
+        one = [p for p in probabilities[0] if int(p * BINS) == b]
+        two = [p for p in probabilities[1] if int(p * BINS) == b]
         weight = len(one) / 400 + len(two) / 900
         assert (curve.positives[b], curve.negatives[b]) == (len(one), len(two))
         if not weight:
@@ -235,9 +237,9 @@ def test_reliability_is_that_of_the_loops() -> None:
         assert (curve.predicted[b], curve.observed[b]) == pytest.approx((promised, found))
         assert curve.low[b] <= curve.observed[b] <= curve.high[b]
         error += abs(promised - found) * weight / 2
-    for p in told[0]:
+    for p in probabilities[0]:
         brier += (1 - p) ** 2 / 800
-    for p in told[1]:
+    for p in probabilities[1]:
         brier += p**2 / 1800
     assert (curve.error, curve.brier) == pytest.approx((error, brier))
     assert curve.positive_shares.sum() == pytest.approx(1) and curve.negative_shares.sum() == pytest.approx(1)
@@ -245,12 +247,12 @@ def test_reliability_is_that_of_the_loops() -> None:
 
 def test_intervals_are_wider_with_fewer_people() -> None:
     rng = np.random.default_rng(0)
-    told = rng.uniform(0.4, 0.6, 600), rng.uniform(0.4, 0.6, 600)
+    probabilities = rng.uniform(0.4, 0.6, 600), rng.uniform(0.4, 0.6, 600)
     widths = []
     for people in (6, 300):
         unit = (np.arange(600) % people)[:, None].repeat(2, 1)
-        told[0][:] = 0.4 + 0.2 * ((np.arange(600) % people) % 2)  # a person is wholly in one bin
-        curve = measure_reliability(told, told, (unit, unit), seed=0).curve
+        probabilities[0][:] = 0.4 + 0.2 * ((np.arange(600) % people) % 2)  # each person is in one bin
+        curve = measure_reliability(probabilities, probabilities, (unit, unit), seed=0).curve
         assert curve is not None
         widths.append(float(np.nanmax(curve.high - curve.low)))
     assert widths[0] > 2 * widths[1]
@@ -258,8 +260,8 @@ def test_intervals_are_wider_with_fewer_people() -> None:
 
 @pytest.mark.parametrize("noise", [0.35, 0.6, 0.8])
 @pytest.mark.parametrize("tracked", [True, False])
-def test_other_people_are_as_probable_as_told(noise: float, tracked: bool) -> None:
-    """Fitted to eighty people, measured on eighty others of the same cameras."""
+def test_probabilities_hold_for_other_people(noise: float, tracked: bool) -> None:
+    """Fitted on eighty people, measured on eighty others of the same cameras."""
     features, store = made_site(160, noise=noise, seed=5)
     half = np.flatnonzero(store.persons <= 80)
     known = store.subset(half)
@@ -274,16 +276,16 @@ def test_other_people_are_as_probable_as_told(noise: float, tracked: bool) -> No
     assert (calibration.probability(positive) < calibration.reject).mean() < 0.1
     assert calibration.reject <= calibration.accept and calibration.false_accept_share == 0.001
     assert any(note.startswith("Without tracks") for note in reliability.notes) != tracked
-    passed = [note for note in reliability.notes if "in one camera's picture at one time" in note]
+    passed = [note for note in reliability.notes if "in one camera's image at the same time" in note]
     pairs = draw_track_pairs(known).negatives
     assert len(passed) == (len(pairs) >= MIN_CERTAIN)
     if passed:
         alike = np.einsum("pd,pd->p", features[half][pairs[:, 0]], features[half][pairs[:, 1]])
         share = sum(calibration.decide(float(a)) == "match" for a in alike) / len(alike)
-        assert f"Of {len(pairs)} pairs" in passed[0] and f"{share:.1%} are taken for a match" in passed[0]
+        assert f"Of {len(pairs)} pairs" in passed[0] and f"{share:.1%} are decided as a match" in passed[0]
 
 
-def test_persons_are_never_read_and_the_seed_is_all() -> None:
+def test_labels_are_not_used_and_the_fit_is_deterministic_per_seed() -> None:
     features, store = made_site(40, noise=0.5, seed=2)
     first = calibrate(features, store, seed=7)[0]
     hidden = replace(store, persons=np.full(len(store), -1))
@@ -291,23 +293,23 @@ def test_persons_are_never_read_and_the_seed_is_all() -> None:
     assert calibrate(features, hidden, seed=8)[0] != first
 
 
-def test_a_model_that_tells_all_apart_leaves_no_doubt_between_thresholds() -> None:
+def test_a_perfect_model_has_equal_thresholds() -> None:
     calibration, _ = calibrate(*made_site(60, noise=0.05, seed=3))
     assert calibration is not None and calibration.reject == calibration.accept
 
 
-def test_similarities_all_alike_are_told() -> None:
-    """What issue 167 of deep_sort_pytorch met: every score about .97."""
+def test_a_narrow_spread_of_similarities_is_noted() -> None:
+    """Like issue 167 of deep_sort_pytorch: every score about .97."""
     features, store = made_site(60, noise=0.4, seed=3)
     crowded = features + np.float32(6) / np.sqrt(np.float32(features.shape[1]))
     crowded /= np.linalg.norm(crowded, axis=1, keepdims=True)
     calibration, reliability = calibrate(crowded, store)
     assert calibration is not None
-    assert "Nine in ten pairs of two persons are 0.9" in reliability.notes[0]
-    assert not any("Nine in ten" in note for note in calibrate(features, store)[1].notes)
+    assert "90 % of pairs of two persons have similarities of 0.9" in reliability.notes[0]
+    assert not any("90 % of pairs" in note for note in calibrate(features, store)[1].notes)
 
 
-def test_where_nothing_can_be_told_it_says_why() -> None:
+def test_a_missing_calibration_has_a_reason() -> None:
     features, store = made_site(60, noise=0.3, seed=0)
     one = np.flatnonzero(store.cameras == 0)
     few = np.flatnonzero(store.persons <= MIN_CLUSTERS - 3)
@@ -329,7 +331,7 @@ def test_where_nothing_can_be_told_it_says_why() -> None:
         assert any(part in reliability.problem for part in words.split("|")), reliability.problem
 
 
-def test_the_drawing_is_sound_and_says_what_it_shows() -> None:
+def test_the_drawing_is_well_formed_and_labelled() -> None:
     features, store = made_site(60, noise=0.6, seed=1)
     calibration, reliability = calibrate(features, store)
     assert calibration is not None and reliability.curve is not None
@@ -345,7 +347,7 @@ def test_the_drawing_is_sound_and_says_what_it_shows() -> None:
     assert "one person" in words and "two persons" in words
 
 
-def test_nothing_is_drawn_without_a_curve() -> None:
+def test_without_a_curve_nothing_is_drawn() -> None:
     features, store = made_site(60, noise=0.6, seed=1)
     calibration, _ = calibrate(features, store)
     assert calibration is not None
@@ -356,11 +358,11 @@ def test_nothing_is_drawn_without_a_curve() -> None:
 @pytest.mark.slow
 @pytest.mark.real
 def test_probabilities_hold_for_other_people_of_a_real_site(shared_data: Path, shared_weights: Path) -> None:
-    """MSMT17 weights, 70 people to fit to and 40 others to measure with; errors there were 0.01-0.03."""
+    """MSMT17 weights, fitted on 70 people and measured on 40 others; errors were 0.01-0.03."""
     site = open_site(shared_data)
     assert site.query is not None and site.gallery is not None
     train = site.train.subset(np.flatnonzero(np.isin(site.train.persons, np.unique(site.train.persons)[:70])))
-    order = np.lexsort((train.times_s, train.cameras, train.persons))  # tracks as a tracker that errs never gives them
+    order = np.lexsort((train.times_s, train.cameras, train.persons))  # perfect tracks
     new = np.diff(train.persons[order]) | np.diff(train.cameras[order]) | (np.diff(train.times_s[order]) > 10)
     tracks = np.empty(len(train), np.int64)
     tracks[order] = np.concatenate([[0], np.cumsum(new != 0)])

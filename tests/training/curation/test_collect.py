@@ -1,4 +1,4 @@
-"""The crops of a run: balance, whole tracks, replay, what is held out, what is refused, and a kill in the middle."""
+"""Collecting the crops of a run: balance, complete tracks, replay, held-out crops, refusals and interruption."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tiny import environment, resight_here, the_error
 from resight.errors import SiteError
 from resight.training.curation.collect import RECORD_FILE, CollectResult, CollectSettings, collect
 from resight.training.judging.candidate import open_evaluation_crops
-from resight.training.store import copying as transplant_module
+from resight.training.store import copying as copying_module
 from resight.training.store.copying import open_all_splits
 from resight.training.store.crops import CropStore, open_store
 from resight.training.store.growing import GrowingStore
@@ -30,12 +30,12 @@ pytestmark = pytest.mark.long
 
 TRACKS = {"door": 7, "hall": 6, "yard": 20}  # the yard is busy: more than twice the median, which is 7
 NIGHT = 33 * 4  # crops
-WANTED = CollectSettings(since_s=end_of(1), min_crops=100, retention_days=30)
+SETTINGS = CollectSettings(since_s=end_of(1), min_crops=100, retention_days=30)
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three nights. Read only: tests that alter it copy it."""
+    """Three nights. Read only: tests that change it copy it."""
     root = tmp_path_factory.mktemp("nights") / "crops"
     for night in range(3):
         add_night(root, night, TRACKS)
@@ -49,7 +49,7 @@ def state(drawn: Path, tmp_path: Path) -> Path:
 
 
 def run(
-    source: Path, into: Path, settings: CollectSettings = WANTED, *, reference: Path | None = None
+    source: Path, into: Path, settings: CollectSettings = SETTINGS, *, reference: Path | None = None
 ) -> CollectResult:
     return collect(source, into, settings, reference=reference, now_s=end_of(2))
 
@@ -58,17 +58,17 @@ def tracks(store: CropStore) -> set[int]:
     return set(store.tracks.tolist())
 
 
-def test_new_crops_are_taken_in_balance_with_some_older_ones(drawn: Path, tmp_path: Path) -> None:
+def test_new_crops_are_balanced_and_older_ones_replayed(drawn: Path, tmp_path: Path) -> None:
     found = run(drawn, tmp_path / "site")
     site = open_store(tmp_path / "site")
     whole = open_all_splits(tmp_path / "site")
     assert found.outcome == "ready" and found.reasons == () and found.until_s < end_of(2)
     assert set(site) == {"train", "gallery"}
-    new = whole.times_s > WANTED.since_s
+    new = whole.times_s > SETTINGS.since_s
     yard = whole.cameras == whole.camera_names.index("yard")
     assert (new & yard).sum() == 2 * 7 * 4 and (new & ~yard).sum() == (7 + 6) * 4
     assert (~new).sum() / len(whole) == pytest.approx(0.3, abs=0.02)
-    assert (site["gallery"].times_s > WANTED.since_s).all()
+    assert (site["gallery"].times_s > SETTINGS.since_s).all()
     assert found.crops["new"] == NIGHT and found.crops["passed_over"] == 6 * 4
     assert found.crops["train"] == len(site["train"]) and found.crops["held_out"] == len(site["gallery"])
     assert found.crops["replayed"] == (~new).sum()
@@ -79,7 +79,7 @@ def test_new_crops_are_taken_in_balance_with_some_older_ones(drawn: Path, tmp_pa
         assert counts["held_out"] / offered.sum() == pytest.approx(0.2, abs=0.15)
 
 
-def test_tracks_stay_whole_and_files_and_rows_are_those_of_the_source(drawn: Path, tmp_path: Path) -> None:
+def test_tracks_are_complete_and_files_and_rows_equal_the_source(drawn: Path, tmp_path: Path) -> None:
     run(drawn, tmp_path / "site")
     source, site = open_all_splits(drawn), open_store(tmp_path / "site")
     assert not tracks(site["train"]) & tracks(site["gallery"])
@@ -99,84 +99,86 @@ def test_tracks_stay_whole_and_files_and_rows_are_those_of_the_source(drawn: Pat
 
 
 def test_overlapping_tracks_are_held_out_together(drawn: Path, tmp_path: Path) -> None:
-    """Each track overlaps the one before it: of tracks held out by chance two in three would stand alone."""
+    """Each track overlaps the previous one; with random selection two thirds would be held out alone."""
     from resight.training.store.track_pairs import draw_track_pairs
 
-    run(drawn, tmp_path / "site", replace(WANTED, hold_out=0.3))
+    run(drawn, tmp_path / "site", replace(SETTINGS, hold_out=0.3))
     back = open_store(tmp_path / "site")["gallery"]
     assert draw_track_pairs(back, seed=0).overlaps >= len(tracks(back)) / 2 - 1
 
 
-def test_twice_is_once_and_a_seed_tells_one_choice_from_another(drawn: Path, tmp_path: Path) -> None:
+def test_the_selection_is_reproducible_and_depends_on_the_seed(drawn: Path, tmp_path: Path) -> None:
     first = run(drawn, tmp_path / "a")
     again = run(drawn, tmp_path / "b")
-    other = run(drawn, tmp_path / "c", replace(WANTED, seed=1))
+    other = run(drawn, tmp_path / "c", replace(SETTINGS, seed=1))
     assert first == again and first.crops["train"] != 0 and other.outcome == "ready"
     stores = [open_store(tmp_path / name) for name in "abc"]
     assert stores[0]["train"].fingerprint == stores[1]["train"].fingerprint != stores[2]["train"].fingerprint
     assert stores[0]["gallery"].paths == stores[1]["gallery"].paths != stores[2]["gallery"].paths
 
 
-def test_asked_again_the_answer_is_what_stands_though_the_source_has_grown(state: Path) -> None:
+def test_a_repeated_call_returns_the_first_result_although_the_source_has_grown(state: Path) -> None:
     first = run(state / "crops", state / "site")
     inode = (state / "site").stat().st_ino
     add_night(state / "crops", 3, TRACKS)
     assert run(state / "crops", state / "site") == first and (state / "site").stat().st_ino == inode
     with pytest.raises(SiteError, match=r"other settings \(seed 0, now 5\)"):
-        run(state / "crops", state / "site", replace(WANTED, seed=5))
+        run(state / "crops", state / "site", replace(SETTINGS, seed=5))
     (state / "site" / RECORD_FILE).unlink()
-    with pytest.raises(SiteError, match="was not collected"):
+    with pytest.raises(SiteError, match="was not created by collect"):
         run(state / "crops", state / "site")
 
 
 def test_too_few_new_crops_are_skipped_and_nothing_is_written(drawn: Path, tmp_path: Path) -> None:
-    found = run(drawn, tmp_path / "site", replace(WANTED, min_crops=133))
-    assert found.outcome == "skipped" and "132 new crops" in found.reasons[0] and not (tmp_path / "site").exists()
-    none = run(drawn, tmp_path / "site", replace(WANTED, since_s=end_of(2)))
+    found = run(drawn, tmp_path / "site", replace(SETTINGS, min_crops=133))
+    assert (
+        found.outcome == "skipped" and "132 usable new crops" in found.reasons[0] and not (tmp_path / "site").exists()
+    )
+    none = run(drawn, tmp_path / "site", replace(SETTINGS, since_s=end_of(2)))
     assert none.outcome == "skipped" and none.until_s == end_of(2) and none.crops["new"] == 0
     empty = run(tmp_path / "nowhere", tmp_path / "site")
     assert empty.outcome == "skipped" and "no crops" in empty.reasons[0] and not list(tmp_path.iterdir())
 
 
-def test_a_dead_camera_is_left_out_and_told_and_replayed_from_before(state: Path) -> None:
+def test_a_dead_camera_is_excluded_reported_and_replayed_from_earlier_nights(state: Path) -> None:
     add_night(state / "crops", 3, TRACKS, dead=("hall",))
-    found = run(state / "crops", state / "site", replace(WANTED, since_s=end_of(2)))
+    found = run(state / "crops", state / "site", replace(SETTINGS, since_s=end_of(2)))
     whole = open_all_splits(state / "site")
     hall = whole.cameras == whole.camera_names.index("hall")
     assert found.outcome == "ready" and "camera hall" in found.reasons[0] and found.crops["unsound"] == 6 * 4
     assert hall.any() and (whole.times_s[hall] < end_of(2)).all()
 
 
-def test_a_poisoned_night_is_refused_and_spoils_no_later_one(state: Path) -> None:
+def test_a_bad_night_is_refused_and_does_not_affect_later_ones(state: Path) -> None:
     add_night(state / "crops", 3, TRACKS, one=True)
-    poisoned = replace(WANTED, since_s=end_of(2))
+    poisoned = replace(SETTINGS, since_s=end_of(2))
     found = collect(state / "crops", state / "site", poisoned, reference=None, now_s=end_of(3))
-    assert found.outcome == "refused" and any("repeat one of another passage" in told for told in found.reasons)
+    assert found.outcome == "refused" and any("repeat one of another track" in reason for reason in found.reasons)
     assert not (state / "site").exists()
     add_night(state / "crops", 4, TRACKS)
-    for since in (end_of(2), end_of(3)):  # the bad night as a new one, and as one to be replayed
+    for since in (end_of(2), end_of(3)):  # the bad night as a new one, and as an older one for replay
         into = state / f"site-{since}"
-        found = collect(state / "crops", into, replace(WANTED, since_s=since), reference=None, now_s=end_of(4))
+        found = collect(state / "crops", into, replace(SETTINGS, since_s=since), reference=None, now_s=end_of(4))
         assert found.outcome == "ready"
         times = open_all_splits(into).times_s
         assert not ((times > end_of(2)) & (times < end_of(3))).any()
         assert bool(found.reasons) == (since == end_of(2))
 
 
-def test_what_is_too_old_or_in_the_reference_is_never_taken(drawn: Path, tmp_path: Path) -> None:
+def test_expired_crops_and_crops_of_the_reference_are_not_collected(drawn: Path, tmp_path: Path) -> None:
     whole = open_all_splits(drawn)
-    kept = whole.subset(np.flatnonzero((whole.times_s > end_of(1)) & (whole.tracks % 5 == 0))[::2])  # half of each
+    reserved = whole.subset(np.flatnonzero((whole.times_s > end_of(1)) & (whole.tracks % 5 == 0))[::2])  # half of each
     GrowingStore(tmp_path / "reference")
     from resight.training.store.crops import write_store
 
-    write_store(tmp_path / "reference", replace(kept, root=tmp_path / "reference"), ["train"] * len(kept))
-    found = run(drawn, tmp_path / "site", replace(WANTED, retention_days=1.0), reference=tmp_path / "reference")
+    write_store(tmp_path / "reference", replace(reserved, root=tmp_path / "reference"), ["train"] * len(reserved))
+    found = run(drawn, tmp_path / "site", replace(SETTINGS, retention_days=1.0), reference=tmp_path / "reference")
     taken = open_all_splits(tmp_path / "site")
     assert found.crops["expired"] == 2 * NIGHT and (taken.times_s > end_of(2) - NIGHT_S).all()
-    assert not tracks(kept) & tracks(taken) and found.crops["in_reference"] == 4 * len(tracks(kept))
+    assert not tracks(reserved) & tracks(taken) and found.crops["in_reference"] == 4 * len(tracks(reserved))
 
 
-def test_links_are_carried_over_and_their_tracks_stand_on_one_side(state: Path) -> None:
+def test_links_are_copied_and_their_tracks_are_in_one_split(state: Path) -> None:
     source = open_all_splits(state / "crops")
     new = np.flatnonzero(source.times_s > end_of(1))
     old = np.flatnonzero(source.times_s <= end_of(1))
@@ -185,25 +187,25 @@ def test_links_are_carried_over_and_their_tracks_stand_on_one_side(state: Path) 
     pairs = [(source.paths[a], source.paths[b], index % 2 == 0) for index, (a, b) in enumerate(ends)]
     pairs.append((source.paths[old[0]], source.paths[old[10]], True))
     write_links(state / "crops", [*pairs, (source.paths[0], "crops/gone.jpg", True)])
-    found = run(state / "crops", state / "site", replace(WANTED, hold_out=0.4))
+    found = run(state / "crops", state / "site", replace(SETTINGS, hold_out=0.4))
     assert {tuple(pair) for pair in read_links(state / "site")} == set(pairs) and found.crops["links"] == len(pairs)
-    home = {path: split for split, part in open_store(state / "site").items() for path in part.paths}
-    assert all(home[one] == home[other] for one, other, _ in pairs)
-    held = [pair for pair in pairs if home[pair[0]] == "gallery"]
+    split_of = {path: split for split, part in open_store(state / "site").items() for path in part.paths}
+    assert all(split_of[one] == split_of[other] for one, other, _ in pairs)
+    held = [pair for pair in pairs if split_of[pair[0]] == "gallery"]
     judged = open_evaluation_crops(state / "site").linked
-    assert judged is not None and all(home[path] == "gallery" for path in judged.store.paths)
+    assert judged is not None and all(split_of[path] == "gallery" for path in judged.store.paths)
     assert 0 < len(held) == len(judged.same) < len(pairs)
 
 
-def test_most_crops_are_most_and_cameras_share_them(drawn: Path, tmp_path: Path) -> None:
-    found = run(drawn, tmp_path / "site", replace(WANTED, max_crops=80))
+def test_max_crops_is_a_limit_shared_by_the_cameras(drawn: Path, tmp_path: Path) -> None:
+    found = run(drawn, tmp_path / "site", replace(SETTINGS, max_crops=80))
     whole = open_all_splits(tmp_path / "site")
     assert 64 < len(whole) <= 80 and found.outcome == "ready"
     counts = np.bincount(whole.cameras)
     assert np.ptp(counts) <= 2 * 8  # a scene of two tracks, of tonight and of earlier
 
 
-def test_crops_without_tracks_and_times_count_by_their_files(tmp_path: Path) -> None:
+def test_crops_without_tracks_and_times_use_the_times_of_their_files(tmp_path: Path) -> None:
     from PIL import Image
 
     from resight.training.store.crops import UNKNOWN, write_store
@@ -223,26 +225,24 @@ def test_crops_without_tracks_and_times_count_by_their_files(tmp_path: Path) -> 
         CropStore(tmp_path, tuple(paths), np.arange(120) % 2, ("c0", "c1"), np.full(120, np.nan), unknown, unknown),
         ["train"] * 120,
     )
-    settings = replace(WANTED, since_s=end_of(1) + 1, min_crops=10, retention_days=2.0, replay=0.0)
+    settings = replace(SETTINGS, since_s=end_of(1) + 1, min_crops=10, retention_days=2.0, replay=0.0)
     found = run(tmp_path, tmp_path / "out", settings)
     assert found.outcome == "ready" and found.crops["new"] == 40 and found.crops["expired"] == 0
     assert run(tmp_path, tmp_path / "less", replace(settings, retention_days=1.5)).crops["expired"] == 40
 
 
-def test_a_crop_that_is_gone_is_left_out(state: Path) -> None:
+def test_a_missing_crop_is_skipped(state: Path) -> None:
     gone = open_all_splits(state / "crops").paths[-1]
     (state / "crops" / gone).unlink()
-    assert run(state / "crops", state / "site", replace(WANTED, max_crops=20_000)).outcome == "ready"
+    assert run(state / "crops", state / "site", replace(SETTINGS, max_crops=20_000)).outcome == "ready"
     assert gone not in open_all_splits(state / "site").paths
 
 
-def test_where_the_disk_cannot_link_crops_are_copied(
-    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_crops_are_copied_if_the_disk_cannot_link(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def across(source: Path, target: Path) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(transplant_module.os, "link", across)
+    monkeypatch.setattr(copying_module.os, "link", across)
     run(drawn, tmp_path / "site")
     part = open_store(tmp_path / "site")["train"]
     copied, original = part.root / part.paths[0], drawn / part.paths[0]
@@ -263,9 +263,9 @@ def test_a_killed_collect_leaves_nothing_half_and_the_next_one_is_whole(state: P
         "--into",
         state / "run" / "site",
     ]
-    command += ["--since", str(WANTED.since_s), "--min-crops", "100", "--retention", "30", "--now", str(end_of(2))]
+    command += ["--since", str(SETTINGS.since_s), "--min-crops", "100", "--retention", "30", "--now", str(end_of(2))]
     killed = 0
-    for delay in (0.0, 0.03, 0.1):  # after the first file stands
+    for delay in (0.0, 0.03, 0.1):  # after the first file exists
         child = subprocess.Popen(list(map(str, command)), env=environment(), stdout=subprocess.DEVNULL)
         while child.poll() is None and not list((state / "run").glob(".site.*/crops")):
             time.sleep(0.001)
@@ -277,13 +277,13 @@ def test_a_killed_collect_leaves_nothing_half_and_the_next_one_is_whole(state: P
         assert open_all_splits(state / "run" / "site").paths == open_all_splits(state / "whole").paths
     assert killed
     done = resight_here(*command[3:], "--json", state / "f.json")
-    told = json.loads((state / "f.json").read_text())
-    assert done.returncode == 0 and told["outcome"] == "ready" and told["cameras"] == whole.cameras
+    report = json.loads((state / "f.json").read_text())
+    assert done.returncode == 0 and report["outcome"] == "ready" and report["cameras"] == whole.cameras
     assert [path.name for path in (state / "run").iterdir()] == ["site"]
     assert open_all_splits(state / "run" / "site").fingerprint == open_all_splits(state / "whole").fingerprint
 
 
-def test_the_command_tells_skips_purges_and_freezes(state: Path) -> None:
+def test_the_command_reports_skips_purges_and_freezes(state: Path) -> None:
     common = [
         "collect",
         "--from",
@@ -296,19 +296,19 @@ def test_the_command_tells_skips_purges_and_freezes(state: Path) -> None:
         state / "f.json",
     ]
     few = resight_here(*common, "--since", end_of(1))
-    told = json.loads((state / "f.json").read_text())
-    assert (few.returncode, told["outcome"], told["purged"]) == (0, "skipped", 0)
-    assert "132 new crops are fit to use: expected 500" in told["reasons"][0]
+    report = json.loads((state / "f.json").read_text())
+    assert (few.returncode, report["outcome"], report["purged"]) == (0, "skipped", 0)
+    assert "132 usable new crops: expected at least 500" in report["reasons"][0]
     done = resight_here(*common, "--since", end_of(1), "--min-crops", 100, "--retention", 1.9, "--purge")
-    told = json.loads((state / "f.json").read_text())
-    assert (done.returncode, told["outcome"], told["purged"]) == (0, "ready", NIGHT)
+    report = json.loads((state / "f.json").read_text())
+    assert (done.returncode, report["outcome"], report["purged"]) == (0, "ready", NIGHT)
     assert "yard" in done.stdout and "ready: " in done.stdout and len(open_all_splits(state / "crops")) == 2 * NIGHT
     assert not (state / "crops" / "crops" / "door" / "0").exists()
     frozen = resight_here(
         "collect", "--freeze", state / "site", "--reference", state / "reference", "--json", state / "f.json"
     )
-    told = json.loads((state / "f.json").read_text())
-    assert (frozen.returncode, told["outcome"]) == (0, "frozen")
+    report = json.loads((state / "f.json").read_text())
+    assert (frozen.returncode, report["outcome"]) == (0, "frozen")
     assert set(open_all_splits(state / "reference").paths) == set(open_store(state / "site")["gallery"].paths)
 
 
@@ -321,5 +321,5 @@ def test_the_command_tells_skips_purges_and_freezes(state: Path) -> None:
         (["--freeze", "x", "--reference", "y", "--from", "z"], "neither --from nor --into"),
     ],
 )
-def test_options_that_do_not_go_together(arguments: list[str], words: str) -> None:
+def test_incompatible_options_are_refused(arguments: list[str], words: str) -> None:
     assert words in the_error(resight_here("collect", *arguments))

@@ -1,4 +1,4 @@
-"""Nights looked at one by one: what is left out of which, and how nights are told apart."""
+"""Nights are checked separately: excluded cameras and nights, and the grouping into nights."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ NIGHT = 16 * 3
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> CropStore:
-    """Three nights: all well, hall dead, all well."""
+    """Three nights; the hall camera is dead in the second."""
     root: Path = tmp_path_factory.mktemp("nights")
     for night in range(3):
         add_night(root, night, TRACKS, each=3, dead=("hall",) if night == 1 else ())
     return open_all_splits(root)
 
 
-def test_a_dead_camera_costs_its_own_night_alone(store: CropStore) -> None:
+def test_a_dead_camera_affects_only_its_night(store: CropStore) -> None:
     found = filter_nights(store, store.times_s, group=20)
     hall = store.cameras == store.camera_names.index("hall")
     second = (store.times_s > end_of(0)) & (store.times_s < end_of(1))
-    assert not found.refused and np.array_equal(~found.kept, second)  # one of two cameras is no site
-    assert any(told.startswith("1 days before: camera hall") for told in found.reasons)
+    assert not found.refused and np.array_equal(~found.kept, second)  # one of two cameras is not enough
+    assert any(reason.startswith("1 days before: camera hall") for reason in found.reasons)
     diluted = filter_nights(store, store.times_s, group=1000)
     assert diluted.kept.all() and diluted.reasons == ()
     latest = store.subset(np.flatnonzero(store.times_s < end_of(1)))
@@ -40,13 +40,13 @@ def test_a_dead_camera_costs_its_own_night_alone(store: CropStore) -> None:
     assert not hall[bad.kept.nonzero()[0]].all()
 
 
-def test_a_few_crops_of_each_camera_are_enough_to_tell(store: CropStore) -> None:
-    found = filter_nights(store, store.times_s, group=20, looked_at=20)
+def test_a_small_sample_of_each_camera_is_enough(store: CropStore) -> None:
+    found = filter_nights(store, store.times_s, group=20, sample_limit=20)
     assert (~found.kept).sum() == NIGHT and not found.refused
 
 
 @pytest.mark.parametrize("group", [1, 5, 12, 40, 400])
-def test_nights_hold_every_row_once_the_latest_first_and_no_fewer_than_asked(group: int) -> None:
+def test_nights_contain_every_row_once_latest_first_and_at_least_the_group_size(group: int) -> None:
     rng = np.random.default_rng(group)
     times = end_of(0) + NIGHT_S * rng.integers(0, 6, 120) + rng.uniform(0, 3600, 120)
     found = _nights(times, group)

@@ -1,4 +1,4 @@
-"""The frozen reference: what joins, what stays, and that it is a sample of all nights."""
+"""The judge's reference: added and kept crops, and that it is a sample of all nights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NIGHTS = 4
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sites of several runs, each with one night held out and one crop to adapt to; with a link."""
+    """Sites of several runs, each with one held-out night, one training crop and links."""
     root = tmp_path_factory.mktemp("runs")
     add_night(root / "crops", 9, {"door": 1}, each=1)
     for night in range(NIGHTS):
@@ -36,7 +36,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_what_was_held_out_joins_and_nothing_else(drawn: Path, tmp_path: Path) -> None:
+def test_only_held_out_crops_are_added(drawn: Path, tmp_path: Path) -> None:
     found = add_to_reference(drawn / "site0", tmp_path / "reference", most=1000)
     back, reference = open_store(drawn / "site0")["gallery"], open_all_splits(tmp_path / "reference")
     assert found == {"joined": 28, "left": 0, "crops": 28}
@@ -45,7 +45,7 @@ def test_what_was_held_out_joins_and_nothing_else(drawn: Path, tmp_path: Path) -
     assert sorted(reference.tracks) == sorted(back.tracks) and reference.read(3)
 
 
-def test_twice_is_once_and_nights_add_up(drawn: Path, tmp_path: Path) -> None:
+def test_adding_twice_changes_nothing_and_nights_accumulate(drawn: Path, tmp_path: Path) -> None:
     reference = tmp_path / "reference"
     add_to_reference(drawn / "site0", reference, most=1000)
     inode = reference.stat().st_ino
@@ -57,7 +57,7 @@ def test_twice_is_once_and_nights_add_up(drawn: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["reference"]
 
 
-def test_its_size_is_kept_by_whole_tracks_of_all_nights_and_cameras(drawn: Path, tmp_path: Path) -> None:
+def test_its_size_is_limited_by_complete_tracks_of_all_nights_and_cameras(drawn: Path, tmp_path: Path) -> None:
     reference = tmp_path / "reference"
     for night in range(NIGHTS):
         before = set(open_all_splits(reference).paths) if night else set()
@@ -70,7 +70,7 @@ def test_its_size_is_kept_by_whole_tracks_of_all_nights_and_cameras(drawn: Path,
     assert set(sizes) == {2} and np.ptp(np.bincount(held.cameras)) <= 8
     assert len({path.split("/")[2] for path in held.paths}) >= 3
     other = tmp_path / "other"
-    for night in (2, 0, 3, 1):  # the order of nights matters little: a rank is a track's own
+    for night in (2, 0, 3, 1):  # the order of nights matters little, because ranks depend only on the track
         add_to_reference(drawn / f"site{night}", other, most=60)
     assert len(set(held.paths) & set(open_all_splits(other).paths)) > 30
 
@@ -82,8 +82,8 @@ def test_a_kill_between_the_two_renames_loses_nothing(drawn: Path, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["reference"]
 
 
-def test_a_run_that_held_nothing_out_is_an_error(drawn: Path, tmp_path: Path) -> None:
+def test_a_run_without_held_out_crops_is_an_error(drawn: Path, tmp_path: Path) -> None:
     shutil.copytree(drawn / "site0", tmp_path / "site")
     write_store(tmp_path / "site", open_store(tmp_path / "site")["train"], ["train"])
-    with pytest.raises(SiteError, match="holds nothing out"):
+    with pytest.raises(SiteError, match="has no held-out crops"):
         add_to_reference(tmp_path / "site", tmp_path / "reference", most=10)

@@ -1,4 +1,4 @@
-"""Units, balance and what is held out, against loops and on awkward sizes."""
+"""Units, balance and held-out crops, against loop implementations and with edge cases."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NONE = Links(np.empty((0, 2), np.int64), np.empty(0, bool))
 
 
 def drawn(rng: np.random.Generator, n: int, cameras: int) -> CropStore:
-    """Rows alone, in no order; some without track, some without time."""
+    """A store without files, unordered; some rows without track or time."""
     tracks = rng.integers(-1, max(n // 3, 1), n)
     seen = np.where(tracks < 0, rng.integers(0, cameras, n), tracks % cameras)
     times = np.where(rng.random(n) < 0.1, np.nan, tracks * 4.0 + rng.uniform(0, 6, n))
@@ -32,7 +32,7 @@ def drawn(rng: np.random.Generator, n: int, cameras: int) -> CropStore:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_units_hold_whole_tracks_of_one_camera_that_follow_without_a_break(seed: int) -> None:
+def test_units_are_complete_tracks_of_one_camera_without_gaps(seed: int) -> None:
     rng = np.random.default_rng(seed)
     store = drawn(rng, int(rng.integers(1, 80)), int(rng.integers(1, 4)))
     track, unit = track_numbers(store), unit_numbers(store, NONE)
@@ -54,13 +54,13 @@ def test_units_hold_whole_tracks_of_one_camera_that_follow_without_a_break(seed:
         if len(spans) > 1:
             assert None not in spans
             ordered = sorted(span for span in spans if span)
-            for place, (begin, _, _) in enumerate(ordered[1:], start=1):
-                assert begin <= max(end for _, end, _ in ordered[:place])
+            for index, (begin, _, _) in enumerate(ordered[1:], start=1):
+                assert begin <= max(end for _, end, _ in ordered[:index])
             held = sum(size for _, _, size in ordered[:-1])
             assert len(ordered) == 2 or held < full[store.cameras[members][0]] or len(ordered) == 2
 
 
-def test_links_make_one_unit_over_all_cameras() -> None:
+def test_linked_tracks_are_one_unit_over_all_cameras() -> None:
     store = drawn(np.random.default_rng(1), 200, 3)
     track = track_numbers(store)
     chain = np.array([np.flatnonzero(track == number)[0] for number in sorted(set(track))[:4]])
@@ -69,7 +69,7 @@ def test_links_make_one_unit_over_all_cameras() -> None:
     assert not np.isin(unit[~np.isin(track, track[chain])], unit[chain]).any()
 
 
-def test_links_between_all_tie_by_persons_alone_and_a_person_who_is_everywhere_not_at_all() -> None:
+def test_too_large_groups_use_only_must_links_or_no_links() -> None:
     store = drawn(np.random.default_rng(1), 200, 3)
     track = track_numbers(store)
     first = np.array([np.flatnonzero(track == number)[0] for number in sorted(set(track))[:40]])
@@ -81,7 +81,7 @@ def test_links_between_all_tie_by_persons_alone_and_a_person_who_is_everywhere_n
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_sizes_and_turns_are_those_of_loops(seed: int) -> None:
+def test_sizes_and_balance_equal_the_loop_implementation(seed: int) -> None:
     rng = np.random.default_rng(seed)
     store = drawn(rng, int(rng.integers(1, 120)), int(rng.integers(1, 5)))
     unit = unit_numbers(store, NONE)
@@ -112,7 +112,7 @@ def test_sizes_and_turns_are_those_of_loops(seed: int) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.2, 0.5])
-def test_each_camera_gives_about_its_share_and_keeps_some(share: float) -> None:
+def test_each_camera_holds_out_about_its_share_and_keeps_some(share: float) -> None:
     rng = np.random.default_rng(2)
     sizes = np.zeros((200, 3), np.int64)
     sizes[np.arange(200), rng.integers(0, 3, 200)] = rng.integers(1, 9, 200)
@@ -122,6 +122,6 @@ def test_each_camera_gives_about_its_share_and_keeps_some(share: float) -> None:
     assert not alone[0] and alone.sum() == 1  # never all of a camera
 
 
-def test_nothing_is_chosen_of_nothing() -> None:
+def test_empty_stores_give_empty_selections() -> None:
     none = np.zeros((0, 2), np.int64)
     assert not len(balance_cameras(none, [], 10)) and not len(hold_out_units(none, 0.2, np.random.default_rng(0)))

@@ -1,4 +1,4 @@
-"""A site's figures against a slow count by hand."""
+"""A site's metrics against a slow count with loops."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from resight.training.store.datasets import Site, open_site
 
 
 def embed_by_chance(store: CropStore) -> NDArray[np.float32]:
-    """Persons far apart, cameras a little: right and wrong hits both come up."""
+    """Large differences between persons, small ones between cameras: both right and wrong hits occur."""
     rows = []
     for person, camera, path in zip(store.persons, store.cameras, store.paths, strict=True):
         own = np.random.default_rng(int(person)).normal(size=16)
@@ -50,11 +50,11 @@ def by_hand(query: CropStore, gallery: CropStore) -> tuple[float, float]:
     return float(np.mean(precisions)), float(np.mean(first))
 
 
-def test_figures_are_those_counted_by_hand(tiny_site: Site) -> None:
+def test_metrics_equal_a_manual_count(tiny_site: Site) -> None:
     query, gallery = evaluation_splits(tiny_site)
     score = evaluate_site(tiny_site, embed_by_chance)
     mean_precision, rank1 = by_hand(query, gallery)
-    assert 0.2 < mean_precision < 0.999  # a count that could go wrong
+    assert 0.2 < mean_precision < 0.999  # not trivially perfect
     assert score.mAP == pytest.approx(mean_precision, abs=1e-6)
     assert score.rank(1) == pytest.approx(rank1)
     assert score.valid_queries == len(query)
@@ -63,12 +63,12 @@ def test_figures_are_those_counted_by_hand(tiny_site: Site) -> None:
     assert figures["mAP"] == pytest.approx(100 * mean_precision, abs=0.0051)
 
 
-def test_a_site_without_query_or_truth_cannot_be_measured(tiny_site: Site) -> None:
+def test_a_site_without_queries_or_labels_cannot_be_evaluated(tiny_site: Site) -> None:
     with pytest.raises(SiteError, match=r"no query and gallery.*resight adapt"):
         evaluate_site(Site(tiny_site.root, without_persons(tiny_site.train)), embed_by_chance)
 
 
-def test_the_whole_measure_agrees_with_the_ranking(tiny_site: Site) -> None:
+def test_measure_site_agrees_with_evaluate_site(tiny_site: Site) -> None:
     query, _ = evaluation_splits(tiny_site)
     alone, whole = evaluate_site(tiny_site, embed_by_chance), measure_site(tiny_site, embed_by_chance)
     assert percentages(whole.ranking) == percentages(alone)
@@ -80,22 +80,22 @@ def test_the_whole_measure_agrees_with_the_ranking(tiny_site: Site) -> None:
     assert whole.camera_names == ("cam0", "cam1", "cam2")
 
 
-def test_re_ranking_changes_the_lists_and_no_threshold(tiny_site: Site) -> None:
+def test_re_ranking_changes_rankings_but_no_threshold(tiny_site: Site) -> None:
     plain = measure_site(tiny_site, embed_by_chance)
     again = measure_site(tiny_site, embed_by_chance, reranked=True)
-    assert again.ranking.mAP > plain.ranking.mAP  # twelve crops a person: mutual neighbours are theirs
+    assert again.ranking.mAP > plain.ranking.mAP  # twelve crops per person, which are mutual neighbours
     assert again.pairs.mAP.tolist() != plain.pairs.mAP.tolist()
     assert plain.open_set is not None and again.open_set is not None
     assert again.open_set.mated_similarity.tolist() == plain.open_set.mated_similarity.tolist()
 
 
-def test_a_site_of_one_person_has_no_open_set_and_says_why(tiny_site: Site) -> None:
+def test_a_site_of_one_person_has_no_open_set_metrics_with_a_reason(tiny_site: Site) -> None:
     query, gallery = evaluation_splits(tiny_site)
     person = query.persons[0]
     few = (store.subset(np.flatnonzero(store.persons == person)) for store in (query, gallery))
     score = measure_site(Site(tiny_site.root, tiny_site.train, *few), embed_by_chance)
     assert score.ranking.mAP == 1.0
-    assert score.open_set is None and "two persons or more" in score.reservation
+    assert score.open_set is None and "at least two persons" in score.reservation
 
 
 def test_features_are_those_of_the_training_loop(tiny_site: Site) -> None:
@@ -118,7 +118,7 @@ def test_flip_averages_a_crop_with_its_mirror_image(tiny_site: Site) -> None:
     assert np.abs(found - embed_store(query, CONFIG.image, embed)).max() > 1e-3
 
 
-def test_one_camera_cannot_be_measured(tiny_site: Site) -> None:
+def test_one_camera_cannot_be_evaluated(tiny_site: Site) -> None:
     query, gallery = evaluation_splits(tiny_site)
     alone = Site(
         tiny_site.root,

@@ -1,4 +1,4 @@
-"""What `--json` holds and what `--plot` draws."""
+"""The output of `--json` and `--plot`."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def score() -> SiteScore:
     return SiteScore(evaluate_rows(rows, truth), pairs, open_set, "", ("yard", "hall", "gate"), 150, 400)
 
 
-def test_json_holds_every_figure_in_percent(score: SiteScore) -> None:
-    told = json.loads(json.dumps(score_to_json(score), allow_nan=False))
-    assert list(told)[:6] == ["mAP", "rank1", "rank5", "rank10", "mINP", "valid_queries"]
-    assert told["mAP"] == pytest.approx(100 * score.ranking.mAP, abs=0.0051)
-    assert len(told["cmc"]) == 50 and told["cmc"][0] == told["rank1"] and told["cmc"][9] == told["rank10"]
-    assert (told["queries"], told["gallery"], told["open_set_reservation"]) == (150, 400, "")
-    pairs = told["camera_pairs"]
+def test_json_has_every_metric_in_percent(score: SiteScore) -> None:
+    values = json.loads(json.dumps(score_to_json(score), allow_nan=False))
+    assert list(values)[:6] == ["mAP", "rank1", "rank5", "rank10", "mINP", "valid_queries"]
+    assert values["mAP"] == pytest.approx(100 * score.ranking.mAP, abs=0.0051)
+    assert len(values["cmc"]) == 50 and values["cmc"][0] == values["rank1"] and values["cmc"][9] == values["rank10"]
+    assert (values["queries"], values["gallery"], values["open_set_reservation"]) == (150, 400, "")
+    pairs = values["camera_pairs"]
     assert [(pair["query_camera"], pair["gallery_camera"]) for pair in pairs] == [
         (a, b) for a in ("yard", "hall") for b in ("yard", "hall", "gate")
     ]
@@ -47,37 +47,37 @@ def test_json_holds_every_figure_in_percent(score: SiteScore) -> None:
     assert pairs[2]["mAP"] == pytest.approx(100 * score.pairs.mAP[0, 2], abs=0.0051)
 
 
-def test_the_page_has_every_key(score: SiteScore) -> None:
+def test_the_guide_documents_every_key(score: SiteScore) -> None:
     page = (Path(__file__).resolve().parents[3] / "docs/evaluation.md").read_text().split("## `--json`")[1]
-    told = score_to_json(score)
-    keys = {*told, *(f"open_set.{key}" for key in told["open_set"]), "settings", "flip", "rerank"}
-    keys |= {*told["open_set"]["operating_points"][0], *told["open_set"]["curve"][0], *told["camera_pairs"][0]}
+    values = score_to_json(score)
+    keys = {*values, *(f"open_set.{key}" for key in values["open_set"]), "settings", "flip", "rerank"}
+    keys |= {*values["open_set"]["operating_points"][0], *values["open_set"]["curve"][0], *values["camera_pairs"][0]}
     assert [key for key in sorted(keys) if f"`{key}`" not in page] == []
 
 
 def test_json_of_the_open_set(score: SiteScore) -> None:
-    told, found = score_to_json(score)["open_set"], score.open_set
+    values, found = score_to_json(score)["open_set"], score.open_set
     assert found is not None
-    assert told["nonmated_searches"] == 150 and sum(told["enrolled_persons"]) == 40
-    one, ten = told["operating_points"]
+    assert values["nonmated_searches"] == 150 and sum(values["enrolled_persons"]) == 40
+    one, ten = values["operating_points"]
     assert (one["target"], ten["target"], one["false_positives"]) == (1.0, 10.0, 1)
     assert one["reservation"] and ten["false_positives"] <= 15
     assert ten["fpir"] == pytest.approx(100 * found.fpir(ten["threshold"]), abs=0.0051)
     assert ten["tpir_rank1"] == pytest.approx(100 - 100 * found.fnir(ten["threshold"], 1), abs=0.0051)
     assert one["tpir_rank1"] <= ten["tpir_rank1"] <= ten["tpir_rank10"]
-    curve = told["curve"]
+    curve = values["curve"]
     assert 10 < len(curve) <= 100
     assert set(curve[0]) == {"threshold", "fpir", "fnir_rank1", "fnir_rank10"}
     assert (curve[0]["fpir"], curve[-1]["fpir"]) == (0, 100)
 
 
-def test_a_score_without_open_set_says_why(score: SiteScore) -> None:
-    told = score_to_json(replace(score, open_set=None, reservation="one person only"))
-    assert told["open_set"] is None and told["open_set_reservation"] == "one person only"
+def test_a_score_without_open_set_has_a_reason(score: SiteScore) -> None:
+    values = score_to_json(replace(score, open_set=None, reservation="one person only"))
+    assert values["open_set"] is None and values["open_set_reservation"] == "one person only"
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".PDF"])
-def test_a_plot_is_written_where_asked(score: SiteScore, tmp_path: Path, suffix: str) -> None:
+def test_a_plot_is_written_to_the_given_path(score: SiteScore, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / "new" / f"figures{suffix}"
     check_plot_path(path)
     draw_evaluation(path, score, "a model on a site")
@@ -89,13 +89,13 @@ def test_a_plot_is_written_where_asked(score: SiteScore, tmp_path: Path, suffix:
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
-def test_what_cannot_be_drawn_is_said_in_the_plot(score: SiteScore, tmp_path: Path) -> None:
-    few = replace(score, open_set=None, reservation="open-set figures need two persons")
+def test_the_plot_states_why_a_panel_is_empty(score: SiteScore, tmp_path: Path) -> None:
+    few = replace(score, open_set=None, reservation="open-set metrics need two persons")
     draw_evaluation(tmp_path / "few.svg", few, "t")
-    assert "<!-- open-set figures need two persons -->" in (tmp_path / "few.svg").read_text()
+    assert "<!-- open-set metrics need two persons -->" in (tmp_path / "few.svg").read_text()
 
 
 @pytest.mark.parametrize("name", ["figures", "figures.jpg", ".png"])
-def test_a_name_that_tells_no_format_is_refused(name: str) -> None:
-    with pytest.raises(InputError, match=r"tells no picture format: name a file that ends with \.png, \.svg, \.pdf"):
+def test_a_file_name_without_image_suffix_is_rejected(name: str) -> None:
+    with pytest.raises(InputError, match=r"has no image suffix: use a name that ends with \.png, \.svg, \.pdf"):
         check_plot_path(Path(name))

@@ -1,4 +1,4 @@
-"""Boxes: cut to the frame, and hidden as painted pixels are."""
+"""Boxes: clipping to the frame, and occlusion compared with painted pixels."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def test_hidden_equals_painting(seed: int) -> None:
     )
 
 
-def test_the_nearer_of_two_hides_the_other_and_equals_hide_nobody() -> None:
+def test_the_nearer_box_hides_the_other_and_equal_boxes_do_not() -> None:
     boxes = make_boxes([[0, 0, 10, 20], [5, 0, 15, 30], [0, 0, 10, 20]], [1, 1, 1])
     assert boxes.hidden.tolist() == [0.5, 0.0, 0.5]
     assert len(make_boxes([], []).hidden) == 0
 
 
-def test_boxes_are_cut_to_the_frame_and_what_is_outside_or_no_number_goes() -> None:
+def test_boxes_are_clipped_to_the_frame_and_invalid_ones_are_dropped() -> None:
     xyxy = [[-5, -5, 5, 5], [90, 40, 130, 70], [100, 0, 120, 10], [np.nan, 0, 9, 9], [3, 3, 3.5, 9], [5, 5, 1, 1]]
     boxes = make_boxes(xyxy, np.linspace(0.1, 0.6, 6), [7, 8, 9, 1, 2, 3]).within(50, 100)
     assert boxes.xyxy.tolist() == [[0, 0, 5, 5], [90, 40, 100, 50]]

@@ -1,4 +1,4 @@
-"""Torchvision's detectors with weights by chance, and the ways in which weights do not fit."""
+"""Torchvision's detectors with random weights, and weights that do not fit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ssdlite() -> dict[str, torch.Tensor]:
     return dict(state)
 
 
-def test_all_names_are_detectors_of_torchvision_with_weights_of_their_own() -> None:
+def test_all_names_are_torchvision_detectors_with_weights() -> None:
     for builder in TORCHVISION_BUILDERS.values():
         assert torchvision.models.get_model_weights(builder).DEFAULT.meta["categories"][COCO_PERSON] == "person"
 
@@ -51,7 +51,7 @@ def test_weights_on_disk_make_boxes_of_people_within_the_frame(
 
 
 @pytest.mark.slow
-def test_a_detector_of_two_stages_runs() -> None:
+def test_a_two_stage_detector_runs() -> None:
     torch.manual_seed(0)
     builder = TORCHVISION_BUILDERS["fasterrcnn-mobilenet"]
     state = torchvision.models.get_model(builder, weights=None, weights_backbone=None).state_dict()
@@ -63,26 +63,26 @@ def test_weights_that_do_not_fit_are_refused(ssdlite: dict[str, torch.Tensor], t
     torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "other.pth")
     (tmp_path / "noise.pth").write_bytes(b"noise")
     torch.save([1, 2], tmp_path / "list.pth")
-    for name, told in (
+    for name, message in (
         ("other", "does not fit"),
         ("noise", "read safely"),
-        ("list", "holds list"),
+        ("list", "contains list"),
         ("none", "cannot be read"),
     ):
-        with pytest.raises(DetectorError, match=told):
+        with pytest.raises(DetectorError, match=message):
             open_detector("ssdlite", weights=tmp_path / f"{name}.pth")
 
 
-def test_unknown_names_are_told_with_those_there_are(tmp_path: Path) -> None:
+def test_unknown_names_are_refused_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(DetectorError, match="expected fasterrcnn-mobilenet"):
         open_detector("yolo")
-    with pytest.raises(DetectorError, match="leave --detector-weights away"):
+    with pytest.raises(DetectorError, match="omit --detector-weights"):
         open_detector("a.onnx", weights=tmp_path / "w.pth")
 
 
-def test_without_a_network_the_file_to_bring_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_network_the_required_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
-    with pytest.raises(DetectorError, match=r"put the file ssdlite320_.*\.pth there"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(DetectorError, match=r"copy the file ssdlite320_.*\.pth there"):
         open_detector("ssdlite")

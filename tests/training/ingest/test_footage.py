@@ -1,4 +1,4 @@
-"""Files, folders and live streams as frames with a clock: in order, on the grid, resumed, damaged, hostile."""
+"""Files, folders and live streams as frames with times: order, grid, resuming, damaged and malicious input."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WALKERS = (Walker(0, 30, 10, 250),)
 
 @pytest.fixture(scope="module")
 def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 frames at 10 a second, a key frame every 10."""
+    """30 frames at 10 per second, with a key frame every 10."""
     return write_film(tmp_path_factory.mktemp("film") / "a.mp4", WALKERS, 30, fps=10)
 
 
@@ -32,41 +32,41 @@ def read(path: Path | str, fps: float = 5, **more) -> list[Frame]:
     return list(open_footage(str(path), camera="door", fps=fps, **more).frames())
 
 
-def test_frames_are_those_of_the_film_on_the_grid_with_its_clock(film: Path) -> None:
+def test_frames_of_a_video_are_on_the_grid_with_correct_times(film: Path) -> None:
     frames = read(film)
-    assert [frame.place.number for frame in frames] == list(range(0, 30, 2))
+    assert [frame.position.number for frame in frames] == list(range(0, 30, 2))
     np.testing.assert_allclose([frame.time_s for frame in frames], START_S + np.arange(15) / 5, atol=1e-6)
     for frame, drawn in zip(frames, list(shots(WALKERS, 30))[::2], strict=True):
         assert frame.image.shape == (HEIGHT, WIDTH, 3) and frame.image.dtype == np.uint8
-        assert np.abs(frame.image.astype(int) - drawn).mean() < 8  # lossy, and nothing else
+        assert np.abs(frame.image.astype(int) - drawn).mean() < 8  # only compression loss
 
 
 @pytest.mark.parametrize("fps, count", [(10, 30), (60, 30), (3, 9), (0.5, 2)])
-def test_no_more_than_fps_frames_a_second(film: Path, fps: float, count: int) -> None:
+def test_no_more_than_fps_frames_per_second(film: Path, fps: float, count: int) -> None:
     frames = read(film, fps)
     assert len(frames) == count
     footage = open_footage(str(film), camera="door", fps=fps)
     assert footage.total is not None and abs(footage.total - count) <= 1
-    moments = [grid_index(frame.time_s - START_S, fps) for frame in frames]
-    assert moments == sorted(set(moments))
+    ticks = [grid_index(frame.time_s - START_S, fps) for frame in frames]
+    assert ticks == sorted(set(ticks))
 
 
 @pytest.mark.parametrize(
     "name, codec", [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.ts", "libx264"), ("a.avi", "mpeg4")]
 )
 @pytest.mark.parametrize("start", [1, 7, 14])
-def test_any_frame_can_be_gone_on_from(tmp_path: Path, name: str, codec: str, start: int) -> None:
+def test_reading_can_resume_at_any_frame(tmp_path: Path, name: str, codec: str, start: int) -> None:
     path = write_film(tmp_path / name, WALKERS, 30, fps=10, codec=codec)
     footage = open_footage(str(path), camera="door", fps=5, start_s=0.0)
     whole = list(footage.frames())
     assert len(whole) >= 14
-    rest = list(footage.frames(whole[start - 1].place))
-    assert [frame.place for frame in rest] == [frame.place for frame in whole[start - 1 :]]
+    rest = list(footage.frames(whole[start - 1].position))
+    assert [frame.position for frame in rest] == [frame.position for frame in whole[start - 1 :]]
     for one, two in zip(rest, whole[start - 1 :], strict=True):
         assert one.time_s == two.time_s and (one.image == two.image).all()
 
 
-def test_a_picture_is_turned_as_its_camera_was_held(film: Path, tmp_path: Path) -> None:
+def test_frames_are_rotated_according_to_the_metadata(film: Path, tmp_path: Path) -> None:
     """The matrix of ISO 14496-12 8.3.2 in the track's header: a quarter to the right."""
     data = bytearray(film.read_bytes())
     matrix = data.index(b"tkhd") + 44
@@ -77,33 +77,33 @@ def test_a_picture_is_turned_as_its_camera_was_held(film: Path, tmp_path: Path) 
     assert turned.image.shape == (WIDTH, HEIGHT, 3) and (turned.image == np.rot90(plain.image, -1)).all()
 
 
-def test_a_truncated_and_a_damaged_video_are_read_as_far_as_they_go(
+def test_truncated_and_damaged_videos_are_read_as_far_as_possible(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write_film(tmp_path / "a.ts", WALKERS, 30, fps=10)
     data = bytearray(path.read_bytes())
     path.write_bytes(data[: len(data) * 2 // 3])
     assert 5 <= len(read(path, start_s=0)) < 15
-    for place in range(len(data) // 2, len(data) * 2 // 3, 200):
-        data[place] ^= 0x55
+    for offset in range(len(data) // 2, len(data) * 2 // 3, 200):
+        data[offset] ^= 0x55
     path.write_bytes(data)
     footage = open_footage(str(path), camera="door", fps=5, start_s=0.0)
     frames = list(footage.frames())
     assert 5 <= len(frames) < 15 and footage.unreadable > 0
 
 
-def test_a_broken_container_is_told(tmp_path: Path, film: Path) -> None:
+def test_a_broken_container_is_an_error(tmp_path: Path, film: Path) -> None:
     (tmp_path / "cut.mp4").write_bytes(film.read_bytes()[:2000])  # its index is at its end
     with pytest.raises(FootageError, match=r"cannot be read as video .*: expected MP4, MKV"):
         read(tmp_path / "cut.mp4", start_s=0)
 
 
-def test_without_one_good_frame_there_is_an_error(tmp_path: Path) -> None:
+def test_a_video_without_a_valid_frame_is_an_error(tmp_path: Path) -> None:
     path = write_film(tmp_path / "a.ts", WALKERS, 10)
     data = bytearray(path.read_bytes())
-    for place in range(564, len(data)):  # keep the first packets, which tell what is in it
-        if place % 188 > 20:
-            data[place] = 0
+    for offset in range(564, len(data)):  # keep the first packets, which describe the streams
+        if offset % 188 > 20:
+            data[offset] = 0
     path.write_bytes(data)
     with pytest.raises(FootageError):
         read(path, start_s=0)
@@ -119,20 +119,18 @@ def test_without_one_good_frame_there_is_an_error(tmp_path: Path) -> None:
         ("empty.mp4", ""),
     ],
 )
-def test_files_that_name_other_files_are_no_footage(tmp_path: Path, film: Path, name: str, text: str) -> None:
+def test_files_that_refer_to_other_files_are_refused(tmp_path: Path, film: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text.format(film=film))
     with pytest.raises(FootageError, match="cannot be read as video"):
         read(tmp_path / name, start_s=0)
 
 
-def test_raw_video_has_no_clock_and_is_refused(tmp_path: Path) -> None:
+def test_raw_video_without_time_stamps_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FootageError, match="cannot be read as video"):
         read(write_film(tmp_path / "a.h264", WALKERS, 10), start_s=0)
 
 
-def test_pictures_are_bounded_before_they_are_decoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, film: Path
-) -> None:
+def test_frame_sizes_are_checked_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, film: Path) -> None:
     monkeypatch.setattr(video, "MAX_PIXELS", HEIGHT * WIDTH - 1)
     with pytest.raises(FootageError, match=f"{WIDTH}x{HEIGHT}, at most"):
         read(film)
@@ -142,46 +140,48 @@ def test_pictures_are_bounded_before_they_are_decoded(
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    with pytest.raises(FootageError, match="holds no video"):
+    with pytest.raises(FootageError, match="has no video"):
         read(tmp_path / "tone.mp4", start_s=0)
 
 
 @pytest.mark.parametrize("text, seconds", [(START, START_S), ("2026-03-01T23:00:00+01:00", START_S), ("12.5", 12.5)])
-def test_a_clock_is_a_moment_with_its_zone(text: str, seconds: float) -> None:
+def test_times_need_a_zone_or_unix_seconds(text: str, seconds: float) -> None:
     assert parse_time(text) == seconds
 
 
 @pytest.mark.parametrize(
-    "text, told", [("2026-03-01T22:00:00", "no time zone: add one"), ("yesterday", "is no moment")]
+    "text, message", [("2026-03-01T22:00:00", "no time zone: add one"), ("yesterday", "is not a time")]
 )
-def test_other_clocks_are_refused(text: str, told: str) -> None:
-    with pytest.raises(FootageError, match=told):
+def test_other_times_are_refused(text: str, message: str) -> None:
+    with pytest.raises(FootageError, match=message):
         parse_time(text)
 
 
 @pytest.mark.parametrize(
-    "metadata, told",
-    [({"creation_time": ""}, "does not say when it was taken: give .*--start"),
+    "metadata, message",
+    [({"creation_time": ""}, "has no creation_time: give .*--start"),
      ({"creation_time": "1970-01-01T00:00:00Z"}, "a clock that was never set")],
 )  # fmt: skip
-def test_nobody_guesses_when_footage_was_taken(tmp_path: Path, metadata: dict[str, str], told: str) -> None:
+def test_a_missing_start_time_is_an_error(tmp_path: Path, metadata: dict[str, str], message: str) -> None:
     path = write_film(tmp_path / "a.mkv", WALKERS, 4, **metadata)
-    with pytest.raises(FootageError, match=told):
+    with pytest.raises(FootageError, match=message):
         read(path)
     assert read(path, start_s=5.0)[0].time_s == 5.0
 
 
-def test_decoders_of_the_machine_are_tried_and_missing_ones_told(film: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_hardware_decoders_are_tried_and_missing_ones_are_reported(
+    film: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     expected = read(film, hwaccel="none")
     with caplog.at_level(logging.INFO):
         found = read(film, hwaccel="auto")
-    assert [frame.place for frame in found] == [frame.place for frame in expected]
+    assert [frame.position for frame in found] == [frame.position for frame in expected]
     with pytest.raises(FootageError, match="--hwaccel steam: expected auto, none"):
         read(film, hwaccel="steam")
     named = av.codec.hwaccel.hwdevices_available()[0]
     with caplog.at_level(logging.INFO):
         assert len(read(film, hwaccel=named)) == len(expected)
-    assert f"decoded by {named}" in caplog.text or f"{named} cannot decode it here, decoded in software" in caplog.text
+    assert f"decoded by {named}" in caplog.text or f"{named} cannot decode it, using software decoding" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["door", "Süd 2", "a.b_c-9"])
@@ -209,16 +209,16 @@ def write_images(
     for number, (name, image) in enumerate(zip(names, images, strict=True)):
         exif = Image.Exif()
         if taken is not None:
-            said = exif.get_ifd(ExifTags.IFD.Exif)
-            said[ExifTags.Base.DateTimeOriginal] = taken[number]
-            said[ExifTags.Base.SubsecTimeOriginal] = "50"
+            tags = exif.get_ifd(ExifTags.IFD.Exif)
+            tags[ExifTags.Base.DateTimeOriginal] = taken[number]
+            tags[ExifTags.Base.SubsecTimeOriginal] = "50"
             if zone:
-                said[ExifTags.Base.OffsetTimeOriginal] = zone
+                tags[ExifTags.Base.OffsetTimeOriginal] = zone
         Image.fromarray(image).save(folder / name, quality=95, exif=exif)
     return images
 
 
-def test_images_follow_one_another_by_name(tmp_path: Path) -> None:
+def test_images_are_ordered_by_name(tmp_path: Path) -> None:
     images = write_images(tmp_path / "in", ["f1.jpg", "f2.jpg", "f10.jpg"])
     (tmp_path / "in" / ".hidden.jpg").write_bytes(b"no image")
     (tmp_path / "in" / "notes.txt").write_text("no image")
@@ -227,10 +227,10 @@ def test_images_follow_one_another_by_name(tmp_path: Path) -> None:
     assert [frame.time_s for frame in frames] == [100.0, 100.25, 100.5] and footage.total == 3
     for frame, image in zip(frames, images, strict=True):
         assert np.abs(frame.image.astype(int) - image).mean() < 4
-    assert [frame.place for frame in footage.frames(frames[1].place)] == [frame.place for frame in frames[1:]]
+    assert [frame.position for frame in footage.frames(frames[1].position)] == [frame.position for frame in frames[1:]]
 
 
-def test_images_that_say_when_follow_one_another_by_it(tmp_path: Path) -> None:
+def test_images_with_capture_times_are_ordered_by_time(tmp_path: Path) -> None:
     taken = ["2026:03:01 23:00:02", "2026:03:01 23:00:00", "2026:03:01 23:00:01"]
     write_images(tmp_path / "in", ["a.jpg", "b.jpg", "c.jpg"], taken=taken)
     frames = read(tmp_path / "in")
@@ -240,9 +240,9 @@ def test_images_that_say_when_follow_one_another_by_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("taken, zone", [(None, ""), (["2026:03:01 23:00:00"], ""), (["yesterday"], "+01:00")])
-def test_images_without_a_clock_are_refused(tmp_path: Path, taken: list[str] | None, zone: str) -> None:
+def test_images_without_a_time_are_refused(tmp_path: Path, taken: list[str] | None, zone: str) -> None:
     write_images(tmp_path / "in", ["a.jpg"], taken=taken, zone=zone)
-    with pytest.raises(FootageError, match=r"does not say when it was taken .*--start"):
+    with pytest.raises(FootageError, match=r"has no capture time .*--start"):
         read(tmp_path / "in")
 
 
@@ -253,16 +253,16 @@ def test_damaged_images_are_counted_and_a_folder_without_one_is_refused(tmp_path
     Image.new("1", (4097, 4097)).save(huge, "PNG")
     (tmp_path / "in" / "d.png").write_bytes(huge.getvalue())
     footage = open_footage(str(tmp_path / "in"), camera="door", fps=5, start_s=0.0)
-    assert [frame.place.number for frame in footage.frames()] == [0, 2] and footage.unreadable == 2
+    assert [frame.position.number for frame in footage.frames()] == [0, 2] and footage.unreadable == 2
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FootageError, match="holds no image"):
+    with pytest.raises(FootageError, match="has no image"):
         read(tmp_path / "empty", start_s=0)
     (tmp_path / "empty" / "a.jpg").write_bytes(b"nothing")
     with pytest.raises(FootageError, match="none of its 1 images"):
         read(tmp_path / "empty", start_s=0)
 
 
-def test_fingerprints_tell_content_not_names(tmp_path: Path, film: Path) -> None:
+def test_fingerprints_depend_on_content_and_not_on_names(tmp_path: Path, film: Path) -> None:
     def fingerprint(path: Path) -> str:
         return open_footage(str(path), camera="door", fps=5, start_s=0.0).fingerprint()
 

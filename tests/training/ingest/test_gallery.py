@@ -1,4 +1,4 @@
-"""A collection's crops as rows: there, the same again, changed, gone, linked; names of every kind."""
+"""Synchronising a collection: new, unchanged, changed and removed crops, links, and unusual names."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_entries_become_rows_with_camera_time_and_track(store: GrowingStore) -> 
         "d_00.jpg",
     ]
     tracks = [int(found.tracks[row]) for row in rows.values()]
-    assert tracks == [1, 1, 1, 2, UNKNOWN, UNKNOWN]  # one number a track of one camera, after that of the footage
+    assert tracks == [1, 1, 1, 2, UNKNOWN, UNKNOWN]  # one number per track of one camera, after that of the footage
     assert [found.camera_names[found.cameras[row]] for row in rows.values()] == ["door"] * 3 + [
         "hall",
         "gallery",
@@ -78,7 +78,7 @@ def test_entries_become_rows_with_camera_time_and_track(store: GrowingStore) -> 
     }
 
 
-def test_the_same_again_changes_nothing(store: GrowingStore) -> None:
+def test_synchronising_again_changes_nothing(store: GrowingStore) -> None:
     sync_gallery(store, "lobby", ENTRIES, [])
     before = (store.root / "index.parquet").read_bytes()
     counts = sync_gallery(store, "lobby", ENTRIES, [])
@@ -86,10 +86,10 @@ def test_the_same_again_changes_nothing(store: GrowingStore) -> None:
     assert (store.root / "index.parquet").read_bytes() == before
 
 
-def test_what_changed_is_replaced_and_new_entries_join_their_tracks(store: GrowingStore) -> None:
+def test_changed_crops_are_replaced_and_new_entries_join_their_tracks(store: GrowingStore) -> None:
     sync_gallery(store, "lobby", ENTRIES, [])
     changed = [
-        replace(ENTRIES[0], images=[jpeg(1, 0), jpeg(1, 7)]),  # another picture
+        replace(ENTRIES[0], images=[jpeg(1, 0), jpeg(1, 7)]),  # another image
         replace(ENTRIES[1], time_s=99.0),
         replace(ENTRIES[2], camera="yard"),
         replace(ENTRIES[3], track="t9"),
@@ -105,7 +105,7 @@ def test_what_changed_is_replaced_and_new_entries_join_their_tracks(store: Growi
     assert found.camera_names[found.cameras[of["b_00.jpg"]]] == "yard" and found.tracks[of["c_00.jpg"]] > 1
 
 
-def test_who_is_gone_at_the_service_is_gone_here(store: GrowingStore) -> None:
+def test_entries_deleted_in_the_service_are_removed(store: GrowingStore) -> None:
     sync_gallery(store, "lobby", ENTRIES, [("a1", "b", True), ("c", "d", False)])
     sync_gallery(store, "yard", [EntryCrops("a1", "door", "", 1.0, [jpeg(5)])], [])
     write_links(store.root, [*read_links(store.root), ("crops/door/x/0.jpg", "crops/door/x/1.jpg", True)])
@@ -119,7 +119,7 @@ def test_who_is_gone_at_the_service_is_gone_here(store: GrowingStore) -> None:
     assert not (store.root / collection_folder("lobby")).exists() and len(train(store)) == 3
 
 
-def test_an_interrupted_stream_removes_nothing_and_keeps_what_came(store: GrowingStore) -> None:
+def test_an_interrupted_stream_removes_nothing_and_keeps_received_entries(store: GrowingStore) -> None:
     sync_gallery(store, "lobby", ENTRIES[:2], [])
     many = [
         EntryCrops(f"m{number}", "door", f"m{number // 3}", float(number), [jpeg(number)]) for number in range(BATCH)
@@ -146,7 +146,7 @@ def test_an_interrupted_stream_removes_nothing_and_keeps_what_came(store: Growin
 @pytest.mark.parametrize(
     "name", ["../../etc/passwd", "a/b", ".", "..", ".hidden", "x" * 128, "ü" * 128, "a\\b", "a b", "0001.jpg", "%2E"]
 )
-def test_ids_of_every_kind_are_files_of_their_own(store: GrowingStore, name: str) -> None:
+def test_unusual_ids_become_distinct_files(store: GrowingStore, name: str) -> None:
     entries = [EntryCrops(name, "door", name, 1.0, [jpeg(1)]), EntryCrops(f"{name}'", "door", "", 1.0, [jpeg(2)])]
     assert sync_gallery(store, name, entries, [(name, f"{name}'", False)]).added == 2
     found = train(store)
@@ -155,7 +155,7 @@ def test_ids_of_every_kind_are_files_of_their_own(store: GrowingStore, name: str
     assert sync_gallery(store, name, entries, []).added == 0
 
 
-def test_what_is_no_image_is_refused_and_counted(store: GrowingStore) -> None:
+def test_invalid_images_are_refused_and_counted(store: GrowingStore) -> None:
     entries = [
         EntryCrops("a", "door", "", 1.0, [b"no image", jpeg(1)[:200], jpeg(1)]),
         EntryCrops("b", "door", "", 1.0, [b""]),

@@ -1,4 +1,4 @@
-"""ONNX detectors: hand-made graphs with every head, run by onnxruntime, and what is no head."""
+"""ONNX detectors: constructed graphs with every head, run by onnxruntime, and invalid outputs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def save(path: Path, nodes, inputs, outputs, weights, **more) -> Path:
 def yolo(
     path: Path, table: np.ndarray, size=(160, 160), *, free: bool = False, score_columns=slice(4, 5), **more
 ) -> Path:
-    """A graph whose answer is `table` (rows, columns), its score columns scaled by how red the picture is.
+    """A graph that returns `table` (rows, columns), with the score columns scaled by the red of the image.
 
     The red of all pixels, letterbox included, is the mean of plane 0.
     """
@@ -71,7 +71,7 @@ def yolo(
 
 
 def in_canvas(xyxy: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Centre and sides of boxes of the frame where a letterbox puts them."""
+    """Centre and sides of a frame's boxes in the letterboxed input."""
     scale = min(size[0] / HEIGHT, size[1] / WIDTH)
     border = np.array([(size[1] - WIDTH * scale) / 2, (size[0] - HEIGHT * scale) / 2])
     corner, far = xyxy[:, :2] * scale + border, xyxy[:, 2:] * scale + border
@@ -79,7 +79,7 @@ def in_canvas(xyxy: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def version_8(size=(160, 160), classes: int = 3, person: int = 0) -> np.ndarray:
-    """(4 + C, N): both people, one of them twice, a thing, and noise."""
+    """(4 + C, N): both people, one of them twice, an object, and noise."""
     boxes = in_canvas(PEOPLE, size)
     rows = np.zeros((4 + classes, 40), np.float32)
     rows[:4] = 5
@@ -90,45 +90,45 @@ def version_8(size=(160, 160), classes: int = 3, person: int = 0) -> np.ndarray:
     rows[:4, 3] = boxes[1] * 0.5
     rows[4 + (person + 1) % classes, 3] = 0.95  # of another class
     rows[4 + person, 3] = 0.3
-    rows[4 + person, 4:] = 0.05  # below the least score
+    rows[4 + person, 4:] = 0.05  # below the minimum score
     return rows
 
 
 def version_5(size=(160, 160)) -> np.ndarray:
-    """(N, 5 + C) of the same."""
+    """(N, 5 + C), the same boxes."""
     eight = version_8(size)
     return np.concatenate([eight[:4].T, np.full((40, 1), 0.9, np.float32), eight[4:].T / 0.9], 1)
 
 
 @pytest.mark.parametrize("size", [(160, 160), (96, 160), (200, 128)])
 @pytest.mark.parametrize("head", ["v8", "v5"])
-def test_yolo_boxes_come_back_where_the_people_are(tmp_path: Path, head: str, size: tuple[int, int]) -> None:
+def test_yolo_boxes_are_in_frame_coordinates(tmp_path: Path, head: str, size: tuple[int, int]) -> None:
     table = version_8(size) if head == "v8" else version_5(size)
     path = yolo(tmp_path / "d.onnx", table, size, score_columns=slice(4, 7) if head == "v8" else slice(4, 5))
     detector = open_detector(str(path))
     boxes = detector.find(frame(255))
     np.testing.assert_allclose(boxes.xyxy, PEOPLE, atol=1.5)  # the letterbox rounds to whole pixels
     np.testing.assert_allclose(boxes.scores, [0.9, 0.8], atol=1e-5)
-    half = detector.find(frame(204))  # what is seen is RGB of 0..1; the borders are 114
+    half = detector.find(frame(204))  # the input is RGB of 0..1; the borders are 114
     np.testing.assert_allclose(half.scores, [0.72, 0.64], atol=1e-5)
 
 
-def test_a_free_yolo_is_asked_with_640_pixels_in_steps_of_32(tmp_path: Path) -> None:
+def test_a_yolo_of_free_size_gets_640_pixels_in_steps_of_32(tmp_path: Path) -> None:
     table = version_8((384, 640))  # 320 x 180 at twice its size, in whole steps
     boxes = open_detector(str(yolo(tmp_path / "d.onnx", table, free=True))).find(frame(255))
     np.testing.assert_allclose(boxes.xyxy, PEOPLE, atol=1)
 
 
-def test_the_exporters_names_tell_which_class_is_a_person(tmp_path: Path) -> None:
+def test_the_person_class_is_read_from_the_class_names(tmp_path: Path) -> None:
     path = yolo(
         tmp_path / "d.onnx", version_8(person=2), score_columns=slice(4, 7), names="{0: 'car', 1: 'dog', 2: 'person'}"
     )
     np.testing.assert_allclose(open_detector(str(path)).find(frame(255)).xyxy, PEOPLE, atol=1.5)
     path = yolo(tmp_path / "e.onnx", version_8(), score_columns=slice(4, 7), names="__import__('os').abort()")
-    assert len(open_detector(str(path)).find(frame(255))) == 2  # COCO's, since those are no names
+    assert len(open_detector(str(path)).find(frame(255))) == 2  # COCO's, since the metadata has no valid names
 
 
-def test_letterbox_keeps_the_shape_and_is_grey_around() -> None:
+def test_letterbox_keeps_the_aspect_ratio_with_grey_borders() -> None:
     image = np.full((50, 100, 3), 255, np.uint8)
     canvas, scale, left, top = letterbox(image, (200, 200))
     assert (scale, left, top) == (2, 0, 50)
@@ -136,12 +136,12 @@ def test_letterbox_keeps_the_shape_and_is_grey_around() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (2, 6, 40), (1, 4, 4), (1, 300, 6), (40,), (1, 80, 5)])
-def test_answers_of_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(DetectorError, match=r"YOLO|suppresses|classes"):
+def test_outputs_of_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(DetectorError, match=r"YOLO|suppression|classes"):
         read_yolo(np.zeros(shape, np.float32), 1 if shape == (1, 80, 5) else 0)
 
 
-def test_numbers_that_are_none_are_left_out() -> None:
+def test_non_finite_boxes_are_dropped() -> None:
     rows = version_8()
     rows[0, 0] = np.nan
     rows[4, 1] = np.nan
@@ -151,7 +151,7 @@ def test_numbers_that_are_none_are_left_out() -> None:
 
 def ssd(path: Path, boxes: np.ndarray, labels: np.ndarray, scores: np.ndarray, *, names=("boxes", "labels", "scores"),
         planes: bool = True, kind=TensorProto.FLOAT, batched: bool = True, size=(90, 160)) -> Path:  # fmt: skip
-    """A graph that answers boxes, labels and scores; scores times the whitest pixel, of 0..1 or of 0..255."""
+    """A graph that returns boxes, labels and scores; scores times the brightest pixel, of 0..1 or 0..255."""
     shape = ([1] if batched else []) + ([3, *size] if planes else [*size, 3])
     whitest = 255.0 if kind == TensorProto.UINT8 else 1.0
     nodes = [
@@ -167,7 +167,7 @@ def ssd(path: Path, boxes: np.ndarray, labels: np.ndarray, scores: np.ndarray, *
         helper.make_tensor_value_info(names[1], helper.np_dtype_to_tensor_dtype(labels.dtype), labels.shape),
         helper.make_tensor_value_info(names[2], TensorProto.FLOAT, scores.shape),
     ]
-    if names[0] == "detection_boxes":  # TensorFlow tells how many as well
+    if names[0] == "detection_boxes":  # TensorFlow also has the number of boxes
         nodes.append(helper.make_node("ReduceMax", ["float"], ["num_detections"], keepdims=0))
         outputs.append(helper.make_tensor_value_info("num_detections", TensorProto.FLOAT, []))
     return save(path, nodes, [helper.make_tensor_value_info("image", kind, shape)], outputs, weights)
@@ -190,7 +190,7 @@ SHARES = ALL / [WIDTH, HEIGHT, WIDTH, HEIGHT]
          {"names": TENSORFLOW, "planes": False, "kind": TensorProto.UINT8}),
     ],
 )  # fmt: skip
-def test_ssd_boxes_come_back_where_the_people_are(tmp_path: Path, boxes: np.ndarray, more: dict) -> None:
+def test_ssd_boxes_are_in_frame_coordinates(tmp_path: Path, boxes: np.ndarray, more: dict) -> None:
     labels = LABELS.astype(np.float32)[None] if "names" in more else LABELS
     scores = SCORES[None] if "names" in more else SCORES
     detector = open_detector(str(ssd(tmp_path / "d.onnx", boxes, labels, scores, **more)))
@@ -199,12 +199,12 @@ def test_ssd_boxes_come_back_where_the_people_are(tmp_path: Path, boxes: np.ndar
     np.testing.assert_allclose(found.scores, [0.9, 0.6], atol=1e-6)
 
 
-def test_ssd_answers_that_do_not_fit_are_refused() -> None:
+def test_ssd_outputs_of_different_lengths_are_refused() -> None:
     with pytest.raises(DetectorError, match="boxes, labels and scores"):
         read_ssd(np.zeros((3, 4)), np.zeros(2), np.zeros(3), (9, 9), rows_first=False)
 
 
-def test_a_graph_that_fails_on_a_frame_is_told(tmp_path: Path) -> None:
+def test_a_graph_that_fails_on_a_frame_is_an_error(tmp_path: Path) -> None:
     nodes = [helper.make_node("Reshape", ["images", "shape"], ["output0"])]
     path = save(
         tmp_path / "d.onnx",
@@ -217,7 +217,7 @@ def test_a_graph_that_fails_on_a_frame_is_told(tmp_path: Path) -> None:
         open_detector(str(path)).find(frame())
 
 
-def test_what_a_detector_is_follows_from_its_bytes(tmp_path: Path) -> None:
+def test_identity_depends_on_the_bytes_of_the_file(tmp_path: Path) -> None:
     one = open_detector(str(yolo(tmp_path / "a.onnx", version_8())))
     two = open_detector(str(yolo(tmp_path / "b.onnx", version_8())))
     assert (
@@ -229,7 +229,7 @@ def test_what_a_detector_is_follows_from_its_bytes(tmp_path: Path) -> None:
         open_detector(str(tmp_path / "none.onnx"))
 
 
-def test_the_letterbox_shows_the_picture(tmp_path: Path) -> None:
+def test_the_letterbox_contains_the_image(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     image = np.asarray(Image.fromarray(rng.integers(0, 255, (6, 8, 3), np.uint8)).resize((160, 120)))
     canvas, scale, left, top = letterbox(image, (120, 200))

@@ -1,4 +1,4 @@
-"""Footage into a store: what is in it, killed at every step and gone on, repeated, full disks, several at a time."""
+"""Ingesting footage: results, kills at every step, repetition, full disks and concurrent processes."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from resight.training.store.growing import GrowingStore, storage_full_as_error
 
 pytestmark = pytest.mark.long
 
-# 48 s: two who cross, quiet moments, and from frame 85 on somebody is always there.
+# 48 s: two who cross, frames without people, and from frame 85 on at least one person.
 DAY = (*CROSSING, *(Walker(85 + 22 * n, 113 + 22 * n, 10, 250, top=40 + 8 * n) for n in range(6)))
 FRAMES = 240
-BUSY = 85
+FIRST_BUSY = 85
 HERE = Path(__file__).parents[2]
 
 
@@ -50,7 +50,7 @@ def day(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(root: Path) -> dict[str, tuple[str, float, bytes]]:
-    """Path -> camera, time and file; nothing may lie there that no row names."""
+    """Path -> camera, time and file; checks that no other files exist."""
     store = open_store(root)["train"]
     files = {path.relative_to(root).as_posix() for path in (root / "crops").rglob("*") if path.is_file()}
     assert files == set(store.paths)
@@ -60,7 +60,7 @@ def rows(root: Path) -> dict[str, tuple[str, float, bytes]]:
     }
 
 
-def partition(root: Path) -> set[frozenset[str]]:
+def tracks_as_sets(root: Path) -> set[frozenset[str]]:
     """The tracks as sets of paths."""
     store = open_store(root)["train"]
     of: dict[int, set[str]] = {}
@@ -71,13 +71,13 @@ def partition(root: Path) -> set[frozenset[str]]:
 
 @pytest.fixture(scope="module")
 def whole(day: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SourceResult]:
-    """A run that nothing interrupted."""
+    """An uninterrupted run."""
     root = tmp_path_factory.mktemp("whole") / "store"
     return root, read(day, root)
 
 
 def walker_of(store: CropStore, row: int) -> int:
-    """Who is on a crop, by the frame and the box it was cut from."""
+    """The walker on a crop, from its frame and box."""
     frame = round((store.times_s[row] - START_S) * 5)
     height, width = decode(store.read(row)).shape[:2]
     assert abs(height - 96) <= 1 and abs(width - 48) <= 1
@@ -85,7 +85,7 @@ def walker_of(store: CropStore, row: int) -> int:
     return there[int(store.paths[row][-7:-4])]
 
 
-def test_every_walker_is_one_track_with_camera_and_clock(whole: tuple[Path, SourceResult]) -> None:
+def test_every_walker_is_one_track_with_camera_and_time(whole: tuple[Path, SourceResult]) -> None:
     root, outcome = whole
     store = open_store(root)["train"]
     assert store.camera_names == ("door",) and len(store) == outcome.counts.crops
@@ -93,7 +93,7 @@ def test_every_walker_is_one_track_with_camera_and_clock(whole: tuple[Path, Sour
     of: dict[int, set[int]] = {}
     for row in range(len(store)):
         of.setdefault(int(store.tracks[row]), set()).add(walker_of(store, row))
-    assert all(len(walkers) == 1 for walkers in of.values())  # nobody's track shows somebody else
+    assert all(len(walkers) == 1 for walkers in of.values())  # no track shows two people
     assert set().union(*of.values()) == set(range(len(DAY)))
     assert max(Counter(next(iter(walkers)) for walkers in of.values()).values()) == 1
 
@@ -105,7 +105,7 @@ def test_counts_add_up(whole: tuple[Path, SourceResult], day: Path) -> None:
     assert counts.boxes == len((day / "door.jsonl").read_text().splitlines())
     assert counts.crops + sum(counts.dropped.values()) == counts.boxes
     assert counts.tracks == len(DAY) and counts.tracks_without_crops == 0
-    assert IngestCounts.of(json.loads(json.dumps(counts.to_json()))) == counts
+    assert IngestCounts.from_json(json.loads(json.dumps(counts.to_json()))) == counts
 
 
 def test_given_tracks_are_used(day: Path, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_given_tracks_are_used(day: Path, tmp_path: Path) -> None:
     assert outcome.counts.tracks == len(DAY) and "no track" not in outcome.counts.dropped
 
 
-def test_a_source_that_is_done_is_skipped_and_other_settings_are_told(
+def test_a_finished_source_is_skipped_and_other_settings_are_refused(
     day: Path, whole: tuple[Path, SourceResult]
 ) -> None:
     root, outcome = whole
@@ -121,13 +121,13 @@ def test_a_source_that_is_done_is_skipped_and_other_settings_are_told(
     again = read(day, root)
     assert again.status == "skipped" and again.counts == outcome.counts and rows(root) == before
     (day / "copy.mp4").write_bytes((day / "door.mp4").read_bytes())
-    assert read(day, root, name="copy.mp4").status == "skipped"  # it is the content that counts
+    assert read(day, root, name="copy.mp4").status == "skipped"  # identified by content
     for change in ({"boxes": "tracks.jsonl"}, {"camera": "hall"}, {"tracks": "given"}):
         with pytest.raises(FootageError, match=r"ingested with other settings \(.*--again"):
             read(day, root, **change)
 
 
-def test_again_replaces(day: Path, tmp_path: Path) -> None:
+def test_again_replaces_earlier_crops(day: Path, tmp_path: Path) -> None:
     root = tmp_path / "s"
     read(day, root)
     before = rows(root)
@@ -151,7 +151,7 @@ KILLS = [
 
 @pytest.fixture(scope="module")
 def killed(day: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stores of processes that were killed, each at another step."""
+    """Stores of processes that were killed at different steps."""
     root = tmp_path_factory.mktemp("killed")
     command = [sys.executable, str(HERE / "ingesting.py"), "kill", str(day), str(root), *KILLS]
     subprocess.run(command, env=environment(), check=True, timeout=200)
@@ -160,25 +160,25 @@ def killed(day: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", KILLS)
-def test_killed_anywhere_it_goes_on_as_if_nothing_had_been(
+def test_a_run_killed_at_any_step_resumes_to_the_same_result(
     killed: Path, day: Path, whole: tuple[Path, SourceResult], tmp_path: Path, where: str
 ) -> None:
     root = tmp_path / "s"
     shutil.copytree(killed / where, root)
     outcome = read(day, root)
-    assert rows(root) == rows(whole[0]) and partition(root) == partition(whole[0])
+    assert rows(root) == rows(whole[0]) and tracks_as_sets(root) == tracks_as_sets(whole[0])
     assert outcome.counts == whole[1].counts
 
 
-def test_what_was_found_is_not_looked_for_again(killed: Path, day: Path, tmp_path: Path) -> None:
-    """A run goes on from the last quiet moment with the boxes it had."""
+def test_boxes_in_the_journal_are_not_detected_again(killed: Path, day: Path, tmp_path: Path) -> None:
+    """A run resumes from the last frame without open tracks with the boxes in the journal."""
     shutil.copytree(killed / "journal-written:7", tmp_path / "s")
 
     class Counting(BoxFile):
-        asked = 0
+        calls = 0
 
         def find(self, frame):
-            self.asked += 1
+            self.calls += 1
             return super().find(frame)
 
     detector, seen = Counting(day / "door.jsonl", 5), []
@@ -187,11 +187,11 @@ def test_what_was_found_is_not_looked_for_again(killed: Path, day: Path, tmp_pat
         footage = open_footage(str(day / "door.mp4"), camera="door", fps=5)
         ingest(footage, detector, store, journal, on_frame=lambda counts: seen.append(counts.frames))
     committed = round(7 * ingesting.COMMIT_S * 5)
-    assert detector.asked == FRAMES - committed - 1  # the frame at which it was committed had been looked at
-    assert seen[0] == BUSY + 1  # frames since the last quiet moment are read again, and only those
+    assert detector.calls == FRAMES - committed - 1  # the frame of the commit had been processed
+    assert seen[0] == FIRST_BUSY + 1  # only frames since the last one without open tracks are read again
 
 
-def failing(errors: list[int]) -> Callable[..., None]:
+def failing_writes(errors: list[int]) -> Callable[..., None]:
     real = growing.write_table
 
     def write(*args: Any, **kwargs: Any) -> None:
@@ -202,20 +202,20 @@ def failing(errors: list[int]) -> Callable[..., None]:
     return write
 
 
-def test_a_full_disk_is_told_and_nothing_committed_is_lost(
+def test_a_full_disk_is_an_error_and_committed_data_is_kept(
     day: Path, whole: tuple[Path, SourceResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "COMMIT_S", ingesting.COMMIT_S)
-    monkeypatch.setattr(growing, "write_table", failing([0, 0, errno.ENOSPC]))
-    with pytest.raises(StorageFullError, match="what was committed stands; free some and run the same again"):
+    monkeypatch.setattr(growing, "write_table", failing_writes([0, 0, errno.ENOSPC]))
+    with pytest.raises(StorageFullError, match="committed data is intact; free some space and run the same again"):
         read(day, tmp_path / "s")
-    kept = set(open_store(tmp_path / "s")["train"].paths)
-    assert kept and kept < set(rows(whole[0]))
+    committed = set(open_store(tmp_path / "s")["train"].paths)
+    assert committed and committed < set(rows(whole[0]))
     assert read(day, tmp_path / "s").counts == whole[1].counts
     assert rows(tmp_path / "s") == rows(whole[0])
 
 
-def test_a_disk_without_room_for_the_journal_is_told(tmp_path: Path) -> None:
+def test_a_full_disk_is_a_storage_full_error(tmp_path: Path) -> None:
     device = Path("/dev/full")
     if not device.exists():
         pytest.skip("no /dev/full here")
@@ -223,7 +223,7 @@ def test_a_disk_without_room_for_the_journal_is_told(tmp_path: Path) -> None:
         file.write(b"x")
 
 
-def test_one_source_is_read_by_one_process(day: Path, tmp_path: Path) -> None:
+def test_a_source_is_read_by_one_process_at_a_time(day: Path, tmp_path: Path) -> None:
     store = GrowingStore(tmp_path / "s")
     key = open_footage(str(day / "door.mp4"), camera="door", fps=5).fingerprint()[: module.KEY_LENGTH]
     with store.exclusive(key), pytest.raises(StoreError, match="another process adds the same"):
@@ -231,7 +231,7 @@ def test_one_source_is_read_by_one_process(day: Path, tmp_path: Path) -> None:
 
 
 def test_several_processes_fill_one_store(day: Path, tmp_path: Path) -> None:
-    """Three cameras at a time: all crops are there, and no two tracks have one number."""
+    """Three cameras at a time: all crops are stored, and track numbers are unique."""
     for number in range(3):
         walkers = (Walker(0, 30, 10, 250), Walker(40, 70, 250, 10 + number))
         write_film(tmp_path / f"c{number}.mp4", walkers, 80)
@@ -245,7 +245,7 @@ def test_several_processes_fill_one_store(day: Path, tmp_path: Path) -> None:
     assert len(cameras) == 6 and all(len(seen) == 1 for seen in cameras.values())
 
 
-def test_a_damaged_journal_is_told_and_without_it_no_crop_comes_twice(
+def test_a_damaged_journal_is_an_error_and_without_it_no_crop_is_added_twice(
     day: Path, whole: tuple[Path, SourceResult], tmp_path: Path
 ) -> None:
     read(day, tmp_path / "s")
@@ -266,7 +266,7 @@ def test_a_journal_of_another_version_is_refused(tmp_path: Path) -> None:
         IngestJournal(tmp_path)
 
 
-def test_boxes_of_other_footage_are_told(day: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_boxes_of_other_footage_cause_a_warning(day: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "late.jsonl").write_text('{"frame": 5000, "box": [0, 0, 50, 90]}\n')
     store = GrowingStore(tmp_path / "s")
     with IngestJournal(store.root) as journal:

@@ -1,4 +1,4 @@
-"""A live camera over real RTSP: this machine's clock, interruptions, a slow reader, an end, and no password told."""
+"""A live camera over RTSP: this machine's clock, interruptions, a slow reader, stopping, and hidden passwords."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.long
 IMAGES = list(shots((Walker(0, 30, 10, 250),), 30))
 
 
-def test_a_camera_is_watched_for_as_long_as_was_asked(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_camera_is_read_for_the_requested_duration(caplog: pytest.LogCaptureFixture) -> None:
     with rtsp_camera(IMAGES) as camera, caplog.at_level(logging.DEBUG):
         url = camera.url("guard:s3cret@")
         stream = open_footage(url, camera="gate", fps=5, duration_s=2.0, hwaccel="none")
@@ -31,14 +31,14 @@ def test_a_camera_is_watched_for_as_long_as_was_asked(caplog: pytest.LogCaptureF
         frames = list(stream.frames())
     assert 2 <= len(frames) <= 11
     assert all(before <= frame.time_s <= time.time() for frame in frames)
-    numbers = [frame.place.number for frame in frames]
+    numbers = [frame.position.number for frame in frames]
     assert numbers == sorted(set(numbers))
     assert frames[0].image.shape == (HEIGHT, WIDTH, 3)
     assert min(np.abs(frames[0].image.astype(int) - image).mean() for image in IMAGES) < 12
-    assert camera.asked[:4] == ["OPTIONS", "DESCRIBE", "SETUP", "PLAY"] and "s3cret" not in caplog.text
+    assert camera.requests[:4] == ["OPTIONS", "DESCRIBE", "SETUP", "PLAY"] and "s3cret" not in caplog.text
 
 
-def test_a_broken_connection_is_made_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_connection_is_retried(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(video, "RECONNECT_DELAYS_S", (0.1, 0.2))
     with rtsp_camera(IMAGES, frames=8) as camera:
         stream = open_footage(camera.url(), camera="gate", fps=20, hwaccel="none")
@@ -46,10 +46,10 @@ def test_a_broken_connection_is_made_again(monkeypatch: pytest.MonkeyPatch, capl
         frames = []
         for frame in stream.frames():
             frames.append(frame)
-            if camera.asked.count("PLAY") == 3:
+            if camera.requests.count("PLAY") == 3:
                 stream.stop()
-    assert len(frames) >= 3 and "connecting again in" in caplog.text
-    numbers = [frame.place.number for frame in frames]
+    assert len(frames) >= 3 and "reconnecting in" in caplog.text
+    numbers = [frame.position.number for frame in frames]
     assert numbers == sorted(set(numbers))
 
 
@@ -65,26 +65,26 @@ def test_a_slow_reader_gets_the_newest_frames_and_the_others_are_counted(monkeyp
     assert stream.left_out > 0
 
 
-def test_a_stop_from_elsewhere_ends_it() -> None:
+def test_stop_from_another_thread_ends_reading() -> None:
     with rtsp_camera(IMAGES) as camera:
         stream = RtspStream(camera.url(), "gate", 5, hwaccel="none")
         threading.Timer(0.5, stream.stop).start()
         list(stream.frames())
-    assert "PLAY" in camera.asked or not camera.asked
+    assert "PLAY" in camera.requests or not camera.requests
 
 
-def test_a_camera_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_camera_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video, "RECONNECT_DELAYS_S", (0.05, 0.05))
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound and not listening: refused
+        taken.bind(("127.0.0.1", 0))  # bound but not listening: refused
         url = f"rtsp://guard:s3cret@127.0.0.1:{taken.getsockname()[1]}/live"
-        with pytest.raises(FootageError, match="cannot be read as video") as told:
+        with pytest.raises(FootageError, match="cannot be read as video") as error:
             list(RtspStream(url, "gate", 5, hwaccel="none").frames())
-    assert "s3cret" not in str(told.value)
+    assert "s3cret" not in str(error.value)
 
 
-def test_a_live_stream_has_this_machines_clock_and_no_second_reading() -> None:
-    with pytest.raises(FootageError, match="leave --start away"):
+def test_a_live_stream_uses_this_machines_clock_and_a_new_fingerprint() -> None:
+    with pytest.raises(FootageError, match="omit --start"):
         open_footage("rtsp://10.0.0.7/live", camera="gate", fps=5, start_s=0.0)
     one, two = (RtspStream("rtsp://10.0.0.7/live", "gate", 5) for _ in range(2))
     assert one.fingerprint() != two.fingerprint()
@@ -93,5 +93,5 @@ def test_a_live_stream_has_this_machines_clock_and_no_second_reading() -> None:
 @pytest.mark.parametrize("url, shown", [
     ("rtsp://u:p@h:554/a/b?token=x#y", "rtsp://h:554/a/b"), ("rtsps://[2001:db8::1]/s", "rtsps://[2001:db8::1]/s"),
 ])  # fmt: skip
-def test_what_messages_call_a_stream(url: str, shown: str) -> None:
+def test_urls_in_messages_have_no_credentials(url: str, shown: str) -> None:
     assert without_credentials(url) == shown

@@ -25,26 +25,26 @@ def boxes_at(
 def run(tracks: Tracker, walkers: tuple[Walker, ...], frames: int, *, seed: int = 0, first_s: float = 1.7e9):
     """Who got which number in which frame: a list of (frame, walker, number), and the order in which tracks ended."""
     rng = np.random.default_rng(seed)
-    told, ended = [], []
+    numbered, ended = [], []
     for frame in range(frames):
         boxes, there = boxes_at(walkers, frame, rng)
         numbers = tracks.update(boxes, first_s + frame / FPS)
-        told += [(frame, walker, int(number)) for walker, number in zip(there, numbers, strict=True)]
+        numbered += [(frame, walker, int(number)) for walker, number in zip(there, numbers, strict=True)]
         ended += tracks.ended()
-    return told, ended
+    return numbered, ended
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_people_who_cross_keep_their_numbers(seed: int) -> None:
-    told, ended = run(ByteTracker(fps=FPS, start_score=0.5), CROSSING, 90, seed=seed)
+    numbered, ended = run(ByteTracker(fps=FPS, start_score=0.5), CROSSING, 90, seed=seed)
     for walker in range(3):
-        numbers = [number for _, who, number in told if who == walker]
+        numbers = [number for _, who, number in numbered if who == walker]
         assert numbers[0] == -1 and len(set(numbers[1:])) == 1, numbers  # a single box is no track yet
-    of = {who: number for _, who, number in told if number >= 0}
+    of = {who: number for _, who, number in numbered if number >= 0}
     assert sorted(of.values()) == [0, 1, 2] and sorted(ended) == [0, 1, 2]
 
 
-def test_boxes_below_the_start_go_on_with_a_track_and_begin_none() -> None:
+def test_low_scored_boxes_extend_tracks_and_do_not_start_them() -> None:
     tracks = ByteTracker(fps=FPS, start_score=0.5)
     walker = Walker(0, 20, 10, 200)
     for frame in range(20):
@@ -55,7 +55,7 @@ def test_boxes_below_the_start_go_on_with_a_track_and_begin_none() -> None:
 
 
 @pytest.mark.parametrize("mode", ["own", "given"])
-def test_who_is_away_for_longer_than_a_second_is_another_track(mode) -> None:
+def test_a_person_absent_for_more_than_a_second_gets_a_new_track(mode) -> None:
     away = round(LOST_S * FPS)
     for gap, expected in ((away - 1, 1), (away + 3, 2)):
         tracks = make_tracker(mode, fps=FPS, start_score=0.5)
@@ -67,40 +67,40 @@ def test_who_is_away_for_longer_than_a_second_is_another_track(mode) -> None:
 
 
 @pytest.mark.parametrize("mode", ["own", "given"])
-def test_after_a_quiet_moment_a_new_object_would_number_alike(mode) -> None:
-    """What a resumed run relies on: what comes after does not depend on what came before."""
+def test_after_an_idle_frame_a_new_tracker_gives_the_same_tracks(mode) -> None:
+    """A resumed run relies on this: later tracks do not depend on earlier frames."""
     rng = np.random.default_rng(3)
     whole = make_tracker(mode, fps=FPS, start_score=0.5)
-    quiet = []
-    told = []
+    idle = []
+    numbered = []
     seen = [boxes_at(CROSSING, frame, rng)[0] for frame in range(90)]
     for frame, boxes in enumerate(seen):
-        if whole.quiet:
-            quiet.append(frame)
-        told.append(whole.update(boxes, frame / FPS))
-    starts = [frame for frame in quiet if 35 < frame < 46]
+        if whole.idle:
+            idle.append(frame)
+        numbered.append(whole.update(boxes, frame / FPS))
+    starts = [frame for frame in idle if 35 < frame < 46]
     assert starts
     for start in starts:
         fresh = make_tracker(mode, fps=FPS, start_score=0.5)
         for frame in range(start, 90):
-            found, expected = fresh.update(seen[frame], frame / FPS), told[frame]
+            found, expected = fresh.update(seen[frame], frame / FPS), numbered[frame]
             assert ((found == -1) == (expected == -1)).all()
             assert set(found[found >= 0].tolist()) <= {0} and set(expected[expected >= 0].tolist()) <= {2}
 
 
-def test_given_tracks_are_taken_as_they_are() -> None:
-    told, ended = run(GivenTracker(), CROSSING, 90)
-    assert {(who, number) for _, who, number in told} == {(0, 0), (1, 1), (2, 2)}
+def test_given_tracks_are_used() -> None:
+    numbered, ended = run(GivenTracker(), CROSSING, 90)
+    assert {(who, number) for _, who, number in numbered} == {(0, 0), (1, 1), (2, 2)}
     assert ended == [0, 1, 2]
     assert GivenTracker().update(make_boxes([[0, 0, 9, 9]], [1]), 0.0).tolist() == [-1]
 
 
-def test_frames_without_boxes_are_frames() -> None:
+def test_frames_without_boxes_are_accepted() -> None:
     tracks = ByteTracker(fps=FPS, start_score=0.5)
-    assert tracks.update(make_boxes([], []), 0.0).tolist() == [] and tracks.quiet and tracks.ended() == []
+    assert tracks.update(make_boxes([], []), 0.0).tolist() == [] and tracks.idle and tracks.ended() == []
 
 
-def test_a_gap_in_the_footage_is_a_gap() -> None:
+def test_a_gap_in_the_footage_ends_tracks() -> None:
     tracks = ByteTracker(fps=FPS, start_score=0.5)
     there = make_boxes([[100, 50, 150, 150]], [0.9])
     for time_s in (0.0, 0.2, 0.4):

@@ -1,4 +1,4 @@
-"""Agreement with what operators confirmed and rejected, from the file beside a real store to the figures."""
+"""Agreement with pairs that operators confirmed or rejected, from the links file to the metrics."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def linked(store: CropStore, count: int, seed: int = 0) -> LinkedCrops:
     return LinkedCrops(store, rows[kept], same[kept])
 
 
-def test_figures_are_those_of_loops() -> None:
+def test_metrics_equal_a_loop() -> None:
     store = people_store(persons=20, cameras=2, crops=4)
     features, links = people_features(store, spread=1.3), linked(store, 30)
     found = link_agreement(features, links, 0.4)
@@ -45,7 +45,7 @@ def test_figures_are_those_of_loops() -> None:
         assert 0 < estimate.low < estimate.value < estimate.high < 1
 
 
-def test_the_threshold_parts_certain_pairs_best() -> None:
+def test_the_threshold_separates_certain_pairs_best() -> None:
     store = people_store(persons=20, cameras=2, crops=4)
     features, pairs = people_features(store, spread=1.3), draw_track_pairs(store)
     threshold = youden_threshold(features, pairs)
@@ -58,7 +58,7 @@ def test_the_threshold_parts_certain_pairs_best() -> None:
     assert even(threshold) == pytest.approx(max(even(at) for at in (*positive, *negative)))
 
 
-def test_all_right_still_leaves_something_open() -> None:
+def test_the_interval_does_not_vanish_at_a_share_of_1() -> None:
     sure = wilson_interval(20, 20)
     assert (
         sure.value == 1 and sure.low == pytest.approx(0.8389, abs=1e-4) and sure.high == 1
@@ -66,7 +66,7 @@ def test_all_right_still_leaves_something_open() -> None:
     assert wilson_interval(0, 20).high == pytest.approx(1 - sure.low)
 
 
-def test_what_cannot_be_measured_says_why() -> None:
+def test_missing_metrics_have_a_reason() -> None:
     store = people_store(persons=20, cameras=2, crops=4)
     features, links = people_features(store, spread=1.0), linked(store, 30)
     confirmed = LinkedCrops(store, links.rows[links.same], links.same[links.same])
@@ -77,9 +77,7 @@ def test_what_cannot_be_measured_says_why() -> None:
     assert not link_agreement(features, few, 0.4).figures
 
 
-def test_links_of_a_store_name_its_crops_in_any_split_and_leave_damaged_ones_out(
-    tiny_site: Site, tmp_path: Path
-) -> None:
+def test_links_are_read_from_any_split_without_damaged_crops(tiny_site: Site, tmp_path: Path) -> None:
     root = tmp_path / "site"
     store = tiny_site.train.subset(np.arange(40))
     for path in store.paths:

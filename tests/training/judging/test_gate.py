@@ -1,4 +1,4 @@
-"""The gate: what a candidate must not lose beside what it gains on the site."""
+"""The gate: losses that refuse a candidate despite a gain on the site."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def judged(
     return judge(rows, store, clustering=try_cluster(rows, store, SETTINGS) if clusters else None, linked=own)
 
 
-def rivals(store: CropStore, before: float, after: float, **more: LinkedCrops) -> ModelPair:
-    """Two models by how much noise they have."""
+def model_pair(store: CropStore, before: float, after: float, **more: LinkedCrops) -> ModelPair:
+    """Two models with different amounts of noise."""
     return ModelPair(*(judged(people_features(store, spread=spread), store, **more) for spread in (before, after)))
 
 
@@ -51,9 +51,9 @@ def links(store: CropStore) -> LinkedCrops:
 
 
 def test_a_better_candidate_on_sound_crops_is_promoted(store: CropStore) -> None:
-    site = rivals(store, 1.6, 0.7)
+    site = model_pair(store, 1.6, 0.7)
     latency = Latency(0.01, 0.012, 1.2, 1.1, 1.3, limit=1.5)
-    verdict = gate(site, reference=rivals(store, 1.5, 0.9), hygiene={"crops judged on": SOUND}, latency=latency)
+    verdict = gate(site, reference=model_pair(store, 1.5, 0.9), hygiene={"crops judged on": SOUND}, latency=latency)
     assert verdict.decision == "promote" and verdict.evidence == "tracks"
     names = set(verdict.differences)
     assert {"auc", "reference.auc", "searches.tpir_at_fpir_0.1", "reference.cameras.cam2.auc"} <= names
@@ -61,13 +61,13 @@ def test_a_better_candidate_on_sound_crops_is_promoted(store: CropStore) -> None
     assert compare(site.before, site.after).decision == "promote"
 
 
-def test_what_was_forgotten_of_earlier_nights_refuses(store: CropStore) -> None:
-    verdict = gate(rivals(store, 1.6, 0.7), reference=rivals(store, 0.7, 1.6))
+def test_a_loss_on_earlier_nights_refuses(store: CropStore) -> None:
+    verdict = gate(model_pair(store, 1.6, 0.7), reference=model_pair(store, 0.7, 1.6))
     assert (verdict.decision, verdict.evidence) == ("refuse", "reference")
     assert verdict.reasons[0].startswith("worse in reference.auc: -0.")
 
 
-def test_a_camera_that_falls_refuses_though_the_site_gains(store: CropStore) -> None:
+def test_a_loss_in_one_camera_refuses_despite_a_gain_of_the_site(store: CropStore) -> None:
     before, better = people_features(store, spread=1.6), people_features(store, spread=0.4)
     noise = people_features(replace(store, persons=np.arange(len(store))), spread=0.1, seed=3)
     after = np.where((store.cameras == 1)[:, None], noise, better)
@@ -79,18 +79,18 @@ def test_a_camera_that_falls_refuses_though_the_site_gains(store: CropStore) -> 
 
 def test_labelled_pairs_refuse_and_promote(store: CropStore) -> None:
     linked = links(store)
-    down = gate(rivals(store, 0.5, 2.2, linked=linked))
+    down = gate(model_pair(store, 0.5, 2.2, linked=linked))
     assert down.decision == "refuse" and any(words.startswith("worse in links.auc") for words in down.reasons)
     trackless = replace(store, tracks=np.full(len(store), -1))
-    up = gate(rivals(trackless, 2.2, 0.5, linked=linked))
+    up = gate(model_pair(trackless, 2.2, 0.5, linked=linked))
     assert (up.decision, up.evidence) == ("promote", "links") and "links.auc" in up.reasons[0]
     assert "links.accuracy" not in up.differences  # without tracks there is no threshold
-    level = gate(rivals(trackless, 1.0, 1.0, linked=linked))
+    level = gate(model_pair(trackless, 1.0, 1.0, linked=linked))
     assert level.decision == "undecided"
 
 
 def test_searches_alone_refuse(store: CropStore) -> None:
-    site = rivals(store, 0.8, 0.8)
+    site = model_pair(store, 0.8, 0.8)
     worse = judged(people_features(store, spread=2.5), store).searches
     verdict = gate(replace(site, after=replace(site.after, searches=worse)))
     assert (verdict.decision, verdict.evidence) == ("refuse", "searches")
@@ -98,18 +98,18 @@ def test_searches_alone_refuse(store: CropStore) -> None:
 
 def test_unsound_crops_refuse_the_best_candidate(store: CropStore) -> None:
     dead = Hygiene({"cam1": "its crops are noise"}, (), {}, None)
-    verdict = gate(rivals(store, 1.6, 0.7), hygiene={"crops judged on": SOUND, "crops adapted to": dead})
+    verdict = gate(model_pair(store, 1.6, 0.7), hygiene={"crops judged on": SOUND, "crops adapted to": dead})
     assert (verdict.decision, verdict.evidence) == ("refuse", "crops")
     assert verdict.reasons[0] == "crops adapted to: camera cam1: its crops are noise"
 
 
 def test_a_slower_candidate_is_refused_only_beyond_the_limit(store: CropStore) -> None:
-    site = rivals(store, 1.6, 0.7)
+    site = model_pair(store, 1.6, 0.7)
     for low, limit, decision in ((1.9, 1.5, "refuse"), (1.4, 1.5, "promote"), (1.9, None, "promote")):
         assert gate(site, latency=Latency(0.01, 0.02, 2.0, low, 2.1, limit)).decision == decision
 
 
-def test_one_cluster_for_all_crops_is_not_the_active_models_fault(store: CropStore) -> None:
+def test_a_collapse_of_the_active_model_may_be_due_to_the_crops(store: CropStore) -> None:
     trackless = replace(store, tracks=np.full(len(store), -1))
     good = judged(people_features(store, spread=0.5), trackless)
     collapsed = replace(good, collapse="all crops fell into one cluster")
@@ -118,37 +118,38 @@ def test_one_cluster_for_all_crops_is_not_the_active_models_fault(store: CropSto
     alone = gate(site)
     assert alone.decision == "refuse" and "one person on most crops" in alone.reasons[0]
     tracked = ModelPair(
-        replace(judged(people_features(store, spread=1.0), store), collapse="one cluster"), rivals(store, 1, 0.5).after
+        replace(judged(people_features(store, spread=1.0), store), collapse="one cluster"),
+        model_pair(store, 1, 0.5).after,
     )
     assert gate(tracked).decision == "promote"  # tracks show that there are several people
-    elsewhere = gate(tracked, reference=rivals(store, 1.0, 0.9))
+    elsewhere = gate(tracked, reference=model_pair(store, 1.0, 0.9))
     assert elsewhere.decision == "refuse" and "many on the reference crops" in elsewhere.reasons[0]
 
 
-def test_crops_of_one_person_are_told_by_what_the_active_model_finds_alike(store: CropStore) -> None:
+def test_crops_of_one_person_are_detected_by_the_active_models_variance(store: CropStore) -> None:
     alone = replace(store, persons=np.zeros(len(store), np.int64))
     one = ModelPair(*(judged(people_features(alone, spread=spread), store) for spread in (0.6, 0.5)))
-    verdict = gate(one, reference=rivals(store, 0.6, 0.5))
+    verdict = gate(one, reference=model_pair(store, 0.6, 0.5))
     assert (verdict.decision, verdict.evidence) == ("refuse", "crops")
-    assert "as alike as those of one person" in verdict.reasons[0]
-    assert "one person" not in "".join(gate(rivals(store, 0.6, 0.5), reference=rivals(store, 0.6, 0.5)).reasons)
+    assert "as alike as crops of one person" in verdict.reasons[0]
+    assert "one person" not in "".join(gate(model_pair(store, 0.6, 0.5), reference=model_pair(store, 0.6, 0.5)).reasons)
 
 
-def test_few_tracks_held_out_leave_it_to_the_crops_adapted_to(store: CropStore) -> None:
+def test_with_few_held_out_tracks_the_crops_adapted_to_decide(store: CropStore) -> None:
     few = people_store(persons=3, cameras=3, crops=4)
-    held = rivals(few, 1.0, 0.9)
+    held = model_pair(few, 1.0, 0.9)
     assert gate(held).decision == "undecided" and not held.after.separation.figures
-    up, down = gate(held, adapted=rivals(store, 1.6, 0.7)), gate(held, adapted=rivals(store, 0.7, 1.6))
+    up, down = gate(held, adapted=model_pair(store, 1.6, 0.7)), gate(held, adapted=model_pair(store, 0.7, 1.6))
     assert (up.decision, up.evidence, down.decision, down.evidence) == ("promote", "adapted", "refuse", "adapted")
     assert up.reasons[0].startswith("better in adapted.auc +0.") and "worse in auc" in down.reasons[0]
-    assert gate(held, adapted=rivals(store, 1.0, 1.0)).decision == "undecided"
-    assert gate(held, adapted=rivals(store, 1.6, 0.7), reference=rivals(store, 0.7, 1.6)).decision == "refuse"
+    assert gate(held, adapted=model_pair(store, 1.0, 1.0)).decision == "undecided"
+    assert gate(held, adapted=model_pair(store, 1.6, 0.7), reference=model_pair(store, 0.7, 1.6)).decision == "refuse"
     clustered = ModelPair(*(judged(people_features(few, spread=spread), few, clusters=True) for spread in (1.2, 0.2)))
     assert gate(clustered).evidence == "clusters" and gate(clustered).decision == "promote"
-    assert gate(clustered, adapted=rivals(store, 0.7, 1.6)).decision == "refuse"
+    assert gate(clustered, adapted=model_pair(store, 0.7, 1.6)).decision == "refuse"
 
 
-def test_one_person_walking_beside_himself_is_told_where_nothing_gained(store: CropStore) -> None:
+def test_one_person_in_overlapping_tracks_is_detected_if_nothing_improved(store: CropStore) -> None:
     doubles = replace(store, persons=np.where(store.persons < 10, 0, store.persons))
     rows = people_features(doubles, spread=0.3)
     same = ModelPair(*(judged(rows, store, clusters=True) for _ in range(2)))
@@ -160,12 +161,12 @@ def test_one_person_walking_beside_himself_is_told_where_nothing_gained(store: C
     assert gate(ModelPair(sound, sound)).decision == "undecided"
 
 
-def test_a_sure_gain_on_earlier_nights_promotes_where_the_site_says_nothing(store: CropStore) -> None:
-    verdict = gate(rivals(store, 0.9, 0.9), reference=rivals(store, 1.6, 0.7))
+def test_a_gain_on_earlier_nights_promotes_if_the_site_is_undecided(store: CropStore) -> None:
+    verdict = gate(model_pair(store, 0.9, 0.9), reference=model_pair(store, 1.6, 0.7))
     assert (verdict.decision, verdict.evidence) == ("promote", "reference")
 
 
-def test_tracks_kept_back_are_a_gallery_without_queries(store: CropStore) -> None:
+def test_held_out_tracks_are_a_gallery_without_queries(store: CropStore) -> None:
     back = store.subset(np.arange(40))
     assert held_out_crops(Site(store.root, store, None, back)) is back
     assert (

@@ -1,4 +1,4 @@
-"""Judging models without labels: on drawn people with real encoders, and on stores with nothing to go by."""
+"""Judging models without labels: on synthetic people with real encoders, and on stores without evidence."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 def rush_hour(store: CropStore) -> CropStore:
-    """The same people within seconds: passages begin 300 times as soon and last as long as they did."""
+    """The same people within seconds: tracks start 300 times closer together and last as long as before."""
     begins = {track: store.times_s[store.tracks == track].min() for track in np.unique(store.tracks)}
     begin = np.array([begins[track] for track in store.tracks])
     return replace(store, times_s=begin / 300 + (store.times_s - begin))
 
 
-def test_a_drawn_site_has_tracks_and_its_certain_pairs_are_certain(drawn: Site) -> None:
+def test_certain_pairs_of_a_synthetic_site_are_correct(drawn: Site) -> None:
     for store in (drawn.train, rush_hour(drawn.train)):
         assert (store.tracks >= 0).all() and np.isfinite(store.times_s).all()
         pairs = draw_track_pairs(store)
@@ -53,7 +53,7 @@ def test_a_drawn_site_has_tracks_and_its_certain_pairs_are_certain(drawn: Site) 
     assert len(pairs.positives) == 4 * pairs.track_count and pairs.overlaps > 50
 
 
-def test_a_better_model_separates_tracks_better_and_chance_does_not(drawn: Site) -> None:
+def test_a_better_model_separates_tracks_better_and_noise_does_not(drawn: Site) -> None:
     store = rush_hour(drawn.train)
     trained = extract_features(load_weights("builtin").encoder, store, local=False)[0]
     untrained = extract_features(random_encoder(), store, local=False)[0]
@@ -64,32 +64,33 @@ def test_a_better_model_separates_tracks_better_and_chance_does_not(drawn: Site)
     assert abs(none.value - 0.5) < 0.07 and none.low < 0.5 < none.high
 
 
-def test_persons_are_never_read(drawn: Site) -> None:
+def test_labels_of_persons_are_not_used(drawn: Site) -> None:
     store = rush_hour(drawn.train)
-    nobody = replace(store, persons=np.full(len(store), -1))
+    unlabelled = replace(store, persons=np.full(len(store), -1))
     rows = extract_features(random_encoder(), store, local=False)[0]
-    assert judge(rows, store).to_json() == judge(rows, nobody).to_json()
+    assert judge(rows, store).to_json() == judge(rows, unlabelled).to_json()
 
 
-def test_every_figure_of_a_sound_clustering_is_there_and_serialises() -> None:
+def test_every_metric_of_a_sound_clustering_is_serialised() -> None:
     store = people_store(persons=16, cameras=3, crops=4)
     clustering = try_cluster(people_features(store, spread=0.5), store, SETTINGS)
     other = try_cluster(people_features(store, spread=0.9, seed=1), store, SETTINGS)
     assert isinstance(clustering, Clustering)
     judged = judge(people_features(store, spread=0.5), store, clustering=clustering, previous=other)
-    told = json.loads(json.dumps(judged.to_json(), allow_nan=False))
-    assert told["crops"] == 192 and told["problem"] == told["collapse"] == ""
-    assert told["tracks"]["tracks"] == 48 and told["tracks"]["auc"]["value"] > 0.95
+    values = json.loads(json.dumps(judged.to_json(), allow_nan=False))
+    assert values["crops"] == 192 and values["problem"] == values["collapse"] == ""
+    assert values["tracks"]["tracks"] == 48 and values["tracks"]["auc"]["value"] > 0.95
     assert (
-        told["tracks"]["tpr_at_fpr_0.001"] is None and "negative pairs" in told["tracks"]["missing"]["tpr_at_fpr_0.001"]
+        values["tracks"]["tpr_at_fpr_0.001"] is None
+        and "negative pairs" in values["tracks"]["missing"]["tpr_at_fpr_0.001"]
     )
-    assert told["clusters"]["clusters"] == 16 and told["clusters"]["silhouette"] == clustering.silhouette
-    assert told["clusters"]["cameras"]["many_camera_share"] == 1
-    assert told["clusters"]["tracks"]["whole_share"] == 1 and told["clusters"]["tracks"]["confused_share"] == 0
-    assert told["stability"]["ari"] > 0.3
+    assert values["clusters"]["clusters"] == 16 and values["clusters"]["silhouette"] == clustering.silhouette
+    assert values["clusters"]["cameras"]["many_camera_share"] == 1
+    assert values["clusters"]["tracks"]["whole_share"] == 1 and values["clusters"]["tracks"]["confused_share"] == 0
+    assert values["stability"]["ari"] > 0.3
 
 
-def test_a_seed_gives_one_judgement() -> None:
+def test_a_judgement_is_deterministic_per_seed() -> None:
     store = people_store(persons=16, cameras=2, crops=5)
     rows = people_features(store, spread=0.9)
     first, again, other = (judge(rows, store, seed=seed).to_json() for seed in (3, 3, 4))
@@ -104,7 +105,7 @@ def test_variance_is_the_mean_squared_distance_from_the_mean() -> None:
     assert judge(np.tile(rows[:1], (50, 1)), store).variance == pytest.approx(0, abs=1e-6)
 
 
-def test_features_that_are_none_are_a_problem_and_not_a_figure() -> None:
+def test_unusable_features_are_a_problem_without_metrics() -> None:
     store = people_store(persons=12, cameras=2, crops=4)
     rows = people_features(store, spread=0.5)
     rows[3] = np.nan
@@ -114,10 +115,10 @@ def test_features_that_are_none_are_a_problem_and_not_a_figure() -> None:
     assert set(judged.separation.missing.values()) == {judged.problem}
     json.dumps(judged.to_json(), allow_nan=False)
     rows[3] = 0
-    assert "not of length 1" in judge(rows, store).problem
+    assert "do not have length 1" in judge(rows, store).problem
 
 
-def test_what_collapses_is_told_in_the_words_of_the_clustering() -> None:
+def test_a_collapse_is_reported_with_the_clusterings_message() -> None:
     store = people_store(persons=12, cameras=2, crops=4)
     same = np.tile(people_features(store, spread=0.5)[:1], (96, 1))
     found = try_cluster(same, store, SETTINGS)
@@ -127,7 +128,7 @@ def test_what_collapses_is_told_in_the_words_of_the_clustering() -> None:
     assert judged.separation.figures["auc"].value == 0.5
 
 
-def test_one_camera_and_no_tracks_leave_what_can_be_said() -> None:
+def test_one_camera_without_tracks_still_has_cluster_metrics() -> None:
     store = people_store(persons=12, cameras=1, crops=8)
     bare = replace(store, tracks=np.full(len(store), -1), times_s=np.full(len(store), np.nan))
     rows = people_features(bare, spread=0.5)
@@ -138,7 +139,7 @@ def test_one_camera_and_no_tracks_leave_what_can_be_said() -> None:
     assert set(judged.separation.missing.values()) == {"the store has no tracks"} and not judged.separation.figures
 
 
-def test_all_crops_of_a_site_are_joined_each_once(drawn: Site, tmp_path: Path) -> None:
+def test_all_crops_of_a_site_are_joined_once(drawn: Site, tmp_path: Path) -> None:
     joined = join_splits(drawn)
     assert drawn.query is not None and drawn.gallery is not None
     assert joined.paths == drawn.train.paths + drawn.query.paths + drawn.gallery.paths
@@ -152,13 +153,13 @@ def test_all_crops_of_a_site_are_joined_each_once(drawn: Site, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", [TrackCounts, ClusterFigures, CameraMix, TrackAgreement, Stability])
-def test_every_figure_is_described(kind: type[Any]) -> None:
+def test_every_metric_is_documented(kind: type[Any]) -> None:
     page = (Path(__file__).resolve().parents[3] / "docs/judging.md").read_text()
     named = set(re.findall(r"`(?:\w+\.)?(\w+)`", page))
     assert {entry.name for entry in fields(kind)} - {"cameras", "tracks"} <= named
 
 
-def test_every_figure_of_tracks_and_every_decision_is_described() -> None:
+def test_every_track_metric_and_every_decision_is_documented() -> None:
     page = (Path(__file__).resolve().parents[3] / "docs/judging.md").read_text()
     store = people_store(persons=16, cameras=2, crops=4)
     separated = judge(people_features(store, spread=0.5), store).separation

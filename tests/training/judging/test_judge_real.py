@@ -1,4 +1,4 @@
-"""The judge's order of models on real crops is that of their true mAP, which it never reads."""
+"""The judge ranks models on real crops like their true mAP, without labels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from resight.training.store.datasets import Site, join_splits, open_site
 
 SHARED = Path(__file__).parents[4] / "shared"
 PERSONS = 50
-SMALL = ImageSpec(128, 64, "bilinear")  # as the crops are: a quarter of the work of 256 x 128
+SMALL = ImageSpec(128, 64, "bilinear")  # the size of the crops: a quarter of the work of 256 x 128
 pytestmark = [pytest.mark.real, pytest.mark.long]
 
 
@@ -63,10 +63,10 @@ def true_map(features: np.ndarray, store: CropStore, site: Site) -> float:
 
 
 @pytest.mark.slow
-def test_the_score_ranks_models_as_their_true_map_does(site: Site) -> None:
+def test_the_score_ranks_models_like_their_map(site: Site) -> None:
     assert site.gallery is not None
     store = join_splits(replace(site, train=site.gallery))
-    nobody = replace(store, persons=np.full(len(store), -1))
+    unlabelled = replace(store, persons=np.full(len(store), -1))
     real = resized(load_weights(str(SHARED / "weights/osnet_x0_25_msmt17.pth")).encoder)
     drawn = resized(load_weights("builtin").encoder)
     models = [
@@ -79,7 +79,7 @@ def test_the_score_ranks_models_as_their_true_map_does(site: Site) -> None:
     cache, found = PixelCache(), []
     for encoder in models:
         features = extract_features(encoder, store, local=False, cache=cache)[0]
-        judged = judge(features, nobody)
+        judged = judge(features, unlabelled)
         found.append((true_map(features, store, site), judged.score))
     rank = spearmanr(*zip(*found, strict=True)).statistic
     assert len(models) >= 8 and rank >= 0.8, (rank, found)

@@ -1,4 +1,4 @@
-"""Models that really trained on spoilt crops are refused by the command; one trained on sound crops is promoted."""
+"""Models trained on corrupted crops are refused by the command; one trained on sound crops is promoted."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from resight.training.synthetic.site import SiteSettings, render_site
 
 pytestmark = pytest.mark.long
 
-PEOPLE, EARLIER = 75, 40  # of the night, a third of them kept back, and of nights before
+PEOPLE, EARLIER = 75, 40  # people of the night, a third of them held out, and of earlier nights
 LOOKS = SiteSettings(
     train_persons=PEOPLE + EARLIER, test_persons=0, strangers=0, cameras=3, visits=(2, 3), crops=4, height=64, width=32
 )
-NOISE = 0.2  # of each tensor's deviation: the active model leaves something to gain
+NOISE = 0.2  # of each tensor's deviation: leaves room for improvement
 Spoil = Callable[[Path, CropStore, np.random.Generator], None]
 
 
 @pytest.fixture(scope="module")
 def nights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A night's store with tracks kept back, and a reference store of the same cameras; people overlap in time."""
+    """A night's store with held-out tracks, and a reference store of the same cameras; people overlap in time."""
     root = tmp_path_factory.mktemp("nights") / "site"
     whole = render_site(root, LOOKS, seed=5).train
     begins = {track: whole.times_s[whole.tracks == track].min() for track in np.unique(whole.tracks)}
@@ -57,7 +57,7 @@ def nights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def active(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in encoder for small crops, worse than it could be."""
+    """The built-in encoder for small crops, degraded by noise."""
     given = load_weights("builtin").encoder
     encoder, rng = Encoder(replace(given.config, image=ImageSpec(64, 32))), torch.Generator().manual_seed(0)
     encoder.load_state_dict(given.state_dict())
@@ -71,7 +71,7 @@ def active(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(site: Path, active: Path, out: Path, *, epochs: int, iters: int) -> Path:
-    """A few batches of the real loop on the store's crops, begun at the active model."""
+    """A few batches of training on the store's crops, starting from the active model."""
     recipe = load_recipe("purify-camera")
     short = replace(
         recipe,
@@ -86,7 +86,7 @@ def trained(site: Path, active: Path, out: Path, *, epochs: int, iters: int) -> 
     return out
 
 
-def verdict(model: Path, active: Path, site: Path, reference: Path, *more: object) -> dict[str, Any]:
+def run_judge(model: Path, active: Path, site: Path, reference: Path, *more: object) -> dict[str, Any]:
     out = model.with_name(f"{model.name}.json")
     done = resight_here(
         "judge", "--model", model, "--against", active, "--site", site, "--reference", reference, "--json", out, *more
@@ -102,7 +102,7 @@ def save(path: Path, pixels: np.ndarray) -> None:
 
 
 def dead_camera(root: Path, store: CropStore, rng: np.random.Generator) -> None:
-    """A picture that stands still, with the sensor's noise."""
+    """A frozen image with sensor noise."""
     still = decode(store.read(0)).astype(float)
     for row in np.flatnonzero(store.cameras == 1):
         save(root / store.paths[row], still + rng.normal(0, 10, still.shape))
@@ -114,7 +114,7 @@ def noise(root: Path, store: CropStore, rng: np.random.Generator) -> None:
 
 
 def one_person(root: Path, store: CropStore, rng: np.random.Generator) -> None:
-    """The same few crops of one person wherever somebody was, under other tracks."""
+    """The same few crops of one person in place of all others, in different tracks."""
     files = [decode(store.read(row)) for row in range(4)]
     for row, path in enumerate(store.paths):
         save(root / path, files[row % 4])
@@ -125,7 +125,7 @@ def one_person(root: Path, store: CropStore, rng: np.random.Generator) -> None:
     "spoil, words",
     [(dead_camera, "camera cam2: "), (noise, "its crops are noise"), (one_person, "repeat one of another passage")],
 )
-def test_a_model_trained_on_spoilt_crops_is_refused(
+def test_a_model_trained_on_corrupted_crops_is_refused(
     nights: tuple[Path, Path], active: Path, tmp_path: Path, spoil: Spoil, words: str
 ) -> None:
     site = tmp_path / "site"
@@ -135,7 +135,7 @@ def test_a_model_trained_on_spoilt_crops_is_refused(
     for part in (opened.train, opened.gallery):
         spoil(site, part, rng)
     model = trained(site, active, tmp_path / "model", epochs=1, iters=6)
-    found = verdict(model, active, site, nights[1])
+    found = run_judge(model, active, site, nights[1])
     assert (found["verdict"]["decision"], found["verdict"]["evidence"]) == ("refuse", "crops")
     assert any(words in reason for reason in found["verdict"]["reasons"])
     assert found["hygiene"]["crops adapted to"]["problems_by_camera"]
@@ -147,9 +147,9 @@ def test_a_model_trained_on_sound_crops_is_promoted_and_the_page_shows_why(
 ) -> None:
     model = trained(nights[0], active, tmp_path / "model", epochs=3, iters=10)
     page = tmp_path / "deep" / "page.html"
-    found = verdict(model, active, *nights, "--page", page, "--latency", "--max-latency-ratio", 20)
+    found = run_judge(model, active, *nights, "--page", page, "--latency", "--max-latency-ratio", 20)
     assert found["verdict"]["decision"] == "promote", found["verdict"]
-    assert found["model"]["crops"] == len(open_site(nights[0]).gallery or ())  # tracks kept back, not those adapted to
+    assert found["model"]["crops"] == len(open_site(nights[0]).gallery or ())  # held-out tracks, not those adapted to
     assert found["latency"]["ratio"] > 0 and found["latency"]["limit"] == 20
     assert not any(part["problems_by_camera"] or part["problems"] for part in found["hygiene"].values())
     assert found["reference"]["model"]["tracks"]["auc"] is not None
@@ -159,11 +159,11 @@ def test_a_model_trained_on_sound_crops_is_promoted_and_the_page_shows_why(
     for name, figure in found["model"]["tracks"].items():
         if isinstance(figure, dict) and "value" in figure:
             assert name in text and f"{figure['value']:.4f}" in text
-    for words in ("Two persons it finds most alike", "One track it finds least alike", "cam3", "reference.auc"):
+    for words in ("Two persons it finds most similar", "One track it finds least similar", "cam3", "reference.auc"):
         assert words in text
 
 
-def test_what_sets_two_models_side_by_side_needs_both(nights: tuple[Path, Path], active: Path, tmp_path: Path) -> None:
+def test_options_for_two_models_require_both(nights: tuple[Path, Path], active: Path, tmp_path: Path) -> None:
     done = resight_here("judge", "--model", active, "--site", nights[0], "--page", tmp_path / "page.html")
     assert done.returncode == 1 and "add --against OTHER" in done.stderr
     assert not (tmp_path / "page.html").exists()

@@ -1,4 +1,4 @@
-"""Searches among tracks against loops over their definition, and what they cannot be measured on."""
+"""Searches among tracks against loops, and stores on which they cannot be measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from resight.training.store.track_pairs import draw_track_pairs
 
 
 def looped(features: Floats, store: CropStore) -> OpenSetScore:
-    """Every crop of a track's last half searched among its own track's first half and those of overlapping tracks."""
+    """Search crops of each track's second half among the first halves of its own and of overlapping tracks."""
     tracks, rows = tracks_of(store), features.astype(np.float64)
     entry = {key: rows[crops[: len(crops) // 2]].sum(0) for key, crops in tracks.items() if len(crops) > 1}
     entry = {key: total / np.linalg.norm(total) for key, total in entry.items()}
@@ -35,7 +35,7 @@ def looped(features: Floats, store: CropStore) -> OpenSetScore:
 
 
 @pytest.mark.parametrize("spread, crops", [(0.3, 5), (1.2, 4), (2.5, 7)])
-def test_searches_are_those_of_the_definition(spread: float, crops: int) -> None:
+def test_searches_follow_the_definition(spread: float, crops: int) -> None:
     store = people_store(persons=30, cameras=3, crops=crops)
     features = people_features(store, spread=spread)
     found, slow = search_tracks(features, draw_track_pairs(store)), looped(features, store)
@@ -51,14 +51,14 @@ def test_searches_are_those_of_the_definition(spread: float, crops: int) -> None
         assert len(found.resampled[name]) == 1000
 
 
-def test_features_that_are_all_alike_find_nobody() -> None:
+def test_equal_features_give_no_true_positive() -> None:
     store = people_store(persons=30, cameras=3, crops=4)
     same = np.tile(people_features(store, spread=1)[:1], (len(store), 1))
     assert search_tracks(same, draw_track_pairs(store)).figures["tpir_at_fpir_0.1"].value == 0
 
 
-def test_few_tracks_say_why_there_is_no_figure() -> None:
+def test_too_few_tracks_give_a_reason_and_no_metric() -> None:
     store = people_store(persons=4, cameras=1, crops=4)
     found = search_tracks(people_features(store, spread=1), draw_track_pairs(store))
     assert not found.figures and set(found.missing) == {"tpir_at_fpir_0.1", "tpir_at_fpir_0.01"}
-    assert "4 tracks of several crops overlap" in found.missing["tpir_at_fpir_0.1"]
+    assert "4 tracks with several crops overlap" in found.missing["tpir_at_fpir_0.1"]

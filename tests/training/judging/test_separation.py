@@ -1,4 +1,4 @@
-"""AUC and true positives at fixed false ones against loops; intervals that know of tracks."""
+"""AUC and true positive rates against loops; confidence intervals over tracks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from resight.training.store.track_pairs import TrackPairs
 
 
 def made_pairs(tracks: int, per_track: int, negatives: int, seed: int) -> TrackPairs:
-    """Random pairs with tracks behind them."""
+    """Random pairs of tracks."""
     rng = np.random.default_rng(seed)
     n = 2 * per_track * tracks
     number = np.repeat(np.arange(tracks), 2 * per_track)
@@ -25,7 +25,7 @@ def made_pairs(tracks: int, per_track: int, negatives: int, seed: int) -> TrackP
 
 
 def people_of(pairs: TrackPairs, *, spread: float, seed: int, steps: int = 0) -> Floats:
-    """One direction a track, and noise; in ``steps`` coarse steps a coordinate, so that similarities tie."""
+    """One direction per track, and noise; coordinates in ``steps`` coarse steps, so that similarities tie."""
     rng = np.random.default_rng(seed)
     rows = rng.normal(size=(pairs.track_count, 6))[pairs.tracks] + spread * rng.normal(size=(len(pairs.tracks), 6))
     if steps:
@@ -34,7 +34,7 @@ def people_of(pairs: TrackPairs, *, spread: float, seed: int, steps: int = 0) ->
 
 
 @pytest.mark.parametrize(("tracks", "negatives", "steps"), [(10, 101, 0), (13, 130, 2), (40, 1003, 2), (11, 3000, 0)])
-def test_figures_are_those_of_the_loops(tracks: int, negatives: int, steps: int) -> None:
+def test_metrics_equal_the_loops(tracks: int, negatives: int, steps: int) -> None:
     pairs = made_pairs(tracks, 1, negatives, seed=tracks)
     features = people_of(pairs, spread=0.7, seed=1, steps=steps)
     positive = pair_similarities(features, pairs.positives).tolist()
@@ -51,7 +51,7 @@ def test_figures_are_those_of_the_loops(tracks: int, negatives: int, steps: int)
 
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("seed", range(6))
-def test_a_resample_is_the_figure_of_pairs_as_often_as_they_weigh(steps: int, seed: int) -> None:
+def test_a_resample_equals_the_metric_of_repeated_pairs(steps: int, seed: int) -> None:
     pairs = made_pairs(12, 2, 150, seed=seed)
     features = people_of(pairs, spread=0.8, seed=seed, steps=steps)
     positive, negative = pair_similarities(features, pairs.positives), pair_similarities(features, pairs.negatives)
@@ -65,7 +65,7 @@ def test_a_resample_is_the_figure_of_pairs_as_often_as_they_weigh(steps: int, se
     assert np.isnan(ranked.figures(np.zeros(len(positive)), light.astype(float), FALSE_SHARES)).all()
 
 
-def test_a_resample_draws_tracks_and_never_pairs() -> None:
+def test_resampling_draws_tracks_not_pairs() -> None:
     pairs = made_pairs(15, 3, 60, seed=2)
     weights = list(separation._resamples(pairs, seed=5))
     again = list(separation._resamples(pairs, seed=5))
@@ -73,12 +73,12 @@ def test_a_resample_draws_tracks_and_never_pairs() -> None:
     for (own, two), (same, too) in zip(weights, again, strict=True):
         assert np.array_equal(own, same) and np.array_equal(two, too)
         times = np.zeros(15)
-        times[pairs.positive_tracks] = own  # all pairs of a track weigh the same
+        times[pairs.positive_tracks] = own  # all pairs of a track have the same weight
         assert np.array_equal(times[pairs.positive_tracks], own) and times.sum() == 15
         assert np.array_equal(times[pairs.negative_tracks].prod(1), two)
 
 
-def test_random_features_tell_nothing_and_perfect_ones_all() -> None:
+def test_random_features_score_half_and_perfect_ones_1() -> None:
     pairs = made_pairs(60, 2, 1500, seed=3)
     chance = separate(people_of(pairs, spread=1e6, seed=1), pairs).figures["auc"]
     assert abs(chance.value - 0.5) < 0.06 and chance.low < 0.5 < chance.high
@@ -86,10 +86,10 @@ def test_random_features_tell_nothing_and_perfect_ones_all() -> None:
     assert [(figure.value, figure.low) for figure in perfect.figures.values()] == [(1, 1)] * 3
     same = separate(np.ones((len(pairs.tracks), 1), np.float32), pairs).figures
     assert (same["auc"].value, same["auc"].low, same["auc"].high) == (0.5, 0.5, 0.5)
-    assert same["tpr_at_fpr_0.1"].value == 0  # no pair is above a threshold all pairs lie at
+    assert same["tpr_at_fpr_0.1"].value == 0  # no pair is above a threshold that equals all pairs
 
 
-def test_more_tracks_leave_less_open_and_more_pairs_of_the_same_tracks_do_not() -> None:
+def test_intervals_shrink_with_more_tracks_not_with_more_pairs() -> None:
     def width(pairs: TrackPairs) -> float:
         figure = separate(people_of(pairs, spread=0.9, seed=4), pairs).figures["auc"]
         assert figure.low <= figure.value <= figure.high
@@ -100,7 +100,7 @@ def test_more_tracks_leave_less_open_and_more_pairs_of_the_same_tracks_do_not() 
     rich, poor = made_pairs(20, 8, 200, seed=1), made_pairs(20, 1, 200, seed=1)
     rng = np.random.default_rng(6)
     sides = rng.normal(size=(20, 1, 1, 6)) + 0.9 * rng.normal(size=(20, 1, 2, 6))
-    rows = np.tile(sides, (1, 8, 1, 1)).reshape(-1, 6)  # the 8 pairs of a track say one thing eight times
+    rows = np.tile(sides, (1, 8, 1, 1)).reshape(-1, 6)  # the 8 pairs of a track are not independent
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     eightfold, single = (
         separate(rows, rich).figures["auc"],
@@ -109,8 +109,8 @@ def test_more_tracks_leave_less_open_and_more_pairs_of_the_same_tracks_do_not() 
     assert eightfold.high - eightfold.low > 0.7 * (single.figures["auc"].high - single.figures["auc"].low)
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
-    """Many sites of one kind: the interval of each against the AUC of all."""
+def test_intervals_have_their_nominal_coverage() -> None:
+    """Many similar sites: the interval of each against the AUC of all."""
     each = []
     for seed in range(40):
         pairs = made_pairs(40, 2, 400, seed=seed)
@@ -124,7 +124,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     ("tracks", "negatives", "reason"),
     [(0, 0, "the store has no tracks"), (9, 500, "9 of 9 tracks have two crops: expected 10 or more")],
 )
-def test_what_cannot_be_measured_is_missing_with_its_reason(tracks: int, negatives: int, reason: str) -> None:
+def test_unmeasurable_metrics_are_missing_with_a_reason(tracks: int, negatives: int, reason: str) -> None:
     if tracks:
         pairs = made_pairs(tracks, 1, negatives, seed=1)
     else:
@@ -135,7 +135,7 @@ def test_what_cannot_be_measured_is_missing_with_its_reason(tracks: int, negativ
     assert set(found.missing.values()) == {reason} and len(found.missing) == 4
 
 
-def test_tracks_that_never_overlap_give_no_figure() -> None:
+def test_tracks_without_overlap_give_no_metric() -> None:
     pairs = made_pairs(30, 1, 200, seed=1)
     kept = (pairs.negative_tracks < 9).all(1)
     few = TrackPairs(

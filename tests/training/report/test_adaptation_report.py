@@ -1,4 +1,4 @@
-"""What the report is told of a finished run: examples chosen by what changed, hits judged by the site's truth."""
+"""The adaptation report of a finished run: examples selected by change, hits labelled by the truth."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ HISTORY = (
 )
 
 
-def answers(site: Site, seed: int) -> ServedResult:
-    """Rankings by chance."""
+def random_results(site: Site, seed: int) -> ServedResult:
+    """Random rankings."""
     query, gallery = evaluation_splits(site)
     rng = np.random.default_rng(seed)
     rankings = [rng.permutation(len(gallery)).tolist() for _ in range(len(query))]
@@ -67,15 +67,15 @@ def outcome(tiny_site: Site, tmp_path_factory: pytest.TempPathFactory) -> DemoRe
         checkpoint=Checkpoint(encoder, provenance),
         features=extract_features(encoder, tiny_site.train, local=False)[0],
         bundle=bundle,
-        before=answers(tiny_site, 1),
-        after=answers(tiny_site, 2),
+        before=random_results(tiny_site, 1),
+        after=random_results(tiny_site, 2),
         log=folder / "log",
         figures={"initial": {"mAP": 20.0, "rank1": 30.0}, "adapted": {"mAP": 31.5, "rank1": 40.0}},
         seconds={"adapt": 3.0},
     )
 
 
-def test_epochs_and_gain_are_those_of_the_run(outcome: DemoResult) -> None:
+def test_the_report_has_the_epochs_and_the_gain_of_the_run(outcome: DemoResult) -> None:
     report = demo_report(outcome)
     assert "+11.5" in report.summary
     assert [(row.stage, row.epoch) for row in report.epochs] == [("teacher", 0), ("student", 0)]
@@ -95,7 +95,7 @@ def test_the_demo_has_every_part_of_an_adaptation_and_more(outcome: DemoResult) 
     assert "240 unlabelled crops from 3 cameras" in alone.summary and alone.notes == []
 
 
-def test_no_truth_no_camera_no_cluster_no_crop_still_make_a_page(outcome: DemoResult) -> None:
+def test_a_page_is_written_without_labels_cameras_clusters_or_crops(outcome: DemoResult) -> None:
     bare = without_persons(outcome.store)
     bare = replace(bare, cameras=np.zeros(len(bare), np.int64), camera_names=("door",), root=bare.root / "gone")
     labels = labels_of(outcome)
@@ -119,7 +119,7 @@ def test_one_call_writes_a_page(outcome: DemoResult, tmp_path: Path) -> None:
     assert not re.search(r"<script|@import|https?://", text)
 
 
-def test_a_log_of_other_crops_or_none_is_refused(outcome: DemoResult, tmp_path: Path) -> None:
+def test_a_missing_log_or_one_of_other_crops_is_rejected(outcome: DemoResult, tmp_path: Path) -> None:
     def write(log: Path) -> None:
         write_adaptation_report(tmp_path / "r.html", outcome.store, outcome.checkpoint, log, title="site")
 
@@ -134,7 +134,7 @@ def test_a_log_of_other_crops_or_none_is_refused(outcome: DemoResult, tmp_path: 
     assert not (tmp_path / "r.html").exists()
 
 
-def test_ranked_lists_are_the_most_helped_first_and_judged_by_truth(outcome: DemoResult) -> None:
+def test_ranked_lists_are_ordered_by_gain_and_labelled_by_the_truth(outcome: DemoResult) -> None:
     query, gallery = evaluation_splits(outcome.site)
     row_of = {query.read(row): row for row in range(len(query))}
     shown = demo_report(outcome).ranked
@@ -154,17 +154,17 @@ def test_ranked_lists_are_the_most_helped_first_and_judged_by_truth(outcome: Dem
 def test_ranking_from_features_equals_the_full_sort(outcome: DemoResult) -> None:
     query, gallery = evaluation_splits(outcome.site)
     encoder = outcome.checkpoint.encoder
-    asked, known = (extract_features(encoder, store, local=False)[0] for store in (query, gallery))
-    found = rank_gallery(query, gallery, asked, known)
-    order = np.argsort(-(asked @ known.T), axis=1, kind="stable")
+    queries, known = (extract_features(encoder, store, local=False)[0] for store in (query, gallery))
+    found = rank_gallery(query, gallery, queries, known)
+    order = np.argsort(-(queries @ known.T), axis=1, kind="stable")
     full = score_rankings(order.tolist(), query.persons, gallery.persons, query.cameras, gallery.cameras)
     assert found.score.mAP == pytest.approx(full.mAP, abs=1e-9)
     for row, (rows, cosines) in enumerate(zip(found.rankings, found.similarities, strict=True)):
-        np.testing.assert_allclose(cosines, np.sort(known @ asked[row])[::-1][:HITS], atol=1e-6)
-        np.testing.assert_allclose(known[rows] @ asked[row], cosines, atol=1e-6)
+        np.testing.assert_allclose(cosines, np.sort(known @ queries[row])[::-1][:HITS], atol=1e-6)
+        np.testing.assert_allclose(known[rows] @ queries[row], cosines, atol=1e-6)
 
 
-def test_hits_nobody_knows_are_junk_and_damaged_ones_are_left_out(outcome: DemoResult, tmp_path: Path) -> None:
+def test_unknown_hits_are_junk_and_damaged_ones_are_omitted(outcome: DemoResult, tmp_path: Path) -> None:
     query, gallery = evaluation_splits(outcome.site)
     shutil.copytree(gallery.root, tmp_path / "site")
     persons = gallery.persons.copy()
@@ -173,8 +173,8 @@ def test_hits_nobody_knows_are_junk_and_damaged_ones_are_left_out(outcome: DemoR
     gallery = replace(gallery, root=tmp_path / "site", persons=persons)
     (gallery.root / gallery.paths[first[0]]).unlink()
     score = replace(outcome.after.score, average_precision=np.eye(1, len(query))[0])
-    album = Thumbnails()
-    [shown, *_] = ranked_lists(query, gallery, outcome.before, replace(outcome.after, score=score), album)
+    thumbnails = Thumbnails()
+    [shown, *_] = ranked_lists(query, gallery, outcome.before, replace(outcome.after, score=score), thumbnails)
     assert shown.query.image == query.read(0)
     assert len(shown.after) == HITS - 1 and shown.after[0].verdict == "junk"
-    assert "cannot be read" in album.notes[0]
+    assert "cannot be read" in thumbnails.notes[0]

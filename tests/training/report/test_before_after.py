@@ -23,7 +23,7 @@ def test_both_models_are_scored_on_the_sites_query_and_gallery(tiny_site: Site) 
         assert figures == pytest.approx(expected)
 
 
-def test_a_site_that_cannot_be_measured_has_no_figures(tiny_site: Site) -> None:
+def test_a_site_that_cannot_be_evaluated_has_no_scores(tiny_site: Site) -> None:
     one = random_encoder(1)
     assert (
         measure_before_after(dataclasses.replace(tiny_site, query=None, gallery=None), one, one, device="cpu") is None

@@ -1,4 +1,4 @@
-"""Figures of the history as charts: known ones in their groups, unknown ones drawn all the same."""
+"""Metrics of the history as charts: known ones in groups, unknown ones alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def history() -> list[dict[str, Any]]:
     return rows
 
 
-def test_figures_meet_in_their_groups_and_unknown_ones_stand_alone() -> None:
+def test_metrics_are_grouped_and_unknown_ones_are_alone() -> None:
     found = {group.title: names for group, names in figures_by_group(epoch_rows(history())).items()}
     assert found["Loss"] == ["loss", "loss_offline", "relation", "guidance"]
     assert found["Cameras per cluster"] == ["cameras_per_cluster", "chance_cameras_per_cluster"]
@@ -37,14 +37,14 @@ def test_figures_meet_in_their_groups_and_unknown_ones_stand_alone() -> None:
     assert not {"note", "nothing", "flag", "broken", "shape", "epoch", "stage"} & set(names)
 
 
-def test_a_term_that_is_zero_all_through_a_stage_is_not_there() -> None:
+def test_a_loss_term_that_is_always_zero_is_omitted() -> None:
     rows = epoch_rows(history())
     assert ["guidance" in row.figures for row in rows] == [False] * 3 + [True] * 3
     zeros = epoch_rows([{"stage": "teacher", "epoch": 0, "outlier_share": 0.0, "loss": 0.0}])
-    assert zeros[0].figures == {"outlier_share": 0.0}  # a share of 0 is a finding, a loss of 0 is none
+    assert zeros[0].figures == {"outlier_share": 0.0}  # a share of 0 is meaningful, a loss of 0 is not
 
 
-def test_a_constant_figure_is_listed_instead_of_drawn() -> None:
+def test_constant_metrics_are_listed_instead_of_drawn() -> None:
     rows = epoch_rows(history())
     assert constant_figures(rows) == {"eps": "0.5"}
     assert "Clustering radius eps" not in [chart.title for chart in epoch_charts(rows)]

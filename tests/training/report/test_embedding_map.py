@@ -1,4 +1,4 @@
-"""The map: which crops, where they lie, how they are drawn, and colours that everybody can see."""
+"""The map: selection of crops, projection, drawing, and contrast of the colours."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from resight.training.store.datasets import Site
 
 
 def groups(count: int, each: int, *, dim: int = 24, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Features of well-separated groups, and whose each is."""
+    """Features of well-separated groups, and the group of each."""
     rng = np.random.default_rng(seed)
     owner = np.repeat(np.arange(count), each)
     features = rng.normal(size=(count, dim))[owner] + 0.1 * rng.normal(size=(count * each, dim))
     return (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32), owner
 
 
-def test_small_stores_are_shown_whole() -> None:
+def test_small_stores_are_shown_completely() -> None:
     assert choose_rows(np.array([0, -1, 1]), 3).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_chosen_clusters_are_whole_and_of_all_sizes(seed: int) -> None:
+def test_selected_clusters_are_whole_and_of_all_sizes(seed: int) -> None:
     rng = np.random.default_rng(seed)
     sizes = rng.integers(2, 60, 150)
     labels = np.concatenate([np.repeat(np.arange(150), sizes), np.full(900, -1)])
@@ -53,7 +53,7 @@ def test_chosen_clusters_are_whole_and_of_all_sizes(seed: int) -> None:
     assert len(rows) > 400
 
 
-def test_one_giant_cluster_is_thinned() -> None:
+def test_one_giant_cluster_is_subsampled() -> None:
     labels = np.zeros(5000, np.int64)
     labels[:1000] = -1
     rows = choose_rows(labels, 200)
@@ -61,7 +61,7 @@ def test_one_giant_cluster_is_thinned() -> None:
     assert len(choose_rows(np.full(5000, -1), 200)) == 200
 
 
-def test_neighbours_stay_neighbours_and_the_same_features_give_the_same_map() -> None:
+def test_the_map_keeps_neighbours_and_is_deterministic() -> None:
     features, owner = groups(6, 20)
     places = project(features)
     assert places.dtype == np.float32 and places.shape == (120, 2)
@@ -73,7 +73,7 @@ def test_neighbours_stay_neighbours_and_the_same_features_give_the_same_map() ->
 
 
 @pytest.mark.parametrize("count, dim", [(MIN_CROPS, 1), (MIN_CROPS, 3), (31, 2), (12, 200)])
-def test_awkward_sizes_are_laid_out(count: int, dim: int) -> None:
+def test_unusual_sizes_are_projected(count: int, dim: int) -> None:
     features, _ = groups(count, 1, dim=dim)
     if dim == 1:
         features = np.where(np.arange(count)[:, None] % 2, 1, -1).astype(np.float32)
@@ -81,7 +81,7 @@ def test_awkward_sizes_are_laid_out(count: int, dim: int) -> None:
     assert places.shape == (count, 2) and np.isfinite(places).all()
 
 
-def test_nothing_to_see_gives_no_map(tiny_site: Site) -> None:
+def test_too_few_or_equal_features_give_no_map(tiny_site: Site) -> None:
     store = without_persons(tiny_site.train)
     same = np.tile(np.eye(1, 8, dtype=np.float32), (len(store), 1))
     assert map_features(store, np.zeros(len(store), np.int64), same) is None
@@ -89,10 +89,10 @@ def test_nothing_to_see_gives_no_map(tiny_site: Site) -> None:
     assert map_features(few, np.zeros(MIN_CROPS - 1, np.int64), groups(MIN_CROPS - 1, 1)[0]) is None
 
 
-def test_camera_affinity_tells_bias_from_none() -> None:
+def test_camera_affinity_detects_bias() -> None:
     features, owner = groups(8, 30)
     rng = np.random.default_rng(2)
-    biased = camera_affinity(features, owner % 4)  # each island is of one camera
+    biased = camera_affinity(features, owner % 4)  # each group is from one camera
     mixed = camera_affinity(features, rng.integers(0, 4, len(owner)))
     assert biased is not None and mixed is not None
     assert biased[0] > 0.99 and mixed[0] == pytest.approx(mixed[1], abs=0.05)
@@ -124,7 +124,7 @@ def test_every_crop_is_marked_once_in_each_panel() -> None:
     assert "40%" in by_camera.hint
 
 
-def test_one_camera_or_outliers_alone_can_be_drawn() -> None:
+def test_a_map_of_one_camera_or_only_outliers_is_drawn() -> None:
     alone = shown(np.full(20, -1), np.zeros(20, np.int64), ["door"])
     [panel] = map_panels(replace(alone, own_camera=None, own_camera_chance=None))
     assert marks(panel.svg) == {"outliers, 20 crops": 20}
@@ -140,7 +140,7 @@ def bytes_of(colour: str) -> list[float]:
     return [value / 255 for value in bytes.fromhex(colour)]
 
 
-def test_marks_stand_out_from_the_card_in_light_and_dark() -> None:
+def test_marks_have_enough_contrast_in_light_and_dark() -> None:
     style = Path(resight.training.report.adaptation.__file__).with_name("page.css.j2").read_text()
     blocks = re.findall(r":root \{(.*?)\n *\}", style, re.DOTALL)
     assert len(blocks) == 2

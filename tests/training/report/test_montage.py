@@ -1,4 +1,4 @@
-"""Clusters chosen without labels: the measure against a loop, the choice, and crops that cannot be read."""
+"""Sample clusters: tightness against a loop, their selection, and crops that cannot be read."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def silhouette_by_loops(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def test_tightness_equals_loops(seed: int, clusters: int) -> None:
     rng = np.random.default_rng(seed)
     labels = rng.integers(-1, clusters, 83)
-    labels[labels == 3] = 4  # a number nobody has, where there are so many
+    labels[labels == 3] = 4  # an unused label, if there are so many
     features = unit(rng.normal(size=(clusters, 19))[labels] + rng.normal(size=(83, 19)))
     held = tightness(features, labels)
     expected = silhouette_by_loops(features, labels)
@@ -59,31 +59,31 @@ def test_tightness_equals_loops(seed: int, clusters: int) -> None:
         assert np.isnan(mean) if not len(members) else mean == pytest.approx(members.mean(), abs=1e-5)
 
 
-def test_without_clusters_nothing_is_held() -> None:
+def test_without_clusters_tightness_is_zero() -> None:
     held = tightness(unit(np.ones((5, 3))), np.full(5, -1))
     assert held.crops.tolist() == [0] * 5 and len(held.clusters) == 0
 
 
-def test_cameras_are_counted_and_weighed() -> None:
+def test_cameras_are_counted_and_weighted() -> None:
     labels = np.array([0, 0, 0, 0, 1, 1, -1, 2])
     cameras = np.array([5, 5, 9, 9, 5, 5, 9, 7])
     np.testing.assert_allclose(camera_counts(labels, cameras), [[2, 2], [1, 1], [1, 1]])
 
 
 def site_features(store: CropStore, noise: float) -> np.ndarray:
-    """As if the model knew everybody, people of higher number worse and worse."""
+    """Features of a good model, with more noise for persons of higher number."""
     rng = np.random.default_rng(1)
     centres = rng.normal(size=(store.persons.max() + 1, 32))
     spread = noise * (1 + store.persons)[:, None]
     return unit(centres[store.persons] + spread * rng.normal(size=(len(store), 32)))
 
 
-def test_best_worst_and_most_seen_are_what_they_say(tiny_site: Site) -> None:
+def test_groups_contain_the_tightest_loosest_and_most_seen_clusters(tiny_site: Site) -> None:
     store = tiny_site.train
     labels, features = store.persons - 1, site_features(store, 0.1)
     labels = np.where((labels == 5) & (store.cameras == 2), -1, labels)  # all but this one are seen by 3 cameras
-    album = Thumbnails()
-    best, worst, diverse = cluster_groups(store, labels, features, album)
+    thumbnails = Thumbnails()
+    best, worst, diverse = cluster_groups(store, labels, features, thumbnails)
     assert [group.title for group in (best, worst, diverse)] == [TIGHTEST.title, LOOSEST.title, MOST_CAMERAS.title]
     scores = tightness(features, labels).clusters
     assert [cluster.label for cluster in best.clusters] == np.argsort(-scores)[:CLUSTERS_SHOWN].tolist()
@@ -95,10 +95,10 @@ def test_best_worst_and_most_seen_are_what_they_say(tiny_site: Site) -> None:
         assert {crop.image for crop in cluster.crops} <= {store.read(int(row)) for row in rows}
     shown = [crop.camera for crop in diverse.clusters[0].crops]
     assert shown == sorted(shown) and set(shown) == set(store.camera_names)
-    assert album.notes == []
+    assert thumbnails.notes == []
 
 
-def test_few_clusters_are_all_shown_and_none_is_no_error(tiny_site: Site) -> None:
+def test_few_or_no_clusters_are_handled(tiny_site: Site) -> None:
     store = without_persons(tiny_site.train)
     features = site_features(tiny_site.train, 0.1)
     few = np.where(tiny_site.train.persons <= 3, tiny_site.train.persons - 1, -1)
@@ -108,13 +108,13 @@ def test_few_clusters_are_all_shown_and_none_is_no_error(tiny_site: Site) -> Non
     assert cluster_groups(store, np.full(len(store), -1), features, Thumbnails()) == []
 
 
-def test_one_camera_leaves_the_camera_group_out(tiny_site: Site) -> None:
+def test_one_camera_omits_the_camera_group(tiny_site: Site) -> None:
     store = tiny_site.train.subset(np.flatnonzero(tiny_site.train.cameras == 1))
     groups = cluster_groups(store, store.persons - 1, site_features(store, 0.1), Thumbnails())
     assert [group.title for group in groups] == [TIGHTEST.title, LOOSEST.title]
 
 
-def test_damaged_crops_are_left_out_and_told(tiny_site: Site, tmp_path: Path) -> None:
+def test_damaged_crops_are_omitted_and_noted(tiny_site: Site, tmp_path: Path) -> None:
     shutil.copytree(tiny_site.root, tmp_path / "site")
     source = tiny_site.train
     store = CropStore(
@@ -128,14 +128,14 @@ def test_damaged_crops_are_left_out_and_told(tiny_site: Site, tmp_path: Path) ->
     )
     (store.root / store.paths[0]).unlink()
     (store.root / store.paths[1]).write_bytes(b"no image")
-    album = Thumbnails()
-    found = album.crops(store, [0, 1, 2, 0])
+    thumbnails = Thumbnails()
+    found = thumbnails.crops(store, [0, 1, 2, 0])
     assert [crop.image for crop in found] == [store.read(2)]
-    [note] = album.notes
-    assert note.startswith("2 chosen crops") and store.paths[0] in note
+    [note] = thumbnails.notes
+    assert note.startswith("2 selected crops") and store.paths[0] in note
 
 
-def test_large_crops_are_made_small_and_keep_their_shape(tmp_path: Path) -> None:
+def test_large_crops_are_shrunk_and_keep_their_aspect_ratio(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (1200, 500, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "large.png")
     one = np.zeros(1, np.int64)

@@ -17,7 +17,7 @@ HOSTILE = '<script>alert("x")</script>'
 
 
 class Page(HTMLParser):
-    """Open tags, and everything the page would load."""
+    """Open tags, and all resources that the page would load."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def full() -> AdaptationReport:
 @pytest.mark.parametrize(
     "report", [full(), AdaptationReport("empty"), AdaptationReport("half", before={"mAP": 1.0}, clusters=[])]
 )
-def test_the_page_is_well_formed_and_loads_nothing(report: AdaptationReport) -> None:
+def test_the_page_is_well_formed_and_loads_no_resources(report: AdaptationReport) -> None:
     page = Page()
     page.feed(render(report))
     assert page.open == []

@@ -1,4 +1,4 @@
-"""The page and the picture of tracks."""
+"""The track sheet as a page and as an image."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ def test_a_page_shows_each_track_in_a_row(store: CropStore, tmp_path: Path) -> N
     assert "2026-03-01 22:00:00+00:00" in page and "http" not in re.sub(r"http-equiv", "", page)
 
 
-def test_a_picture_shows_them_below_each_other(store: CropStore, tmp_path: Path) -> None:
+def test_an_image_shows_tracks_below_each_other(store: CropStore, tmp_path: Path) -> None:
     assert write_sheet(tmp_path / "t.jpg", store, title="") == 3
     with Image.open(tmp_path / "t.jpg") as image:
         assert image.size == (CROPS_SHOWN * (TILE.width + GAP) + GAP, 3 * (TILE.height + GAP) + GAP)
         pixels = np.asarray(image).astype(int)
     last = pixels[GAP + 2 * (TILE.height + GAP) :, :]
-    assert np.abs(last[20:100, GAP + TILE.width + 32 :] - 128).max() < 12  # one crop, grey beside it
+    assert np.abs(last[20:100, GAP + TILE.width + 32 :] - 128).max() < 12  # one crop, grey next to it
 
 
-def test_of_many_tracks_some_are_shown_evenly(tmp_path: Path) -> None:
+def test_many_tracks_are_sampled_evenly(tmp_path: Path) -> None:
     made = GrowingStore(tmp_path / "s")
     made.add([NewTrack("door", [NewCrop(f"{track}.jpg", jpeg(track), float(track))]) for track in range(3 * MAX_ROWS)])
     assert write_sheet(tmp_path / "t.html", open_store(tmp_path / "s")["train"], title="many") == MAX_ROWS
@@ -64,12 +64,12 @@ def test_of_many_tracks_some_are_shown_evenly(tmp_path: Path) -> None:
     assert shown[0] == 0 and shown[-1] == 3 * MAX_ROWS - 1 and max(np.diff(shown)) <= 4
 
 
-def test_a_crop_that_is_gone_is_told_on_the_page(store: CropStore, tmp_path: Path) -> None:
+def test_a_missing_crop_is_noted_on_the_page(store: CropStore, tmp_path: Path) -> None:
     (store.root / "t0" / "1.jpg").unlink()
     write_sheet(tmp_path / "t.html", store, title="")
-    assert "1 chosen crops cannot be read" in (tmp_path / "t.html").read_text()
+    assert "1 selected crops cannot be read" in (tmp_path / "t.html").read_text()
 
 
-def test_other_suffixes_are_refused(store: CropStore, tmp_path: Path) -> None:
+def test_other_suffixes_are_rejected(store: CropStore, tmp_path: Path) -> None:
     with pytest.raises(FootageError, match=r"expected a name that ends in \.html"):
         write_sheet(tmp_path / "t.png", store, title="")

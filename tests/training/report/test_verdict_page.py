@@ -1,4 +1,4 @@
-"""The drawings of a verdict, read back from their SVG."""
+"""The drawings of a verdict, parsed from their SVG."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from resight.training.judging.separation import Estimate
 from resight.training.report.verdict import draw_forest, draw_similarities
 
 
-def test_a_forest_has_a_line_for_each_figure_in_the_colour_of_its_direction() -> None:
+def test_a_forest_plot_has_a_row_per_metric_coloured_by_direction() -> None:
     changes = {
         "auc": Estimate(0.02, 0.01, 0.03), "reference.auc": Estimate(-0.02, -0.03, -0.01),
         "cameras.<b>.auc": Estimate(0.0, -0.01, 0.01),
@@ -32,7 +32,7 @@ def test_a_forest_has_a_line_for_each_figure_in_the_colour_of_its_direction() ->
     assert "cameras.<b>.auc" in [text.text for text in ElementTree.fromstring(drawn).iter("text")]
 
 
-def test_a_forest_of_no_change_can_be_drawn() -> None:
+def test_a_forest_plot_without_changes_is_drawn() -> None:
     assert list(titled_groups(draw_forest({"auc": Estimate(0.0, 0.0, 0.0)}))) == ["auc: +0.0000, +0.0000 to +0.0000"]
 
 
@@ -54,7 +54,7 @@ def test_histograms_share_an_axis_and_have_their_peaks_where_the_pairs_are() -> 
     assert peaks[0] == peaks[3] > peaks[1] == peaks[2]
 
 
-def test_both_models_meet_the_same_crops_in_turns_at_their_own_size() -> None:
+def test_both_models_are_timed_alternately_on_the_same_crops() -> None:
     seen: list[tuple[str, tuple[int, ...]]] = []
 
     def model(name: str, side: int, work: int) -> tuple[ImageSpec, object]:

@@ -36,7 +36,7 @@ def save(path: Path, seed: int = 0, size: tuple[int, int] = (32, 64)) -> None:
 
 
 def make(root: Path, names: Sequence[str] = ("a.jpg", "b/c.jpg", "d.jpg", "e.jpg")) -> CropStore:
-    """A store of four crops whose rows are all unlike each other."""
+    """A store of crops whose rows all differ."""
     for seed, name in enumerate(names):
         save(root / name, seed)
     count = len(names)
@@ -52,12 +52,12 @@ def make(root: Path, names: Sequence[str] = ("a.jpg", "b/c.jpg", "d.jpg", "e.jpg
 
 
 def rewrite(root: Path, change: dict[str, pa.Array], *, metadata: dict[bytes, bytes] | None = None) -> None:
-    """Replace columns of an index behind the writer's back."""
+    """Replace columns of an index directly in the file."""
     table = pq.read_table(root / INDEX_FILE)
-    kept = table.schema.metadata
+    old_metadata = table.schema.metadata
     for name, column in change.items():
         table = table.set_column(table.schema.get_field_index(name), name, column)
-    pq.write_table(table.replace_schema_metadata(kept if metadata is None else metadata), root / INDEX_FILE)
+    pq.write_table(table.replace_schema_metadata(old_metadata if metadata is None else metadata), root / INDEX_FILE)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_what_is_written_is_read_in_order(root: Path) -> None:
+def test_a_written_store_is_read_in_order(root: Path) -> None:
     splits = open_store(root)
     train, query, gallery = splits["train"], splits["query"], splits["gallery"]
     assert is_store(root) and list(splits) == ["train", "query", "gallery"]
@@ -114,7 +114,7 @@ def test_a_subset_keeps_order_repeats_and_camera_numbers(tmp_path: Path) -> None
     assert len(store.subset([])) == 0 and not store.subset([]).has_persons
 
 
-def test_the_fingerprint_follows_the_content_not_the_place(
+def test_the_fingerprint_depends_on_content_and_not_on_the_folder(
     root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     copy = tmp_path_factory.mktemp("elsewhere") / "copy"
@@ -143,7 +143,7 @@ def test_a_new_index_replaces_the_old_one_and_leaves_nothing_else(root: Path) ->
 
 
 @pytest.mark.parametrize("splits", [["train"] * 3, ["train", "train", "train", "test"], []])
-def test_writing_refuses_splits_it_does_not_know(tmp_path: Path, splits: list[str]) -> None:
+def test_writing_refuses_unknown_splits(tmp_path: Path, splits: list[str]) -> None:
     with pytest.raises(StoreError, match="expected one of train, query, gallery for each of 4"):
         write_store(tmp_path, make(tmp_path), splits)
     assert not is_store(tmp_path)
@@ -184,7 +184,7 @@ def test_paths_out_of_the_store_are_refused_in_an_index(root: Path, path: str) -
         {"paths": ("a.jpg",)},
     ],
 )
-def test_columns_that_make_no_sense_are_refused(tmp_path: Path, change: dict[str, object]) -> None:
+def test_invalid_columns_are_refused(tmp_path: Path, change: dict[str, object]) -> None:
     with pytest.raises(StoreError):
         replace(make(tmp_path), **change)
 
@@ -212,7 +212,7 @@ def test_a_column_of_another_type_is_named(root: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["path", "camera", "split"])
-def test_a_null_where_none_may_be_is_refused(root: Path, name: str) -> None:
+def test_a_null_in_a_required_column_is_refused(root: Path, name: str) -> None:
     rewrite(root, {name: pa.array(["train", "train", "train", None])})
     with pytest.raises(StoreError, match=f"column {name} must be string without nulls.*1 nulls"):
         open_store(root)
@@ -224,7 +224,7 @@ def test_an_unknown_split_is_named(root: Path) -> None:
         open_store(root)
 
 
-def test_further_columns_are_passed_over(root: Path) -> None:
+def test_additional_columns_are_ignored(root: Path) -> None:
     table = pq.read_table(root / INDEX_FILE)
     pq.write_table(table.append_column("note", pa.array(["x"] * 4)), root / INDEX_FILE)
     assert len(open_store(root)["train"]) == 2
@@ -239,7 +239,7 @@ def test_damage_is_refused_and_never_another_error(root: Path) -> None:
         bad[rng.integers(len(bad))] ^= int(rng.integers(1, 256))
         (root / INDEX_FILE).write_bytes(bytes(bad))
         try:
-            open_store(root)  # a byte nobody reads may change: Parquet's footer has some
+            open_store(root)  # some bytes of Parquet's footer are not read
         except StoreError:
             refused += 1
     assert refused > 75
@@ -249,7 +249,7 @@ def test_damage_is_refused_and_never_another_error(root: Path) -> None:
             open_store(root)
 
 
-def test_no_index_is_no_store(tmp_path: Path) -> None:
+def test_a_folder_without_index_is_no_store(tmp_path: Path) -> None:
     assert not is_store(tmp_path)
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(StoreError, match=r"is not a crop store: index\.parquet is missing"):
@@ -291,14 +291,14 @@ def test_a_store_may_itself_be_reached_by_a_link(root: Path, tmp_path_factory: p
     assert open_store(link)["train"].read(0) == (root / "a.jpg").read_bytes()
 
 
-def test_what_is_no_regular_file_is_refused_at_once(root: Path) -> None:
+def test_files_that_are_not_regular_are_refused(root: Path) -> None:
     store = open_store(root)["train"]
     (root / "a.jpg").unlink()
     os.mkfifo(root / "a.jpg")
     (root / "e.jpg").unlink()
     (root / "e.jpg").mkdir()
     for row in (0, 1):
-        with pytest.raises(StoreError, match="no regular file"):
+        with pytest.raises(StoreError, match="not a regular file"):
             store.read(row)
     (root / "a.jpg").unlink()
     (root / "a.jpg").symlink_to("a.jpg")
@@ -320,7 +320,7 @@ REASONS = (
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> CropStore:
-    """Good crops between bad ones of every kind."""
+    """Good crops and bad ones of every kind."""
     root = tmp_path_factory.mktemp("damaged")
     save(root / "good0.jpg", 1)
     save(root / "good1.jpg", 2)
@@ -346,7 +346,7 @@ def test_every_unusable_crop_is_reported_with_its_reason(damaged: CropStore) -> 
         assert expected in reason
 
 
-def test_unusable_crops_are_left_out_loudly(damaged: CropStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_unusable_crops_are_skipped_and_logged(damaged: CropStore, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         left = usable_crops(damaged)
     assert left.paths == ("good0.jpg", "good1.jpg")
@@ -355,7 +355,7 @@ def test_unusable_crops_are_left_out_loudly(damaged: CropStore, caplog: pytest.L
         assert name in record.getMessage() and reason in record.getMessage()
 
 
-def test_a_sound_store_stays_whole_and_silent(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_valid_store_is_unchanged_and_nothing_is_logged(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = open_store(root)["train"]
     assert usable_crops(store).paths == store.paths and not caplog.records
 

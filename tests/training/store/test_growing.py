@@ -1,4 +1,4 @@
-"""A store that grows: tracks whole and numbered once, files and rows in step, other folders left alone."""
+"""Growing store: complete tracks with unique numbers, consistent files and rows, other folders unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def track(name: str, count: int = 2, *, camera: str = "door", **more) -> NewTrac
     return NewTrack(camera, crops, **more)
 
 
-def test_tracks_are_added_whole_and_numbered_on(tmp_path: Path) -> None:
+def test_tracks_are_added_completely_and_numbered_consecutively(tmp_path: Path) -> None:
     store = GrowingStore(tmp_path / "s")
     assert store.add([]) == [] and open_store(tmp_path / "s") == {}
     assert store.add([track("a"), track("b", 3, camera="hall")]) == [0, 1]
@@ -29,7 +29,7 @@ def test_tracks_are_added_whole_and_numbered_on(tmp_path: Path) -> None:
     assert found.read(2) == jpeg(1, 0) and found.times_s[3] == 11.0
 
 
-def test_crops_leave_with_their_files_and_strays_are_swept(tmp_path: Path) -> None:
+def test_crops_are_removed_with_their_files_and_unlisted_files_are_swept(tmp_path: Path) -> None:
     store = GrowingStore(tmp_path)
     store.add([track("a"), track("b")])
     assert store.remove(lambda path: "/a/" in path) == 2
@@ -43,23 +43,23 @@ def test_crops_leave_with_their_files_and_strays_are_swept(tmp_path: Path) -> No
     assert store.rows("crops/door/b")[1] | {"path": ""} == {"path": "", "camera": "door", "time_s": 11.0, "track": 1}
 
 
-def test_folders_of_other_things_are_left_alone(tmp_path: Path) -> None:
+def test_other_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("chapter 1")
     with pytest.raises(StoreError, match="is not a crop store and not empty"):
         GrowingStore(tmp_path)
-    with pytest.raises(StoreError, match="holds other things"):
+    with pytest.raises(StoreError, match="is not a crop store"):
         GrowingStore(tmp_path / "thesis.txt")
 
 
 @pytest.mark.parametrize("path", ["../a.jpg", "/a.jpg", "crops/../../a.jpg"])
-def test_paths_stay_within(tmp_path: Path, path: str) -> None:
+def test_paths_outside_the_store_are_refused(tmp_path: Path, path: str) -> None:
     store = GrowingStore(tmp_path / "s")
     with pytest.raises(StoreError, match="leaves the store"):
         store.add([NewTrack("door", [NewCrop(path, b"x", None)])])
     assert not (tmp_path / "a.jpg").exists()
 
 
-def test_a_damaged_index_is_told_and_nothing_is_written(tmp_path: Path) -> None:
+def test_a_damaged_index_is_an_error_and_nothing_is_written(tmp_path: Path) -> None:
     store = GrowingStore(tmp_path)
     store.add([track("a")])
     (tmp_path / "index.parquet").write_bytes(b"no table")

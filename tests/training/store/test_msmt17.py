@@ -1,4 +1,4 @@
-"""MSMT17's own packing, folders and lists drawn here."""
+"""MSMT17 in its original layout, with generated folders and lists."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_both_versions_are_read_train_and_val_as_one(tmp_path: Path, folders: tu
     assert site.train.read(0)[:2] == b"\xff\xd8"
 
 
-def test_without_query_and_gallery_there_is_still_something_to_adapt_to(tmp_path: Path) -> None:
+def test_query_and_gallery_are_optional(tmp_path: Path) -> None:
     root = pack(tmp_path)
     (root / "list_query.txt").unlink()
     (root / "list_gallery.txt").unlink()
@@ -54,7 +54,7 @@ def test_without_query_and_gallery_there_is_still_something_to_adapt_to(tmp_path
 @pytest.mark.parametrize(
     "line", ["0000/0000_000_01_x.jpg", "0000/0000_000_01_x.jpg zero", "0000/nobody.jpg 0", "0000/0_1_1_x.txt 0"]
 )
-def test_a_line_that_tells_too_little_is_named(tmp_path: Path, line: str) -> None:
+def test_an_incomplete_line_is_named(tmp_path: Path, line: str) -> None:
     root = pack(tmp_path)
     (root / "list_train.txt").write_text(LINES["list_train.txt"][0] + "\n" + line + "\n")
     with pytest.raises(SiteError, match="line 2: expected"):

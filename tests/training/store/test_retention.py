@@ -1,4 +1,4 @@
-"""Retention: rows, files and links go together, and a purge that was killed is finished by the next."""
+"""Retention: rows, files and links are removed together, and the next purge completes an interrupted one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def files(root: Path) -> set[str]:
     return {path.relative_to(root).as_posix() for path in root.rglob("*.jpg")}
 
 
-def test_old_crops_go_with_files_and_links_and_the_rest_stays(root: Path) -> None:
+def test_old_crops_are_removed_with_files_and_links(root: Path) -> None:
     before = open_all_splits(root)
     old = before.times_s < end_of(0)
     assert purge(root, end_of(0)) == int(old.sum()) == 10
@@ -55,7 +55,7 @@ def test_old_crops_go_with_files_and_links_and_the_rest_stays(root: Path) -> Non
     assert purge(root, end_of(5)) == 0 and purge(root.parent / "nowhere", end_of(5)) == 0
 
 
-def test_what_left_the_source_leaves_the_reference(root: Path, tmp_path: Path) -> None:
+def test_crops_removed_from_the_source_are_removed_from_the_reference(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root, tmp_path / "reference")
     erased = open_all_splits(root).paths[3]
     GrowingStore(root).remove(lambda path: path == erased)
@@ -65,14 +65,14 @@ def test_what_left_the_source_leaves_the_reference(root: Path, tmp_path: Path) -
     assert erased not in open_all_splits(tmp_path / "reference").paths and erased not in files(tmp_path / "reference")
 
 
-def test_files_outlive_in_stores_that_share_them(root: Path, tmp_path: Path) -> None:
+def test_files_remain_in_stores_that_share_them(root: Path, tmp_path: Path) -> None:
     path = open_all_splits(root).paths[0]
     os.link(root / path, tmp_path / "shared.jpg")
     purge(root, end_of(5))
     assert (tmp_path / "shared.jpg").stat().st_size > 0
 
 
-def test_crops_without_a_time_go_by_their_files(tmp_path: Path) -> None:
+def test_crops_without_a_time_use_the_time_of_their_file(tmp_path: Path) -> None:
     store = GrowingStore(tmp_path)
     store.add([NewTrack("door", [NewCrop("crops/old.jpg", b"x", None), NewCrop("crops/new.jpg", b"x", None)])])
     os.utime(tmp_path / "crops" / "old.jpg", (end_of(0), end_of(0)))
@@ -80,7 +80,7 @@ def test_crops_without_a_time_go_by_their_files(tmp_path: Path) -> None:
 
 
 def die_at(step: int, root: Path) -> None:
-    """Purge in a child that kills itself before its n-th change to a name on the disk."""
+    """Purge in a child process that kills itself before its n-th file system change."""
     child = os.fork()
     if child:
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -102,7 +102,7 @@ def die_at(step: int, root: Path) -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5, 12, 15])
-def test_a_kill_at_any_step_leaves_what_the_next_purge_finishes(root: Path, steps: int) -> None:
+def test_the_next_purge_completes_one_killed_at_any_step(root: Path, steps: int) -> None:
     whole = open_all_splits(root)
     young = {path for path, time_s in zip(whole.paths, whole.times_s, strict=True) if time_s > end_of(0)}
     die_at(steps, root)
@@ -111,7 +111,7 @@ def test_a_kill_at_any_step_leaves_what_the_next_purge_finishes(root: Path, step
     assert set(open_all_splits(root).paths) == young == files(root) and not (root / PURGE_FILE).exists()
 
 
-def test_a_list_that_is_damaged_or_leads_out_is_refused(root: Path, tmp_path: Path) -> None:
+def test_a_purge_list_that_is_damaged_or_leaves_the_store_is_refused(root: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.jpg").write_bytes(b"x")
     (root / PURGE_FILE).write_text(json.dumps(["../mine.jpg"]))
     with pytest.raises(StoreError, match="leaves the store"):

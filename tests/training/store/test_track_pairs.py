@@ -1,4 +1,4 @@
-"""Pairs of certain truth: all of them against loops, and fair draws of them."""
+"""Pairs with certain labels against loop implementations, and even sampling."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def drawn_track_pairs(store: CropStore, pairs: TrackPairs) -> set[frozenset[tupl
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("n", [1, 2, 7, 61])
-def test_all_pairs_are_those_of_the_loops(n: int, seed: int) -> None:
+def test_all_pairs_equal_the_loop_implementation(n: int, seed: int) -> None:
     store = random_store(n, seed)
     pairs = draw_track_pairs(store, seed=seed)
     assert {tuple(pair) for pair in pairs.positives.tolist()} == positive_pairs(store)
@@ -31,7 +31,7 @@ def test_all_pairs_are_those_of_the_loops(n: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_negatives_are_taken_while_both_are_there_and_near_in_time(seed: int) -> None:
+def test_negatives_are_simultaneous_and_nearest_in_time(seed: int) -> None:
     store = random_store(83, seed)
     rows = tracks_of(store)
     seen = set()
@@ -44,17 +44,17 @@ def test_negatives_are_taken_while_both_are_there_and_near_in_time(seed: int) ->
         seen.add((one, other))
 
 
-def test_each_crop_of_the_later_track_is_used_once_a_partner() -> None:
+def test_each_crop_of_the_later_track_is_used_once_per_partner() -> None:
     store = store_of([0] * 7, [1, 1, 1, 2, 2, 2, 2], [0, 4, 8, 3, 5, 8, 9])
-    assert draw_track_pairs(store).negatives.tolist() == [[1, 3], [1, 4], [2, 5]]  # not the one of second 9
+    assert draw_track_pairs(store).negatives.tolist() == [[1, 3], [1, 4], [2, 5]]  # not the one at 9 s
 
 
 @pytest.mark.parametrize(
     ("times_s", "certain"),
     [
-        ([0, 5, 5, 9], False),  # one ends when the other begins: perhaps one person, lost and found
+        ([0, 5, 5, 9], False),  # one ends when the other begins: perhaps one person, lost and found again
         ([0, 5, 4.9, 9], True),
-        ([0, 5, 3, 3], True),  # seen before and after the other's only moment
+        ([0, 5, 3, 3], True),  # seen before and after the other's only time
         ([0, 5, 0, 0], False),
         ([0, 5, 5, 5], False),
         ([2, 2, 2, 2], False),
@@ -88,22 +88,22 @@ def test_without_tracks_or_times_there_are_no_pairs() -> None:
 
 @pytest.mark.parametrize("limit", [1, 3, 10, 57, 200])
 @pytest.mark.parametrize("seed", range(5))
-def test_a_draw_is_fair_without_repeats_and_within_its_limit(limit: int, seed: int) -> None:
+def test_sampling_is_even_without_repeats_and_within_the_limit(limit: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     sizes = rng.integers(0, 12, 23) ** 2
     group, member = sample_evenly(sizes, limit, rng)
     assert (0 <= member).all() and (member < sizes[group]).all()
     assert len(set(zip(group.tolist(), member.tolist(), strict=True))) == len(group) <= limit
-    took = Counter(group.tolist())
-    cap = max(took.values())
-    if cap > 1 or limit >= (sizes > 0).sum():  # all groups give as many as the greediest, or all they have
-        assert all(took[index] == min(size, cap) for index, size in enumerate(sizes.tolist()))
+    counts = Counter(group.tolist())
+    cap = max(counts.values())
+    if cap > 1 or limit >= (sizes > 0).sum():  # all groups have the same number of samples, or all their members
+        assert all(counts[index] == min(size, cap) for index, size in enumerate(sizes.tolist()))
         assert sum(min(size, cap + 1) for size in sizes.tolist()) > limit or sizes.sum() <= limit
     else:
         assert len(group) == limit
 
 
-def test_each_member_is_drawn_as_often_as_the_next() -> None:
+def test_members_are_equally_likely() -> None:
     rng = np.random.default_rng(0)
     counts = np.zeros(10)
     for _ in range(3000):
@@ -112,17 +112,17 @@ def test_each_member_is_drawn_as_often_as_the_next() -> None:
 
 
 @pytest.mark.parametrize("limit", [5, 40, 150])
-def test_a_limited_draw_of_a_store_is_a_part_of_all(limit: int) -> None:
+def test_a_limited_draw_is_a_subset_of_all_pairs(limit: int) -> None:
     store = random_store(200, 3)
     some, other = draw_track_pairs(store, limit=limit, seed=1), draw_track_pairs(store, limit=limit, seed=1)
     assert some.digest == other.digest != draw_track_pairs(store, limit=limit, seed=2).digest
     assert {tuple(pair) for pair in some.positives.tolist()} <= positive_pairs(store)
     assert drawn_track_pairs(store, some) <= overlapping(store)
-    assert some.overlaps == len(overlapping(store)) > 40  # all are counted, however few are drawn
+    assert some.overlaps == len(overlapping(store)) > 40  # all are counted, even if few are drawn
     assert limit / 3 < len(some.positives) <= limit and limit / 3 < len(some.negatives) <= limit
 
 
-def test_a_crowd_of_tracks_costs_no_square() -> None:
+def test_many_simultaneous_tracks_do_not_need_quadratic_memory() -> None:
     n = 40_000  # all in one camera at one time: 200 million overlapping pairs of tracks
     tracks = np.repeat(np.arange(n // 2), 2)
     times_s = np.tile([0.0, 100.0], n // 2) + np.repeat(np.arange(n // 2), 2) * 1e-4

@@ -18,10 +18,10 @@ pytestmark = pytest.mark.long
 
 
 @pytest.mark.slow
-def test_the_command_that_made_the_weights_makes_such_weights(tmp_path: Path) -> None:
+def test_the_training_command_of_the_builtin_weights_works(tmp_path: Path) -> None:
     few = replace(SOURCE_SITE, train_persons=12, test_persons=6, strangers=2, cameras=4, visits=(3, 4), crops=2)
     recipe = load_recipe("supervised").with_schedule(epochs=1, iters=2)
-    figures = train_builtin(
+    metrics = train_builtin(
         tmp_path / "made",
         tmp_path / "site",
         seed=3,
@@ -33,16 +33,16 @@ def test_the_command_that_made_the_weights_makes_such_weights(tmp_path: Path) ->
     made, shipped = load_weights(str(tmp_path / "made")), load_weights("builtin")
     assert made.encoder.config == shipped.encoder.config == ENCODER
     assert made.source["licence"] == shipped.source["licence"] == LICENCE
-    assert load_checkpoint(tmp_path / "made").provenance.history[-1]["source_mAP"] == figures["mAP"]
+    assert load_checkpoint(tmp_path / "made").provenance.history[-1]["source_mAP"] == metrics["mAP"]
 
 
 @pytest.mark.slow
-def test_the_shipped_weights_know_people_before_cameras_they_have_never_seen(tmp_path: Path) -> None:
-    site = demo_site(tmp_path / "site", seed=11)  # not the seed whose figures are published
+def test_builtin_weights_find_people_in_unseen_cameras(tmp_path: Path) -> None:
+    site = demo_site(tmp_path / "site", seed=11)  # not the seed of the published results
     assert site.query is not None and site.gallery is not None
     some = np.flatnonzero(site.query.persons < np.median(site.query.persons))
     part = Site(site.root, site.train, site.query.subset(some), site.gallery)
     encoder = load_weights("builtin").encoder
-    figures = percentages(evaluate_site(part, lambda store: extract_features(encoder, store, local=False)[0]))
-    assert figures["rank1"] > 40  # raw pixels reach about 6
+    metrics = percentages(evaluate_site(part, lambda store: extract_features(encoder, store, local=False)[0]))
+    assert metrics["rank1"] > 40  # raw pixels reach about 6
     assert open_site(tmp_path / "site").train.fingerprint == site.train.fingerprint

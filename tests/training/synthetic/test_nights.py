@@ -1,4 +1,4 @@
-"""Nights of a simulated site: new people every night, the same cameras, a changed look, and a poisoned night."""
+"""Nights of a simulated site: new people every night, the same cameras, dusk, and a bad night."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def site() -> SimulatedSite:
     return SimulatedSite(seed=4, first_cameras=2, all_cameras=3)
 
 
-def test_visitors_are_new_each_night_and_the_enrolled_are_none_of_them(site: SimulatedSite) -> None:
+def test_visitors_are_new_each_night_and_different_from_enrolled_people(site: SimulatedSite) -> None:
     first, third = site.visitors(FIRST), site.visitors(THIRD)
     assert len(first) == len(third) == 6
     assert not {*first} & {*third} and not {*enrolment_set(site, 9)} & {*first, *third}
     assert enrolment_set(site, 9) == enrolment_set(SimulatedSite(seed=4, first_cameras=2, all_cameras=3), 9)
 
 
-def test_dusk_falls_on_the_cameras_that_hung_and_not_on_the_new_one(site: SimulatedSite) -> None:
-    changed = [site.look(THIRD, camera) is not site.look(FIRST, camera) for camera in range(3)]
+def test_dusk_affects_only_the_cameras_of_the_first_night(site: SimulatedSite) -> None:
+    changed = [site.camera_on(THIRD, camera) is not site.camera_on(FIRST, camera) for camera in range(3)]
     assert changed == [True, True, False]
 
 
-def test_a_poisoned_night_has_a_dead_camera_and_one_person(site: SimulatedSite, tmp_path: Path) -> None:
+def test_a_bad_night_has_a_dead_camera_and_one_person(site: SimulatedSite, tmp_path: Path) -> None:
     night = Night(2, 5, 2, dead=1, one_person=True)
-    dead, other = (site.film(tmp_path, night, camera) for camera in range(2))
+    dead, other = (site.record(tmp_path, night, camera) for camera in range(2))
     assert dead.truth.read_text() == "" and len(dead.detections.read_text().splitlines()) > 3 * dead.frames
     persons = [json.loads(line)["person"] for line in other.truth.read_text().splitlines()]
     assert set(persons) == {0} and len(persons) > 50
@@ -44,7 +44,7 @@ def test_a_poisoned_night_has_a_dead_camera_and_one_person(site: SimulatedSite, 
     assert site.start_s(night) - site.start_s(FIRST) == DAY_S
 
 
-def test_the_enrolled_are_photographed_by_every_camera(site: SimulatedSite, tmp_path: Path) -> None:
+def test_enrolled_people_have_crops_of_every_camera(site: SimulatedSite, tmp_path: Path) -> None:
     people = enrolment_set(site, 5)
     store = write_enrolment_crops(tmp_path / "one", site, THIRD, people, take=0, split="query")
     assert len({*zip(store.persons, store.cameras, strict=True)}) == len(store) >= 12

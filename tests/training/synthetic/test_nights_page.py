@@ -1,4 +1,4 @@
-"""The page of simulated nights: it tells every step, loads nothing, and escapes what it is told."""
+"""The page of simulated nights: it shows every step, loads nothing external, and escapes texts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from resight.training.synthetic.nights_page import DemoStep, extract_frame, writ
 from resight.training.synthetic.street import HEIGHT, WIDTH
 
 
-def test_the_page_tells_every_step_and_loads_nothing(tmp_path: Path) -> None:
-    shots = [RenderedFrame(np.full((HEIGHT, WIDTH, 3), 40 * number, np.uint8), ()) for number in range(5)]
-    reel = write_video(tmp_path, "door", shots, start_s=0.0, seed=1)
-    picture = extract_frame(reel.video, 3)
+def test_the_page_shows_every_step_and_loads_nothing_external(tmp_path: Path) -> None:
+    frames = [RenderedFrame(np.full((HEIGHT, WIDTH, 3), 40 * number, np.uint8), ()) for number in range(5)]
+    recorded = write_video(tmp_path, "door", frames, start_s=0.0, seed=1)
+    picture = extract_frame(recorded.video, 3)
     assert abs(int(decode(picture).mean()) - 120) < 4
-    assert abs(int(decode(extract_frame(reel.video, 99)).mean()) - 160) < 4
+    assert abs(int(decode(extract_frame(recorded.video, 99)).mean()) - 160) < 4
     steps = [
         DemoStep(
             "Night 1", "the first", "promoted", "better <b>", 20.1, 20.1, 55.5, "m1", 9, 5, 0, {"film": 2.0}, "a.html"

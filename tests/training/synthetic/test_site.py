@@ -28,14 +28,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 def digest(root: Path) -> str:
-    """Names and bytes of everything in a folder."""
+    """Digest of the names and bytes of all files in a folder."""
     content = hashlib.sha256()
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         content.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return content.hexdigest()
 
 
-def test_a_seed_says_every_byte(site: Site, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes(site: Site, tmp_path: Path) -> None:
     render_site(tmp_path / "again", SMALL, seed=5)
     render_site(tmp_path / "other", SMALL, seed=6)
     assert digest(tmp_path / "again") == digest(site.root)
@@ -44,7 +44,7 @@ def test_a_seed_says_every_byte(site: Site, tmp_path: Path) -> None:
     assert index["again"] != index["other"]
 
 
-def test_two_worlds_are_two_sites(tmp_path: Path) -> None:
+def test_the_two_worlds_differ(tmp_path: Path) -> None:
     for world in WORLDS:
         settings = SiteSettings(world, train_persons=2, test_persons=0, strangers=0, crops=1, height=64, width=32)
         drawn = render_site(tmp_path / world, settings, seed=1)
@@ -52,7 +52,7 @@ def test_two_worlds_are_two_sites(tmp_path: Path) -> None:
     assert digest(tmp_path / "source") != digest(tmp_path / "site")
 
 
-def test_the_splits_are_fit_to_measure_with(site: Site) -> None:
+def test_the_splits_are_suitable_for_evaluation(site: Site) -> None:
     assert site.query is not None and site.gallery is not None
     train, test = set(site.train.persons), set(site.query.persons) | set(site.gallery.persons)
     assert len(train) == 12 and not train & test
@@ -86,13 +86,13 @@ def test_a_track_is_one_visit_of_one_person(site: Site) -> None:
         assert np.allclose(np.diff(site.train.times_s[site.train.tracks == track]), 0.4)
 
 
-def test_every_crop_is_usable_and_of_the_size_asked_for(site: Site) -> None:
+def test_every_crop_is_usable_and_has_the_requested_size(site: Site) -> None:
     assert not check_crops(site.train)
     assert decode(site.train.read(0)).shape == (64, 32, 3)
 
 
 def raw_pixels(store: CropStore) -> np.ndarray:
-    """32 x 16 RGB, each crop centred and of unit length: what no model is needed for."""
+    """32 x 16 RGB, each crop centred and of unit length, as a baseline without a model."""
     rows = []
     for row in range(len(store)):
         small = Image.fromarray(decode(store.read(row))).resize((16, 32), Image.Resampling.BOX)
@@ -108,17 +108,17 @@ def test_raw_pixels_do_not_find_people_across_cameras(site: Site) -> None:
     pixels = raw_pixels(query), raw_pixels(gallery)
     score = evaluate_ranking(*pixels, query.persons, gallery.persons, query.cameras, gallery.cameras)
     assert score.rank(1) < 0.35
-    # Within a camera the same pixels do find them: it is the cameras that are hard, not the drawing that is noise.
+    # Within a camera the same pixels find them, so the difficulty is due to the cameras.
     tracks = gallery.tracks[(pixels[0] @ pixels[1].T).argmax(1)]
     assert (tracks == query.tracks).mean() > 2 * score.rank(1)
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_no_two_people_are_equal_and_look_alikes_differ_in_what_they_carry(world: World) -> None:
+def test_all_people_differ_also_those_with_the_same_colours(world: World) -> None:
     people = sample_people(400, np.random.default_rng(0), world=world)
     assert len(set(people)) == len(people) == 400
-    worn = {(who.upper, who.lower, who.pattern, who.bag, who.hair_style, who.hat) for who in people}
-    assert len(worn) == 400
+    appearances = {(who.upper, who.lower, who.pattern, who.bag, who.hair_style, who.hat) for who in people}
+    assert len(appearances) == 400
     assert people == sample_people(400, np.random.default_rng(0), world=world)
     assert people[:5] != sample_people(5, np.random.default_rng(1), world=world)
 
@@ -129,25 +129,25 @@ def painted(person: Person, pose: Pose) -> np.ndarray:
     return np.asarray(layer)
 
 
-def test_every_trait_of_a_person_can_be_seen_from_somewhere() -> None:
+def test_all_people_look_different_from_some_angle() -> None:
     people = sample_people(60, np.random.default_rng(3), world="source")
     poses = [Pose(turn, phase=1.0, stride=0.4) for turn in np.linspace(0, 2 * np.pi, 5)[:4]]
     seen = {hashlib.sha256(b"".join(painted(who, pose).tobytes() for pose in poses)).digest() for who in people}
     assert len(seen) == 60
     for who in people:
         front = painted(who, poses[0])
-        assert 0.05 < (front[..., 3] > 0).mean() < 0.6  # a figure, neither nothing nor a blot
+        assert 0.05 < (front[..., 3] > 0).mean() < 0.6  # a person covers a plausible part of the image
         assert not np.array_equal(front, painted(who, poses[2]))
 
 
 def test_cameras_see_one_person_differently_and_repeatably() -> None:
     rng = np.random.default_rng(8)
-    eyes = make_cameras(3, rng, world="site", height=64, width=32)
+    cameras = make_cameras(3, rng, world="site", height=64, width=32)
     who = sample_people(1, rng, world="site")[0]
-    crops = [take_crop(who, eye, 0.3, np.random.default_rng(1)) for eye in eyes]
+    crops = [take_crop(who, camera, 0.3, np.random.default_rng(1)) for camera in cameras]
     assert all(crop.shape == (64, 32, 3) and crop.dtype == np.uint8 for crop in crops)
     assert len({crop.tobytes() for crop in crops}) == 3
-    assert np.array_equal(crops[0], take_crop(who, eyes[0], 0.3, np.random.default_rng(1)))
+    assert np.array_equal(crops[0], take_crop(who, cameras[0], 0.3, np.random.default_rng(1)))
 
 
 def test_a_limb_is_cut_where_the_sleeve_ends() -> None:
@@ -157,7 +157,7 @@ def test_a_limb_is_cut_where_the_sleeve_ends() -> None:
     assert cut_limb(joints, 0.75) == [(0.0, 0.0), (0.0, 10.0), (5.0, 10.0)]
 
 
-def test_the_demos_site_is_what_its_figures_were_measured_on() -> None:
+def test_the_demo_site_has_the_settings_of_the_published_results() -> None:
     settings = SiteSettings()
     assert (settings.world, settings.train_persons, settings.test_persons, settings.strangers) == ("site", 160, 60, 20)
     assert (settings.cameras, settings.visits, settings.crops) == (6, (4, 6), 3)
