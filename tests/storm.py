@@ -74,7 +74,7 @@ class Worker:
             raise
         tell({"answered": number, "revision": getattr(done, "revision", 0)})
         self.own |= want
-        self.searcher.follow(self.collection)
+        self.searcher.schedule_update(self.collection)
 
 
 numbers = itertools.count()
