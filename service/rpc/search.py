@@ -71,7 +71,7 @@ def search_params(request: search_pb2.SearchRequest, settings: Settings) -> Sear
 
     Raises:
         InputError: a field out of its range.
-        LimitError: ``top_k`` or the candidates beyond what is published.
+        LimitError: ``top_k`` or the number of candidates is above its limit.
     """
     top_k = request.top_k if request.HasField("top_k") else DEFAULT_TOP_K
     if not 1 <= top_k <= settings.max_top_k:
