@@ -65,7 +65,7 @@ idle_io = false
 
 
 def draw_night(store: Path, *, seed: int = 1, ago_s: float = 3600.0) -> CropStore:
-    """A night's crops, seen a while ago: people pass their cameras at about the same time, so that tracks overlap."""
+    """A night's crops, taken ``ago_s`` seconds ago; people pass the cameras at similar times, so tracks overlap."""
     drawn = render_site(store, PEOPLE, seed=seed).train
     rng = np.random.default_rng(seed)
     began = rng.uniform(0, 8, drawn.tracks.max() + 1)
@@ -119,12 +119,12 @@ def environment() -> dict[str, str]:
 
 
 def once(site: Path, *more: object) -> subprocess.CompletedProcess[str]:
-    """`resight cycle once`, to its end."""
+    """Run `resight cycle once` until it ends."""
     return subprocess.run(cycle("once", site, *more), capture_output=True, text=True, timeout=300, env=environment())
 
 
 def logs(site: Path) -> str:
-    """What every stage of every run said."""
+    """The logs of all stages of all runs."""
     runs = StateFolder(load_site(site).state).runs
     return "\n".join(f"== {path}\n{path.read_text()}" for path in sorted(runs.rglob("*.log")))
 

@@ -51,7 +51,7 @@ def settled(encoder: Encoder) -> Encoder:
 
 @cache
 def make_encoder(name: str) -> Encoder:
-    """OSNet x0.25 with the built-in weights, which know people a little; the others at random."""
+    """OSNet x0.25 with the built-in weights, which are trained a little; the others have random weights."""
     if name == "osnet_x0_25":
         trained = load_weights("builtin").encoder
         encoder = Encoder(replace(trained.config, image=SPEC))
@@ -73,5 +73,5 @@ def in_batches(run: EmbedBatch, crops: Pixels, batch: int) -> NDArray[np.float32
 
 
 def cosines(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Of rows as they come: a form that forgot the unit length must not pass."""
+    """Dot products of rows, deliberately not normalised: an export without unit-length output must not pass."""
     return (found.astype(np.float64) * expected).sum(1)

@@ -1,4 +1,4 @@
-"""Power cuts: a storm of writes is killed at a random moment, again and again, and the gallery opened anew.
+"""Simulated power cuts: a process with concurrent writes is killed repeatedly, and the gallery is opened again.
 
 ROUNDS=200 (``make crash``) sets the number of rounds.
 """
@@ -41,20 +41,20 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]
 
 @pytest.fixture(autouse=True)
 def _watched(tmp_path: Path) -> Iterator[None]:
-    """However many rounds there are and however slow the machine: each of them writes."""
+    """Fail on a hang, independently of the number of rounds and the speed of the machine."""
     with progress_expected(tmp_path):
         yield
 
 
-def taken_in(ledger: Ledger, lines: list[dict[str, Any]]) -> tuple[list[Write], int]:
-    """Take a killed process's lines in; what was begun and not answered, and the last revision that was."""
+def replay_lines(ledger: Ledger, lines: list[dict[str, Any]]) -> tuple[list[Write], int]:
+    """Apply a killed process's lines; returns the unacknowledged writes and the last acknowledged revision."""
     begun: dict[int, Write] = {}
     revision = 0
     for line in lines:
         if "began" in line:
             begun[line["number"]] = line["began"]
         elif "answered" in line:
-            ledger.answered(begun.pop(line["answered"]))
+            ledger.acknowledge(begun.pop(line["answered"]))
             revision = max(revision, line["revision"])
         else:
             assert "ready" in line, line
@@ -62,7 +62,7 @@ def taken_in(ledger: Ledger, lines: list[dict[str, Any]]) -> tuple[list[Write], 
 
 
 def killed(folder: Path, seed: int, states: dict[str, State], after_s: float) -> list[dict[str, Any]]:
-    """Run the storm on what is there and kill it some time after it began; its lines."""
+    """Run the storm on the existing entries and kill it after some time; returns its lines."""
     (folder / "states.json").write_text(json.dumps(states))
     command = [sys.executable, TESTS / "storm.py", folder, str(seed)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0)
@@ -77,12 +77,12 @@ def killed(folder: Path, seed: int, states: dict[str, State], after_s: float) ->
     process.send_signal(signal.SIGKILL)
     process.wait()
     with process.stdout:
-        got += process.stdout.readall()  # what it told and was not yet read
+        got += process.stdout.readall()  # output not read yet
     return [json.loads(line) for line in got.splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 async def stored(store: Store) -> dict[str, dict[str, Any]]:
-    """Every entry as the storm tells them, after checking that none is half there."""
+    """Every stored entry with its feature and crops."""
     lobby = await store.read(reads.collection, "lobby")
     found = {}
     crops = await store.read(lambda c: c.execute("SELECT entry, image FROM crop ORDER BY entry, number").fetchall())
@@ -98,21 +98,21 @@ async def stored(store: Store) -> dict[str, dict[str, Any]]:
     return found
 
 
-def as_told(found: dict[str, dict[str, Any]], states: list[Write]) -> dict[str, dict[str, Any]]:
-    """Give each entry found the seed whose feature and crops it has, bit by bit."""
-    told: dict[str, dict[str, Any]] = {}
+def in_storm_terms(found: dict[str, dict[str, Any]], states: list[Write]) -> dict[str, dict[str, Any]]:
+    """Convert stored entries to the storm's states, by the seed whose feature and crops they have, bit by bit."""
+    converted: dict[str, dict[str, Any]] = {}
     for entry_id, one in found.items():
         seeds = {state["seed"] for known in states if (state := known.get(entry_id)) is not None}
         (seed,) = [
             seed for seed in seeds if feature(seed).tobytes() == one["vector"] and set(one["images"]) <= {b"%d" % seed}
         ]
         rest = {name: one[name] for name in ("subject", "label", "crops")}
-        told[entry_id] = {"id": entry_id, **rest, "seed": seed}
-    return told
+        converted[entry_id] = {"id": entry_id, **rest, "seed": seed}
+    return converted
 
 
 async def check_index(store: Store, found: dict[str, dict[str, Any]]) -> None:
-    """The index built from what was left answers every entry with its own feature, and nothing else."""
+    """The rebuilt index finds every entry by its own feature, and nothing else."""
     searcher = Searcher(store)
     try:
         await searcher.load()
@@ -147,7 +147,7 @@ def test_acknowledged_writes_survive_a_kill_at_any_time(tmp_path: Path) -> None:
     for number in range(ROUNDS):
         lines = killed(tmp_path, number, ledger.states, after_s=chance.uniform(0.02, 0.9))
         before = dict(ledger.states)
-        open_writes, revision = taken_in(ledger, lines)
+        open_writes, revision = replay_lines(ledger, lines)
         last = max(last, revision)
         answered += sum("answered" in line for line in lines)
         in_flight += len(open_writes)
@@ -157,7 +157,7 @@ def test_acknowledged_writes_survive_a_kill_at_any_time(tmp_path: Path) -> None:
             found = await stored(store)
             lobby = await store.read(reads.collection, "lobby")
             assert lobby.revision >= last
-            ledger.settle(as_told(found, states), writes)
+            ledger.reconcile(in_storm_terms(found, states), writes)
             await check_index(store, found)
 
         with open_gallery(tmp_path) as store:

@@ -1,6 +1,6 @@
-"""Power cuts of a whole server: `resight serve` is killed in a storm of calls, again and again, and asked what is left.
+"""Simulated power cuts of a whole server: `resight serve` is killed repeatedly under load, and its state is checked.
 
-ROUNDS=200 (``make crash``) sets the number of rounds, SEED their chances.
+ROUNDS=200 (``make crash``) sets the number of rounds, SEED the random seed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ledger import Ledger, State, Write
-from server_storm import COLLECTION, ENTRY_OF_PAIR, Storm, drawn, lasting
+from server_storm import COLLECTION, ENTRY_OF_PAIR, Storm, after_expiry, draw_crop
 from serving import ServerProcess, features_by_hand, make_bundle
 from stores import files_with
 from watchdog import progress_expected
@@ -41,14 +41,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]
 
 @pytest.fixture(autouse=True)
 def _watched(tmp_path: Path) -> Iterator[None]:
-    """However many rounds there are and however slow the machine: each of them writes."""
+    """Fail on a hang, independently of the number of rounds and the speed of the machine."""
     with progress_expected(tmp_path):
         yield
 
 
 @lru_cache(8192)
-def by_hand(person: int, shot: int, model: str) -> np.ndarray:
-    return features_by_hand([drawn(person, shot)], MODELS.index(model))[0]
+def reference_feature(person: int, shot: int, model: str) -> np.ndarray:
+    return features_by_hand([draw_crop(person, shot)], MODELS.index(model))[0]
 
 
 def started(root: Path, data: Path) -> ServerProcess:
@@ -56,24 +56,24 @@ def started(root: Path, data: Path) -> ServerProcess:
 
 
 def check_operations(client: Client, storm: Storm) -> None:
-    """Each is known and has ended, was interrupted and goes on, or waits for somebody else."""
+    """Each operation is known and has ended, was interrupted and is continued, or waits for another process."""
     found = {one.operation_id: one for one in client.operations()}
     assert set(storm.operations) <= set(found)
     for one in found.values():
         if one.kind == "adapt":
             assert one.state == "pending"
         elif not one.ended:
-            assert one.kind == "migrate", one  # nothing else goes on by itself
+            assert one.kind == "migrate", one  # nothing else is resumed
             done = client.wait(one, timeout_s=60)
             assert done.state == "succeeded", (done, done.error)
     migrations = [one for one in found.values() if one.kind == "migrate"]  # the newest first
     for one in migrations:
         if one.operation_id in storm.operations and one.state == "interrupted" and "continued_by" not in one.result:
-            assert one is migrations[0], one  # it had just been switched: nothing was left to go on with
+            assert one is migrations[0], one  # its space was already active, so there was nothing to resume
 
 
 def check_entries(client: Client, ledger: Ledger, in_flight: list[Write]) -> None:
-    """Every answered write is there, with its crop and its feature, and none is half there."""
+    """Every acknowledged write is stored, with its crop and its feature, and none is stored partly."""
     candidates = [ledger.states, *in_flight]
     of = client.collection(COLLECTION)
     images = {one.entry.entry_id: one.images for one in client.stream_crops(COLLECTION)}
@@ -81,35 +81,35 @@ def check_entries(client: Client, ledger: Ledger, in_flight: list[Write]) -> Non
     for entry in client.entries(COLLECTION):
         crops = {state["crop"] for known in candidates if (state := known.get(entry.entry_id)) is not None}
         (image,) = images.pop(entry.entry_id)
-        matching: list[Any] = [crop for crop in crops if drawn(*crop[1:]) == image]
+        matching: list[Any] = [crop for crop in crops if draw_crop(*crop[1:]) == image]
         assert len(matching) == 1, (entry, crops)
         found[entry.entry_id] = {"subject": entry.subject_id, "label": entry.labels["n"], "crop": matching[0]}
         found[entry.entry_id] |= {"ends": None}
         feature = client.get_feature(COLLECTION, entry.entry_id)
         assert feature.space_id == of.space_id
-        assert np.allclose(feature.vector, by_hand(*matching[0][1:], of.model), atol=1e-5), entry
+        assert np.allclose(feature.vector, reference_feature(*matching[0][1:], of.model), atol=1e-5), entry
     assert not images, "crops of no entry"
     count = len(found)
     for pair in client.list_feedback(COLLECTION):
         found[ENTRY_OF_PAIR.join(sorted((pair.entry_id, pair.other_entry_id)))] = {"same": pair.same}
-    ledger.settle(found, in_flight)
+    ledger.reconcile(found, in_flight)
     assert of.entry_count == client.stats(COLLECTION).live_entries == count
 
 
 def check_index(client: Client, ledger: Ledger) -> None:
-    """Each entry finds itself by its own crop, and all together are what is found, no more."""
+    """Each entry is found by its own crop, and a search for all returns exactly the expected entries."""
     own = {name: state["crop"] for name, state in ledger.states.items() if state is not None and "crop" in state}
-    queries = [Query(drawn(*crop[1:]), 1, exact=True) for crop in own.values()]
+    queries = [Query(draw_crop(*crop[1:]), 1, exact=True) for crop in own.values()]
     for name, answer in zip(own, client.search_batch(COLLECTION, queries), strict=True):
         assert not isinstance(answer, ReIDError), answer
         (hit,) = answer.hits
         assert (hit.entry.entry_id, hit.similarity > 0.9999) == (name, True), (name, hit)
-    everything = client.search(COLLECTION, drawn(1, 0), top_k=1000, exact=True).hits
+    everything = client.search(COLLECTION, draw_crop(1, 0), top_k=1000, exact=True).hits
     assert {hit.entry.entry_id for hit in everything} == set(own) and len(everything) == len(own)
 
 
 def check_files(data: Path, storm: Storm) -> None:
-    """SQLite's own checks, counts that agree, whole snapshots, and no name of an erased subject."""
+    """SQLite's checks, consistent counts, intact snapshots, and no name of an erased subject in any file."""
     with closing(sqlite3.connect(f"file:{data / 'gallery.sqlite3'}?mode=ro", uri=True)) as raw:
         assert raw.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert raw.execute("PRAGMA foreign_key_check").fetchall() == []
@@ -139,7 +139,7 @@ def check_files(data: Path, storm: Storm) -> None:
 
 
 def soon(check: Callable[[], object]) -> None:
-    """Passes within ten seconds: a purge may just now be taking the erased out of a snapshot, which it replaces."""
+    """Retry a check for ten seconds: a purge may just be rewriting a snapshot without the erased people."""
     until = time.monotonic() + 10
     while True:
         try:
@@ -171,17 +171,17 @@ def test_acknowledged_calls_survive_a_kill_of_the_server_at_any_time(tmp_path: P
             client.wait(client.load_model(MODELS[1]))
         for number in range(ROUNDS):
             storm = Storm(server.wait_ready(), ledger, number, MODELS)
-            storm.begin()
+            storm.start()
             time.sleep(chance.uniform(0.0, 1.2))
             assert server.process.poll() is None, server.log.read_text()
-            in_flight = storm.end(partial(server.end, signal.SIGKILL))
+            in_flight = storm.stop(partial(server.end, signal.SIGKILL))
             counts.update(storm.answered | Counter({"in flight": len(in_flight)}))
             refused.update(storm.refused)
             check_log(server)
-            for name in snapshots.list_names(data):  # so that they do not pile up; remnants of the crash stay
+            for name in snapshots.list_names(data):  # so that they do not accumulate; leftovers of the crash are kept
                 snapshots.remove(data, name)
             server = started(root, data)
-            while chance.random() < 0.2:  # and killed as it starts, where it goes on with what was interrupted
+            while chance.random() < 0.2:  # sometimes also kill it at the start, while it resumes operations
                 time.sleep(chance.uniform(0.0, 1.0))
                 server.end(signal.SIGKILL)
                 check_log(server)
@@ -190,8 +190,8 @@ def test_acknowledged_calls_survive_a_kill_of_the_server_at_any_time(tmp_path: P
             with Client(server.wait_ready(), timeout_s=30) as client:
                 check_operations(client, storm)
                 time.sleep(max([0.0, *(state["ends"] - time.time() for state in ending([ledger.states, *in_flight]))]))
-                ledger.states = lasting(ledger.states)
-                check_entries(client, ledger, [lasting(write) for write in in_flight])
+                ledger.states = after_expiry(ledger.states)
+                check_entries(client, ledger, [after_expiry(write) for write in in_flight])
                 of = client.collection(COLLECTION)
                 assert of.model in storm.searched_in and of.revision >= storm.revision
                 check_index(client, ledger)
