@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -65,7 +64,7 @@ idle_io = false
 
 
 def draw_night(store: Path, *, seed: int = 1, ago_s: float = 3600.0) -> CropStore:
-    """A night's crops, taken ``ago_s`` seconds ago; people pass the cameras at similar times, so tracks overlap."""
+    """Crops of an earlier night: people pass their cameras at about the same time, so that tracks overlap."""
     drawn = render_site(store, PEOPLE, seed=seed).train
     rng = np.random.default_rng(seed)
     began = rng.uniform(0, 8, drawn.tracks.max() + 1)
@@ -90,7 +89,7 @@ def write_site(folder: Path, address: str, *changes: tuple[str, str]) -> Path:
 
 @contextmanager
 def site_served(folder: Path, *changes: tuple[str, str]) -> Iterator[tuple[Path, Client]]:
-    """A site with a night's crops and a server with a collection of some of them: its file, and a client."""
+    """A site with a night's crops, and a server with a collection of some of them; returns its file and a client."""
     bundle = make_bundle(folder / "models" / "first").path
     night = draw_night(folder / "state" / "crops")
     server = ServerProcess(bundle, folder / "data", "--models", str(folder / "models"))
@@ -131,8 +130,3 @@ def logs(site: Path) -> str:
 
 def crops(site: Path) -> CropStore:
     return open_store(StateFolder(load_site(site).state).crops)["train"]
-
-
-def read_json(path: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads(path.read_text())
-    return found

@@ -1,4 +1,4 @@
-"""Slow, loop-written losses and memories, one sample after the other, as the papers' codes state them."""
+"""Loop implementations of losses and memories, one sample at a time, following the papers' code."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def online(
     balance: float,
     positives: int,
     negatives: int,
-    barred: frozenset[int] = frozenset(),
+    excluded: frozenset[int] = frozenset(),
 ) -> float:
-    """O2CAP's online loss of one sample of proxy `own`; barred proxies are never positives."""
+    """O2CAP's online loss of one sample of proxy `own`; excluded proxies are never positives."""
     score = [balance * float(feature @ entry) + (1 - balance) * float(memory[own] @ entry) for entry in memory]
     best = []
     for camera in sorted(set(cameras.tolist())):
-        rows = [p for p in range(len(score)) if cameras[p] == camera and p not in barred]
+        rows = [p for p in range(len(score)) if cameras[p] == camera and p not in excluded]
         if rows:
             best.append(max(rows, key=lambda p: score[p]))
     chosen = sorted(best, key=lambda p: -score[p])[:positives]

@@ -246,7 +246,7 @@ CASES: dict[str, Callable[[dict[str, Any], Path], list[object]]] = {
     "case, words",
     [
         ("adapt missing", ["no site at", "expected a crop store", "Market-1501"]),
-        ("adapt empty", ["empty", "holds no JPEG", "expected a crop store"]),
+        ("adapt empty", ["empty", "has no JPEG", "expected a crop store"]),
         ("adapt nameless", ["anna.jpg", "camera", "sub-folder"]),
         ("adapt text", ["none of the 12 crops", "expected JPEG"]),
         ("adapt few", ["5 usable crops are too few", "at least 8"]),

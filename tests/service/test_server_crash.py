@@ -1,4 +1,4 @@
-"""Simulated power cuts of a whole server: `resight serve` is killed repeatedly under load, and its state is checked.
+"""Crash consistency of the server: `resight serve` is killed at random times under load, restarted and checked.
 
 ROUNDS=200 (``make crash``) sets the number of rounds, SEED the random seed.
 """
@@ -41,35 +41,35 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]
 
 @pytest.fixture(autouse=True)
 def _watched(tmp_path: Path) -> Iterator[None]:
-    """Fail on a hang, independently of the number of rounds and the speed of the machine."""
+    """No time limit, but a limit on the time without progress: each round writes."""
     with progress_expected(tmp_path):
         yield
 
 
 @lru_cache(8192)
-def reference_feature(person: int, shot: int, model: str) -> np.ndarray:
+def expected_feature(person: int, shot: int, model: str) -> np.ndarray:
     return features_by_hand([draw_crop(person, shot)], MODELS.index(model))[0]
 
 
-def started(root: Path, data: Path) -> ServerProcess:
+def start_server(root: Path, data: Path) -> ServerProcess:
     return ServerProcess(root / MODELS[0], data, RESIGHT_MODELS=str(root), **EAGER)
 
 
 def check_operations(client: Client, storm: Storm) -> None:
-    """Each operation is known and has ended, was interrupted and is continued, or waits for another process."""
+    """Each operation is known, and has ended, resumes, or is a pending adaptation."""
     found = {one.operation_id: one for one in client.operations()}
     assert set(storm.operations) <= set(found)
     for one in found.values():
         if one.kind == "adapt":
             assert one.state == "pending"
         elif not one.ended:
-            assert one.kind == "migrate", one  # nothing else is resumed
+            assert one.kind == "migrate", one  # only migrations resume
             done = client.wait(one, timeout_s=60)
             assert done.state == "succeeded", (done, done.error)
     migrations = [one for one in found.values() if one.kind == "migrate"]  # the newest first
     for one in migrations:
         if one.operation_id in storm.operations and one.state == "interrupted" and "continued_by" not in one.result:
-            assert one is migrations[0], one  # its space was already active, so there was nothing to resume
+            assert one is migrations[0], one  # its collection had just been switched, so nothing was left to resume
 
 
 def check_entries(client: Client, ledger: Ledger, in_flight: list[Write]) -> None:
@@ -87,7 +87,7 @@ def check_entries(client: Client, ledger: Ledger, in_flight: list[Write]) -> Non
         found[entry.entry_id] |= {"ends": None}
         feature = client.get_feature(COLLECTION, entry.entry_id)
         assert feature.space_id == of.space_id
-        assert np.allclose(feature.vector, reference_feature(*matching[0][1:], of.model), atol=1e-5), entry
+        assert np.allclose(feature.vector, expected_feature(*matching[0][1:], of.model), atol=1e-5), entry
     assert not images, "crops of no entry"
     count = len(found)
     for pair in client.list_feedback(COLLECTION):
@@ -132,14 +132,14 @@ def check_files(data: Path, storm: Storm) -> None:
         ).fetchone() == (0,)
         (last,) = raw.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'change'").fetchone()
         assert raw.execute("SELECT max(revision) FROM collection").fetchone()[0] <= (last or 0)
-    soon(lambda: [snapshots.verify(data, name) for name in snapshots.list_names(data)])
-    soon(lambda: no_remnants(data / "snapshots"))
+    eventually(lambda: [snapshots.verify(data, name) for name in snapshots.list_names(data)])
+    eventually(lambda: no_remnants(data / "snapshots"))
     for subject in storm.erased:
         assert files_with(data, subject.encode()) == [], subject
 
 
-def soon(check: Callable[[], object]) -> None:
-    """Retry a check for ten seconds: a purge may just be rewriting a snapshot without the erased people."""
+def eventually(check: Callable[[], object]) -> None:
+    """Passes within ten seconds: a purge may just now be taking the erased out of a snapshot, which it replaces."""
     until = time.monotonic() + 10
     while True:
         try:
@@ -164,7 +164,7 @@ def test_acknowledged_calls_survive_a_kill_of_the_server_at_any_time(tmp_path: P
     for seed, name in enumerate(MODELS):
         make_bundle(root / name, seed=seed)
     chance, counts, refused = random.Random(os.environ.get("SEED", "resight")), Counter[str](), Counter[str]()
-    server = started(root, data)
+    server = start_server(root, data)
     try:
         with Client(server.wait_ready()) as client:
             client.create_collection(COLLECTION, unlimited_retention=True, keep_crops=True)
@@ -180,12 +180,12 @@ def test_acknowledged_calls_survive_a_kill_of_the_server_at_any_time(tmp_path: P
             check_log(server)
             for name in snapshots.list_names(data):  # so that they do not accumulate; leftovers of the crash are kept
                 snapshots.remove(data, name)
-            server = started(root, data)
-            while chance.random() < 0.2:  # sometimes also kill it at the start, while it resumes operations
+            server = start_server(root, data)
+            while chance.random() < 0.2:  # also killed during start, while it resumes interrupted work
                 time.sleep(chance.uniform(0.0, 1.0))
                 server.end(signal.SIGKILL)
                 check_log(server)
-                server = started(root, data)
+                server = start_server(root, data)
                 counts["killed at start"] += 1
             with Client(server.wait_ready(), timeout_s=30) as client:
                 check_operations(client, storm)

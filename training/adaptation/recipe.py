@@ -136,7 +136,7 @@ class Recipe:
 
     @model_validator(mode="after")
     def _check_together(self) -> Recipe:
-        """Values that depend on one another."""
+        """Check values that depend on each other."""
         if self.instances > self.batch:
             raise ValueError(f"instances is {self.instances}, expected at most batch, {self.batch}")
         if self.accumulate > self.batch:
@@ -155,7 +155,7 @@ class Recipe:
         return asdict(self)
 
     def with_schedule(self, *, epochs: int | None = None, iters: int | None = None) -> Recipe:
-        """The same method, longer or shorter; ``None`` keeps a value.
+        """The same method with another number of epochs or iterations; ``None`` keeps the recipe's value.
 
         Raises:
             RecipeError: a value out of range.
@@ -164,7 +164,7 @@ class Recipe:
         return parse_recipe(self.name, {**self.to_json(), **schedule})
 
     def with_student(self) -> Recipe:
-        """The same method with a student of another architecture, guided by features and by relations."""
+        """The same method with a student of another architecture, distilled by features and by relations."""
         weights = {"guidance": self.guidance or 1.0, "relation": self.relation or 1.0}
         return parse_recipe(self.name, {**self.to_json(), "student": True, **weights})
 
@@ -216,7 +216,7 @@ def parse_recipe(name: str, values: Mapping[str, Any]) -> Recipe:
     """Parse the content of a TOML file into a recipe.
 
     Raises:
-        RecipeError: an unknown key, with the nearest known one, a value of another kind or one out of range.
+        RecipeError: an unknown key, (suggests the closest known one), or a value of the wrong type or out of range.
     """
     try:
         # As JSON, since pydantic then takes lists for tuples and tables for sections, and stays strict with numbers.

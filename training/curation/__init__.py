@@ -1,1 +1,1 @@
-"""Which crops are fit to learn from and to judge on."""
+"""Selecting crops: data checks, the crops of a run, and the judge's reference."""

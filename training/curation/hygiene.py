@@ -77,7 +77,7 @@ class Hygiene:
     largest_track_share: float | None
 
     @property
-    def sound(self) -> bool:
+    def passed(self) -> bool:
         """Whether there are no problems."""
         return not self.problems and not self.problems_by_camera
 

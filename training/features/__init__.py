@@ -1,1 +1,1 @@
-"""Features of a store, on one device or several processes."""
+"""Feature extraction from a store, in one or several processes."""

@@ -1,1 +1,1 @@
-"""Footage to crops: sources, detectors, tracks, sampling."""
+"""Ingest of footage: sources, detectors, tracks, sampling, and crops of collections."""

@@ -1,1 +1,1 @@
-"""Drawn people, cameras, streets and nights."""
+"""Synthetic people, cameras, streets and nights."""

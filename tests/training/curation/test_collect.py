@@ -265,7 +265,7 @@ def test_a_killed_collect_leaves_nothing_half_and_the_next_one_is_whole(state: P
     ]
     command += ["--since", str(SETTINGS.since_s), "--min-crops", "100", "--retention", "30", "--now", str(end_of(2))]
     killed = 0
-    for delay in (0.0, 0.03, 0.1):  # after the first file stands
+    for delay in (0.0, 0.03, 0.1):  # after the first file exists
         child = subprocess.Popen(list(map(str, command)), env=environment(), stdout=subprocess.DEVNULL)
         while child.poll() is None and not list((state / "run").glob(".site.*/crops")):
             time.sleep(0.001)

@@ -66,7 +66,7 @@ FAULTS: list[tuple[Callable[[Pixels, np.random.Generator], Pixels], str]] = [
 
 def test_synthetic_crops_are_valid_and_all_statistics_serialise(drawn: Site, small: Pixels) -> None:
     found = check_hygiene(drawn.train)
-    assert found.sound and found.messages() == []
+    assert found.passed and found.messages() == []
     assert set(found.figures) == {"cam1", "cam2", "cam3"}
     report = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert report["figures"]["cam1"]["repeated_share"] == 0 and report["figures"]["cam1"]["correlation"] > 0.8
@@ -81,10 +81,10 @@ def test_a_dead_camera_is_named_and_the_others_are_not(
     damaged[rows] = fault(small[rows], np.random.default_rng(1))
     found = check_hygiene(drawn.train, thumbnails=damaged)
     assert list(found.problems_by_camera) == ["cam2"] and words in found.problems_by_camera["cam2"]
-    assert not found.problems and not found.sound
+    assert not found.problems and not found.passed
     assert found.messages()[0].startswith("camera cam2: ")
     rest = np.flatnonzero(drawn.train.cameras != 1)
-    assert check_hygiene(drawn.train.subset(rest), thumbnails=damaged[rest]).sound
+    assert check_hygiene(drawn.train.subset(rest), thumbnails=damaged[rest]).passed
 
 
 def test_a_site_with_at_most_one_valid_camera_is_a_problem(drawn: Site, small: Pixels) -> None:
@@ -115,7 +115,7 @@ def test_one_track_for_most_crops_and_too_few_tracks(drawn: Site, small: Pixels)
     assert any(words.startswith("6 tracks") for words in check_hygiene(few, thumbnails=small).problems)
     unknown = replace(drawn.train, tracks=np.full(len(small), -1))
     assert (
-        check_hygiene(unknown, thumbnails=small).sound
+        check_hygiene(unknown, thumbnails=small).passed
         and check_hygiene(unknown, thumbnails=small).largest_track_share is None
     )
 
@@ -145,11 +145,11 @@ def test_real_crops_are_valid_by_a_wide_margin() -> None:
     site = open_site(SHARED / "data/market-subset", tracks_from_names=True)
     store = join_splits(site).subset(np.arange(0, 9000, 5))
     found = check_hygiene(store)
-    assert found.sound
+    assert found.passed
     for figures in found.figures.values():
         assert figures.contrast > 30 and figures.blank_share == 0 and figures.clipped_share == 0
         assert figures.correlation is not None and figures.correlation > 0.7 and figures.repeated_share < 0.02
-    assert check_hygiene(replace(store, tracks=np.full(len(store), -1))).sound
+    assert check_hygiene(replace(store, tracks=np.full(len(store), -1))).passed
 
 
 def test_every_statistic_is_documented() -> None:

@@ -92,22 +92,22 @@ def test_boxes_are_clipped_to_the_frame(tmp_path: Path) -> None:
         ('{"frame": 1}', "'box'"),
         ('{"frame": 1, "box": [0,0,9]}', "is not four numbers"),
         ('{"frame": 1, "box": [9,9,0,0]}', "has no area"),
-        ('{"frame": 1, "box": [0,0,9,9], "score": 1.5}', "a score of 1.5"),
-        ('{"frame": 1, "box": [0,0,9,9], "track": [1]}', "neither a number nor a name"),
-        ('{"time_s": NaN, "box": [0,0,9,9]}', "a time_s that is no number"),
+        ('{"frame": 1, "box": [0,0,9,9], "score": 1.5}', "score 1.5 is not"),
+        ('{"frame": 1, "box": [0,0,9,9], "track": [1]}', "is neither an integer nor a string"),
+        ('{"time_s": NaN, "box": [0,0,9,9]}', "time_s is not a finite number"),
         ('{"frame": 1, "box": "' + "[" * 3000 + '"}', "could not convert"),
         ("{" * 4000, "line 1"),
         ("1," * 5000, "a line of over 4096 bytes"),
         ("\x00\x01\x02", "line 1"),
     ],
 )
-def test_other_lines_are_told_with_their_number(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_lines_are_errors_with_their_number(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(DetectorError) as error:
         given(tmp_path / "boxes", text)
     assert message in str(error.value)
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DetectorError, match="cannot be read"):
         BoxFile(tmp_path / "none", 5)
 

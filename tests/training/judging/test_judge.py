@@ -115,7 +115,7 @@ def test_unusable_features_are_a_problem_without_metrics() -> None:
     assert set(judged.separation.missing.values()) == {judged.problem}
     json.dumps(judged.to_json(), allow_nan=False)
     rows[3] = 0
-    assert "not of length 1" in judge(rows, store).problem
+    assert "do not have length 1" in judge(rows, store).problem
 
 
 def test_a_collapse_is_reported_with_the_clusterings_message() -> None:
