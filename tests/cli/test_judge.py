@@ -97,4 +97,4 @@ def test_a_missing_site_is_one_sentence(tiny_init: Path, tmp_path: Path) -> None
 
 def test_tracks_are_taken_from_market_1501_names(tiny_site: Site, tiny_init: Path) -> None:
     done = resight_here("judge", "--model", tiny_init, "--site", tiny_site.root, "--tracks-from-names")
-    assert "to take tracks from names" in the_error(done)
+    assert "to derive tracks from names" in the_error(done)
