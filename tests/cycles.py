@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -65,7 +64,7 @@ idle_io = false
 
 
 def draw_night(store: Path, *, seed: int = 1, ago_s: float = 3600.0) -> CropStore:
-    """A night's crops, seen a while ago: people pass their cameras at about the same time, so that tracks overlap."""
+    """Crops of an earlier night: people pass their cameras at about the same time, so that tracks overlap."""
     drawn = render_site(store, PEOPLE, seed=seed).train
     rng = np.random.default_rng(seed)
     began = rng.uniform(0, 8, drawn.tracks.max() + 1)
@@ -90,7 +89,7 @@ def write_site(folder: Path, address: str, *changes: tuple[str, str]) -> Path:
 
 @contextmanager
 def site_served(folder: Path, *changes: tuple[str, str]) -> Iterator[tuple[Path, Client]]:
-    """A site with a night's crops and a server with a collection of some of them: its file, and a client."""
+    """A site with a night's crops, and a server with a collection of some of them; returns its file and a client."""
     bundle = make_bundle(folder / "models" / "first").path
     night = draw_night(folder / "state" / "crops")
     server = ServerProcess(bundle, folder / "data", "--models", str(folder / "models"))
@@ -124,15 +123,10 @@ def once(site: Path, *more: object) -> subprocess.CompletedProcess[str]:
 
 
 def logs(site: Path) -> str:
-    """What every stage of every run said."""
+    """The logs of all stages of all runs."""
     runs = StateFolder(load_site(site).state).runs
     return "\n".join(f"== {path}\n{path.read_text()}" for path in sorted(runs.rglob("*.log")))
 
 
 def crops(site: Path) -> CropStore:
     return open_store(StateFolder(load_site(site).state).crops)["train"]
-
-
-def told(path: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads(path.read_text())
-    return found

@@ -1,4 +1,4 @@
-"""Small encoders of every backbone, their exported graphs, and crops to try them on."""
+"""Small encoders of every backbone, their exported graphs, and crops to test them on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONFIGS = {
 
 @cache
 def draw_crops(count: int = 128, spec: ImageSpec = SPEC, seed: int = 5) -> Pixels:
-    """uint8 (count, H, W, 3): smooth fields of colour with noise, each crop another."""
+    """uint8 (count, H, W, 3): smooth fields of colour with noise, different in each crop."""
     rng = np.random.default_rng(seed)
     crops = []
     for field in rng.integers(0, 256, (count, 6, 3, 3), dtype=np.uint8):
@@ -40,7 +40,7 @@ def draw_crops(count: int = 128, spec: ImageSpec = SPEC, seed: int = 5) -> Pixel
 
 
 def settled(encoder: Encoder) -> Encoder:
-    """The encoder with batch norms that have seen crops: features as far apart as a trained model's."""
+    """The encoder with batch norm statistics of crops: features as far apart as a trained model's."""
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.momentum = None
@@ -51,7 +51,7 @@ def settled(encoder: Encoder) -> Encoder:
 
 @cache
 def make_encoder(name: str) -> Encoder:
-    """OSNet x0.25 with the built-in weights, which know people a little; the others at random."""
+    """OSNet x0.25 with the built-in weights; the other backbones with random weights."""
     if name == "osnet_x0_25":
         trained = load_weights("builtin").encoder
         encoder = Encoder(replace(trained.config, image=SPEC))
@@ -72,6 +72,6 @@ def in_batches(run: EmbedBatch, crops: Pixels, batch: int) -> NDArray[np.float32
     return np.concatenate([run(crops[start : start + batch]) for start in range(0, len(crops), batch)])
 
 
-def cosines(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Of rows as they come: a form that forgot the unit length must not pass."""
-    return (found.astype(np.float64) * wanted).sum(1)
+def cosines(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Cosines without normalisation: a form without unit length must not pass."""
+    return (found.astype(np.float64) * expected).sum(1)

@@ -41,5 +41,5 @@ class Ledger:
 def difference(found: Mapping[str, State], must: Mapping[str, State]) -> str:
     """In few words: a thousand entries are no message."""
     odd = sorted(name for name in {*found, *must} if found.get(name) != must.get(name))
-    told = [f"{name}: found {found.get(name)}, expected {must.get(name)}" for name in odd[:5]]
-    return f"{len(odd)} of {len(must)} differ; " + "; ".join(told)
+    lines = [f"{name}: found {found.get(name)}, expected {must.get(name)}" for name in odd[:5]]
+    return f"{len(odd)} of {len(must)} differ; " + "; ".join(lines)

@@ -1,4 +1,4 @@
-"""Slow, loop-written versions of the fast routines, as their papers state them."""
+"""Reference implementations of the fast routines with loops, as in the papers."""
 
 from __future__ import annotations
 

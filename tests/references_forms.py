@@ -1,4 +1,4 @@
-"""A bundle with every form a bundle may have, of the handmade graph of `serving`, so that each runtime has its own."""
+"""A bundle with every form, from the simple graph of `serving`, so that each runtime has a form."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def product(precision: str) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto
             helper.make_node("Cast", ["mh"], ["m"], to=TensorProto.FLOAT),
         ]
         return nodes, [numpy_helper.from_array(weights(0).astype(np.float16), "wh")]
-    scale = np.abs(weights(0)).max(0) / 127.0  # one for each column
+    scale = np.abs(weights(0)).max(0) / 127.0  # one per column
     quantised = np.round(weights(0) / scale).astype(np.int8)
     nodes = [
         helper.make_node("QuantizeLinear", ["v", "vs", "vz"], ["vq"]),
@@ -78,8 +78,8 @@ def run(data: bytes) -> EmbedBatch:
 def make_forms(path: Path) -> Bundle:
     """fp32, fp16 and INT8 for onnxruntime, and INT8 for TensorRT."""
     probes = make_probes(SPEC, embed_by_hand, count=8)
-    wanted = (("fp32", "onnx"), ("fp16", "onnx"), ("int8", "onnx"), ("int8", "tensorrt"))
-    graphs = [(form(precision), precision, runtime) for precision, runtime in wanted]
+    forms = (("fp32", "onnx"), ("fp16", "onnx"), ("int8", "onnx"), ("int8", "tensorrt"))
+    graphs = [(form(precision), precision, runtime) for precision, runtime in forms]
     return write_bundle(
         path,
         name="forms",

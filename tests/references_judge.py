@@ -1,4 +1,4 @@
-"""Slow, loop-written versions of the judge's figures, as their definitions state them."""
+"""Reference implementations of the judge's metrics with loops."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def store_of(cameras: list[int], tracks: list[int], times_s: list[float]) -> Cro
 
 
 def random_store(n: int, seed: int) -> CropStore:
-    """Whole seconds, so that tracks often touch; track ids that two cameras share; gaps in what is known."""
+    """Whole seconds, so that tracks often touch; track ids shared by cameras; some unknown values."""
     rng = np.random.default_rng(seed)
     times_s = rng.integers(0, max(n // 3, 2), n).astype(float)
     times_s[rng.random(n) < 0.1] = np.nan
@@ -52,7 +52,7 @@ def tracks_of(store: CropStore) -> dict[tuple[int, int], list[int]]:
 
 
 def positive_pairs(store: CropStore) -> set[tuple[int, int]]:
-    """Each crop of a track's first half with each of its last half."""
+    """Each crop of a track's first half with each of its second half."""
     found = set()
     for rows in tracks_of(store).values():
         half = len(rows) // 2
@@ -61,7 +61,7 @@ def positive_pairs(store: CropStore) -> set[tuple[int, int]]:
 
 
 def overlapping(store: CropStore) -> set[frozenset[tuple[int, int]]]:
-    """Pairs of tracks of one camera of which each begins before the other ends."""
+    """Pairs of tracks of one camera that overlap in time."""
     spans = {}
     for key, rows in tracks_of(store).items():
         times = [float(store.times_s[row]) for row in rows if not math.isnan(store.times_s[row])]
@@ -76,7 +76,7 @@ def overlapping(store: CropStore) -> set[frozenset[tuple[int, int]]]:
 
 
 def auc(positive: list[float], negative: list[float]) -> float:
-    """Pairs of pairs in the right order, ties as halves."""
+    """Share of pairs of pairs in the right order; ties count half."""
     right = 0.0
     for one in positive:
         for other in negative:
@@ -85,7 +85,7 @@ def auc(positive: list[float], negative: list[float]) -> float:
 
 
 def tpr_at_fpr(positive: list[float], negative: list[float], tenth_percent: int) -> float:
-    """Share of positives above the lowest threshold that at most so many of 1,000 negatives exceed; whole numbers."""
+    """Share of positives above the lowest threshold that at most `tenth_percent` of 1,000 negatives exceed."""
     for threshold in sorted(set(negative)):
         if 1000 * sum(value > threshold for value in negative) <= tenth_percent * len(negative):
             return sum(value > threshold for value in positive) / len(positive)
@@ -93,12 +93,12 @@ def tpr_at_fpr(positive: list[float], negative: list[float], tenth_percent: int)
 
 
 def repeat_pairs(values: list[float], weights: list[int]) -> list[float]:
-    """Pairs as often as they weigh."""
+    """Pairs repeated by their weights."""
     return [value for value, weight in zip(values, weights, strict=True) for _ in range(weight)]
 
 
 def camera_figures(labels: Ints, cameras: Ints) -> tuple[float, float]:
-    """Cameras a cluster and share of clusters with several."""
+    """Cameras per cluster, and share of clusters with several cameras."""
     seen = defaultdict(set)
     for label, camera in zip(labels.tolist(), cameras.tolist(), strict=True):
         if label >= 0:
@@ -150,7 +150,7 @@ def pair_counts(labels: Ints, previous: Ints) -> float:
 
 
 def people_store(*, persons: int, cameras: int, crops: int) -> CropStore:
-    """Everybody passes every camera once; passages of neighbours overlap. Row order: person, camera, crop."""
+    """Each person passes each camera once; tracks of neighbours overlap. Row order: person, camera, crop."""
     person, camera, crop = (part.ravel() for part in np.mgrid[:persons, :cameras, :crops])
     times_s = person * 0.4 * crops + camera * 1000.0 + crop
     made = store_of(camera.tolist(), person.tolist(), times_s.tolist())
@@ -158,7 +158,7 @@ def people_store(*, persons: int, cameras: int, crops: int) -> CropStore:
 
 
 def people_features(store: CropStore, *, spread: float, camera: float = 0.0, seed: int = 0) -> NDArray[np.float32]:
-    """Unit rows: a direction for each person, one for each camera, and noise; the lengths of the last two given."""
+    """Unit rows: a direction per person, one per camera, and noise; the lengths of the last two are given."""
     rng = np.random.default_rng(seed)
     people = rng.normal(size=(store.persons.max() + 2, 32))[store.persons]
     seen = rng.normal(size=(store.cameras.max() + 1, 32))[store.cameras]

@@ -1,4 +1,4 @@
-"""A stand-in for `tensorrt` 11.4 and `cuda.bindings.runtime` 13: records every call, and computes on the CPU.
+"""A fake `tensorrt` 11.4 and `cuda.bindings.runtime` 13: records every call, and computes on the CPU.
 
 It has the names of the current API and no others, so that a call or flag that was removed (or never was) fails here as
 it would there; names of enumerations are those in the 11.4 bindings. It holds the caller to the documented contract:
@@ -38,7 +38,7 @@ SEVERITIES = "INTERNAL_ERROR ERROR WARNING INFO VERBOSE"
 
 @dataclass
 class Machine:
-    """One made-up machine: its GPUs, and all that happened on it."""
+    """A fake machine: its GPUs and the recorded calls."""
 
     version: str = "11.4.0.106"
     gpu: str = GPU
@@ -59,7 +59,7 @@ class Machine:
         return self.current.get(threading.get_ident(), 0)
 
     def find(self, address: int, size: int, kind: str) -> int:
-        """The address, when it lies in memory of that kind on the current GPU."""
+        """The address, if it is in memory of that kind on the current GPU."""
         for start, (buffer, owner, device) in self.memory.items():
             if start <= address and address + size <= start + len(buffer) and owner == kind:
                 assert device == self.device, "memory of another GPU"
@@ -277,11 +277,11 @@ def tensorrt_module(machine: Machine) -> ModuleType:
         def deserialize_cuda_engine(self, serialized_engine: bytes) -> Engine | None:
             machine.called("deserialize_cuda_engine")
             head, _, model = serialized_engine.partition(b"\n")
-            told = json.loads(head)
-            if (told["version"], told["gpu"]) != (machine.version, machine.gpu):
+            header = json.loads(head)
+            if (header["version"], header["gpu"]) != (machine.version, machine.gpu):
                 self._logger.log(severities.ERROR, "the engine is of another version or GPU")
                 return None
-            return Engine(told, model)
+            return Engine(header, model)
 
     trt.ILogger, trt.IProgressMonitor = ILogger, IProgressMonitor
     trt.Builder, trt.OnnxParser, trt.Runtime = Builder, OnnxParser, Runtime
@@ -289,7 +289,7 @@ def tensorrt_module(machine: Machine) -> ModuleType:
 
 
 def refused(model: onnx.ModelProto, machine: Machine, flags: int) -> list[str]:
-    """What TensorRT's parser would say of a graph."""
+    """The errors of TensorRT's parser for a graph."""
     errors = []
     if any(node.op_type != "Cast" for node in model.graph.node if "images" in node.input):
         errors.append("UINT8 inputs must be cast before they are used")
@@ -383,7 +383,7 @@ def cudart_module(machine: Machine) -> ModuleType:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, **described: Any) -> Machine:
-    """Put the stand-in where `import tensorrt` and `import cuda.bindings.runtime` find it."""
+    """Install the fake modules for `import tensorrt` and `import cuda.bindings.runtime`."""
     machine = Machine(**described)
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_module(machine))
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cudart_module(machine))

@@ -18,7 +18,7 @@ OTHER = Space("cd" * 16, "small", DIM)
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[Store]:
+def open_gallery(folder: Path) -> Iterator[Store]:
     store = Store(folder / "gallery.sqlite3", dim=DIM)
     try:
         yield store
@@ -36,15 +36,15 @@ def enrolment(number: int, **more) -> Enrolment:
     return Enrolment(EntryRecord(**{"entry_id": f"e{number}", **entry_fields}), feature(number), **more)
 
 
-async def made(store: Store, name: str = "lobby", **more) -> Collection:
+async def create_collection(store: Store, name: str = "lobby", **more) -> Collection:
     return await store.write(writes.create_collection, Collection(name, SPACE, **more))
 
 
-async def held(store: Store, name: str = "lobby") -> int:
+async def count_entries(store: Store, name: str = "lobby") -> int:
     found = await store.read(reads.collection, name)
     return await store.read(reads.count, found.key, Filter())
 
 
-def holding(folder: Path, secret: bytes) -> list[str]:
+def files_with(folder: Path, secret: bytes) -> list[str]:
     """Names of the files anywhere below a folder that hold these bytes."""
     return [file.name for file in folder.rglob("*") if file.is_file() and secret in file.read_bytes()]

@@ -1,4 +1,4 @@
-"""Similarity to probability and back, three decisions, and the JSON of a manifest."""
+"""Calibration: probability and its inverse, decisions, and JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def density(x: float, mean: float, deviation: float) -> float:
 
 
 @pytest.mark.parametrize("prior", [0.5, 0.01, 0.9])
-def test_a_probability_is_what_bayes_says_of_two_bells(prior: float) -> None:
+def test_probabilities_follow_bayes_rule_for_two_gaussians(prior: float) -> None:
     low, high, deviation = 0.2, 0.7, 0.11
     line = replace(SOUND, midpoint=(low + high) / 2, slope=(high - low) / deviation**2)
     for similarity in (-0.3, 0.1, 0.45, 0.5, 0.8):
@@ -30,7 +30,7 @@ def test_a_probability_is_what_bayes_says_of_two_bells(prior: float) -> None:
         assert line.probability(similarity, prior=prior) == pytest.approx(one / (one + two), rel=1e-9)
 
 
-def test_the_curve_by_hand() -> None:
+def test_the_curve_equals_a_manual_calculation() -> None:
     assert SOUND.probability(0.4) == 0.5
     assert SOUND.probability(0.4 + math.log(3) / 20) == pytest.approx(0.75)
     assert SOUND.probability(0.4, prior=1 / 101) == pytest.approx(1 / 101)
@@ -39,7 +39,7 @@ def test_the_curve_by_hand() -> None:
 
 
 @pytest.mark.parametrize("slope", [1e-3, 20.0, MAX_SLOPE])
-def test_it_never_falls_nor_overflows(slope: float) -> None:
+def test_the_curve_is_monotonic_and_does_not_overflow(slope: float) -> None:
     line = replace(SOUND, slope=slope)
     for prior in (1e-9, 0.5, 1 - 1e-9):
         found = line.probability(np.linspace(-1.1, 1.1, 10_001), prior=prior)
@@ -47,8 +47,8 @@ def test_it_never_falls_nor_overflows(slope: float) -> None:
 
 
 def test_similarity_is_the_inverse() -> None:
-    wanted = np.array([[1e-6, 0.1], [0.5, 0.999]])
-    assert SOUND.probability(SOUND.similarity(wanted)) == pytest.approx(wanted, rel=1e-9)
+    probabilities = np.array([[1e-6, 0.1], [0.5, 0.999]])
+    assert SOUND.probability(SOUND.similarity(probabilities)) == pytest.approx(probabilities, rel=1e-9)
     for outside in (0.0, 1.0, -0.1, math.nan):
         with pytest.raises(InputError, match="between 0 and 1"):
             SOUND.similarity([0.5, outside])
@@ -58,13 +58,15 @@ def test_similarity_is_the_inverse() -> None:
 
 def test_three_decisions() -> None:
     accept, reject = (float(SOUND.similarity(p)) for p in (SOUND.accept, SOUND.reject))
-    told = [SOUND.decide(s) for s in (1.0, accept + 1e-6, accept - 1e-6, reject + 1e-6, reject - 1e-6, -1.0, math.nan)]
-    assert told == ["match", "match", "uncertain", "uncertain", "unknown", "unknown", "unknown"]
+    decisions = [
+        SOUND.decide(s) for s in (1.0, accept + 1e-6, accept - 1e-6, reject + 1e-6, reject - 1e-6, -1.0, math.nan)
+    ]
+    assert decisions == ["match", "match", "uncertain", "uncertain", "unknown", "unknown", "unknown"]
     certain = replace(SOUND, reject=SOUND.accept)
     assert {certain.decide(s) for s in np.linspace(-1, 1, 99)} == {"match", "unknown"}
 
 
-def test_json_there_and_back() -> None:
+def test_a_calibration_round_trips_through_json() -> None:
     text = json.dumps(SOUND.to_json(), allow_nan=False)
     assert Calibration.from_json(json.loads(text)) == SOUND
     with pytest.raises(FrozenInstanceError):
@@ -72,7 +74,7 @@ def test_json_there_and_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"midpoint": math.nan}, "midpoint: expected -1..1, found 'nan'"),
         ({"midpoint": 1.5}, "midpoint"),
@@ -98,13 +100,13 @@ def test_json_there_and_back() -> None:
         ({"knots": []}, "unknown \\['knots'\\]"),
     ],
 )
-def test_what_makes_no_sense_is_refused(change: dict[str, Any], told: str) -> None:
-    with pytest.raises(BundleError, match=f"calibration: .*{told}.*export the bundle again"):
+def test_invalid_values_are_rejected(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(BundleError, match=f"calibration: .*{message}.*export the bundle again"):
         Calibration.from_json(SOUND.to_json() | change)
 
 
 @pytest.mark.parametrize("body", [None, [], "x", {}, {1: 2}])
-def test_another_shape_is_refused(body: object) -> None:
+def test_other_json_is_rejected(body: object) -> None:
     with pytest.raises(BundleError, match=r"calibration: its (value|keys): expected"):
         Calibration.from_json(body)
 

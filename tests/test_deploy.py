@@ -92,9 +92,9 @@ def test_every_expression_is_promql_over_series_that_exist(exported: set[str]) -
 
 def test_every_metric_is_in_the_docs_and_every_one_there_is_exported(exported: set[str]) -> None:
     text = (ROOT / "docs" / "operations.md").read_text()
-    told = set(re.findall(r"`(resight_[a-z0-9_]+)`", text))
+    documented = set(re.findall(r"`(resight_[a-z0-9_]+)`", text))
     base = {re.sub(r"_(bucket|sum|count)$", "", name) for name in exported if name.startswith("resight_")}
-    assert told == base
+    assert documented == base
 
 
 @pytest.mark.parametrize("path", KUBERNETES, ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""The examples as processes, against real servers. Node's is tested beside the other foreign clients."""
+"""The examples as processes, against real servers. Node's is tested with the other foreign clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All or nothing on disk, also under kill -9."""
+"""Atomic writes, also under kill -9."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_block_that_raises_leaves_the_old_folder(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_a_folder_that_cannot_be_renamed_into_place_puts_the_old_one_back(tmp_path: Path) -> None:
+def test_a_failed_rename_restores_the_old_folder(tmp_path: Path) -> None:
     final, missing = tmp_path / "bundle", tmp_path / "missing"
     final.mkdir()
     (final / "file").write_text("old")
@@ -82,13 +82,13 @@ def test_a_folder_that_cannot_be_renamed_into_place_puts_the_old_one_back(tmp_pa
     assert (final / "file").read_text() == "old"
 
 
-def test_killed_writers_leave_whole_files_and_folders(tmp_path: Path) -> None:
+def test_killed_writers_leave_complete_files_and_folders(tmp_path: Path) -> None:
     folder, file = tmp_path / "folder", tmp_path / "file"
     for round_ in range(6):
         command = [sys.executable, "-c", WRITER, str(folder), str(file)]
         writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert writer.stdout is not None
-        writer.stdout.readline()  # one whole round is acknowledged
+        writer.stdout.readline()  # one complete round is acknowledged
         time.sleep(0.003 * round_)
         os.kill(writer.pid, signal.SIGKILL)
         writer.communicate()

@@ -28,7 +28,7 @@ ARCHIVE = Path(__file__).parent / "data" / "formats-0.1.0.zip"
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """The folder that commit wrote."""
+    """The folder written by that commit."""
     with zipfile.ZipFile(ARCHIVE) as archive:
         archive.extractall(tmp_path)
     for folder in ("gallery", "gallery/snapshots", "gallery/snapshots/kept"):
@@ -62,7 +62,7 @@ def test_a_data_folder_is_served_and_its_snapshot_restored(old: Path) -> None:
     shutil.rmtree(old / "restored", ignore_errors=True)
     verified = resight_here("snapshot", "verify", "kept", "--data", old / "gallery")
     assert verified.returncode == 0, verified.stderr
-    (old / "gallery" / "tokens.json").unlink()  # with tokens every call needs one
+    (old / "gallery" / "tokens.json").unlink()  # with tokens, every call needs one
     for restore in (False, True):
         if restore:
             done = resight_here("snapshot", "restore", "kept", "--data", old / "gallery")

@@ -1,4 +1,4 @@
-"""The one decoder and the one resize: golden bytes, every kind of image accepted, every kind refused."""
+"""Decoding and resizing: golden bytes, accepted and rejected kinds of images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from resight.image import MAX_BYTES, MAX_SIDE, MIN_SIDE, ImageSpec, decode, fit
 
 
 def pattern(height: int = 48, width: int = 32) -> Pixels:
-    """A picture drawn by arithmetic, the same everywhere."""
+    """A deterministic image drawn by arithmetic."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([(x * 7) % 256, (y * 5) % 256, ((x * y) // 3) % 256], axis=2).astype(np.uint8)
 
@@ -46,7 +46,7 @@ def digest(pixels: Pixels) -> str:
     ],
 )
 def test_resize_gives_golden_bytes(spec: ImageSpec, golden: str) -> None:
-    """Features of an old gallery stay comparable only while these bytes never change."""
+    """Features of old galleries are comparable only if these bytes never change."""
     pixels = fit(pattern(), spec)
     assert pixels.shape == (spec.height, spec.width, 3)
     assert pixels.dtype == np.uint8
@@ -55,7 +55,7 @@ def test_resize_gives_golden_bytes(spec: ImageSpec, golden: str) -> None:
 
 def test_shrinking_is_antialiased() -> None:
     stripes = np.zeros((64, 64, 3), np.uint8)
-    stripes[:, ::2] = 255  # one pixel wide: sampling without a filter would give all black or all white
+    stripes[:, ::2] = 255  # one pixel wide: sampling without a filter would give only black or only white
     pixels = fit(stripes, ImageSpec(16, 16))
     assert 100 < pixels.min() <= pixels.max() < 155
 
@@ -66,13 +66,13 @@ def test_fitting_twice_changes_nothing() -> None:
     assert np.array_equal(fit(once, spec), once)
 
 
-def test_png_decodes_to_the_pixels_that_went_in() -> None:
+def test_png_decodes_to_the_encoded_pixels() -> None:
     pixels = decode(encode(pattern()))
     assert np.array_equal(pixels, pattern())
     assert pixels.flags.writeable and pixels.flags.c_contiguous
 
 
-def test_jpeg_decodes_near_the_pixels_that_went_in() -> None:
+def test_jpeg_decodes_close_to_the_encoded_pixels() -> None:
     smooth = np.array(Image.fromarray(pattern(4, 3)).resize((64, 128), Image.Resampling.BICUBIC))
     difference = decode(encode(smooth, "JPEG", quality=95)).astype(int) - smooth
     assert np.abs(difference).mean() < 2.0
@@ -107,7 +107,7 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     exif[0x0112] = orientation
     upright = decode(encode(pattern()))
     turned = decode(encode(pattern(), exif=exif.tobytes()))
-    undo = [  # EXIF 2.3, table of the tag Orientation
+    inverse = [  # EXIF 2.3, table of the tag Orientation
         upright,
         upright[:, ::-1],
         upright[::-1, ::-1],
@@ -117,10 +117,10 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
         upright[::-1, ::-1].transpose(1, 0, 2),
         np.rot90(upright),
     ]
-    assert np.array_equal(turned, undo[orientation - 1])
+    assert np.array_equal(turned, inverse[orientation - 1])
 
 
-def test_a_phone_jpeg_with_a_second_picture_is_its_first() -> None:
+def test_a_phone_jpeg_with_a_second_picture_decodes_to_its_first() -> None:
     first, second = Image.fromarray(pattern()), Image.fromarray(pattern()[::-1].copy())
     data = encode(first, "MPO", save_all=True, append_images=[second])
     difference = decode(data).astype(int) - decode(encode(first, "JPEG"))
@@ -128,7 +128,7 @@ def test_a_phone_jpeg_with_a_second_picture_is_its_first() -> None:
 
 
 def solid_png(width: int, height: int) -> bytes:
-    """A tiny file that claims to be huge: header of a grey image, no honest data behind it."""
+    """A tiny file with the header of a huge grey image."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -163,13 +163,13 @@ def test_bounds_are_inclusive() -> None:
         decode(data, max_pixels=48 * 32 - 1)
 
 
-def test_too_many_bytes_are_refused_before_a_look() -> None:
+def test_too_many_bytes_are_rejected_before_decoding() -> None:
     with pytest.raises(ImageTooLargeError, match=str(MAX_BYTES + 1)):
         decode(bytes(MAX_BYTES + 1))
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 400), (400, 1), (15, 64), (64, 15)])
-def test_too_small(height: int, width: int) -> None:
+def test_a_side_below_the_minimum_is_rejected(height: int, width: int) -> None:
     with pytest.raises(ImageTooSmallError, match=f"{width}x{height}"):
         decode(encode(pattern(height, width)))
 
@@ -199,15 +199,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_no_still_image_is_refused(kind: str) -> None:
+def test_other_files_are_rejected(kind: str) -> None:
     with pytest.raises(ImageUndecodableError, match=r"expected a .* image"):
         decode(REFUSED[kind]())
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow warns of damaged EXIF and goes on: so do we
+@pytest.mark.filterwarnings("ignore")  # Pillow warns about damaged EXIF and continues, as does the decoder
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "MPO"])
-def test_mutated_files_decode_or_are_refused(kind: str) -> None:
-    """Whatever bytes arrive, nothing but pixels or an ImageError leaves the decoder."""
+def test_mutated_files_decode_or_are_rejected(kind: str) -> None:
+    """For any input, the decoder returns pixels or raises an ImageError."""
     rng = np.random.default_rng(7)
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a description"
@@ -216,7 +216,7 @@ def test_mutated_files_decode_or_are_refused(kind: str) -> None:
     refused = 0
     for _ in range(600):
         data = whole.copy()
-        places = rng.integers(0, min(len(data), 400), rng.integers(1, 6))  # headers are where parsers break
+        places = rng.integers(0, min(len(data), 400), rng.integers(1, 6))  # most parser errors are in headers
         data[places] = rng.integers(0, 256, len(places))
         end = len(data) if rng.random() < 0.7 else rng.integers(0, len(data))
         try:
@@ -234,7 +234,7 @@ def by_pillow(data: bytes) -> Pixels:
 
 
 def natural(height: int, width: int, rng: np.random.Generator) -> Image.Image:
-    """Smooth shapes with some noise: what a JPEG has coefficients of every kind for."""
+    """Smooth shapes with some noise, so that a JPEG has coefficients of all kinds."""
     small = Image.fromarray(rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), np.uint8))
     large = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.int16)
     return Image.fromarray(np.clip(large + rng.integers(-9, 10, large.shape), 0, 255).astype(np.uint8))
@@ -242,7 +242,7 @@ def natural(height: int, width: int, rng: np.random.Generator) -> Image.Image:
 
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 @pytest.mark.parametrize("how", [{}, {"progressive": True}, {"optimize": True}, {"restart_marker_blocks": 3}])
-def test_every_jpeg_has_the_very_pixels_pillow_gives(how: dict[str, object], subsampling: str) -> None:
+def test_every_jpeg_has_exactly_pillows_pixels(how: dict[str, object], subsampling: str) -> None:
     rng = np.random.default_rng(5)
     for height, width in ((16, 16), (17, 31), (128, 64), (255, 127)):
         for quality in (30, 75, 95):
@@ -254,13 +254,13 @@ def test_every_jpeg_has_the_very_pixels_pillow_gives(how: dict[str, object], sub
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "RGB"])
-def test_a_jpeg_in_other_colours_is_pillows(mode: str) -> None:
+def test_a_jpeg_in_other_colour_spaces_is_decoded_by_pillow(mode: str) -> None:
     image = natural(64, 32, np.random.default_rng(6)).convert(mode)
     data = encode(image, "JPEG", quality=90, keep_rgb=mode == "RGB")
     assert np.array_equal(decode(data), by_pillow(data))
 
 
-def test_a_damaged_jpeg_has_pillows_pixels_or_is_refused_as_pillow_refuses() -> None:
+def test_a_damaged_jpeg_is_handled_like_by_pillow() -> None:
     rng = np.random.default_rng(8)
     whole = np.frombuffer(encode(natural(96, 48, rng), "JPEG", quality=80), np.uint8)
     same = refused = 0
@@ -279,7 +279,7 @@ def test_a_damaged_jpeg_has_pillows_pixels_or_is_refused_as_pillow_refuses() -> 
 
 
 @pytest.mark.real
-def test_real_crops_have_the_very_pixels_pillow_gives(shared_data: Path) -> None:
+def test_real_crops_have_exactly_pillows_pixels(shared_data: Path) -> None:
     files = sorted(shared_data.rglob("*.jpg"))[::10]
     assert files
     for file in files:
@@ -288,11 +288,11 @@ def test_real_crops_have_the_very_pixels_pillow_gives(shared_data: Path) -> None
 
 
 @pytest.mark.parametrize("sides", [(15, 128), (256, 0), (4097, 128), (256, -1)])
-def test_spec_refuses_impossible_sides(sides: tuple[int, int]) -> None:
+def test_invalid_image_sides_are_rejected(sides: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"16\.\.4096, found"):
         ImageSpec(*sides)
 
 
-def test_spec_refuses_unknown_filters() -> None:
+def test_unknown_filters_are_rejected() -> None:
     with pytest.raises(ValueError, match="bilinear, bicubic, found 'nearest'"):
         ImageSpec(256, 128, "nearest")  # type: ignore[arg-type]

@@ -28,9 +28,9 @@ def system(root: Path, cgroup: str, files: dict[str, str]) -> Path:
     [
         ("0::/\n", {"sys/fs/cgroup/cpu.max": "max 100000\n"}, ALL),
         ("0::/\n", {"sys/fs/cgroup/cpu.max": "100000 100000\n"}, 1),
-        ("0::/\n", {"sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),  # half a core still needs a thread
+        ("0::/\n", {"sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),  # half a core still needs one thread
         ("0::/\n", {"sys/fs/cgroup/cpu.max": "6400000 100000\n"}, ALL),  # affinity is the smaller one
-        ("0::/pods/a\n", {"sys/fs/cgroup/pods/cpu.max": "100000 100000\n"}, 1),  # a parent's quota holds too
+        ("0::/pods/a\n", {"sys/fs/cgroup/pods/cpu.max": "100000 100000\n"}, 1),  # a parent's quota applies too
         ("0::/pods/a\n", {"sys/fs/cgroup/pods/a/cpu.max": "90000 100000\n"}, 1),
         ("0::/\n", {"sys/fs/cgroup/cpu.max": "nonsense\n"}, ALL),
         ("0::/\n", {}, ALL),
@@ -88,7 +88,7 @@ REPORT = (
         ({"OMP_WAIT_POLICY": "PASSIVE"}, f"threads {cores()} {cores()} - PASSIVE"),
     ],
 )
-def test_the_command_line_sets_what_the_user_has_not(given: dict[str, str], expected: str) -> None:
+def test_the_command_line_sets_variables_that_are_not_set(given: dict[str, str], expected: str) -> None:
     names = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     environment = {name: value for name, value in os.environ.items() if name not in names} | given
     done = subprocess.run(

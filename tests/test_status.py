@@ -11,7 +11,7 @@ from resight import errors
 from resight.errors import ReIDError
 from resight.status import STATUS_BY_ERROR, from_status, to_status
 
-# What training, export and start-up raise; a running server does not.
+# Raised by training, export and start-up, not by a running server.
 NEVER_SERVED = {
     "SiteError",
     "WeightsError",
@@ -36,7 +36,7 @@ def make(leaf: type[ReIDError]) -> ReIDError:
     return leaf("what was wrong", field="image.data", limit=7, **more)
 
 
-def test_every_leaf_has_a_code_and_a_reason_of_its_own():
+def test_every_error_has_a_code_and_its_own_reason():
     assert [leaf.__name__ for leaf in leaves(ReIDError) if leaf not in STATUS_BY_ERROR] == []
     reasons = [wire.reason for wire in STATUS_BY_ERROR.values()]
     assert len(set(reasons)) == len(reasons)
@@ -44,7 +44,7 @@ def test_every_leaf_has_a_code_and_a_reason_of_its_own():
 
 
 @pytest.mark.parametrize("leaf", [*leaves(ReIDError), errors.OverloadedError], ids=lambda leaf: leaf.__name__)
-def test_a_leaf_comes_back_as_it_went(leaf):
+def test_an_error_round_trips_through_a_status(leaf):
     back = from_status(status_pb2.Status.FromString(to_status(make(leaf), field="requests[3]").SerializeToString()))
     assert type(back) is leaf
     assert str(back) == "what was wrong"
@@ -58,7 +58,7 @@ def detail_names(error: ReIDError) -> set[str]:
     return {packed.TypeName() for packed in to_status(error).details}
 
 
-def test_each_kind_carries_the_details_its_code_calls_for():
+def test_each_status_has_the_details_of_its_code():
     assert "google.rpc.BadRequest" in detail_names(errors.ImageTooSmallError("", field="image.data"))
     assert "google.rpc.BadRequest" not in detail_names(errors.ImageTooSmallError(""))
     assert "google.rpc.ResourceInfo" in detail_names(errors.EntryNotFoundError("", entry="e"))
@@ -70,19 +70,19 @@ def test_each_kind_carries_the_details_its_code_calls_for():
     assert all("google.rpc.ErrorInfo" in detail_names(make(leaf)) for leaf in leaves(ReIDError))
 
 
-def test_the_missing_thing_is_named():
+def test_the_missing_resource_is_named():
     status = to_status(errors.EntryNotFoundError("gone", entry="e-1", collection="c"))
     found = details.ResourceInfo()
     assert any(packed.Unpack(found) for packed in status.details)
     assert (found.resource_type, found.resource_name) == ("entry", "e-1")
 
 
-def test_a_class_between_the_leaves_is_told_as_its_nearest_ancestor():
+def test_an_unmapped_class_uses_its_nearest_ancestor():
     assert to_status(errors.FormatError("odd")).code == grpc.StatusCode.INTERNAL.value[0]
     assert to_status(errors.ImageError("odd")).code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
 
 
-def test_a_long_message_stays_under_grpcs_limit_on_trailers():
+def test_a_long_message_is_cut_below_grpcs_limit_on_trailers():
     assert to_status(errors.EntryNotFoundError("x" * 100_000)).ByteSize() < 8 * 1024
 
 
@@ -95,21 +95,21 @@ def test_a_long_message_stays_under_grpcs_limit_on_trailers():
         (grpc.StatusCode.UNKNOWN, ReIDError),
     ],
 )
-def test_a_status_that_is_not_ours_becomes_the_nearest_leaf(code, leaf):
+def test_a_foreign_status_is_converted_by_its_code(code, leaf):
     assert type(from_status(status_pb2.Status(code=code.value[0], message="m"))) is leaf
 
 
-def test_a_reason_of_another_domain_is_not_ours():
+def test_a_reason_of_another_domain_is_ignored():
     packed = any_pb2.Any()
     packed.Pack(details.ErrorInfo(reason="IMAGE_TOO_SMALL", domain="example.com"))
     status = status_pb2.Status(code=grpc.StatusCode.UNAVAILABLE.value[0], details=[packed])
     assert type(from_status(status)) is errors.UnavailableError
 
 
-def test_the_reasons_in_the_docs_are_those_of_the_table():
+def test_the_documented_reasons_match_the_table():
     api = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
-    told = dict(re.findall(r"^\| `([A-Z_]+)` \| ([A-Z_]+) \|", api, re.MULTILINE))
+    documented = dict(re.findall(r"^\| `([A-Z_]+)` \| ([A-Z_]+) \|", api, re.MULTILINE))
     real = {wire.reason: wire.code.name for wire in STATUS_BY_ERROR.values()}
-    assert told.items() <= real.items()
+    assert documented.items() <= real.items()
     by_server = [leaf for leaf in leaves(ReIDError) if leaf.__name__ not in NEVER_SERVED]
-    assert [leaf.__name__ for leaf in by_server if STATUS_BY_ERROR[leaf].reason not in told] == []
+    assert [leaf.__name__ for leaf in by_server if STATUS_BY_ERROR[leaf].reason not in documented] == []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from resight.errors import DeadlineError, ExpiredInQueueError, OverloadedError
 
@@ -37,7 +38,8 @@ class Admission:
     """
 
     def __init__(self, unit: str, setting: str, limit: int) -> None:
-        self._unit, self._setting, self._limit = unit, setting, limit
+        self._unit, self._limit = unit, limit
+        self._limit_fact: dict[str, Any] = {setting: limit}  # a detail of the error
         self._taken: dict[int, int] = {}
         self.batch_s = self.each_s = 0.0
 
@@ -67,7 +69,7 @@ class Admission:
                 f"{taken} {self._unit} are waiting or running, {count} more requested, limit {self._limit}: try again "
                 f"in {retry_s:.2f} s",
                 retry_after_s=retry_s,
-                **{self._setting: self._limit},
+                **self._limit_fact,
             )
         if ahead and wait_s > deadline - time.monotonic():
             raise OverloadedError(

@@ -102,10 +102,10 @@ class Batcher:
     Args:
         finished: called in a worker thread with the jobs of a batch, each with its outcome.
         max_queue: crops admitted and not yet finished, for each priority.
-        most: maximum batch size.
+        max_batch: maximum batch size.
         delay_s: how long an idle worker waits for more crops.
         workers: number of batches in parallel.
-        gains: whether larger batches cost less per crop, so that workers should wait for crops being decoded.
+        wait_for_decoding: wait for crops that are being decoded, as larger batches cost less per crop.
     """
 
     def __init__(
@@ -113,16 +113,16 @@ class Batcher:
         finished: Callable[[Sequence[CropJob]], None],
         *,
         max_queue: int,
-        most: int,
+        max_batch: int,
         delay_s: float = 0.0,
         workers: int = 1,
-        gains: bool = True,
+        wait_for_decoding: bool = True,
     ) -> None:
-        self._most, self._gains = most, gains
+        self._max_batch, self._wait_for_decoding = max_batch, wait_for_decoding
         self._finished, self._delay_s = finished, delay_s
         self._queue, self._changed = CropQueue(), threading.Condition()
         self._admission = Admission("crops", "max_queue", max_queue)
-        self._coming = 0
+        self._decoding = 0
         self._gathering = self._stopping = False
         self._quarantine = Quarantine()
         self._sizes: dict[int, int] = {}
@@ -178,20 +178,20 @@ class Batcher:
     def expect(self, jobs: Sequence[CropJob]) -> None:
         """Announce jobs that are about to be decoded; each one is then passed to `put` or `discard`."""
         with self._changed:
-            self._coming += _count_urgent(jobs)
+            self._decoding += _count_urgent(jobs)
 
     def put(self, job: CropJob) -> None:
         """Queue a decoded job for inference; thread-safe."""
         job.queued_ns = time.perf_counter_ns()
         with self._changed:
-            self._coming -= _count_urgent((job,))
+            self._decoding -= _count_urgent((job,))
             self._queue.put(job)
             self._wake()
 
     def discard(self, job: CropJob) -> None:
         """Drop an announced job whose decoding failed; thread-safe."""
         with self._changed:
-            self._coming -= _count_urgent((job,))
+            self._decoding -= _count_urgent((job,))
             self._wake()
 
     def _wake(self) -> None:
@@ -220,7 +220,9 @@ class Batcher:
                 if (wait_s := self._queue.wait_s()) != 0.0:
                     self._changed.wait(wait_s)
                     continue
-                wait_s = max(self._delay_s, self._admission.batch_s if self._gains and self._coming > 0 else 0.0)
+                wait_s = max(
+                    self._delay_s, self._admission.batch_s if self._wait_for_decoding and self._decoding > 0 else 0.0
+                )
                 if wait_s and self._queue.urgent_count() and not self._gathering:
                     self._gathering = True
                     self._changed.wait_for(self._gathered, wait_s)
@@ -234,14 +236,14 @@ class Batcher:
 
     def _share(self) -> int:
         """One worker's share of all crops in progress."""
-        under_way: int = self._queue.urgent_count() + self._coming + sum(self._running)
-        return min(self._most, max(1, -(-under_way // len(self._threads))))
+        under_way: int = self._queue.urgent_count() + self._decoding + sum(self._running)
+        return min(self._max_batch, max(1, -(-under_way // len(self._threads))))
 
     def _gathered(self) -> bool:
         """Whether to stop waiting for more crops: the batch is full, no more are expected, or the queue is empty."""
         waiting = self._queue.urgent_count()
-        full = waiting >= (self._most if self._delay_s else self._share())
-        return self._stopping or not waiting or full or (not self._delay_s and self._coming <= 0)
+        full = waiting >= (self._max_batch if self._delay_s else self._share())
+        return self._stopping or not waiting or full or (not self._delay_s and self._decoding <= 0)
 
     def _run(self, jobs: list[CropJob]) -> None:
         started_ns = time.perf_counter_ns()

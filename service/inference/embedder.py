@@ -202,10 +202,10 @@ class Embedder:
         self._batcher = Batcher(
             self._finished,
             max_queue=settings.max_queue,
-            most=settings.batch,
+            max_batch=settings.batch,
             delay_s=settings.batch_delay_s,
             workers=settings.batches_at_once,
-            gains=settings.provider != "cpu",
+            wait_for_decoding=settings.provider != "cpu",
         )
         self._decoders = Decoders(self._batcher.put, self._discard, self._batcher.check, settings)
         self._remaining: dict[asyncio.Future[None], int] = {}

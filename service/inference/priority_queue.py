@@ -34,7 +34,7 @@ PRIORITY_SHARES = {
     Priority.REEMBED: 1 / 16,
 }  # minimum share of the model's time
 QUIET_S = 0.05  # after the last urgent crop; a client that calls in a loop returns sooner
-CALLERS_GONE_S = 1.0  # after the last urgent crop; then migrations may use all workers
+NO_CALLS_S = 1.0  # after the last urgent crop; then migrations may use all workers
 REEMBED_S = 0.005  # target time of a migration's batch, for which a new call may have to wait
 
 
@@ -68,21 +68,21 @@ class CropJob:
 
 
 @dataclass
-class _PriorityLine:
+class _JobsByModel:
     """Jobs of one priority by model, in the order in which the models are served."""
 
-    of: dict[int, deque[CropJob]] = field(default_factory=dict)
+    jobs: dict[int, deque[CropJob]] = field(default_factory=dict)
     next_at: float = 0.0  # when it is served although higher priorities wait
     took_s: float = 0.01  # duration of its last batch; initially a guess
     each_s: float = REEMBED_S / 4  # per crop of its last batch; initially a guess
 
     def take(self, runtime: Runtime, most: int, batch: list[CropJob]) -> None:
         """Move up to ``most`` jobs of one model to ``batch``; the model is then served last."""
-        waiting = self.of.pop(id(runtime), None)
+        waiting = self.jobs.pop(id(runtime), None)
         while waiting and len(batch) < most:
             batch.append(waiting.popleft())
         if waiting:
-            self.of[id(runtime)] = waiting
+            self.jobs[id(runtime)] = waiting
 
 
 class CropQueue:
@@ -94,19 +94,18 @@ class CropQueue:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._lanes = {priority: _PriorityLine() for priority in Priority}
+        self._queues = {priority: _JobsByModel() for priority in Priority}
         self._count = dict.fromkeys(Priority, 0)
         self._busy_until = 0.0
-        self._reembedding = (
-            0  # running batches of a migration: at most one, unless there were no calls for `CALLERS_GONE_S`
-        )
+        # Running batches of a migration: at most one, unless there were no calls for `NO_CALLS_S`.
+        self._reembedding = 0
 
     def put(self, job: CropJob) -> None:
         """Add a job."""
-        lane = self._lanes[job.priority]
-        if not lane.of:
-            lane.next_at = max(lane.next_at, self._clock() + lane.took_s * (1 / PRIORITY_SHARES[job.priority] - 1))
-        lane.of.setdefault(id(job.runtime), deque()).append(job)
+        queue = self._queues[job.priority]
+        if not queue.jobs:
+            queue.next_at = max(queue.next_at, self._clock() + queue.took_s * (1 / PRIORITY_SHARES[job.priority] - 1))
+        queue.jobs.setdefault(id(job.runtime), deque()).append(job)
         self._count[job.priority] += 1
 
     def defer_background(self, seconds: float = QUIET_S) -> None:
@@ -117,11 +116,11 @@ class CropQueue:
         """Seconds until `take` returns a batch; 0 = now, None = the queue is empty."""
         if self.urgent_count():
             return 0.0
-        lane = self._lanes[Priority.REEMBED]
-        if not lane.of:
+        queue = self._queues[Priority.REEMBED]
+        if not queue.jobs:
             return None
-        begins = self._all_cores_at if self._reembedding else min(self._busy_until, lane.next_at)
-        return max(0.0, begins - self._clock())
+        start_at = self._all_cores_at if self._reembedding else min(self._busy_until, queue.next_at)
+        return max(0.0, start_at - self._clock())
 
     def take(self, most: int) -> list[CropJob]:
         """The next batch, of one model and priority; enrolments and interactive crops fill up each other's batches.
@@ -129,16 +128,16 @@ class CropQueue:
         Args:
             most: maximum number of urgent crops, also limited by the model.
         """
-        if not (priority := self._turn()):
+        if not (priorities := self._next_priorities()):
             return []
-        first = next(iter(self._lanes[priority[0]].of.values()))[0].runtime
+        first = next(iter(self._queues[priorities[0]].jobs.values()))[0].runtime
         size = min(first.max_batch, most)
-        if priority[0] is Priority.REEMBED:
-            size = max(1, min(first.max_batch, int(REEMBED_S / self._lanes[Priority.REEMBED].each_s)))
+        if priorities[0] is Priority.REEMBED:
+            size = max(1, min(first.max_batch, int(REEMBED_S / self._queues[Priority.REEMBED].each_s)))
         batch: list[CropJob] = []
-        for lane in priority:
-            self._lanes[lane].take(first, size, batch)
-        self._reembedding += priority[0] is Priority.REEMBED
+        for priority in priorities:
+            self._queues[priority].take(first, size, batch)
+        self._reembedding += priorities[0] is Priority.REEMBED
         for job in batch:
             self._count[job.priority] -= 1
         return batch
@@ -149,9 +148,9 @@ class CropQueue:
 
     def record_batch_time(self, priority: Priority, seconds: float, crops: int = 1) -> None:
         """Record the duration of a batch, which determines the time and size of the next one of its priority."""
-        lane = self._lanes[priority]
-        lane.took_s, lane.each_s = seconds, max(1e-6, seconds / crops)
-        lane.next_at = self._clock() + seconds * (1 / PRIORITY_SHARES[priority] - 1)
+        queue = self._queues[priority]
+        queue.took_s, queue.each_s = seconds, max(1e-6, seconds / crops)
+        queue.next_at = self._clock() + seconds * (1 / PRIORITY_SHARES[priority] - 1)
         if priority is not Priority.REEMBED:
             self.defer_background()
 
@@ -161,27 +160,27 @@ class CropQueue:
 
     def drain(self) -> list[CropJob]:
         """Remove and return all jobs."""
-        jobs = [job for lane in self._lanes.values() for waiting in lane.of.values() for job in waiting]
-        for lane in self._lanes.values():
-            lane.of.clear()
+        jobs = [job for queue in self._queues.values() for waiting in queue.jobs.values() for job in waiting]
+        for queue in self._queues.values():
+            queue.jobs.clear()
         self._count = dict.fromkeys(Priority, 0)
         return jobs
 
     @property
     def _all_cores_at(self) -> float:
         """When a migration may use all workers; until then one is kept free for calls."""
-        return self._busy_until - QUIET_S + CALLERS_GONE_S
+        return self._busy_until - QUIET_S + NO_CALLS_S
 
-    def _turn(self) -> tuple[Priority, ...]:
+    def _next_priorities(self) -> tuple[Priority, ...]:
         """The priority to serve next, followed by the one that may fill up its batch."""
         now = self._clock()
-        waiting = {priority for priority, lane in self._lanes.items() if lane.of}
+        waiting = {priority for priority, queue in self._queues.items() if queue.jobs}
         if self._reembedding and now < self._all_cores_at:
             waiting.discard(Priority.REEMBED)
         callers, enrolments, reembed = Priority.INTERACTIVE, Priority.ENROL, Priority.REEMBED
-        if reembed in waiting and now >= self._lanes[reembed].next_at:
+        if reembed in waiting and now >= self._queues[reembed].next_at:
             return (reembed,)
-        if enrolments in waiting and (callers not in waiting or now >= self._lanes[enrolments].next_at):
+        if enrolments in waiting and (callers not in waiting or now >= self._queues[enrolments].next_at):
             return enrolments, callers
         if callers in waiting:
             return callers, enrolments

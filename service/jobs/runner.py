@@ -1,4 +1,4 @@
-"""Work that goes on when the call that began it has ended: a task for each operation in the table."""
+"""Background jobs: an asyncio task per long-running operation, which outlives the call that started it."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from resight.service.storage.operations import Operation, Operations
 log = logging.getLogger(__name__)
 
 JobFunction = Callable[[Operation], Awaitable[dict[str, str]]]
-"""Does it and returns the operation's result; what it raises is the operation's error."""
+"""Does the work and returns the operation's result; an exception becomes the operation's error."""
 
 
 class JobCancelled(Exception):
-    """Work ended because it was asked to; raised by the work itself."""
+    """Raised by a job that ends because its cancellation was requested."""
 
 
 class JobRunner:
-    """What runs, of all tenants. `stop` it in the event loop, before the stores are closed.
+    """The running jobs of all tenants. Call `stop` in the event loop, before the stores are closed.
 
-    What still runs then stays RUNNING in its table, and is INTERRUPTED at the next start.
+    Jobs that still run then stay RUNNING in the database, and become INTERRUPTED at the next start.
     """
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def begin(self, operations: Operations, kind: str, work: JobFunction, **details: Any) -> Operation:
-        """Note an operation in a tenant's table and begin it."""
+    async def start(self, operations: Operations, kind: str, work: JobFunction, **details: Any) -> Operation:
+        """Create an operation in a tenant's database and start its job."""
         operation = await operations.start(kind, **details)
         task = asyncio.create_task(_run_job(operations, operation, work), name=kind)
         self._tasks.add(task)
@@ -38,21 +38,22 @@ class JobRunner:
         return operation
 
     async def stop(self) -> None:
-        """Give up what runs."""
+        """Cancel the running jobs."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 async def _run_job(operations: Operations, operation: Operation, work: JobFunction) -> None:
-    of = operation.operation_id
+    operation_id = operation.operation_id
     try:
-        await operations.finish(of, result=await work(operation))
+        await operations.finish(operation_id, result=await work(operation))
     except JobCancelled:
-        await operations.finish(of, cancelled=True)
+        await operations.finish(operation_id, cancelled=True)
     except ReIDError as error:
-        log.warning("operation %s %s failed: %s", operation.kind, of, error)
-        await operations.finish(of, error=error)
+        log.warning("operation %s %s failed: %s", operation.kind, operation_id, error)
+        await operations.finish(operation_id, error=error)
     except Exception:
-        log.exception("operation %s %s failed", operation.kind, of)
-        await operations.finish(of, error=ReIDError(f"internal error: the server's log has it under {of}"))
+        log.exception("operation %s %s failed", operation.kind, operation_id)
+        failure = ReIDError(f"internal error: see the server's log, under {operation_id}")
+        await operations.finish(operation_id, error=failure)

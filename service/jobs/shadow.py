@@ -1,10 +1,10 @@
-"""Shadows: a candidate model answers a sample of live searches beside the active one, for statistics only.
+"""Shadow runs: a candidate model answers a sample of live searches beside the active one, for statistics only.
 
-A shadow search starts when the caller has its answer, waits behind all callers, embeds with the priority of a
-migration, one search at a time and for no more than `TIME_SHARE` of the time; what does not fit is dropped and counted.
-A few crops wait in memory for some seconds; of a query nothing is kept but the counts of
-`resight.service.jobs.shadow_comparison`. A shadow ends with the process; as an operation it is listed afterwards. There
-is at most one for each collection.
+A shadow search starts after the caller has received its answer and waits behind all callers. It embeds with the
+priority of a migration, one search at a time and for no more than `TIME_SHARE` of the time; samples beyond that are
+dropped and counted. A few crops wait in memory for some seconds; of a query only the counts of
+`resight.service.jobs.shadow_comparison` are kept. A run ends with the process and stays listed as an operation. There
+is at most one per collection.
 """
 
 from __future__ import annotations
@@ -50,14 +50,12 @@ from resight.service.tenants import Tenant
 
 log = logging.getLogger(__name__)
 
-MAX_WAITING_SAMPLES = 16  # samples of one shadow: crops in memory
-MAX_SAMPLE_AGE_S = 5.0  # of a sample, from the caller's answer on: what is not begun by then is dropped
-BUSY_CROPS = 4  # callers' crops and queries under way; above it a shadow begins nothing
-TIME_SHARE = (
-    1 / 32
-)  # of a core's time, at most: callers' slowest twentieth must not be those that meet a shadow's batch
-CHECK_EVERY_S = 1.0  # between two looks at whether it is to end
-MEASURE_EVERY = 4  # searches of which one is done again with both models, to be timed
+MAX_WAITING_SAMPLES = 16  # per run: their crops are in memory
+MAX_SAMPLE_AGE_S = 5.0  # since the caller's answer; a sample not started by then is dropped
+BUSY_CROPS = 4  # callers' crops and queries in progress above which a shadow search does not start
+TIME_SHARE = 1 / 32  # of a core, at most: shadow batches must not show in the callers' 95th percentile
+CHECK_EVERY_S = 1.0  # between two checks whether the run is to end
+MEASURE_EVERY = 4  # one in so many searches is done with both models, to compare their times
 
 
 class ShadowState(StrEnum):
@@ -73,7 +71,13 @@ class ShadowState(StrEnum):
 
 @dataclass(frozen=True)
 class ShadowLimits:
-    """How much is sampled: a share, 0..1; answered searches, 0 = any number; until an instant, None = any."""
+    """How much is sampled.
+
+    Attributes:
+        sample: share of the searches, 0..1.
+        max_searches: the run ends after so many answered searches; 0 = no limit.
+        expire_us: the run ends at this time; None = no limit.
+    """
 
     sample: float = 1.0
     max_searches: int = 0
@@ -82,7 +86,7 @@ class ShadowLimits:
 
 @dataclass(frozen=True)
 class ShadowStatus:
-    """A shadow as it stands; the fields are those of ``ShadowRun`` in model.proto."""
+    """The state of a shadow run; the fields are those of ``ShadowRun`` in model.proto."""
 
     collection: str
     model_id: str
@@ -96,63 +100,63 @@ class ShadowStatus:
     operation_id: str = ""
     figures: ShadowStatistics = field(default_factory=ShadowStatistics)
 
-    def noted(self) -> dict[str, Any]:
-        """For JSON."""
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
         return asdict(self)
 
     @classmethod
-    def of(cls, noted: Mapping[str, Any]) -> ShadowStatus:
-        """From what `noted` and JSON made of one."""
-        figures = noted["figures"]
+    def from_json(cls, body: Mapping[str, Any]) -> ShadowStatus:
+        """From the result of `to_json`."""
+        figures = body["figures"]
         sides = {side: ModelSideStatistics(**figures[side]) for side in ("active", "candidate")}
-        told = {**noted, "state": ShadowState(noted["state"]), "bounds": ShadowLimits(**noted["bounds"])}
-        return cls(**{**told, "figures": ShadowStatistics(**{**figures, **sides})})
+        fields = {**body, "state": ShadowState(body["state"]), "bounds": ShadowLimits(**body["bounds"])}
+        return cls(**{**fields, "figures": ShadowStatistics(**{**figures, **sides})})
 
 
 @dataclass(frozen=True)
 class ShadowSample:
-    """One search that was answered: what was asked, of which crops, and the answer; from when on it may be redone."""
+    """A search that was answered: its parameters, its crops, the answer, and its time in `time.monotonic` seconds."""
 
     collection: Collection
-    wanted: SearchParams
+    params: SearchParams
     source: CropSource
     answer: RankedAnswer
     answered_s: float
 
 
 class ShadowRun:
-    """One shadow. Used in the event loop's thread.
+    """One shadow run. Used in the event loop's thread.
 
     Args:
-        tenant: whose collection.
-        told: as it begins.
+        tenant: of the collection.
+        initial: its status at the start.
         space: the candidate's.
-        under_way: callers' crops that the server is at.
+        callers_crops: number of callers' crops that the server is working on.
 
     Attributes:
         bounds: may be changed while it runs.
-        operation_id: of the long operation whose work `run` is.
+        operation_id: of the long-running operation whose job is `run`.
     """
 
-    def __init__(self, tenant: Tenant, told: ShadowStatus, space: Space, under_way: Callable[[], int]) -> None:
-        self._tenant, self._begun, self._space, self._under_way = tenant, told, space, under_way
+    def __init__(self, tenant: Tenant, initial: ShadowStatus, space: Space, callers_crops: Callable[[], int]) -> None:
+        self._tenant, self._initial, self._space, self._callers_crops = tenant, initial, space, callers_crops
         self._tally, self._samples = ShadowTally(), asyncio.Queue[ShadowSample](MAX_WAITING_SAMPLES)
         self._state, self._ended = ShadowState.RUNNING, asyncio.Event()
         self._end_us: int | None = None
         self._working: asyncio.Task[None] | None = None
-        self._noted: dict[str, int] = {}
-        self._worked_s = 0.0  # on the sample it is at
-        self.bounds, self.operation_id = told.bounds, ""
+        self._reported: dict[str, int] = {}
+        self._worked_s = 0.0  # on the current sample
+        self.bounds, self.operation_id = initial.bounds, ""
 
     @property
     def running(self) -> bool:
         """Whether it takes samples."""
         return self._state is ShadowState.RUNNING
 
-    def told(self) -> ShadowStatus:
-        """As it stands."""
+    def status(self) -> ShadowStatus:
+        """Its current status."""
         return replace(
-            self._begun,
+            self._initial,
             state=self._state,
             bounds=self.bounds,
             end_us=self._end_us,
@@ -160,8 +164,8 @@ class ShadowRun:
             figures=self._tally.figures(),
         )
 
-    def end(self, state: ShadowState) -> None:
-        """Take no more samples, and drop those that wait; one that has ended stays as it is."""
+    def finish(self, state: ShadowState) -> None:
+        """Take no more samples and drop the waiting ones; no effect on a run that has ended."""
         if self.running:
             self._state, self._end_us = state, now_us()
             self._ended.set()
@@ -169,54 +173,54 @@ class ShadowRun:
                 self._working.cancel()
             tally = self._tally
             tally.dropped = tally.sampled - tally.answered - tally.failed
-            log.info("shadow %s collection=%s model=%s", state, self._begun.collection, self._begun.model_id)
+            log.info("shadow %s collection=%s model=%s", state, self._initial.collection, self._initial.model_id)
 
-    def fits(self, collection: Collection) -> bool:
-        """Whether the collection is still searched in the space it is compared with; if not, it ends."""
-        if collection.space.space_id != self._begun.active_space_id:
-            self.end(ShadowState.SUPERSEDED)
+    def matches(self, collection: Collection) -> bool:
+        """Whether it runs and the collection's active space is still the one it is compared with; else ends the run."""
+        if collection.space.space_id != self._initial.active_space_id:
+            self.finish(ShadowState.SUPERSEDED)
         return self.running
 
-    def offer(self, collection: Collection, wanted: SearchParams, source: CropSource, answer: RankedAnswer) -> None:
-        """Tell it of a search that was answered: it is taken or not, and the caller goes on at once."""
-        if not self.fits(collection):
+    def offer(self, collection: Collection, params: SearchParams, source: CropSource, answer: RankedAnswer) -> None:
+        """Offer an answered search as a sample; returns at once, whether it is taken or not."""
+        if not self.matches(collection):
             return
         self._tally.offered += 1
-        if random.random() >= self.bounds.sample:  # no cycle of cameras can fall in step with it
+        if random.random() >= self.bounds.sample:  # random: a periodic sample could always hit the same cameras
             return
         self._tally.sampled += 1
         if self._samples.full():
             self._tally.dropped += 1
         else:
-            self._samples.put_nowait(ShadowSample(collection, wanted, source, answer, time.monotonic()))
+            self._samples.put_nowait(ShadowSample(collection, params, source, answer, time.monotonic()))
 
     async def run(self) -> dict[str, str]:
-        """Answer samples until it ends: the work of its long operation, whose result tells how."""
-        # Nobody listens to it: its work is no part of the call that began it.
+        """Answer samples until the run ends: the job of its operation; returns the operation's result."""
+        # A context of its own: its work must not count as part of the call that started it.
         self._working = asyncio.create_task(self._work_forever(), name="shadow", context=contextvars.Context())
         try:
             while self.running:
-                await self._look()
+                await self._wait_and_check()
         finally:
             self._working.cancel()
             await asyncio.wait((self._working,))
-        told = self.told()
-        await self._note(told)
-        if told.state is ShadowState.STOPPED:
+        final = self.status()
+        await self._report(final)
+        if final.state is ShadowState.STOPPED:
             raise JobCancelled
-        return {"state": told.state.value, "model_id": told.model_id, "space_id": told.space_id}
+        return {"state": final.state.value, "model_id": final.model_id, "space_id": final.space_id}
 
-    async def _note(self, ended: ShadowStatus | None = None) -> Operation:
-        """Tell its operation the counts, and how it ended; returns that as it stands."""
+    async def _report(self, ended: ShadowStatus | None = None) -> Operation:
+        """Update the operation's counts and, at the end, its final status; returns the operation."""
         tally = self._tally
         counts = {"total": tally.sampled, "succeeded": tally.answered, "failed": tally.failed, "skipped": tally.dropped}
-        if ended is None and counts == self._noted:
+        if ended is None and counts == self._reported:
             return await self._tenant.operations.get(self.operation_id)
-        self._noted, details = counts, None if ended is None else {"shadow": ended.noted()}
+        self._reported, details = counts, None if ended is None else {"shadow": ended.to_json()}
         return await self._tenant.operations.progress(self.operation_id, details=details, result=None, **counts)
 
-    async def _look(self) -> None:
-        """Wait a moment or until it ends, and see whether it should."""
+    async def _wait_and_check(self) -> None:
+        """Wait `CHECK_EVERY_S` or until the run ends, then check whether it should end."""
         left_s = CHECK_EVERY_S if self.bounds.expire_us is None else (self.bounds.expire_us - now_us()) / 1e6
         try:
             await asyncio.wait_for(self._ended.wait(), max(0.0, min(CHECK_EVERY_S, left_s)))
@@ -224,43 +228,47 @@ class ShadowRun:
         except TimeoutError:
             pass
         if self.bounds.expire_us is not None and now_us() >= self.bounds.expire_us:
-            self.end(ShadowState.EXPIRED)
-        if (await self._note()).cancel_requested:
-            self.end(ShadowState.STOPPED)
+            self.finish(ShadowState.EXPIRED)
+        if (await self._report()).cancel_requested:
+            self.finish(ShadowState.STOPPED)
         try:
-            self.fits(await self._tenant.store.read(reads.collection, self._begun.collection))
+            self.matches(await self._tenant.store.read(reads.collection, self._initial.collection))
         except CollectionNotFoundError:
-            self.end(ShadowState.SUPERSEDED)
+            self.finish(ShadowState.SUPERSEDED)
 
     async def _work_forever(self) -> None:
         while True:
             sample = await self._samples.get()
             self._worked_s = 0.0
             try:
-                await self._quiet(sample)
+                await self._wait_until_idle(sample)
                 await self._answer(sample)
             except (OverloadedError, DeadlineError, UnavailableError):
                 self._tally.dropped += 1
             except ReIDError as error:
                 self._tally.failed += 1
-                log.warning("the shadow of %s cannot answer a search: %s", self._begun.collection, error)
+                log.warning("the shadow of %s cannot answer a search: %s", self._initial.collection, error)
             except Exception:
                 self._tally.failed += 1
-                log.exception("the shadow of %s failed", self._begun.collection)
+                log.exception("the shadow of %s failed", self._initial.collection)
             if 0 < self.bounds.max_searches <= self._tally.answered:
-                self.end(ShadowState.DONE)
+                self.finish(ShadowState.DONE)
             await asyncio.sleep(self._worked_s * (1 / TIME_SHARE - 1))
 
-    async def _quiet(self, sample: ShadowSample) -> None:
-        """Return when the caller has the answer and few others wait; raises ExpiredInQueueError where that never is."""
+    async def _wait_until_idle(self, sample: ShadowSample) -> None:
+        """Wait until the caller has its answer and few others are waiting.
+
+        Raises:
+            ExpiredInQueueError: that did not happen within `MAX_SAMPLE_AGE_S`.
+        """
         await asyncio.sleep(sample.answered_s + QUIET_S - time.monotonic())
-        while self._under_way() + self._tenant.gallery.searcher.waiting > BUSY_CROPS:
+        while self._callers_crops() + self._tenant.gallery.searcher.waiting > BUSY_CROPS:
             if time.monotonic() >= sample.answered_s + MAX_SAMPLE_AGE_S:
-                raise ExpiredInQueueError("callers left no time for the shadow: it goes on with the next search")
+                raise ExpiredInQueueError("the server was too busy for the shadow: it continues with the next search")
             await asyncio.sleep(QUIET_S)
 
     async def _answer(self, sample: ShadowSample) -> None:
-        """Let the candidate answer, and from time to time the active model too, in turn the first and the second."""
+        """Answer with the candidate and, one in `MEASURE_EVERY` times, the active model too, in alternating order."""
         tally = self._tally
         turns = [(tally.candidate, replace(sample.collection, space=self._space))]
         rounds, since = divmod(tally.answered, MEASURE_EVERY)
@@ -268,146 +276,153 @@ class ShadowRun:
             turns.append((tally.active, sample.collection))
         found: dict[ModelSide, tuple[RankedAnswer, int]] = {}
         for side, collection in turns[:: -1 if rounds % 2 else 1]:
-            found[side] = await self._searched(collection, sample)
+            found[side] = await self._search(collection, sample)
         tally.compare(sample.answer, found[tally.candidate][0])
         for side, (answer, infer_ns) in found.items() if len(found) == 2 else ():
             side.measure(infer_ns, answer.search_ns)
 
-    async def _searched(self, collection: Collection, sample: ShadowSample) -> tuple[RankedAnswer, int]:
-        """The sample's search in a collection's space, and the inference of one of its crops in nanoseconds."""
+    async def _search(self, collection: Collection, sample: ShadowSample) -> tuple[RankedAnswer, int]:
+        """The sample's search in a collection's space, and the inference time per crop in nanoseconds."""
         gallery, deadline = self._tenant.gallery, sample.answered_s + MAX_SAMPLE_AGE_S
         made = await gallery.feature(
             collection, sample.source, deadline, space=collection.space, priority=Priority.REEMBED
         )
-        (answer,) = await run_search(gallery.searcher, collection, [sample.wanted.with_feature(made.feature)], deadline)
+        (answer,) = await run_search(gallery.searcher, collection, [sample.params.with_feature(made.feature)], deadline)
         self._worked_s += (made.timings.decode_ns + made.timings.infer_ns + answer.search_ns + answer.rerank_ns) / 1e9
         return answer, made.timings.infer_ns // len(sample.source.images)
 
 
 SHADOW_KIND = "shadow"
-MAX_LISTED = 1000  # operations, the newest first: as many finished ones as are remembered
+MAX_LISTED = 1000  # operations, the newest first: as many as are kept
 
 
 class ShadowManager:
-    """All of one server. Only the event loop's thread uses it.
+    """All shadow runs of one server. Used in the event loop's thread only.
 
     Args:
         models: has the candidates.
-        waiting: crops that are under way, by priority.
-        work: carries them out.
+        waiting: number of crops in progress, by priority.
+        work: runs the jobs.
     """
 
     def __init__(self, models: ModelHost, waiting: Callable[[], dict[Priority, int]], work: JobRunner) -> None:
         self._models, self._waiting, self._work = models, waiting, work
-        self._shadows: dict[tuple[str, int], ShadowRun] = {}  # by tenant and collection's key, until noted as ended
+        self._shadows: dict[tuple[str, int], ShadowRun] = {}  # by tenant and collection's key, until ended
         self._turn = asyncio.Lock()
 
-    def of(self, tenant: Tenant, collection: Collection) -> ShadowRun | None:
-        """The one that runs over a collection, to be offered what was answered."""
+    def running_shadow(self, tenant: Tenant, collection: Collection) -> ShadowRun | None:
+        """The run of a collection that takes samples, if any."""
         found = self._shadows.get((tenant.name, collection.key))
         return found if found is not None and found.running else None
 
     def running(self) -> list[tuple[str, ShadowStatus]]:
-        """Tenants and shadows as they stand."""
-        return [(tenant, shadow.told()) for (tenant, _), shadow in self._shadows.items() if shadow.running]
+        """The running ones: tenant name and status."""
+        return [(tenant, shadow.status()) for (tenant, _), shadow in self._shadows.items() if shadow.running]
 
     async def start(self, tenant: Tenant, name: str, model_id: str, bounds: ShadowLimits) -> ShadowStatus:
-        """Begin one, or give the one with that model other bounds and let it go on.
+        """Start a run; if one with that model is running, change its bounds instead.
 
         Raises:
             CollectionNotFoundError: no such collection.
             ModelNotFoundError: the model is not loaded.
-            SpaceMismatchError: the collection was not migrated to its space, or is searched in it.
+            SpaceMismatchError: the collection was not migrated to the model's space, or that space is active.
             ConflictError: another model shadows the collection.
         """
         async with self._turn:
-            of = await tenant.store.read(reads.collection, name)
-            under_way = self.of(tenant, of)
-            if under_way is not None and under_way.fits(of):
-                now = under_way.told()
+            collection = await tenant.store.read(reads.collection, name)
+            running = self.running_shadow(tenant, collection)
+            if running is not None and running.matches(collection):
+                now = running.status()
                 if now.model_id != model_id:
                     raise ConflictError(
                         f"model {now.model_id} shadows collection {name}: stop it first", field="model_id"
                     )
-                under_way.bounds = bounds
-                return under_way.told()
+                running.bounds = bounds
+                return running.status()
             with self._models.lease(model_id) as model:
                 space = model.space
-            await self._check(tenant, of, model_id, space)
-            return await self._begin(tenant, of, model_id, space, bounds)
+            await self._check_space(tenant, collection, model_id, space)
+            return await self._start(tenant, collection, model_id, space, bounds)
 
-    async def _check(self, tenant: Tenant, of: Collection, model_id: str, space: Space) -> None:
-        held = await tenant.store.read(spaces.collection_spaces, of.key)
-        state = next((one.state for one in held if one.space.space_id == space.space_id), None)
+    async def _check_space(self, tenant: Tenant, collection: Collection, model_id: str, space: Space) -> None:
+        """Raise SpaceMismatchError unless the collection's features in the candidate's space are ready."""
+        found = await tenant.store.read(spaces.collection_spaces, collection.key)
+        state = next((one.state for one in found if one.space.space_id == space.space_id), None)
         if state == "ready":
             return
-        found = {
+        problem = {
             None: f"has no features of model {model_id}: migrate it to that model first, without activation",
             "building": f"is being migrated to model {model_id}: wait until that has ended",
             "active": f"is searched with model {model_id} already: name the candidate",
             "retired": f"left the space of model {model_id}: migrate it again, which adds what is missing",
         }[state]
-        raise SpaceMismatchError(f"collection {of.name} {found}", field="model_id", space_id=space.space_id)
+        raise SpaceMismatchError(f"collection {collection.name} {problem}", field="model_id", space_id=space.space_id)
 
-    async def _begin(
-        self, tenant: Tenant, of: Collection, model_id: str, space: Space, bounds: ShadowLimits
+    async def _start(
+        self, tenant: Tenant, collection: Collection, model_id: str, space: Space, bounds: ShadowLimits
     ) -> ShadowStatus:
-        active = self._models.model_of_space(of.space.space_id)
-        names = (model_id, space.space_id, active.model_id if active else of.space.model_id, of.space.space_id)
-        begun = ShadowStatus(of.name, *names, ShadowState.RUNNING, bounds, now_us())
-        shadow = ShadowRun(tenant, begun, space, self._under_way)
+        old = collection.space
+        active = self._models.model_of_space(old.space_id)
+        names = (model_id, space.space_id, active.model_id if active else old.model_id, old.space_id)
+        initial = ShadowStatus(collection.name, *names, ShadowState.RUNNING, bounds, now_us())
+        shadow = ShadowRun(tenant, initial, space, self._callers_crops)
 
-        place = tenant.name, of.key
+        place = tenant.name, collection.key
 
         async def work(operation: Operation) -> dict[str, str]:
             try:
                 with self._models.lease(model_id, pin=True):
                     return await shadow.run()
             finally:
-                shadow.end(ShadowState.INTERRUPTED)  # where it has not ended: the server does, or the disk is broken
+                shadow.finish(ShadowState.INTERRUPTED)  # no effect if it has ended; else the server stops or failed
                 if self._shadows.get(place) is shadow:
                     del self._shadows[place]
 
-        operation = await self._work.begin(
-            tenant.operations, SHADOW_KIND, work, key=of.key, collection=of.name, shadow=begun.noted()
+        operation = await self._work.start(
+            tenant.operations,
+            SHADOW_KIND,
+            work,
+            key=collection.key,
+            collection=collection.name,
+            shadow=initial.to_json(),
         )
-        shadow.operation_id = operation.operation_id  # before its work begins
+        shadow.operation_id = operation.operation_id  # the job has not run yet
         self._shadows[place] = shadow
-        row = AuditEvent(current().name, "ModelService.StartShadow", of.name, reason=f"model {model_id}")
-        tenant.audit.add(row)  # of a beginning; who asks again to look at it begins nothing
-        tenant.gallery.searcher.follow(replace(of, space=space))  # its index, should the server have started since
-        return shadow.told()
+        event = AuditEvent(current().name, "ModelService.StartShadow", collection.name, reason=f"model {model_id}")
+        tenant.audit.add(event)
+        tenant.gallery.searcher.follow(replace(collection, space=space))  # loads the index, if it is not loaded yet
+        return shadow.status()
 
-    def _under_way(self) -> int:
+    def _callers_crops(self) -> int:
         waiting = self._waiting()
         return waiting[Priority.INTERACTIVE] + waiting[Priority.ENROL]
 
     async def get(self, tenant: Tenant, name: str) -> ShadowStatus:
-        """The collection's shadow that runs, or ran last.
+        """The collection's running shadow, or the last one.
 
         Raises:
             CollectionNotFoundError: no such collection.
-            ShadowNotFoundError: none was begun, as far as is remembered.
+            ShadowNotFoundError: there was none, among the operations that are kept.
         """
-        of = await tenant.store.read(reads.collection, name)
-        if (held := self._shadows.get((tenant.name, of.key))) is not None:
-            held.fits(of)
-            return held.told()
+        collection = await tenant.store.read(reads.collection, name)
+        if (shadow := self._shadows.get((tenant.name, collection.key))) is not None:
+            shadow.matches(collection)  # ends it if the collection was switched
+            return shadow.status()
         for old in await tenant.operations.list_operations(limit=MAX_LISTED, kind=SHADOW_KIND):
-            if old.details["key"] == of.key:
-                told = replace(ShadowStatus.of(old.details["shadow"]), operation_id=old.operation_id)
-                if told.state is ShadowState.RUNNING:  # as it was noted when it began
-                    told = replace(told, state=ShadowState.INTERRUPTED, end_us=old.end_us)
-                return told
+            if old.details["key"] == collection.key:
+                status = replace(ShadowStatus.from_json(old.details["shadow"]), operation_id=old.operation_id)
+                if status.state is ShadowState.RUNNING:  # stored at the start and never updated: it did not end well
+                    status = replace(status, state=ShadowState.INTERRUPTED, end_us=old.end_us)
+                return status
         raise ShadowNotFoundError(
-            f"no model has shadowed collection {name}: begin with StartShadow", field="collection_id", shadow=name
+            f"no model has shadowed collection {name}: start one with StartShadow", field="collection_id", shadow=name
         )
 
     async def stop(self, tenant: Tenant, name: str) -> ShadowStatus:
-        """End the collection's shadow; raises what `get` does."""
-        told = await self.get(tenant, name)
-        of = await tenant.store.read(reads.collection, name)
-        if (running := self.of(tenant, of)) is not None:
-            running.end(ShadowState.STOPPED)
-            told = running.told()
-        return told
+        """Stop the collection's shadow; raises the errors of `get`."""
+        status = await self.get(tenant, name)
+        collection = await tenant.store.read(reads.collection, name)
+        if (running := self.running_shadow(tenant, collection)) is not None:
+            running.finish(ShadowState.STOPPED)
+            status = running.status()
+        return status

@@ -1,4 +1,4 @@
-"""How a candidate's answers compare with those that callers got: counted one by one, nothing of a query kept."""
+"""Statistics that compare a candidate model's answers with the active model's; no query data is kept."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from resight.service.records import now_us
 from resight.service.search.ranking import RankedAnswer, ScoredHit
 from resight.service.search.statistics import SearchCounts
 
-COMPARED_HITS = 10  # entries of an answer; callers look at the first page
-MAX_TIMES = 1000  # newest times that percentiles are of: 50 lie beyond the 95th
+COMPARED_HITS = 10  # entries per answer: the first page of results
+MAX_TIMES = 1000  # newest times used for percentiles: 50 of them are above the 95th
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ShadowStatistics:
 
 
 class ModelSide:
-    """What one model answered, and how long it took."""
+    """Counts of one model's answers and their times."""
 
     def __init__(self) -> None:
         self._counted, self._measured = SearchCounts(), 0
@@ -65,12 +65,12 @@ class ModelSide:
         self._counted.add(answer, now_us())
 
     def measure(self, infer_ns: int, search_ns: int) -> None:
-        """Count the times of one search: the inference of one crop, and the search for it."""
+        """Add the times of one search: inference per crop, and search."""
         self._measured += 1
         self._times.append((infer_ns, search_ns))
 
     def figures(self) -> ModelSideStatistics:
-        """So far."""
+        """The statistics so far."""
         own = self._counted
         decided = own.matches + own.uncertain + own.unknown
         times = np.array(self._times or [(0, 0)], np.int64)  # (N, 2)
@@ -96,13 +96,13 @@ class ModelSide:
 
 @dataclass
 class ShadowTally:
-    """What a shadow has counted.
+    """The counts of a shadow run.
 
     Attributes:
-        offered: searches of crops while it ran.
-        sampled: of them chosen; each is answered, dropped or failed in the end.
-        decided: answers that both models took a decision on.
-        shifted: answers that both models found something for.
+        offered: searches by crop during the run.
+        sampled: of them chosen; each is finally answered, dropped or failed.
+        decided: queries for which both models made a decision.
+        shifted: queries for which both models found a hit.
     """
 
     offered: int = 0
@@ -134,7 +134,7 @@ class ShadowTally:
             self.shift_sum += candidate.hits[0].hit.similarity - active.hits[0].hit.similarity
 
     def figures(self) -> ShadowStatistics:
-        """So far."""
+        """The statistics so far."""
         return ShadowStatistics(
             offered=self.offered,
             sampled=self.sampled,
@@ -151,7 +151,7 @@ class ShadowTally:
 
 
 def same_top1(ours: Sequence[ScoredHit], theirs: Sequence[ScoredHit]) -> bool:
-    """Whether best hits are of one subject, or of one entry where either has no subject; also where both have none."""
+    """Whether the best hits are of one subject, or of one entry if one has no subject; true if both are empty."""
     if not ours or not theirs:
         return not ours and not theirs
     one, other = ours[0].hit.entry, theirs[0].hit.entry
@@ -161,7 +161,7 @@ def same_top1(ours: Sequence[ScoredHit], theirs: Sequence[ScoredHit]) -> bool:
 
 
 def overlap(ours: Sequence[ScoredHit], theirs: Sequence[ScoredHit]) -> float:
-    """Share of entries that both name among their first `COMPARED_HITS`, of the longer list; 1 where both are empty."""
+    """Entries in both lists' first `COMPARED_HITS`, as a share of the longer list; 1 if both are empty."""
     one, other = ({ranked.hit.entry.entry_id for ranked in hits[:COMPARED_HITS]} for hits in (ours, theirs))
     return len(one & other) / max(len(one), len(other)) if one or other else 1.0
 

@@ -1,8 +1,8 @@
-"""Health by doing: a made-up crop goes through decoding, the model and a search every few seconds.
+"""Readiness by a synthetic request: a generated crop is decoded, embedded and searched every few seconds.
 
-A server that answers health checks while its model's thread hangs is worse than one that is down. So readiness is what
-the canary found: the services that embed are SERVING while a crop came through within the last interval, searching
-also needs a search that was answered. Liveness, the empty service name, only tells that the process answers at all.
+A server that answers health checks while its model's thread hangs is worse than one that is down. So readiness is the
+result of the last canary request: the services that embed are SERVING if the crop was embedded within the interval, the
+search service also needs an answered search. Liveness, the empty service name, only means that the process responds.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ from resight.service.tenants import Tenants
 
 log = logging.getLogger(__name__)
 
-MIN_REPEAT_COSINE = 0.999  # cosine of a crop with itself on the same model; batches of other sizes differ by less
+MIN_REPEAT_COSINE = 0.999  # between two features of the same crop and model; other batch sizes differ by less
 EMBEDDING_SERVICES = ("resight.v1.EmbeddingService", "resight.v1.GalleryService")
 SEARCH_SERVICES = ("resight.v1.SearchService",)
 
 
 class Canary:
-    """Goes through a server again and again. `start` and `stop` it in the event loop.
+    """Checks the server periodically. Call `start` and `stop` in the event loop.
 
-    It goes with the lowest priority, which no flood of callers starves, so an overloaded server stays SERVING.
+    Its requests have the lowest priority, which is never starved by callers, so an overloaded server stays SERVING.
 
     Args:
-        models: the active one embeds it.
-        tenants: the default one's first collection in that model's space is searched; without any, the store is read.
-        status: is told.
-        interval_s: between two, and how long one may take.
+        models: the active one embeds the crop.
+        tenants: the default tenant's first collection in that model's space is searched; without any, only the list of
+            collections is read.
+        status: receives the result.
+        interval_s: between two checks, and the time limit of each step.
     """
 
     def __init__(
@@ -51,16 +52,18 @@ class Canary:
     ) -> None:
         self._models, self._tenants, self._status, self._interval_s = models, tenants, status, interval_s
         (self._crop,) = draw_jpegs(count=1)
-        self._known: tuple[str, Feature] | None = None  # the active model's manifest and its feature
+        self._reference: tuple[str, Feature] | None = (
+            None  # the active model's SHA-256 and its first feature of the crop
+        )
         self._serving: dict[str, bool] = {}
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin; the services count as serving until the first one is late."""
+        """Start the checks; the services count as serving until the first failure."""
         self._task = asyncio.create_task(self._forever(), name="canary")
 
     async def stop(self) -> None:
-        """End."""
+        """Stop the checks."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -69,29 +72,29 @@ class Canary:
     async def _forever(self) -> None:
         while True:
             started = time.monotonic()
-            await self.fly()
+            await self.check()
             await asyncio.sleep(max(0.0, self._interval_s - (time.monotonic() - started)))
 
-    async def fly(self) -> None:
-        """Go through once, and tell what was found."""
-        feature = await self._tried("embedding", EMBEDDING_SERVICES, self._embed())
+    async def check(self) -> None:
+        """Check once, and set the status of the services."""
+        feature = await self._attempt("embedding", EMBEDDING_SERVICES, self._embed())
         if feature is None:
-            await self._tell(SEARCH_SERVICES, False)
+            await self._set_status(SEARCH_SERVICES, False)
         else:
-            await self._tried("searching", SEARCH_SERVICES, self._search(feature))
+            await self._attempt("searching", SEARCH_SERVICES, self._search(feature))
 
-    async def _tried(self, what: str, services: Sequence[str], step: Awaitable[Feature]) -> Feature | None:
-        """A step's answer within the interval, or None; the services are told which."""
+    async def _attempt(self, what: str, services: Sequence[str], step: Awaitable[Feature]) -> Feature | None:
+        """The result of a step, or None if it failed or took too long; sets the status of the services."""
         try:
             async with asyncio.timeout(self._interval_s):
                 answer = await step
         except (ReIDError, TimeoutError) as error:
-            log.error("the canary found no way through %s: %s", what, str(error) or f"not in {self._interval_s:.1f} s")
+            log.error("canary: %s failed: %s", what, str(error) or f"not done within {self._interval_s:.1f} s")
             answer = None
         except Exception:
-            log.exception("the canary failed in %s", what)
+            log.exception("canary: %s failed", what)
             answer = None
-        await self._tell(services, answer is not None)
+        await self._set_status(services, answer is not None)
         return answer
 
     async def _embed(self) -> Feature:
@@ -100,11 +103,11 @@ class Canary:
             (made,) = await model.embed([self._crop], deadline, priority=Priority.REEMBED)
             if isinstance(made, ReIDError):
                 raise made
-            if self._known is None or self._known[0] != model.sha256:
-                self._known = model.sha256, made.feature
-            similarity = float(np.dot(self._known[1], made.feature))
+            if self._reference is None or self._reference[0] != model.sha256:
+                self._reference = model.sha256, made.feature
+            similarity = float(np.dot(self._reference[1], made.feature))
             if not similarity > MIN_REPEAT_COSINE:
-                raise UnavailableError(f"the model gives another feature than before, similarity {similarity:.4f}")
+                raise UnavailableError(f"the feature of the same crop has changed, similarity {similarity:.4f}")
             return made.feature
 
     async def _search(self, feature: Feature) -> Feature:
@@ -118,11 +121,16 @@ class Canary:
                 break
         return feature
 
-    async def _tell(self, services: Sequence[str], serving: bool) -> None:
-        """Set the status of services where it changes."""
+    async def _set_status(self, services: Sequence[str], serving: bool) -> None:
+        """Set the status of services, if it has changed."""
         state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in services:
             if self._serving.get(name, True) != serving:
-                log.log(logging.INFO if serving else logging.ERROR, "%s is %s", name, "serving" if serving else "not")
+                log.log(
+                    logging.INFO if serving else logging.ERROR,
+                    "%s is %s",
+                    name,
+                    "serving" if serving else "not serving",
+                )
                 await self._status.set(name, state)
             self._serving[name] = serving

@@ -1,7 +1,7 @@
 """The checks of `resight doctor`: the machine, a bundle, a running server, and a data folder, also while it is in use.
 
-Each check says ok, warn or fail, what was found, and what to do next. Nothing is changed. Every tenant's database is
-read whole: SQLite's own check, the checksum of each feature, the stored graphs and the snapshots.
+Each check reports ok, warn or fail, what was found, and what to do next. Nothing is changed. Every tenant's database is
+read completely: SQLite's integrity check, the checksum of each feature, the saved graphs and the snapshots.
 """
 
 from __future__ import annotations
@@ -48,18 +48,21 @@ from resight.service.storage.schema import APPLICATION_ID, SCHEMA_VERSION, conne
 Verdict = Literal["ok", "warn", "fail"]
 MIB = 1 << 20
 PACKAGES = ("resight", "numpy", "pillow", "grpcio", "protobuf", "onnxruntime", "faiss-cpu")
-MIN_MEMORY_MIB = 1024  # a server with an empty gallery and a ResNet-50 takes half of it
-MIN_OPEN_FILES = 1024  # connections, threads' pipes and databases of 64 tenants
+MIN_MEMORY_MIB = 1024  # a server with an empty gallery and a ResNet-50 uses half of it
+MIN_OPEN_FILES = 1024  # for connections, pipes and the databases of 64 tenants
 PINGS = 5
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at.
+    """The result of one check.
 
     Attributes:
         area: machine, bundle, data or server.
-        next_step: what to do; empty when all is well.
+        name: of the check.
+        verdict: ok, warn or fail.
+        found: what was found.
+        next_step: what to do; empty when the check passed.
     """
 
     area: str
@@ -70,13 +73,13 @@ class Check:
 
 
 def make_check(area: str, name: str, good: bool, found: str, next_step: str, bad: Verdict = "warn") -> Check:
-    """A check with its next step only where it is needed."""
+    """A passed check, or a failed one with its next step."""
     return Check(area, name, "ok", found) if good else Check(area, name, bad, found, next_step)
 
 
 @contextlib.contextmanager
 def catch_failure(area: str, name: str, checks: list[Check], next_step: str) -> Iterator[None]:
-    """An error inside is a failed check; what follows is still looked at."""
+    """Turn an error inside the block into a failed check, so that later checks still run."""
     try:
         yield
     except (ReIDError, OSError, sqlite3.Error) as error:
@@ -92,16 +95,16 @@ def check_machine() -> list[Check]:
     found = f"SQLite {sqlite3.sqlite_version}"
     checks.append(make_check("machine", "sqlite", sqlite, found, "install a Python with SQLite 3.38 or newer", "fail"))
     providers = [name.removesuffix("ExecutionProvider").lower() for name in onnxruntime.get_available_providers()]
-    told = "pip install 'resight[cpu]' anew: onnxruntime has no CPU provider"
-    checks.append(make_check("machine", "providers", "cpu" in providers, ", ".join(providers), told, "fail"))
+    step = "pip install 'resight[cpu]' again: onnxruntime has no CPU provider"
+    checks.append(make_check("machine", "providers", "cpu" in providers, ", ".join(providers), step, "fail"))
     usable = cores()
     checks.append(
-        make_check("machine", "cores", usable >= 2, str(usable), "one core decodes and infers in turn: give two")
+        make_check("machine", "cores", usable >= 2, str(usable), "use two: one core decodes and infers in turn")
     )
     free, total = _memory_mib()
     found = f"{free} of {total} MiB available"
     checks.append(
-        make_check("machine", "memory", free >= MIN_MEMORY_MIB, found, f"leave {MIN_MEMORY_MIB} MiB for a server")
+        make_check("machine", "memory", free >= MIN_MEMORY_MIB, found, f"a server needs {MIN_MEMORY_MIB} MiB free")
     )
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     checks.append(
@@ -111,8 +114,8 @@ def check_machine() -> list[Check]:
     )
     now = datetime.now(UTC)
     built = datetime.fromtimestamp(Path(__file__).stat().st_mtime, UTC)
-    told = "set the clock (NTP): expiry and certificates go by it"
-    checks.append(make_check("machine", "clock", now >= built, f"{now:%Y-%m-%d %H:%M:%S} UTC", told, "fail"))
+    step = "set the clock (NTP): expiry and certificates depend on it"
+    checks.append(make_check("machine", "clock", now >= built, f"{now:%Y-%m-%d %H:%M:%S} UTC", step, "fail"))
     return checks
 
 
@@ -123,7 +126,7 @@ def _versions() -> Iterator[str]:
 
 
 def _memory_mib() -> tuple[int, int]:
-    """MiB available and in all, no more than the control group allows."""
+    """Available and total MiB, within the limits of the control group."""
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     free, total = (int(lines[name].split()[0]) // 1024 for name in ("MemAvailable", "MemTotal"))
     with contextlib.suppress(OSError, ValueError):  # "max", or another kind of control group
@@ -134,25 +137,25 @@ def _memory_mib() -> tuple[int, int]:
 
 
 def check_disk(folder: Path) -> Check:
-    """Room where a folder stands, against the marks that `resight serve` has by default."""
+    """Free disk space of a folder, against the default watermarks of `resight serve`."""
     free, total = disk_room(folder)
     found = f"{free // MIB} of {total // MIB} MiB free"
     good = free >= 512 * MIB and free >= 0.07 * total
-    return make_check("data", "disk", good, found, "make room: below 256 MiB or 2 % the server refuses writes")
+    return make_check("data", "disk", good, found, "free disk space: below 256 MiB or 2 % the server refuses writes")
 
 
 def check_bundle(path: Path) -> list[Check]:
-    """Every byte of a bundle, and its probes through this machine's decoder, resize and onnxruntime."""
+    """A bundle's checksums, and its probes through this machine's decoder, resize and onnxruntime."""
     checks: list[Check] = []
-    with catch_failure("bundle", "bytes", checks, "copy the bundle again, or export it anew"):
+    with catch_failure("bundle", "bytes", checks, "copy or export the bundle again"):
         opened = open_bundle(path)
         manifest = opened.manifest
-        told = f"{manifest.name}, space {manifest.space_id}, {manifest.feature_dim}-d"
-        checks.append(Check("bundle", "bytes", "ok", told))
+        found = f"{manifest.name}, space {manifest.space_id}, {manifest.feature_dim}-d"
+        checks.append(Check("bundle", "bytes", "ok", found))
         fitted = manifest.calibration is not None
-        step = "searches tell no probability: export it with a calibration (docs/calibration.md)"
-        checks.append(make_check("bundle", "calibration", fitted, "there" if fitted else "none", step))
-        with catch_failure("bundle", "probes", checks, "export the bundle anew on the version that serves it"):
+        step = "searches return no probability: export it with a calibration (docs/calibration.md)"
+        checks.append(make_check("bundle", "calibration", fitted, "present" if fitted else "none", step))
+        with catch_failure("bundle", "probes", checks, "export the bundle again with the version that serves it"):
             runtime = open_runtime(opened, provider="cpu", precision="fp32", max_batch=8)
             cosine = f"smallest cosine {runtime.min_cosine:.6f}" if isinstance(runtime, OnnxRuntime) else "passed"
             checks.append(Check("bundle", "probes", "ok", cosine))
@@ -160,7 +163,7 @@ def check_bundle(path: Path) -> list[Check]:
 
 
 def check_server(connect: Callable[[], Client]) -> list[Check]:
-    """Health, limits and answering time of a running server."""
+    """Health, limits and response time of a running server."""
     checks: list[Check] = []
     with catch_failure(
         "server", "reachable", checks, "start it with `resight serve`, or see its log and docs/security.md"
@@ -170,8 +173,9 @@ def check_server(connect: Callable[[], Client]) -> list[Check]:
             checks.append(Check("server", "health", "ok", "SERVING"))
             info = client.info()
             same = info.version == version("resight")
-            told = f"resight {info.version}, model {info.model}, {info.provider}"
-            checks.append(make_check("server", "version", same, told, f"this is {version('resight')}: use one version"))
+            found = f"resight {info.version}, model {info.model}, {info.provider}"
+            step = f"this is {version('resight')}: use one version"
+            checks.append(make_check("server", "version", same, found, step))
             limits = ", ".join(f"{name} {value}" for name, value in sorted(info.limits.items()))
             checks.append(Check("server", "limits", "ok", limits))
             times = []
@@ -180,23 +184,23 @@ def check_server(connect: Callable[[], Client]) -> list[Check]:
                 client.info()
                 times.append((time.perf_counter() - started) * 1000)
             median = statistics.median(times)
-            step = "above 50 ms without work: the way is long or the machine is full; see its metrics"
+            step = "above 50 ms for a trivial call: a slow network or an overloaded machine; see its metrics"
             checks.append(make_check("server", "latency", median < 50, f"{median:.1f} ms, median of {PINGS}", step))
     return checks
 
 
-MAX_WAL_MIB = 256  # the log is emptied far below; more means that a reader holds it, or that checkpoints fail
+MAX_WAL_MIB = 256  # normally the log is emptied long before; more means a long read, or failing checkpoints
 
 
 def check_data(folder: Path) -> list[Check]:
-    """A whole data folder."""
+    """All checks of a data folder, with those of every tenant."""
     if not folder.is_dir():
-        return [Check("data", "folder", "fail", f"{folder} is not there", "name the folder that `resight serve` made")]
+        return [Check("data", "folder", "fail", f"{folder} does not exist", "name the folder of `resight serve`")]
     checks = [_check_lock(folder), check_disk(folder), *_check_permissions(folder)]
     with catch_failure("data", "tokens", checks, "see docs/security.md"):
         tokens = TokenFile(folder)
         if tokens.exists():
-            checks.append(Check("data", "tokens", "ok", f"{len(tokens.read())} kept, as hashes"))
+            checks.append(Check("data", "tokens", "ok", f"{len(tokens.read())} stored, as hashes"))
     for name, place in _tenant_folders(folder):
         checks += _check_tenant(f"{name}: " if name else "", place)
     return checks
@@ -210,7 +214,7 @@ def _tenant_folders(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _check_lock(folder: Path) -> Check:
-    """Whether a server holds the folder; asked for and given back at once."""
+    """Whether a server holds the folder's lock; tries to acquire it, and releases it at once."""
     path = folder / LOCK_FILE
     try:
         holder = lock_holder(path)
@@ -222,7 +226,7 @@ def _check_lock(folder: Path) -> Check:
 
 
 def _check_permissions(folder: Path) -> Iterator[Check]:
-    """The folder and what tells of people are for their owner alone."""
+    """Whether the folder and the files with personal data or secrets are accessible to their owner only."""
     open_ = []
     for path in (folder, *files_below(folder)):
         try:
@@ -237,8 +241,8 @@ def _check_permissions(folder: Path) -> Iterator[Check]:
         "data", "permissions", not open_, ", ".join(open_[:5]) + " open to others" if open_ else "ok", step
     )
     foreign = folder.stat().st_uid != os.getuid()
-    told = f"owner {folder.stat().st_uid}, this is user {os.getuid()}"
-    yield make_check("data", "owner", not foreign, told, "run the doctor as the server's user")
+    found_owner = f"owner {folder.stat().st_uid}, this is user {os.getuid()}"
+    yield make_check("data", "owner", not foreign, found_owner, "run the doctor as the server's user")
 
 
 def _check_tenant(whose: str, place: Path) -> list[Check]:
@@ -246,14 +250,14 @@ def _check_tenant(whose: str, place: Path) -> list[Check]:
     checks: list[Check] = []
     database, restore = place / DATABASE_FILE, "restore a snapshot: resight snapshot restore (docs/operations.md)"
     if not database.is_file():
-        return [Check("data", f"{whose}database", "warn", "there is none yet", "start the server once")]
+        return [Check("data", f"{whose}database", "warn", "none yet", "start the server once")]
     if (place / SWAP_MARKER).exists():
         return [
-            Check("data", f"{whose}database", "warn", "a restore was cut short", "start the server: it finishes it")
+            Check("data", f"{whose}database", "warn", "a restore was interrupted", "start the server: it finishes it")
         ]
     wal = place / f"{DATABASE_FILE}-wal"
     size = wal.stat().st_size // MIB if wal.exists() else 0
-    step = "stop the server orderly once; if it grows again, look for long reads and a full disk in its log"
+    step = "stop the server cleanly once; if it grows again, check its log for long reads and a full disk"
     checks.append(make_check("data", f"{whose}write-ahead log", size <= MAX_WAL_MIB, f"{size} MiB", step))
     with (
         catch_failure("data", f"{whose}database", checks, restore),
@@ -262,7 +266,7 @@ def _check_tenant(whose: str, place: Path) -> list[Check]:
         checks += _check_database(whose, opened, restore)
         checks.append(_check_graphs(whose, place))
     for name in snapshots.list_names(place):
-        step = "remove it and make another one"
+        step = "remove it and create a new one"
         with catch_failure("data", f"{whose}snapshot {name}", checks, step):
             found = snapshots.verify(place, name)
             checks.append(Check("data", f"{whose}snapshot {name}", "ok", f"{found.entries} entries, {found.created}"))
@@ -273,10 +277,10 @@ def _check_database(whose: str, opened: sqlite3.Connection, restore: str) -> Ite
     (application,) = opened.execute("PRAGMA application_id").fetchone()
     (found,) = opened.execute("PRAGMA user_version").fetchone()
     if application != APPLICATION_ID or found > SCHEMA_VERSION:
-        told = f"application {application:#x}, schema {found}; expected {APPLICATION_ID:#x}, {SCHEMA_VERSION}"
-        yield Check("data", f"{whose}schema", "fail", told, "upgrade resight, or name another folder")
+        problem = f"application {application:#x}, schema {found}; expected {APPLICATION_ID:#x}, {SCHEMA_VERSION}"
+        yield Check("data", f"{whose}schema", "fail", problem, "upgrade resight, or name another folder")
         return
-    step = "start the server once: it brings it up to date"
+    step = "start the server once: it upgrades the database"
     yield make_check("data", f"{whose}schema", found == SCHEMA_VERSION, f"version {found}", step)
     problems = [row[0] for row in opened.execute("PRAGMA integrity_check(10)").fetchall()]
     good = problems == ["ok"]
@@ -289,13 +293,13 @@ def _check_database(whose: str, opened: sqlite3.Connection, restore: str) -> Ite
         if zlib.crc32(vector) != crc32:
             damaged.append(entry)
     wrong = f"{len(damaged)} of {count} damaged, of entries with keys {damaged[:10]}"
-    seen = wrong if damaged else f"{count} checksums are right"
-    yield make_check("data", f"{whose}features", not damaged, seen, "enrol these anew, or " + restore, "fail")
+    result = wrong if damaged else f"{count} checksums are correct"
+    yield make_check("data", f"{whose}features", not damaged, result, "enrol these again, or " + restore, "fail")
 
 
 def _check_graphs(whose: str, place: Path) -> Check:
-    """Kept graphs; a start reads them as hostile and builds again what is of no use."""
-    kept = sorted((place / INDEX_FOLDER).glob("*.graph"))
-    bad = [path.name for path in kept if not is_intact(path)]
-    found = f"damaged: {', '.join(bad)}" if bad else f"{len(kept)} kept"
+    """Saved graphs; a start validates them and rebuilds damaged ones."""
+    saved = sorted((place / INDEX_FOLDER).glob("*.graph"))
+    bad = [path.name for path in saved if not is_intact(path)]
+    found = f"damaged: {', '.join(bad)}" if bad else f"{len(saved)} saved"
     return make_check("data", f"{whose}graphs", not bad, found, "nothing: the next start builds them again")

@@ -1,9 +1,8 @@
-"""The HTTP side: ``/metrics`` for Prometheus, ``/livez`` and ``/readyz`` for whoever restarts and balances.
+"""The HTTP endpoint: ``/metrics`` for Prometheus, ``/livez`` and ``/readyz`` for orchestrators and load balancers.
 
-It answers from threads of its own, so that a server whose event loop is stuck says so instead of hanging. The two
-probes tell a word and need no credential, as gRPC's health checks do; ``/metrics`` asks for a token where calls do. It
-speaks TLS where the gRPC port does, with the same files, read for each connection, so a renewed certificate counts at
-once.
+It has its own threads, so that a server whose event loop is blocked reports that instead of hanging. The two probes
+return one word and need no credentials, like gRPC's health checks; ``/metrics`` requires a token if calls do. It uses
+TLS if the gRPC port does, with the same files, read for each connection, so a renewed certificate is used at once.
 """
 
 from __future__ import annotations
@@ -30,22 +29,22 @@ from resight.service.settings import Settings
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-ALIVE_S = 2.0  # the event loop never works for so long at once
-GATHER_S = 5.0  # half of Prometheus' own time limit
+ALIVE_S = 2.0  # no single step of the event loop takes so long
+GATHER_S = 5.0  # half of Prometheus' default time limit
 CONNECTION_S = 5.0
-CONNECTIONS = 16  # two scrapers and a kubelet hold three
+CONNECTIONS = 16  # two scrapers and a kubelet use three
 TEXT = "text/plain; charset=utf-8"
 
 
 class EndpointSource:
-    """What the endpoint asks, from its threads.
+    """The data behind the endpoint; its methods are called from the endpoint's threads.
 
     Args:
-        registry: to write out.
-        refresh: brings it up to date; runs in the event loop.
-        status: SERVING when gRPC's health says so of every service with a canary; runs in the event loop.
-        book: the tokens.
-        settings: whether one is always asked for.
+        registry: of the metrics.
+        refresh: updates the metrics; runs in the event loop.
+        status: SERVING if every service with a canary is; runs in the event loop.
+        tokens: for access to the metrics.
+        settings: of the server; decide whether a token is always required.
     """
 
     def __init__(
@@ -53,52 +52,54 @@ class EndpointSource:
         registry: CollectorRegistry,
         refresh: Callable[[], Awaitable[None]],
         status: Callable[[], Awaitable[int]],
-        book: TokenLookup,
+        tokens: TokenLookup,
         settings: Settings,
     ) -> None:
-        self._registry, self._refresh, self._status, self._book = registry, refresh, status, book
+        self._registry, self._refresh, self._status, self._tokens = registry, refresh, status, tokens
         self._always = settings.auth == "tokens"
         self._loop = asyncio.get_running_loop()
 
     def metrics(self) -> bytes:
         """All metrics in Prometheus' text format."""
-        with contextlib.suppress(TimeoutError):  # what calls have counted is told nevertheless
-            self._ask(self._refresh, GATHER_S)
+        with contextlib.suppress(TimeoutError):  # the counters of calls are still valid
+            self._run_in_loop(self._refresh, GATHER_S)
         return generate_latest(self._registry)
 
     def alive(self) -> bool:
-        """Whether the event loop turns."""
+        """Whether the event loop responds."""
         try:
-            self._ask(_noop, ALIVE_S)
+            self._run_in_loop(_noop, ALIVE_S)
             return True
         except TimeoutError:
             return False
 
     def ready(self) -> bool:
-        """Whether health says SERVING, and the event loop turns."""
+        """Whether the health status is SERVING, and the event loop responds."""
         try:
-            return bool(self._ask(self._status, ALIVE_S) == health_pb2.HealthCheckResponse.SERVING)
+            return bool(self._run_in_loop(self._status, ALIVE_S) == health_pb2.HealthCheckResponse.SERVING)
         except TimeoutError:
             return False
 
-    def admits(self, header: str) -> bool:
-        """Whether an ``Authorization`` header opens ``/metrics``: any operator's token does."""
+    def may_read_metrics(self, header: str) -> bool:
+        """Whether an ``Authorization`` header gives access to ``/metrics``: the token of any operator does."""
         scheme, _, secret = header.partition(" ")
         try:
-            self._book.reload()
-            if not (self._always or self._book.required):
+            self._tokens.reload()
+            if not (self._always or self._tokens.required):
                 return True
-            found = self._book.find(secret.strip()) if scheme.lower() == "bearer" else None
+            found = self._tokens.find(secret.strip()) if scheme.lower() == "bearer" else None
         except FormatError as error:
-            log.error("nobody gets at the metrics: %s", error)
+            log.error("access to the metrics is denied: %s", error)
             return False
         return found is not None and found.role >= Role.OPERATOR
 
-    def _ask(self, function: Callable[[], Awaitable[T]], limit_s: float) -> T:
-        async def asked() -> T:
+    def _run_in_loop(self, function: Callable[[], Awaitable[T]], limit_s: float) -> T:
+        """Run a function in the event loop; raises TimeoutError if that takes too long or the loop has ended."""
+
+        async def run() -> T:
             return await function()
 
-        coroutine = asked()
+        coroutine = run()
         try:
             future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         except RuntimeError as error:  # the loop has ended
@@ -112,17 +113,17 @@ class EndpointSource:
 
 
 class Endpoint:
-    """The HTTP server, answering until `stop`.
+    """The HTTP server; it runs until `stop`.
 
     Raises:
-        StartupError: the address is taken or not ours.
+        StartupError: the address is in use or not of this machine.
     """
 
-    def __init__(self, settings: Settings, address: str, watched: EndpointSource) -> None:
+    def __init__(self, settings: Settings, address: str, source: EndpointSource) -> None:
         host, _, port = address.rpartition(":")
         host = host.strip("[]")
         try:
-            self._server = _Server(host, int(port), settings, _handler(watched))
+            self._server = _Server(host, int(port), settings, _handler(source))
         except OSError as error:
             raise StartupError(
                 f"cannot listen on {address}: {error.strerror}: choose another --metrics (port 0 takes a free one)",
@@ -135,7 +136,7 @@ class Endpoint:
         self._thread.start()
 
     def stop(self) -> None:
-        """End; a scrape under way is cut off."""
+        """Stop; a running scrape is aborted."""
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -147,18 +148,18 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, host: str, port: int, settings: Settings, handler: type[BaseHTTPRequestHandler]) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._settings, self._room = settings, threading.BoundedSemaphore(CONNECTIONS)
+        self._settings, self._slots = settings, threading.BoundedSemaphore(CONNECTIONS)
         super().__init__((host, port), handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Begin a thread for a connection, as long as there are few."""
-        if not self._room.acquire(blocking=False):
+        """Start a thread for a connection, unless there are `CONNECTIONS` already."""
+        if not self._slots.acquire(blocking=False):
             self.shutdown_request(request)
             return
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Shake hands in the connection's own thread, so that a slow client holds up no other."""
+        """Do the TLS handshake in the connection's own thread, so that a slow client does not block others."""
         try:
             request.settimeout(CONNECTION_S)
             if self._settings.tls_cert is not None:
@@ -168,11 +169,11 @@ class _Server(ThreadingHTTPServer):
             log.debug("a connection to the metrics failed: %s", error)
             self.shutdown_request(request)
         finally:
-            self._room.release()
+            self._slots.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that breaks off is no error of ours."""
-        log.debug("an answer of the metrics failed", exc_info=True)
+        """Log at DEBUG only: a client that disconnects is not an error of the server."""
+        log.debug("a request to the metrics failed", exc_info=True)
 
 
 def _tls(settings: Settings) -> ssl.SSLContext:
@@ -181,36 +182,36 @@ def _tls(settings: Settings) -> ssl.SSLContext:
     assert settings.tls_cert is not None
     context.load_cert_chain(settings.tls_cert, settings.tls_key)
     if settings.tls_client_ca is not None:
-        context.verify_mode = ssl.CERT_OPTIONAL  # a kubelet's probe has no certificate; `/metrics` asks for one
+        context.verify_mode = ssl.CERT_OPTIONAL  # a kubelet's probe has no certificate; `/metrics` requires one
         context.load_verify_locations(settings.tls_client_ca)
     return context
 
 
-def _handler(watched: EndpointSource) -> type[BaseHTTPRequestHandler]:
+def _handler(source: EndpointSource) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         server_version, sys_version = "resight", ""
 
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             if path == "/livez":
-                self._probe(watched.alive())
+                self._probe(source.alive())
             elif path == "/readyz":
-                self._probe(watched.ready())
+                self._probe(source.ready())
             elif path != "/metrics":
                 self._answer(HTTPStatus.NOT_FOUND, TEXT, b"/metrics, /livez or /readyz\n")
-            elif not watched.admits(self.headers.get("Authorization", "")) or not self._known():
-                told = b"an operator's token is needed: Authorization: Bearer TOKEN\n"
-                self._answer(HTTPStatus.UNAUTHORIZED, TEXT, told)
+            elif not source.may_read_metrics(self.headers.get("Authorization", "")) or not self._has_certificate():
+                body = b"an operator's token is needed: Authorization: Bearer TOKEN\n"
+                self._answer(HTTPStatus.UNAUTHORIZED, TEXT, body)
             else:
-                self._answer(HTTPStatus.OK, CONTENT_TYPE_LATEST, watched.metrics())
+                self._answer(HTTPStatus.OK, CONTENT_TYPE_LATEST, source.metrics())
 
         do_HEAD = do_GET
 
-        def _known(self) -> bool:
-            """Whether the client showed a certificate, where one is asked for."""
+        def _has_certificate(self) -> bool:
+            """Whether the client has presented a certificate, if one is required."""
             context = getattr(self.connection, "context", None)
-            asked = context is not None and context.verify_mode is not ssl.CERT_NONE
-            return not asked or bool(self.connection.getpeercert())
+            required = context is not None and context.verify_mode is not ssl.CERT_NONE
+            return not required or bool(self.connection.getpeercert())
 
         def _probe(self, good: bool) -> None:
             status = HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE

@@ -1,8 +1,8 @@
 """Prometheus metrics: counters of calls, and gauges of queues, models, indexes, disk and shadows read at each scrape.
 
-No label holds a person, a token or anything else that a request may make up: methods are those served, codes and
-reasons those of the tables, and collections are named up to a number and summed beyond it. Gauges are gathered in the
-event loop, whose objects they describe; the thread that answers the scrape only writes them out.
+Label values never come from persons, tokens or free text of a request: methods are those served, codes and reasons
+those of the tables, and collections beyond a configured number are summed up under one label. Gauges are collected in
+the event loop, which owns the objects they describe; the thread that answers the scrape only writes them out.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ SHED_REASONS = frozenset(
     "OVERLOADED RATE_LIMITED EXPIRED_IN_QUEUE DEADLINE_PASSED DRAINING MODEL_NOT_READY "
     "DISK_WATERMARK STORAGE_FULL COLLECTION_FULL".split()
 )
-"""Reasons that tell of the server's state, not of the request."""
+"""Error reasons caused by the server's state, not by the request."""
 
 
 class CallMetrics:
-    """The metrics of one server; a stage of its guard, and a listener of each call.
+    """The metrics of one server's calls: an interceptor, and a listener to the events of each call.
 
     Attributes:
-        registry: of this server alone, so that two in a process do not mix.
+        registry: of this server only, so that two servers in one process have separate metrics.
     """
 
     def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # of each series one more, which nobody reads
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # they would double the number of series, without a use
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self._calls = Counter("resight_requests", "Calls answered.", ("method", "code"), registry=registry)
@@ -93,7 +93,7 @@ class CallMetrics:
             ("decision",),
             registry=registry,
         )
-        # Its children by hand: five stages of every call would look for theirs.
+        # Looked up once: five stages per call would otherwise each look up their child.
         self._stages = {stage: stages.labels(stage) for stage in get_args(call_events.Stage)}
         for reason in SHED_REASONS:
             self._shed.labels(reason)
@@ -102,7 +102,7 @@ class CallMetrics:
 
     @contextlib.asynccontextmanager
     async def __call__(self, call: ServerCall) -> AsyncIterator[None]:
-        """Count a call, however it ends, and listen to it."""
+        """Count a call, however it ends, and listen to its events."""
         started, code = time.perf_counter(), grpc.StatusCode.OK
         self._running.inc()
         try:
@@ -112,7 +112,7 @@ class CallMetrics:
             code = call.code()
             raise
         except BaseException:
-            code = grpc.StatusCode.CANCELLED  # the client left; whatever else there is was told as an abort
+            code = grpc.StatusCode.CANCELLED  # the client left; all other errors arrive as AbortError
             raise
         finally:
             self._running.dec()
@@ -120,18 +120,18 @@ class CallMetrics:
             self._total.labels(call.method).observe(time.perf_counter() - started)
 
     def stage_ended(self, stage: call_events.Stage, started_ns: int, ended_ns: int) -> None:
-        """Count a stage's time."""
+        """Record a stage's duration."""
         self._stages[stage].observe((ended_ns - started_ns) / 1e9)
 
     def failed(self, error: ReIDError) -> None:
-        """Count an error by its reason, and load that was shed."""
+        """Count an error by its reason, and among them refusals caused by load."""
         reason = reason_of(error)
         self._errors.labels(reason).inc()
         if reason in SHED_REASONS:
             self._shed.labels(reason).inc()
 
     def decided(self, decisions: Sequence[Decision | None]) -> None:
-        """Count what best hits are taken for."""
+        """Count the decisions on best hits."""
         for decision in decisions:
             self._decided.labels(decision or "uncalibrated").inc()
 
@@ -146,7 +146,7 @@ SHADOW_SHARES = (
 
 
 def shadow_metrics(running: Sequence[tuple[str, ShadowStatus]]) -> list[Metric]:
-    """Families of all shadows, by tenant; a figure that is not known yet has no sample."""
+    """Metric families of running shadows, given with their tenants; unknown values have no sample."""
     outcomes = CounterMetricFamily(
         "resight_shadow_searches", "Sampled searches, by what became of them.", labels=[*SHADOW_LABELS, "outcome"]
     )
@@ -159,24 +159,24 @@ def shadow_metrics(running: Sequence[tuple[str, ShadowStatus]]) -> list[Metric]:
         labels=[*SHADOW_LABELS, "side", "quantile"],
     )
     shares = {field: GaugeMetricFamily(name, what, labels=SHADOW_LABELS) for name, what, field in SHADOW_SHARES}
-    for tenant, told in running:
-        where, figures = [tenant, told.collection, told.model_id], told.figures
+    for tenant, status in running:
+        labels, figures = [tenant, status.collection, status.model_id], status.figures
         for outcome in ("answered", "dropped", "failed"):
-            outcomes.add_metric([*where, outcome], getattr(figures, outcome))
+            outcomes.add_metric([*labels, outcome], getattr(figures, outcome))
         for field, family in shares.items():
             if (share := getattr(figures, field)) is not None:
-                family.add_metric(where, share)
+                family.add_metric(labels, share)
         for name, side in (("active", figures.active), ("candidate", figures.candidate)):
             if side.unknown_share is not None:
-                unknown.add_metric([*where, name], side.unknown_share)
+                unknown.add_metric([*labels, name], side.unknown_share)
             if side.measured:
-                seconds.add_metric([*where, name, "0.5"], side.total_p50_ns / 1e9)
-                seconds.add_metric([*where, name, "0.95"], side.total_p95_ns / 1e9)
+                seconds.add_metric([*labels, name, "0.5"], side.total_p50_ns / 1e9)
+                seconds.add_metric([*labels, name, "0.95"], side.total_p95_ns / 1e9)
     return [outcomes, *shares.values(), unknown, seconds]
 
 
 BATCH_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-OTHER_COLLECTIONS = "_other"  # no name of a collection or a tenant begins so
+OTHER_COLLECTIONS = "_other"  # names of collections and tenants cannot begin with an underscore
 COLLECTION_GAUGES = (
     ("resight_collection_entries", "Entries in the index; expired ones until the purge.", "entries"),
     ("resight_index_tombstones", "Deleted entries that still take room in the index.", "tombstones"),
@@ -185,14 +185,14 @@ COLLECTION_GAUGES = (
 
 
 class ServerGauges(Collector):
-    """Hands a registry what `gather` found last.
+    """A Prometheus collector that returns the metrics of the last `gather`.
 
     Args:
         settings: of the server.
-        embedder: whose queues.
-        models: which are loaded.
-        tenants: whose collections.
-        shadows: which run.
+        embedder: for its queues.
+        models: for the loaded models.
+        tenants: for their collections and stores.
+        shadows: for the running ones.
     """
 
     def __init__(
@@ -203,15 +203,15 @@ class ServerGauges(Collector):
         self._found: list[Metric] = []
 
     def collect(self) -> Iterable[Metric]:
-        """What was gathered."""
+        """The metrics gathered last."""
         return self._found
 
-    def forget(self) -> None:
-        """Tell nothing until `gather` succeeds: an old figure would hide that nothing moves."""
+    def clear(self) -> None:
+        """Report nothing until `gather` succeeds: stale values would hide that it fails."""
         self._found = []
 
     async def gather(self) -> None:
-        """Look at everything anew; reads one row a collection of each open tenant."""
+        """Update all gauges; reads one row per collection of each open tenant."""
         open_tenants = self._tenants.open_tenants()
         self._found = [*self._queues(open_tenants), *self._loaded(), *self._kept(open_tenants)]
         self._found += await self._collections(open_tenants)
@@ -238,7 +238,7 @@ class ServerGauges(Collector):
         yield batches
 
     def _loaded(self) -> Iterator[Metric]:
-        told = InfoMetricFamily(
+        models = InfoMetricFamily(
             "resight_model", "The loaded models, the spaces of their features, and which is active."
         )
         for model_id in self._models.names():
@@ -246,8 +246,8 @@ class ServerGauges(Collector):
             if model is not None:
                 active = str(model is self._models.active).lower()
                 body = {"model": model_id, "space": model.space.space_id, "version": model.space.model_version}
-                told.add_metric([], {**body, "provider": model.provider, "active": active})
-        yield told
+                models.add_metric([], {**body, "provider": model.provider, "active": active})
+        yield models
 
     def _kept(self, tenants: list[Tenant]) -> Iterator[Metric]:
         free, total = disk_room(self._settings.data)
@@ -272,7 +272,7 @@ class ServerGauges(Collector):
 
     async def _collections(self, tenants: list[Tenant]) -> list[Metric]:
         labels = ["tenant", "collection"]
-        told = {name: GaugeMetricFamily(name, what, labels=labels) for name, what, _ in COLLECTION_GAUGES}
+        gauges = {name: GaugeMetricFamily(name, what, labels=labels) for name, what, _ in COLLECTION_GAUGES}
         lag = GaugeMetricFamily("resight_revision_lag", "Writes the index has yet to take in.", labels=labels)
         recall = GaugeMetricFamily(
             "resight_sampled_recall_at_10", "Of approximate searches against exact ones, sampled.", labels=labels
@@ -289,36 +289,36 @@ class ServerGauges(Collector):
         )
         kinds = GaugeMetricFamily("resight_indexes", "Indexes of each kind.", labels=["kind"])
         count: dict[str, int] = {}
-        rest = dict.fromkeys(told, 0)
-        rest_lag, place, rest_drift = 0, 0, (0.0, 0.0)
+        rest = dict.fromkeys(gauges, 0)
+        rest_lag, position, rest_drift = 0, 0, (0.0, 0.0)
         for tenant in tenants:
             for collection in await tenant.store.read(reads.collections, limit=-1):
-                stats, place = tenant.gallery.searcher.stats(collection), place + 1
+                stats, position = tenant.gallery.searcher.stats(collection), position + 1
                 count[stats.index_type] = count.get(stats.index_type, 0) + 1
                 behind = max(0, collection.revision - stats.revision)
                 drift = tenant.gallery.statistics.drift(collection)
-                if place > self._settings.metrics_collections:
+                if position > self._settings.metrics_collections:
                     rest = {name: rest[name] + getattr(stats, field) for name, _, field in COLLECTION_GAUGES}
                     rest_lag, rest_drift = max(rest_lag, behind), max(rest_drift, drift or rest_drift)
                     continue
                 where = [tenant.name, collection.name]
                 for name, _, field in COLLECTION_GAUGES:
-                    told[name].add_metric(where, getattr(stats, field))
+                    gauges[name].add_metric(where, getattr(stats, field))
                 lag.add_metric(where, behind)
                 if drift is not None:
                     index.add_metric([*where, collection.space.space_id], drift[0])
                     shift.add_metric([*where, collection.space.space_id], drift[1])
                 if stats.sampled_recall_at_10 is not None:
                     recall.add_metric(where, stats.sampled_recall_at_10)
-        if place > self._settings.metrics_collections:
-            for name, family in told.items():
+        if position > self._settings.metrics_collections:
+            for name, family in gauges.items():
                 family.add_metric([OTHER_COLLECTIONS, OTHER_COLLECTIONS], rest[name])
             lag.add_metric([OTHER_COLLECTIONS, OTHER_COLLECTIONS], rest_lag)
             index.add_metric([OTHER_COLLECTIONS, OTHER_COLLECTIONS, OTHER_COLLECTIONS], rest_drift[0])
             shift.add_metric([OTHER_COLLECTIONS, OTHER_COLLECTIONS, OTHER_COLLECTIONS], rest_drift[1])
         for kind, number in count.items():
             kinds.add_metric([kind], number)
-        return [*told.values(), lag, recall, index, shift, kinds]
+        return [*gauges.values(), lag, recall, index, shift, kinds]
 
 
 def _gauge(name: str, what: str, value: float) -> Metric:

@@ -1,8 +1,8 @@
-"""Starts the monitoring of a server: logs and metrics always, traces and the HTTP endpoint where configured.
+"""Sets up the monitoring of a server: logs and metrics always, traces and the HTTP endpoint where configured.
 
-A log line, as text or JSON, holds one event with the id of its call and never a crop, a feature, a token, or the id of
-a subject or an entry: those belong in the audit. `tests/service/monitoring/test_logs.py` searches a server's log for
-them.
+A log line, as text or JSON, is one event with the id of its call, and never contains a crop, a feature, a token, or the
+id of a subject or an entry: those belong in the audit log. `tests/service/monitoring/test_logs.py` searches a server's
+log for them.
 """
 
 from __future__ import annotations
@@ -30,41 +30,41 @@ from resight.service.tenants import Tenants
 
 
 class Monitoring:
-    """The watchers of one server.
+    """The metrics, traces and HTTP endpoint of one server.
 
     Args:
-        settings: which are asked for.
-        book: whose tokens open ``/metrics``.
+        settings: which of them are enabled.
+        tokens: that give access to ``/metrics``.
 
     Raises:
-        StartupError: traces are asked for, and OpenTelemetry is not installed.
+        StartupError: traces are enabled, and OpenTelemetry is not installed.
     """
 
-    def __init__(self, settings: Settings, book: TokenLookup) -> None:
-        self._settings, self._book = settings, book
+    def __init__(self, settings: Settings, tokens: TokenLookup) -> None:
+        self._settings, self._tokens = settings, tokens
         self._metrics = CallMetrics()
         self._tracing = None if settings.otlp_endpoint is None else Tracing(settings.otlp_endpoint)
-        self._figures: ServerGauges | None = None
+        self._gauges: ServerGauges | None = None
         self._health: health.HealthServicer | None = None
 
     @property
     def stages(self) -> tuple[CallInterceptor, ...]:
-        """For the guard, outside of what tells errors."""
+        """Interceptors of each call; they go outside the one that reports errors."""
         return (self._metrics,) if self._tracing is None else (self._metrics, self._tracing)
 
     @contextlib.contextmanager
-    def answering(self) -> Iterator[str]:
-        """The HTTP endpoint for the time of the block, its URL, empty where none is asked for; then flushes traces.
+    def endpoint(self) -> Iterator[str]:
+        """Run the HTTP endpoint during the block; yields its URL, empty if disabled. Flushes traces at the end.
 
-        It answers from the beginning: alive, and not ready until `know` was called.
+        Until `attach` is called the server is reported as alive but not ready.
 
         Raises:
-            StartupError: its address is taken.
+            StartupError: the address is in use.
         """
         endpoint = None
         if self._settings.metrics_listen is not None:
-            watched = EndpointSource(self._metrics.registry, self._refresh, self._status, self._book, self._settings)
-            endpoint = Endpoint(self._settings, self._settings.metrics_listen, watched)
+            source = EndpointSource(self._metrics.registry, self._refresh, self._status, self._tokens, self._settings)
+            endpoint = Endpoint(self._settings, self._settings.metrics_listen, source)
         try:
             yield "" if endpoint is None else endpoint.url
         finally:
@@ -73,7 +73,7 @@ class Monitoring:
             if self._tracing is not None:
                 self._tracing.stop()
 
-    def know(
+    def attach(
         self,
         embedder: Embedder,
         models: ModelHost,
@@ -81,15 +81,15 @@ class Monitoring:
         shadows: ShadowManager,
         status: health.HealthServicer,
     ) -> None:
-        """Watch these from now on."""
+        """Include these in the metrics and the readiness from now on."""
         self._health = status
-        self._figures = ServerGauges(self._settings, embedder, models, tenants, shadows)
-        self._metrics.registry.register(self._figures)
+        self._gauges = ServerGauges(self._settings, embedder, models, tenants, shadows)
+        self._metrics.registry.register(self._gauges)
 
     async def _refresh(self) -> None:
-        if self._figures is not None:
-            self._figures.forget()
-            await self._figures.gather()
+        if self._gauges is not None:
+            self._gauges.clear()
+            await self._gauges.gather()
 
     async def _status(self) -> int:
         if self._health is None:
@@ -117,7 +117,7 @@ def json_formatter() -> logging.Formatter:
 
 
 def configure_logging(form: Literal["text", "json"]) -> None:
-    """Write the log of this process to standard error, in one form, from INFO up."""
+    """Log to standard error in one format, level INFO and above."""
     handler = logging.StreamHandler()
     handler.addFilter(RequestIdFilter())
     handler.setFormatter(json_formatter() if form == "json" else logging.Formatter(TEXT_FORMAT))

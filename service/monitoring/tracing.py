@@ -1,7 +1,7 @@
-"""OpenTelemetry traces of calls, sent over OTLP: one span a call, with one for each stage it went through.
+"""OpenTelemetry traces of calls, sent over OTLP: one span per call, with a child span for each stage.
 
-Needs the packages of ``resight[otel]``. A span carries the method, the code, the request id and times; no name,
-crop or feature. A caller's ``traceparent`` is followed (W3C Trace Context), so its own trace goes on here.
+Needs the packages of ``resight[otel]``. A span has the method, the code, the request id and times; no name, crop or
+feature. A caller's ``traceparent`` is used as the parent (W3C Trace Context), so its trace continues here.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from resight.status import reason_of
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
 
-STOP_S = 3.0  # for the last spans, when the collector is away; less than a drain
+STOP_S = 3.0  # for sending the last spans when the collector is unreachable; less than a drain
 PROPAGATED_HEADERS = ("traceparent", "tracestate")
 INTERNAL_CODES = frozenset((grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS))
 
 
 class Tracing:
-    """Traces calls to a collector; a stage of the guard. A collector that is away costs spans, never calls.
+    """An interceptor that traces calls. If the collector is unreachable, spans are lost but calls are not affected.
 
     Args:
         endpoint: ``http://HOST:PORT``, or ``https://`` for TLS.
@@ -56,9 +56,9 @@ class Tracing:
         self._propagator = TraceContextTextMapPropagator()
 
     def stop(self) -> None:
-        """Send what waits, for at most `STOP_S`."""
+        """Send the remaining spans, for at most `STOP_S`."""
         self._provider.force_flush(int(STOP_S * 1000))
-        self._exporter.shutdown()  # first, or a collector that is away would be asked again and again
+        self._exporter.shutdown()  # first, or the provider would keep retrying an unreachable collector
         self._provider.shutdown()
 
     @contextlib.asynccontextmanager
@@ -94,7 +94,7 @@ class Tracing:
 
 
 class _CallSpans:
-    """Makes spans of what one call tells."""
+    """Turns the events of one call into spans."""
 
     def __init__(self, tracer: Tracer, span: Span) -> None:
         self._tracer, self._span = tracer, span

@@ -124,7 +124,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             result = {"index_type": built.index_type, "note": built.note}
             return result | ({} if recall is None else {"recall_at_10": f"{recall:.4f}"})
 
-        started = await self._jobs.begin(tenant.operations, REBUILD, rebuild, collection=collection.name)
+        started = await self._jobs.start(tenant.operations, REBUILD, rebuild, collection=collection.name)
         return admin_pb2.RebuildIndexResponse(operation=operation_message(started))
 
     async def CreateSnapshot(
@@ -133,7 +133,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         """Start an online copy of the tenant's database."""
         name = snapshots.check_name(request.snapshot_id or snapshots.timestamp_name())
         tenant = await self._tenant()
-        started = await self._jobs.begin(
+        started = await self._jobs.start(
             tenant.operations, "snapshot", _SnapshotJob(tenant, name).run, snapshot_id=name
         )
         return admin_pb2.CreateSnapshotResponse(operation=operation_message(started))

@@ -145,7 +145,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             await tenant.operations.progress(operation.operation_id, succeeded=1)
             return {"model_id": model.model_id, "space_id": model.space.space_id}
 
-        operation = await self._jobs.begin(tenant.operations, LOAD, load, total=1, model_id=request.model_id)
+        operation = await self._jobs.start(tenant.operations, LOAD, load, total=1, model_id=request.model_id)
         tenant.audit.add(_audit_event("LoadModel", reason=f"model {request.model_id}"))
         return model_pb2.LoadModelResponse(operation=operation_message(operation))
 
@@ -181,7 +181,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             auto_activate=request.auto_activate,
             drop_missing=request.missing_crops == model_pb2.MISSING_CROP_POLICY_DROP,
         )
-        operation = await self._migrations.begin(tenant, migration, request_id=request.request_id)
+        operation = await self._migrations.start(tenant, migration, request_id=request.request_id)
         event = _audit_event(
             "MigrateCollection", request.collection_id, operation.total, f"model {request.target_model_id}"
         )

@@ -270,7 +270,7 @@ class SearchServicer(search_pb2_grpc.SearchServiceServicer):
         valid = [one for one in prepared if not isinstance(one, ReIDError)]
         found = iter(await gallery.search(collection, [one.params for one in valid], deadline) if valid else ())
         answers: list[search_pb2.SearchResponse | ReIDError] = []
-        shadow = self._shadows.of(tenant, collection)
+        shadow = self._shadows.running_shadow(tenant, collection)
         for one in prepared:
             if isinstance(one, ReIDError):
                 answers.append(one)

@@ -1,7 +1,7 @@
 import asyncio
 
 import pytest
-from stores import enrolment, held, made, opened
+from stores import count_entries, create_collection, enrolment, open_gallery
 from typer.testing import CliRunner
 
 from resight.cli.main import app
@@ -19,7 +19,7 @@ def run(*arguments: str) -> str:
 @pytest.fixture
 def data(tmp_path):
     async def fill(count: int) -> None:
-        lobby = await made(store)
+        lobby = await create_collection(store)
         for number in range(count):
             await store.write(writes.enrol, lobby, enrolment(number))
 
@@ -27,14 +27,14 @@ def data(tmp_path):
     folder.mkdir()
     (folder / "tenants" / "acme").mkdir(parents=True)
     for place, count in ((folder, 3), (folder / "tenants" / "acme", 5)):
-        with opened(place) as store:
+        with open_gallery(place) as store:
             asyncio.run(fill(count))
     return folder
 
 
 def count(place) -> int:
-    with opened(place) as store:
-        return asyncio.run(held(store))
+    with open_gallery(place) as store:
+        return asyncio.run(count_entries(store))
 
 
 def test_a_snapshot_is_created_listed_verified_and_restored(data):
@@ -42,7 +42,7 @@ def test_a_snapshot_is_created_listed_verified_and_restored(data):
     acme = ("--data", str(data), "--tenant", "acme")
     assert "5 entries" in run("create", *acme)
     assert len(run("list", *acme).splitlines()) == 1 and len(run("list", "--data", str(data)).splitlines()) == 1
-    with opened(data) as store:
+    with open_gallery(data) as store:
         asyncio.run(store.erase(writes.delete_collection, "lobby", force=True))
     assert "sha256" in run("verify", "monday", "--data", str(data))
     assert "0 entries of erased subjects" in run("restore", "monday", "--data", str(data))

@@ -18,7 +18,7 @@ from resight.training.store.datasets import Site
 
 
 def servers_of(folder: Path) -> list[str]:
-    """Command lines of running processes that serve from below a folder."""
+    """Command lines of running servers with data below a folder."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -123,7 +123,7 @@ def test_a_killed_server_is_reported_and_its_address_not_reused(bundle: Bundle, 
         assert client.info().model == "random"
 
 
-def test_crops_the_server_refuses_are_named(bundle: Bundle, tiny_site: Site, tmp_path: Path) -> None:
+def test_crops_that_the_server_rejects_are_named(bundle: Bundle, tiny_site: Site, tmp_path: Path) -> None:
     shutil.copytree(tiny_site.root, tmp_path / "site")
     query, gallery = evaluation_splits(open_site(tmp_path / "site"))
     for store in (query, gallery):

@@ -40,7 +40,7 @@ def test_sparse_jaccard_equals_the_dense_definition(k1: int, k2: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_fewer_crops_than_neighbours(count: int) -> None:
+def test_fewer_crops_than_neighbours_are_handled(count: int) -> None:
     rows = unit_rows(np.random.default_rng(count), count, 1, 4, 0.0)
     for k1, k2 in ((30, 6), (30, 1), (2, 6)):
         graph = jaccard_graph([encoding_of(rows, k1=k1, k2=k2)], [1.0], max_distance=0.7)
@@ -49,9 +49,9 @@ def test_fewer_crops_than_neighbours(count: int) -> None:
 
 @pytest.mark.parametrize("copies", [2, 5, 35])
 @pytest.mark.parametrize("k1, k2", [(30, 6), (6, 1)])
-def test_duplicate_crops(copies: int, k1: int, k2: int) -> None:
+def test_duplicate_crops_are_clustered_like_in_the_dense_form(copies: int, k1: int, k2: int) -> None:
     rows = np.repeat(unit_rows(np.random.default_rng(0), 2, 2, 8, 0.5), copies, axis=0)
-    dense = dense_jaccard(rows, k1, k2, ranks=nearest_neighbours(rows, k1))  # ties leave a choice
+    dense = dense_jaccard(rows, k1, k2, ranks=nearest_neighbours(rows, k1))  # ties are ambiguous
     graph = jaccard_graph([encoding_of(rows, k1=k1, k2=k2)], [1.0], max_distance=0.7)
     assert_graph_is(graph, dense)
     for eps in (0.35, 0.5, 0.6):
@@ -74,7 +74,7 @@ def test_views_are_fused_before_pruning(max_distance: float) -> None:
         assert np.array_equal(dbscan(graph, eps, 4), expected)
 
 
-def test_the_hand_example_of_half_an_overlap_is_two_thirds_away() -> None:
+def test_an_overlap_of_one_half_gives_a_distance_of_two_thirds() -> None:
     from scipy import sparse
 
     weights = sparse.csr_matrix(
@@ -89,7 +89,7 @@ def test_the_hand_example_of_half_an_overlap_is_two_thirds_away() -> None:
 def test_camera_aware_jaccard_equals_the_dense_definition(k1: tuple[int, int], k2: tuple[int, int]) -> None:
     rng = np.random.default_rng(11)
     rows = unit_rows(rng, 17, 7, 12, 0.6)
-    # a camera of one crop, one of three, numbers that are not 0..C-1
+    # a camera with one crop, one with three, numbers other than 0..C-1
     cameras = rng.choice([4, -1, 90], len(rows))
     cameras[3], cameras[[9, 30, 31]] = 7, 12
     encoded = camera_encoding_of(rows, cameras, k1_intra=k1[0], k1_inter=k1[1], k2_intra=k2[0], k2_inter=k2[1])
@@ -107,8 +107,8 @@ def test_camera_aware_jaccard_of_a_single_camera(count: int) -> None:
     assert_graph_is(graph, dense_camera_jaccard(rows, cameras, (5, 20), (2, 4)))
 
 
-def test_people_of_other_cameras_count_as_much_as_ones_own() -> None:
-    """Crops that a camera colours alike crowd the others out of plain lists, and not out of camera-aware ones."""
+def test_neighbours_of_other_cameras_have_the_same_weight() -> None:
+    """Crops with a common camera tint displace the others in plain lists, but not in camera-aware ones."""
     rng = np.random.default_rng(2)
     persons, cameras = np.repeat(np.arange(12), 24), np.tile(np.repeat([0, 1, 2], 8), 12)
     rows = rng.normal(size=(12, 24))[persons] + 1.2 * rng.normal(size=(3, 24))[cameras]

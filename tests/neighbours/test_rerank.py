@@ -1,4 +1,4 @@
-"""Sparse re-ranking against the paper's steps taken one crop at a time on dense matrices."""
+"""Sparse re-ranking against the paper's steps on dense matrices, one crop at a time."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def slow_distance(query: Floats, gallery: Floats, k1: int, k2: int, balance: flo
     ("seed", "queries", "gallery", "k1", "k2", "balance"),
     [(0, 17, 66, 20, 6, 0.3), (1, 5, 8, 20, 6, 0.3), (2, 1, 31, 7, 3, 0.5), (3, 30, 41, 10, 1, 0.0)],
 )
-def test_equals_the_dense_steps(seed: int, queries: int, gallery: int, k1: int, k2: int, balance: float) -> None:
+def test_re_ranking_equals_the_dense_steps(
+    seed: int, queries: int, gallery: int, k1: int, k2: int, balance: float
+) -> None:
     x = crops(seed, queries + gallery, 6, 9)
     found = reranked(x[:queries], x[queries:], k1=k1, k2=k2, balance=balance)
     slow = slow_distance(x[:queries], x[queries:], k1, k2, balance)
@@ -86,14 +88,14 @@ def test_the_dense_form_of_the_service_equals_the_sparse_one(gallery: int, k1: i
     np.testing.assert_allclose(k_reciprocal_scores(x, k1=k1, k2=k2, weight=balance), sparse, atol=2e-6)
 
 
-def test_balance_one_is_the_order_of_the_features() -> None:
+def test_balance_one_keeps_the_order_by_similarity() -> None:
     x = crops(4, 60, 6, 9)
     found = reranked(x[:10], x[10:], balance=1.0).rows(slice(None))
     assert (np.argsort(-found, axis=1) == np.argsort(-(x[:10] @ x[10:].T), axis=1)).all()
 
 
-def test_mutual_neighbours_move_up() -> None:
-    """What re-ranking is for: in loose groups more of a query's own group stand before the rest."""
+def test_mutual_neighbours_are_ranked_higher() -> None:
+    """In loose groups, re-ranking moves a query's own group before the others."""
     rng = np.random.default_rng(5)
     centres, group = rng.standard_normal((20, 16)), np.repeat(np.arange(20), 15)
     x = centres[group] + 1.6 * rng.standard_normal((300, 16))
@@ -108,13 +110,13 @@ def test_mutual_neighbours_move_up() -> None:
     assert right(rerank_features(x[query], x[gallery]).rows(slice(None))) > right(x[query] @ x[gallery].T) + 0.03
 
 
-def test_crops_that_are_all_the_same_are_all_equally_near() -> None:
+def test_equal_crops_are_equally_near() -> None:
     x = np.tile(np.float32([[1, 0, 0]]), (12, 1))
     assert np.ptp(reranked(x[:2], x[2:]).rows(slice(None))) < 0.7
     assert np.isfinite(reranked(x[:2], x[2:]).rows(slice(None))).all()
 
 
-def test_memory_does_not_grow_with_the_square_of_the_crops() -> None:
+def test_memory_does_not_grow_quadratically() -> None:
     """One dense float32 matrix of 9,000 crops has 324 MB; a process that re-ranks them grows by much less."""
     code = """
 import resource

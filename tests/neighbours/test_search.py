@@ -27,20 +27,20 @@ def similarity_of(rows: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     "count, k, chunk", [(1, 3, 4), (2, 30, 64), (7, 3, 2), (65, 10, 16), (65, 100, 64), (300, 30, 65)]
 )
-def test_nearest_equals_a_full_sort_with_each_row_first(count: int, k: int, chunk: int) -> None:
+def test_nearest_neighbours_equal_a_full_sort_with_each_row_first(count: int, k: int, chunk: int) -> None:
     rows = unit_rows(count, 5, seed=count)
     expected = np.argsort(-similarity_of(rows), axis=1, kind="stable")[:, :k]
     assert np.array_equal(nearest_neighbours(rows, k, chunk=chunk), expected)
 
 
-def test_any_tile_side_finds_the_same() -> None:
+def test_any_tile_size_gives_the_same_neighbours() -> None:
     rows = unit_rows(1000, 16, people=60)
     expected = nearest_neighbours(rows, 30, chunk=1000)
     for chunk in (64, 100, 128, 511, 512, 2048):
         assert np.array_equal(nearest_neighbours(rows, 30, chunk=chunk), expected)
 
 
-def test_similarities_are_those_of_the_neighbours() -> None:
+def test_similarities_belong_to_the_neighbours() -> None:
     rows = unit_rows(150, 8, people=20)
     found = search_neighbours(rows, 12, chunk=64)
     expected = np.einsum("id,ijd->ij", rows, rows[found.indices])
@@ -49,7 +49,7 @@ def test_similarities_are_those_of_the_neighbours() -> None:
 
 
 @pytest.mark.parametrize("copies, k", [(2, 2), (7, 5), (70, 30)])
-def test_duplicate_crops_are_near_and_never_take_a_rows_own_first_place(copies: int, k: int) -> None:
+def test_duplicate_crops_rank_after_the_row_itself(copies: int, k: int) -> None:
     rows = np.repeat(unit_rows(3, 4), copies, axis=0)
     found = search_neighbours(rows, k, chunk=64)
     assert np.array_equal(found.indices[:, 0], np.arange(3 * copies))
@@ -57,8 +57,8 @@ def test_duplicate_crops_are_near_and_never_take_a_rows_own_first_place(copies: 
     assert all(len(set(row)) == k for row in found.indices)
 
 
-def test_few_entries_of_a_tile_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What makes the search fast: only those that may be among a row's best are gone through."""
+def test_few_entries_of_a_tile_are_visited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only entries that may be among a row's best are visited, which makes the search fast."""
     seen: list[int] = []
     original = search._pad_rows
 
@@ -75,7 +75,7 @@ def test_few_entries_of_a_tile_are_looked_at(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("k_intra, k_inter", [(6, 21), (2, 1), (400, 400)])
 def test_neighbours_by_camera_equal_full_sorts(count: int, chunk: int, k_intra: int, k_inter: int) -> None:
     rows = unit_rows(count, 6, people=30, seed=4)
-    # one camera of a single crop, one of three, numbers that are not 0..C-1
+    # a camera with one crop, one with three, numbers other than 0..C-1
     cameras = np.random.default_rng(0).choice([-5, 9, 1000], count)
     cameras[7], cameras[[11, 40, 60]] = 3, 77
     similarity = similarity_of(rows)
@@ -89,7 +89,7 @@ def test_neighbours_by_camera_equal_full_sorts(count: int, chunk: int, k_intra: 
     assert np.array_equal(intra.indices[:, 0], np.arange(count))
 
 
-def test_a_single_camera_has_nobody_elsewhere() -> None:
+def test_a_single_camera_has_no_neighbours_in_others() -> None:
     intra, inter = search_neighbours_by_camera(unit_rows(9, 4), np.full(9, 3), 4, 4)
     assert np.array_equal(intra.indices, nearest_neighbours(unit_rows(9, 4), 4))
     assert (inter.indices == NO_NEIGHBOUR).all() and (inter.similarity == 0).all()

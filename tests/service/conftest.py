@@ -1,4 +1,4 @@
-"""Fixtures of the service's tests: one tiny bundle, one shared server, a collection for each test."""
+"""Fixtures of the service tests: one tiny bundle, one shared server, a collection for each test."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from resight.client import Client
 
 @pytest.fixture(scope="session")
 def server(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """One server for all tests that leave it as it was but for their own collection."""
+    """One server for all tests that change only their own collection."""
     process = ServerProcess(bundle_path, tmp_path_factory.mktemp("shared") / "data")
     try:
         process.wait_ready()
@@ -36,7 +36,7 @@ def client(address: str) -> Iterator[Client]:
 
 @pytest.fixture
 def collection(client: Client, request: pytest.FixtureRequest) -> Iterator[str]:
-    """An empty collection of this test's own, dropped afterwards."""
+    """An empty collection of this test, deleted afterwards."""
     name = "t-" + "".join(c if c.isalnum() else "-" for c in request.node.name.lower())[:50]
     client.create_collection(name, unlimited_retention=True)
     yield name
@@ -45,14 +45,14 @@ def collection(client: Client, request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def channel(address: str) -> Iterator[grpc.Channel]:
-    """For calls by stub."""
+    """For calls through stubs."""
     with grpc.insecure_channel(address) as made:
         yield made
 
 
 @pytest.fixture(scope="session")
 def guarded(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
-    """A server that asks for tokens, with one for each role in each of two tenants; for tests of who may do what."""
+    """A server that requires tokens, with one for each role in each of two tenants; for tests of permissions."""
     made = Guarded(bundle_path, tmp_path_factory.mktemp("guarded") / "data")
     try:
         made.server.wait_ready()

@@ -1,4 +1,4 @@
-"""The server as a process: starting, refusing to start, restarting, dying and draining."""
+"""The server process: start, failure to start, restart, kill and drain."""
 
 import json
 import random
@@ -22,8 +22,8 @@ from resight.service.access.auth import Role, TokenFile
 pytestmark = pytest.mark.long
 
 
-def refused(process: ServerProcess) -> str:
-    """The log of a server that does not start, without the frames rich draws around it."""
+def startup_error(process: ServerProcess) -> str:
+    """The log of a server that fails to start, without the frames that rich draws."""
     assert process.process.wait(60) != 0
     return " ".join(process.log.read_text().replace("│", " ").split())
 
@@ -31,9 +31,9 @@ def refused(process: ServerProcess) -> str:
 def test_server_json_has_the_address_while_the_server_runs(bundle_path, tmp_path):
     server = ServerProcess(bundle_path, tmp_path / "data")
     address = server.wait_ready()
-    told = json.loads((tmp_path / "data" / "server.json").read_text())
-    assert told["address"] == address and told["pid"] == server.process.pid
-    assert f"serving {address} space={told['space_id']}" in server.log.read_text()
+    info = json.loads((tmp_path / "data" / "server.json").read_text())
+    assert info["address"] == address and info["pid"] == server.process.pid
+    assert f"serving {address} space={info['space_id']}" in server.log.read_text()
     assert server.end() == 0
     assert not (tmp_path / "data" / "server.json").exists()
 
@@ -53,27 +53,27 @@ def test_the_process_never_loads_torch(server):
 
 def test_a_port_in_use_is_refused_with_advice(bundle_path, tmp_path, server):
     second = ServerProcess(bundle_path, tmp_path / "data", listen=server.wait_ready())
-    text = refused(second)
+    text = startup_error(second)
     assert "StartupError" in text and "cannot listen on" in text and "--listen" in text
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         third = ServerProcess(bundle_path, tmp_path / "data", listen=f"127.0.0.1:{other.getsockname()[1]}")
-        assert "cannot listen on" in refused(third)
+        assert "cannot listen on" in startup_error(third)
 
 
 def test_a_data_folder_in_use_is_refused_with_the_holders_pid(bundle_path, server):
-    text = refused(ServerProcess(bundle_path, server.data))
+    text = startup_error(ServerProcess(bundle_path, server.data))
     assert f"is held by process {server.process.pid}" in text
     assert server.wait_ready()  # and the holder's server.json is untouched
 
 
 def test_an_address_others_can_reach_is_refused_without_authentication_or_encryption(bundle_path, tmp_path):
-    text = refused(ServerProcess(bundle_path, tmp_path / "data", "--behind-tls-proxy", listen="0.0.0.0:0"))
+    text = startup_error(ServerProcess(bundle_path, tmp_path / "data", "--behind-tls-proxy", listen="0.0.0.0:0"))
     assert "StartupError" in text and "resight token create" in text
     assert not (tmp_path / "data").exists()
     TokenFile(tmp_path / "data").create("anna", Role.ADMIN)
-    text = refused(ServerProcess(bundle_path, tmp_path / "data", listen="0.0.0.0:0"))
+    text = startup_error(ServerProcess(bundle_path, tmp_path / "data", listen="0.0.0.0:0"))
     assert "StartupError" in text and "--tls-cert" in text and "--behind-tls-proxy" in text
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["tokens.json", "tokens.lock"]
 
@@ -84,13 +84,15 @@ def test_a_bundle_with_a_flipped_byte_is_refused(tmp_path, file):
     data = bytearray((bundle.path / file).read_bytes())
     data[len(data) // 2] ^= 1
     (bundle.path / file).write_bytes(data)
-    text = refused(ServerProcess(bundle.path, tmp_path / "data"))
+    text = startup_error(ServerProcess(bundle.path, tmp_path / "data"))
     assert "BundleError" in text and file in text
 
 
 def test_a_bundle_that_fails_its_probes_is_refused(tmp_path):
     bundle = make_bundle(tmp_path / "bundle", probes_of=7)
-    assert "gives other features than the exported model" in refused(ServerProcess(bundle.path, tmp_path / "data"))
+    assert "gives other features than the exported model" in startup_error(
+        ServerProcess(bundle.path, tmp_path / "data")
+    )
 
 
 def test_a_restart_finds_every_entry(bundle_path, tmp_path):

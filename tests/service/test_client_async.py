@@ -1,4 +1,4 @@
-"""The client to await: the same calls over the same roads, against a real server."""
+"""The asyncio client against a real server: the same calls as the blocking one."""
 
 import asyncio
 import inspect
@@ -43,7 +43,7 @@ def test_every_call_of_the_async_client(address, client, collection):
             both = await asyncio.gather(*(own.embed(jpeg(p)) for p in range(10)))
             assert np.allclose(both[3], client.embed(jpeg(3)), atol=1e-6)
             with pytest.raises(EntryNotFoundError):
-                await own.get_entry(collection, "nobody")
+                await own.get_entry(collection, "unknown")
             assert (await own.verify(collection, jpeg(1), jpeg(1, 1))).similarity > 0.9
 
     asyncio.run(body())

@@ -1,4 +1,4 @@
-"""Power cuts: a storm of writes is killed at a random moment, again and again, and the gallery opened anew.
+"""Crash consistency: a process with concurrent writes is killed at random times, and the gallery is reopened.
 
 ROUNDS=200 (``make crash``) sets the number of rounds.
 """
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ledger import Ledger, State, Write
-from stores import SPACE, feature, opened
+from stores import SPACE, feature, open_gallery
 from watchdog import progress_expected
 
 from resight.service.records import Filter
@@ -41,13 +41,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]
 
 @pytest.fixture(autouse=True)
 def _watched(tmp_path: Path) -> Iterator[None]:
-    """However many rounds there are and however slow the machine: each of them writes."""
+    """No time limit, but a limit on the time without progress: each round writes."""
     with progress_expected(tmp_path):
         yield
 
 
-def taken_in(ledger: Ledger, lines: list[dict[str, Any]]) -> tuple[list[Write], int]:
-    """Take a killed process's lines in; what was begun and not answered, and the last revision that was."""
+def apply_output(ledger: Ledger, lines: list[dict[str, Any]]) -> tuple[list[Write], int]:
+    """Apply a killed process's output to the ledger; returns the unacknowledged writes and the last revision."""
     begun: dict[int, Write] = {}
     revision = 0
     for line in lines:
@@ -61,8 +61,8 @@ def taken_in(ledger: Ledger, lines: list[dict[str, Any]]) -> tuple[list[Write], 
     return list(begun.values()), revision
 
 
-def killed(folder: Path, seed: int, states: dict[str, State], after_s: float) -> list[dict[str, Any]]:
-    """Run the storm on what is there and kill it some time after it began; its lines."""
+def run_and_kill(folder: Path, seed: int, states: dict[str, State], after_s: float) -> list[dict[str, Any]]:
+    """Run the writes on the gallery and kill the process after a while; returns its output lines."""
     (folder / "states.json").write_text(json.dumps(states))
     command = [sys.executable, TESTS / "storm.py", folder, str(seed)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0)
@@ -77,12 +77,12 @@ def killed(folder: Path, seed: int, states: dict[str, State], after_s: float) ->
     process.send_signal(signal.SIGKILL)
     process.wait()
     with process.stdout:
-        got += process.stdout.readall()  # what it told and was not yet read
+        got += process.stdout.readall()  # the rest of its output
     return [json.loads(line) for line in got.splitlines(keepends=True) if line.endswith(b"\n")]
 
 
-async def stored(store: Store) -> dict[str, dict[str, Any]]:
-    """Every entry as the storm tells them, after checking that none is half there."""
+async def read_entries(store: Store) -> dict[str, dict[str, Any]]:
+    """Every entry in the form of the writes, after checking that each is complete."""
     lobby = await store.read(reads.collection, "lobby")
     found = {}
     crops = await store.read(lambda c: c.execute("SELECT entry, image FROM crop ORDER BY entry, number").fetchall())
@@ -98,21 +98,21 @@ async def stored(store: Store) -> dict[str, dict[str, Any]]:
     return found
 
 
-def as_told(found: dict[str, dict[str, Any]], states: list[Write]) -> dict[str, dict[str, Any]]:
-    """Give each entry found the seed whose feature and crops it has, bit by bit."""
-    told: dict[str, dict[str, Any]] = {}
+def with_seeds(found: dict[str, dict[str, Any]], states: list[Write]) -> dict[str, dict[str, Any]]:
+    """Find the seed of each entry, whose feature and crops it has bit for bit."""
+    result: dict[str, dict[str, Any]] = {}
     for entry_id, one in found.items():
         seeds = {state["seed"] for known in states if (state := known.get(entry_id)) is not None}
         (seed,) = [
             seed for seed in seeds if feature(seed).tobytes() == one["vector"] and set(one["images"]) <= {b"%d" % seed}
         ]
         rest = {name: one[name] for name in ("subject", "label", "crops")}
-        told[entry_id] = {"id": entry_id, **rest, "seed": seed}
-    return told
+        result[entry_id] = {"id": entry_id, **rest, "seed": seed}
+    return result
 
 
 async def check_index(store: Store, found: dict[str, dict[str, Any]]) -> None:
-    """The index built from what was left answers every entry with its own feature, and nothing else."""
+    """The rebuilt index returns exactly the stored entries, each with its feature."""
     searcher = Searcher(store)
     try:
         await searcher.load()
@@ -127,7 +127,7 @@ async def check_index(store: Store, found: dict[str, dict[str, Any]]) -> None:
 
 
 def check_database(path: Path) -> None:
-    """SQLite's own checks, and counts that must agree."""
+    """SQLite's own checks, and consistent counts."""
     raw = sqlite3.connect(path)
     assert raw.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     assert raw.execute("PRAGMA foreign_key_check").fetchall() == []
@@ -145,22 +145,22 @@ def test_acknowledged_writes_survive_a_kill_at_any_time(tmp_path: Path) -> None:
     chance = random.Random(os.environ.get("SEED", "resight"))
     answered = in_flight = last = 0
     for number in range(ROUNDS):
-        lines = killed(tmp_path, number, ledger.states, after_s=chance.uniform(0.02, 0.9))
+        lines = run_and_kill(tmp_path, number, ledger.states, after_s=chance.uniform(0.02, 0.9))
         before = dict(ledger.states)
-        open_writes, revision = taken_in(ledger, lines)
+        open_writes, revision = apply_output(ledger, lines)
         last = max(last, revision)
         answered += sum("answered" in line for line in lines)
         in_flight += len(open_writes)
         check_database(tmp_path / "gallery.sqlite3")
 
         async def check(store: Store, states: list[Write], writes: list[Write], last: int) -> None:
-            found = await stored(store)
+            found = await read_entries(store)
             lobby = await store.read(reads.collection, "lobby")
             assert lobby.revision >= last
-            ledger.settle(as_told(found, states), writes)
+            ledger.settle(with_seeds(found, states), writes)
             await check_index(store, found)
 
-        with opened(tmp_path) as store:
+        with open_gallery(tmp_path) as store:
             asyncio.run(check(store, [before, ledger.states, *open_writes], open_writes, last))
         assert not list((tmp_path / "snapshots").glob(".*"))
     log.info("%d rounds, %d answered, %d in flight, %d entries left", ROUNDS, answered, in_flight, len(ledger.states))

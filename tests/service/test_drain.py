@@ -1,4 +1,4 @@
-"""A drain that somebody ends."""
+"""A drain that a second signal aborts."""
 
 import signal
 import time

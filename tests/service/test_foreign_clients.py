@@ -1,4 +1,4 @@
-"""Clients that nobody here wrote: buf's and grpcurl's reflection calls, and Node from the .proto files alone."""
+"""Third-party clients: buf and grpcurl through reflection, and Node from the .proto files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CALL_S, INSTALL_S = 60, 180
 
 
 def program(name: str) -> str:
-    """A tool of the environment the tests run in, or of the system; the test is skipped where there is none."""
+    """A tool of the test environment or of the system; skips the test if there is none."""
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.is_file() else shutil.which(name)
     if not found:
@@ -39,7 +39,7 @@ def run(command: list[str], *, cwd: Path | None = None, env: dict[str, str] | No
 
 
 class Tool:
-    """A command line tool that knows the API from the server's reflection only."""
+    """A command line tool that uses the server's reflection."""
 
     def __init__(self, name: str, address: str) -> None:
         self._name, self._program, self._address = name, program(name), address
@@ -48,22 +48,22 @@ class Tool:
         """Names of services."""
         if self._name == "grpcurl":
             return set(self._run("-plaintext", self._address, "list").splitlines())
-        told = self._run(*self._buf("grpc-v1"), "--list-methods", f"http://{self._address}")
-        return {line.partition("/")[0] for line in told.splitlines()}
+        output = self._run(*self._buf("grpc-v1"), "--list-methods", f"http://{self._address}")
+        return {line.partition("/")[0] for line in output.splitlines()}
 
     def call(self, method: str, request: object, *, reflection: str = "grpc-v1") -> dict[str, Any]:
         """The answer of a method, as JSON."""
         data = ("-d", json.dumps(request))
         if self._name == "grpcurl":
-            told = self._run("-plaintext", *data, self._address, method)
+            output = self._run("-plaintext", *data, self._address, method)
         else:
-            told = self._run(*self._buf(reflection), *data, f"http://{self._address}/{method}")
-        answer = json.loads(told)
+            output = self._run(*self._buf(reflection), *data, f"http://{self._address}/{method}")
+        answer = json.loads(output)
         assert isinstance(answer, dict)
         return answer
 
     def failing(self, method: str, request: object) -> str:
-        """What it says of a call that fails."""
+        """The output for a failing call."""
         flags = ["-plaintext"] if self._name == "grpcurl" else self._buf("grpc-v1")
         target = [self._address, method] if self._name == "grpcurl" else [f"http://{self._address}/{method}"]
         status, out, err = run([self._program, *flags, "-d", json.dumps(request), *target])
@@ -104,7 +104,7 @@ def test_people_are_enrolled_and_found(tool: Tool, client: Client, collection: s
         entry = {"entryId": f"p{person}", "cameraId": "door"}
         request = {"collectionId": collection, "entry": entry, "image": encoded(jpeg(person))}
         assert tool.call("resight.v1.GalleryService/EnrollEntry", request)["entry"]["entryId"] == f"p{person}"
-    client.enrol(collection, NewEntry(jpeg(3), entry_id="p3"))  # what others enrol is found, and they find its
+    client.enrol(collection, NewEntry(jpeg(3), entry_id="p3"))  # entries are shared with other clients
     search = {"collectionId": collection, "image": encoded(jpeg(2, 1)), "topK": 3}
     hits = tool.call("resight.v1.SearchService/Search", search)["hits"]
     assert hits[0]["entry"]["entryId"] == "p2" and len(hits) == 3
@@ -119,8 +119,8 @@ def test_health_is_served_to_probes(tool: Tool) -> None:
 
 def test_an_error_arrives_with_its_reason(tool: Tool) -> None:
     request = {"collectionId": "nowhere", "entryId": "a"}
-    told = tool.failing("resight.v1.SearchService/Search", request)
-    assert "create it first" in told and "google.rpc.ErrorInfo" in told
+    output = tool.failing("resight.v1.SearchService/Search", request)
+    assert "create it first" in output and "google.rpc.ErrorInfo" in output
 
 
 def test_older_tools_find_reflection_v1alpha(address: str) -> None:
@@ -145,13 +145,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Node:
-    """The example as a process of its own."""
+    """Runs the example as a process."""
 
     def __init__(self, folder: Path, address: str) -> None:
         self._folder, self._address, self.env = folder, address, {"RESIGHT_PROTO": str(ROOT / "proto")}
 
     def __call__(self, *flags: str) -> tuple[int, list[dict[str, Any]], str]:
-        """Exit status, the JSON lines, and what went to stderr."""
+        """Exit status, JSON lines and stderr."""
         command = [program("node"), "search.mjs", "--server", self._address, *flags]
         status, out, err = run(command, cwd=self._folder, env=os.environ | self.env)
         return status, [json.loads(line) for line in out.splitlines()], err
@@ -171,16 +171,16 @@ def test_node_enrols_and_searches(node: Node, client: Client, collection: str, t
     query = tmp_path / "query.jpg"
     query.write_bytes(jpeg(2, 1))
     flags = ("--collection", collection, "--camera", "door", "--crops", str(crops), "--query", str(query))
-    status, told, err = node(*flags)
+    status, output, err = node(*flags)
     assert status == 0, err
-    assert told[0] == {"health": "SERVING"} and told[1]["server"]
-    assert [line["enrolled"] for line in told[2:6]] == [f"person{person}" for person in range(4)]
-    assert told[6]["hits"][0]["entry"] == "person2" and told[6]["hits"][0]["camera"] == "door"
+    assert output[0] == {"health": "SERVING"} and output[1]["server"]
+    assert [line["enrolled"] for line in output[2:6]] == [f"person{person}" for person in range(4)]
+    assert output[6]["hits"][0]["entry"] == "person2" and output[6]["hits"][0]["camera"] == "door"
     ours = client.search(collection, query.read_bytes(), top_k=3).hits
-    assert [hit["entry"] for hit in told[6]["hits"]] == [hit.entry.entry_id for hit in ours]
-    assert [hit["cosine"] for hit in told[6]["hits"]] == pytest.approx([hit.similarity for hit in ours], abs=1e-5)
-    again, told, err = node("--collection", collection, "--query", str(query), "--exclude", "door")
-    assert again == 0 and told[-1]["hits"] == [], err
+    assert [hit["entry"] for hit in output[6]["hits"]] == [hit.entry.entry_id for hit in ours]
+    assert [hit["cosine"] for hit in output[6]["hits"]] == pytest.approx([hit.similarity for hit in ours], abs=1e-5)
+    again, output, err = node("--collection", collection, "--query", str(query), "--exclude", "door")
+    assert again == 0 and output[-1]["hits"] == [], err
 
 
 @pytest.mark.slow
@@ -202,7 +202,7 @@ def test_node_sends_a_token(installed: Path, bundle_path: Path, tmp_path: Path) 
         status, _, err = node("--query", str(query))
         assert status == 1 and err.startswith("UNAUTHENTICATED: ")
         node.env["RESIGHT_TOKEN"] = token
-        status, told, err = node("--query", str(query))
-        assert status == 0 and told[-1]["hits"] == [], err
+        status, output, err = node("--query", str(query))
+        assert status == 0 and output[-1]["hits"] == [], err
     finally:
         assert server.end() == 0

@@ -1,4 +1,4 @@
-"""Reflection as grpcurl asks for it: by the raw name of v1, message by message."""
+"""Reflection as grpcurl uses it: by the name of v1, message by message."""
 
 import contextlib
 
@@ -11,7 +11,7 @@ from serving import ServerProcess
 from resight.service.access.auth import Role, TokenFile
 
 
-def ask(channel: grpc.Channel, version: str, *requests: messages.ServerReflectionRequest, **more):
+def reflect(channel: grpc.Channel, version: str, *requests: messages.ServerReflectionRequest, **more):
     method = channel.stream_stream(
         f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
         messages.ServerReflectionRequest.SerializeToString,
@@ -26,12 +26,12 @@ LIST = messages.ServerReflectionRequest(list_services="")
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
 def test_both_reflections_describe_every_service_they_list(address, version):
     with grpc.insecure_channel(address) as channel:
-        [listed] = ask(channel, version, LIST)
+        [listed] = reflect(channel, version, LIST)
         names = {service.name for service in listed.list_services_response.service}
         assert {"resight.v1.SearchService", "grpc.health.v1.Health"} <= names
         assert {"grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"} <= names
-        wanted = [messages.ServerReflectionRequest(file_containing_symbol=name) for name in sorted(names)]
-        for name, answer in zip(sorted(names), ask(channel, version, *wanted), strict=True):
+        requests = [messages.ServerReflectionRequest(file_containing_symbol=name) for name in sorted(names)]
+        for name, answer in zip(sorted(names), reflect(channel, version, *requests), strict=True):
             assert not answer.HasField("error_response"), name
             files = [
                 descriptor_pb2.FileDescriptorProto.FromString(data)
@@ -42,14 +42,14 @@ def test_both_reflections_describe_every_service_they_list(address, version):
 
 
 def test_a_call_can_be_built_from_reflection_alone(address):
-    """As a stranger's tool does: descriptors into a pool of its own, messages out of them."""
+    """As a generic tool does it: descriptors in its own pool, messages built from them."""
     from google.protobuf import descriptor_pool, message_factory
 
     with grpc.insecure_channel(address) as channel:
         pool, name = descriptor_pool.DescriptorPool(), "resight.v1.AdminService"
         todo, seen = [messages.ServerReflectionRequest(file_containing_symbol=name)], {}
         while todo:
-            [answer] = ask(channel, "v1", todo.pop())
+            [answer] = reflect(channel, "v1", todo.pop())
             for data in answer.file_descriptor_response.file_descriptor_proto:
                 file = descriptor_pb2.FileDescriptorProto.FromString(data)
                 if file.name not in seen:
@@ -80,9 +80,9 @@ def test_reflection_requires_an_operator_and_can_be_disabled(bundle_path, tmp_pa
     with grpc.insecure_channel(server.wait_ready()) as channel:
         for secret, code in ((None, "UNAUTHENTICATED"), (reader, "PERMISSION_DENIED")):
             with pytest.raises(grpc.RpcError) as failed:
-                ask(channel, "v1", LIST, metadata=bearer(secret))
+                reflect(channel, "v1", LIST, metadata=bearer(secret))
             assert failed.value.code().name == code
-        assert len(ask(channel, "v1", LIST, metadata=bearer(operator))) == 1
+        assert len(reflect(channel, "v1", LIST, metadata=bearer(operator))) == 1
     assert server.end() == 0
     flags = ("--behind-tls-proxy",)
     server = ServerProcess(bundle_path, tmp_path / "data", *flags, listen="0.0.0.0:0")
@@ -90,7 +90,7 @@ def test_reflection_requires_an_operator_and_can_be_disabled(bundle_path, tmp_pa
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, contextlib.ExitStack() as stack:
         stack.callback(lambda: server.end())
         with pytest.raises(grpc.RpcError) as failed:
-            ask(channel, "v1", LIST, metadata=bearer(operator))
+            reflect(channel, "v1", LIST, metadata=bearer(operator))
         assert failed.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 

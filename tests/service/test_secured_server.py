@@ -1,4 +1,4 @@
-"""The whole door: a server process with TLS and tokens off loopback, met from Python and from the command line."""
+"""A server process with TLS and tokens on a non-loopback address, used from Python and from the command line."""
 
 import contextvars
 import time

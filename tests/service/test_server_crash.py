@@ -1,4 +1,4 @@
-"""Power cuts of a whole server: `resight serve` is killed in a storm of calls, again and again, and asked what is left.
+"""Crash consistency of the server: `resight serve` is killed at random times under load, restarted and checked.
 
 ROUNDS=200 (``make crash``) sets the number of rounds, SEED their chances.
 """
@@ -23,7 +23,7 @@ import pytest
 from ledger import Ledger, State, Write
 from server_storm import COLLECTION, ENTRY_OF_PAIR, Storm, drawn, lasting
 from serving import ServerProcess, features_by_hand, make_bundle
-from stores import holding
+from stores import files_with
 from watchdog import progress_expected
 
 from resight.client import Client, Query
@@ -41,35 +41,35 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]
 
 @pytest.fixture(autouse=True)
 def _watched(tmp_path: Path) -> Iterator[None]:
-    """However many rounds there are and however slow the machine: each of them writes."""
+    """No time limit, but a limit on the time without progress: each round writes."""
     with progress_expected(tmp_path):
         yield
 
 
 @lru_cache(8192)
-def by_hand(person: int, shot: int, model: str) -> np.ndarray:
+def expected_feature(person: int, shot: int, model: str) -> np.ndarray:
     return features_by_hand([drawn(person, shot)], MODELS.index(model))[0]
 
 
-def started(root: Path, data: Path) -> ServerProcess:
+def start_server(root: Path, data: Path) -> ServerProcess:
     return ServerProcess(root / MODELS[0], data, RESIGHT_MODELS=str(root), **EAGER)
 
 
 def check_operations(client: Client, storm: Storm) -> None:
-    """Each is known and has ended, was interrupted and goes on, or waits for somebody else."""
+    """Each operation is known, and has ended, resumes, or is a pending adaptation."""
     found = {one.operation_id: one for one in client.operations()}
     assert set(storm.operations) <= set(found)
     for one in found.values():
         if one.kind == "adapt":
             assert one.state == "pending"
         elif not one.ended:
-            assert one.kind == "migrate", one  # nothing else goes on by itself
+            assert one.kind == "migrate", one  # only migrations resume
             done = client.wait(one, timeout_s=60)
             assert done.state == "succeeded", (done, done.error)
     migrations = [one for one in found.values() if one.kind == "migrate"]  # the newest first
     for one in migrations:
         if one.operation_id in storm.operations and one.state == "interrupted" and "continued_by" not in one.result:
-            assert one is migrations[0], one  # it had just been switched: nothing was left to go on with
+            assert one is migrations[0], one  # its collection had just been switched, so nothing was left to resume
 
 
 def check_entries(client: Client, ledger: Ledger, in_flight: list[Write]) -> None:
@@ -87,7 +87,7 @@ def check_entries(client: Client, ledger: Ledger, in_flight: list[Write]) -> Non
         found[entry.entry_id] |= {"ends": None}
         feature = client.get_feature(COLLECTION, entry.entry_id)
         assert feature.space_id == of.space_id
-        assert np.allclose(feature.vector, by_hand(*matching[0][1:], of.model), atol=1e-5), entry
+        assert np.allclose(feature.vector, expected_feature(*matching[0][1:], of.model), atol=1e-5), entry
     assert not images, "crops of no entry"
     count = len(found)
     for pair in client.list_feedback(COLLECTION):
@@ -132,13 +132,13 @@ def check_files(data: Path, storm: Storm) -> None:
         ).fetchone() == (0,)
         (last,) = raw.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'change'").fetchone()
         assert raw.execute("SELECT max(revision) FROM collection").fetchone()[0] <= (last or 0)
-    soon(lambda: [snapshots.verify(data, name) for name in snapshots.list_names(data)])
-    soon(lambda: no_remnants(data / "snapshots"))
+    eventually(lambda: [snapshots.verify(data, name) for name in snapshots.list_names(data)])
+    eventually(lambda: no_remnants(data / "snapshots"))
     for subject in storm.erased:
-        assert holding(data, subject.encode()) == [], subject
+        assert files_with(data, subject.encode()) == [], subject
 
 
-def soon(check: Callable[[], object]) -> None:
+def eventually(check: Callable[[], object]) -> None:
     """Passes within ten seconds: a purge may just now be taking the erased out of a snapshot, which it replaces."""
     until = time.monotonic() + 10
     while True:
@@ -164,7 +164,7 @@ def test_acknowledged_calls_survive_a_kill_of_the_server_at_any_time(tmp_path: P
     for seed, name in enumerate(MODELS):
         make_bundle(root / name, seed=seed)
     chance, counts, refused = random.Random(os.environ.get("SEED", "resight")), Counter[str](), Counter[str]()
-    server = started(root, data)
+    server = start_server(root, data)
     try:
         with Client(server.wait_ready()) as client:
             client.create_collection(COLLECTION, unlimited_retention=True, keep_crops=True)
@@ -180,12 +180,12 @@ def test_acknowledged_calls_survive_a_kill_of_the_server_at_any_time(tmp_path: P
             check_log(server)
             for name in snapshots.list_names(data):  # so that they do not pile up; remnants of the crash stay
                 snapshots.remove(data, name)
-            server = started(root, data)
-            while chance.random() < 0.2:  # and killed as it starts, where it goes on with what was interrupted
+            server = start_server(root, data)
+            while chance.random() < 0.2:  # also killed during start, while it resumes interrupted work
                 time.sleep(chance.uniform(0.0, 1.0))
                 server.end(signal.SIGKILL)
                 check_log(server)
-                server = started(root, data)
+                server = start_server(root, data)
                 counts["killed at start"] += 1
             with Client(server.wait_ready(), timeout_s=30) as client:
                 check_operations(client, storm)

@@ -32,7 +32,7 @@ def test_settings_are_immutable():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         ({"bundle": None}, "set --bundle, RESIGHT_BUNDLE or a line"),
         ({"max_batch": 0}, "max_batch.*found 0"),
@@ -46,8 +46,8 @@ def test_settings_are_immutable():
         ({"insecure_listen": True}, "there is no setting insecure_listen"),
     ],
 )
-def test_invalid_settings_are_named(wrong, told):
-    with pytest.raises(RecipeError, match=told):
+def test_invalid_settings_are_named(wrong, message):
+    with pytest.raises(RecipeError, match=message):
         load_settings(**({"bundle": Path("b"), "data": Path("d")} | wrong))
 
 
@@ -73,5 +73,5 @@ def test_addresses(listen, host, port):
 
 
 def test_every_setting_is_documented():
-    told = DOCS.read_text()
-    assert [name for name in Settings.model_fields if f"`{name}`" not in told] == []
+    page = DOCS.read_text()
+    assert [name for name in Settings.model_fields if f"`{name}`" not in page] == []

@@ -93,16 +93,16 @@ class Chart:
     svg: Markup
 
 
-CHART_GROUPS = (  # the first that matches takes a figure
+CHART_GROUPS = (  # a metric belongs to the first group that matches
     ChartGroup(
         "Loss",
         "loss|loss_.*|.*_loss|contrast|guidance|relation|offline|online",
-        "What training minimises: it should fall and level off. A new stage starts again.",
+        "What training minimises: it should fall and level off. Each stage starts again.",
     ),
     ChartGroup(
         "Clusters",
         "clusters|proxies|.*_(clusters|proxies|count)",
-        "How many people the clustering sees: it should settle near the number of people of the site.",
+        "The number of people found by clustering: it should settle near the number of people of the site.",
     ),
     ChartGroup(
         "Cameras per cluster",
@@ -131,7 +131,7 @@ CHART_GROUPS = (  # the first that matches takes a figure
     ChartGroup(
         "Agreement with the true people",
         "nmi|ari|true_.*",
-        "1 is perfect. The truth was only measured with, never trained on.",
+        "1 is perfect. The truth is only used to measure, never to train.",
     ),
     ChartGroup(
         "Search quality",
@@ -141,7 +141,7 @@ CHART_GROUPS = (  # the first that matches takes a figure
     ChartGroup("Clustering radius eps", "eps|eps_.*", "Crops nearer than this join."),
     ChartGroup("Learning rate", "lr|lr_.*", "The schedule of the recipe."),
     ChartGroup("Images per second", ".*_per_s", "Speed of training alone, without labelling."),
-    ChartGroup("Seconds an epoch", ".*_s", "What an epoch's time went to."),
+    ChartGroup("Seconds an epoch", ".*_s", "Time of the parts of an epoch."),
 )
 FIGURE_LABELS = {
     "outlier_share": "outliers",
@@ -167,7 +167,7 @@ FIGURE_LABELS = {
 def epoch_rows(history: Sequence[Mapping[str, Any]]) -> list[EpochRow]:
     """A checkpoint's history as rows.
 
-    What is no finite number is left out, and so is a term of the loss that is 0 in all epochs of a stage: a teacher
+    Values that are not finite numbers are omitted, and so is a loss term that is 0 in all epochs of a stage: a teacher
     has no guidance.
     """
     rows = [EpochRow(str(row["stage"]), int(row["epoch"]), _finite(row)) for row in history]
@@ -181,7 +181,7 @@ def epoch_rows(history: Sequence[Mapping[str, Any]]) -> list[EpochRow]:
 
 
 def _finite(row: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of one line of the history."""
+    """The finite metrics of one row of the history."""
     return {
         name: float(value)
         for name, value in row.items()
@@ -190,7 +190,7 @@ def _finite(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def epoch_charts(epochs: Sequence[EpochRow]) -> list[Chart]:
-    """Draw a chart for each group with figures that change; a single epoch, or a flat line, shows nothing."""
+    """Draw a chart for each group with metrics that change; none for a single epoch or flat lines."""
     stages = [row.stage for row in epochs]
     drawn = []
     for group, names in figures_by_group(epochs).items():
@@ -230,7 +230,7 @@ def figure_label(name: str) -> str:
 
 
 def group_label(group: ChartGroup, name: str) -> str:
-    """A figure's name where no chart's title stands above it."""
+    """A metric's name outside its chart."""
     return (
         name.replace("_", " ")
         if figure_label(name) in ("found", "by chance") or group.title == "Loss"
@@ -239,7 +239,7 @@ def group_label(group: ChartGroup, name: str) -> str:
 
 
 def _group_of(name: str) -> ChartGroup:
-    """Where a figure belongs."""
+    """The group of a metric."""
     own = ChartGroup(figure_label(name)[:1].upper() + figure_label(name)[1:], re.escape(name))
     return next((group for group in CHART_GROUPS if re.fullmatch(group.pattern, name)), own)
 

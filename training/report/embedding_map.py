@@ -1,8 +1,8 @@
-"""Maps of features in the plane: which crops are shown, where t-SNE puts them, and two scatter plots of them.
+"""The map of a store's features: a projection of crops to the plane by t-SNE, drawn by cluster and by camera.
 
-t-SNE (van der Maaten and Hinton 2008; Barnes-Hut, van der Maaten 2014) by scikit-learn. It keeps neighbours
-together; distances between far groups and their sizes mean nothing. One plot is coloured by cluster, the other by
-camera; shapes differ too, for readers who do not see the colours.
+t-SNE (van der Maaten and Hinton 2008; Barnes-Hut, van der Maaten 2014; scikit-learn) keeps neighbours together;
+distances between far groups and the sizes of groups have no meaning. Groups differ by colour and by the shape of their
+marks, for readers who cannot distinguish the colours.
 
 Letters: N crops, M crops shown, C cameras, D feature size.
 """
@@ -28,8 +28,8 @@ from resight.training.store.crops import CropStore
 
 SIDE, EDGE = 400, 0.1  # width of the view box; margins on both sides together, in the units of places
 MARK_SHAPES = ("dot", "square", "ring")
-LABELLED_GROUPS = 20  # groups with a mark of their own; SERIES_COLOURS x len(MARK_SHAPES) = 24 marks differ
-PASSES = 4  # every group is drawn in turns, so that none lies on top of all others
+LABELLED_GROUPS = 20  # groups with their own mark; SERIES_COLOURS x len(MARK_SHAPES) = 24 marks differ
+PASSES = 4  # groups are drawn in turns, so that none covers all others
 NO_CLUSTER = -1
 
 
@@ -124,7 +124,7 @@ def _panel(
 
     span = np.ptp(shown.places, axis=0)
     height = SIDE * (EDGE + float(span[1])) / (EDGE + float(span[0]))
-    drawn = draw_svg(f"{title}: {len(groups)} crops, the nearer the more alike", SIDE, height, paint)
+    drawn = draw_svg(f"{title}: {len(groups)} crops; near crops are similar", SIDE, height, paint)
     legend = [
         (series, shape, f"{words} ({len(rows_of[number])})")
         for (number, words, _), (series, shape) in zip(named, looks, strict=True)
@@ -137,7 +137,7 @@ def _panel(
 def _draw_marks(
     axes: Axes, places: NDArray[np.float32], series: str, shape: str, words: str, *, size: float = 4.0
 ) -> None:
-    """Marks of one look."""
+    """Marks of one colour and shape."""
     fill = "none" if shape == "ring" else colour(series)
     marker = "s" if shape == "square" else "o"
     (drawn,) = axes.plot(*places.T, marker, markersize=size, markerfacecolor=fill, markeredgecolor=colour(series))

@@ -1,7 +1,8 @@
-"""The page of an export: every form with its figures, and what a similarity means at this site.
+"""The page of an export: the table of forms, the calibration and its reliability, as one self-contained HTML file.
 
-The reliability drawing compares the calibration's probabilities with held-out pairs and shows where the thresholds are;
-one person is s0 and two persons are s1 of the style sheet.
+The drawing of a calibration has two panels: above, the reliability curve of held-out pairs with its intervals; below,
+the similarities of pairs of one person and of two, with the thresholds. One person is s0 and two persons are s1 of the
+page's style sheet.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def draw_reliability(reliability: Reliability, calibration: Calibration) -> Mark
         calibration: the calibration that was measured.
     """
     curve = reliability.curve
-    assert curve is not None, f"there is nothing to draw: {reliability.problem}"
+    assert curve is not None, f"no curve to draw: {reliability.problem}"
     accept, reject = (float(calibration.similarity(p)) for p in (calibration.accept, calibration.reject))
 
     def paint(figure: Figure) -> None:

@@ -1,7 +1,7 @@
 """Charts as inline SVG: matplotlib draws them, and the page's style sheet gives them their colours.
 
-A page must load nothing and follow the reader's light or dark theme, and matplotlib writes fixed colours. So charts
-are drawn in placeholder colours, which `draw_svg` replaces by the style sheet's variables (page.css.j2).
+A page must not load resources and must follow the reader's light or dark theme, but matplotlib writes fixed colours.
+Charts are drawn in placeholder colours, which `draw_svg` replaces by the style sheet's variables (page.css.j2).
 """
 
 from __future__ import annotations
@@ -61,17 +61,17 @@ STYLE: dict[Any, Any] = {  # typed loosely: rc_context wants names as literals
 
 
 def format_number(value: float) -> str:
-    """Write a figure shortly: four significant digits, thousands grouped, no exponent within reading range."""
+    """Format a number: four significant digits, thousands grouped, an exponent only for extreme values."""
     if value and (abs(value) < 1e-3 or abs(value) >= 1e9):
         return f"{value:.2g}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def draw_svg(description: str, width: float, height: float, paint: Callable[[Figure], None]) -> Markup:
-    """Draw a figure as one ``<svg>`` element that names no outside resource.
+    """Draw a figure as one ``<svg>`` element without external resources.
 
     Args:
-        description: what screen readers say.
+        description: for screen readers.
         width: of the view box; the style sheet scales the drawing to its column.
         height: of the view box.
         paint: draws on an empty figure, in colours of `colour`.

@@ -1,9 +1,9 @@
-"""The page of a verdict: the decision, the figures of both models and the crops behind them, in one file.
+"""The page of a verdict: decision, metrics of both models and example crops, as one self-contained HTML file.
 
-The forest plot shows each figure's difference with its interval; the histograms show how similar certain pairs are to
-each model. In both, one person is s0 and two persons are s1 of the style sheet.
+The forest plot shows each metric's difference with its interval; the histograms show the similarities of certain pairs
+by each model, in which one person is s0 and two persons are s1 of the page's style sheet.
 
-Letters: F figures, N crops, P positive and M negative pairs.
+Letters: F metrics, N crops, P positive and M negative pairs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BINS = 40  # between the least and the most similar pair
 
 
 def draw_forest(changes: Mapping[str, Estimate]) -> Markup:
-    """A line for each figure: candidate minus active model with its interval, beside a rule at no change.
+    """A row for each metric: candidate minus active model with its interval, and a line at no change.
 
     Args:
         changes: F differences, one or more.
@@ -194,7 +194,7 @@ def _histograms(site: ModelComparison, active: ModelResult) -> Markup | str:
         return ""
     sides = {"candidate": site.candidate, "active model": active}
     rows = (site.pairs.positives, site.pairs.negatives)
-    drawn = {name: tuple(pair_similarities(look.features, pairs) for pairs in rows) for name, look in sides.items()}
+    drawn = {name: tuple(pair_similarities(side.features, pairs) for pairs in rows) for name, side in sides.items()}
     return draw_similarities({name: (pair[0], pair[1]) for name, pair in drawn.items()})
 
 

@@ -176,7 +176,7 @@ def _tail(done: subprocess.CompletedProcess[str]) -> str:
 DAY_S = 86_400.0
 FOLLOWING_COLLECTION = "people"  # migrated by the cycle
 FIXED_COLLECTION = "first-model"  # keeps no crops, so it stays with the first model
-ENROLMENT_FOLDER = "lineup"
+ENROLMENT_FOLDER = "enrolment"
 SEARCHES_PER_S = 8.0  # live searches: 30 for a shadow take seconds, with little effect on training
 
 

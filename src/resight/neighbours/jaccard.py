@@ -1,8 +1,8 @@
 """The Jaccard distance between k-reciprocal encodings of crops, as a sparse graph of the near pairs.
 
-The re-ranking distance of Zhong et al. (CVPR 2017) in the form SpCL, Cluster Contrast, LP and O2CAP use for
-clustering. J = 1 wherever two encodings do not overlap, and most that do overlap too little to matter: nothing N x N
-is ever stored.
+The re-ranking distance of Zhong et al. (CVPR 2017) in the form that SpCL, Cluster Contrast, LP and O2CAP use for
+clustering. J = 1 for pairs whose encodings do not overlap, and most others are too far to matter: no dense N x N matrix
+is stored.
 
 Letters: N crops, P pairs.
 """
@@ -22,8 +22,8 @@ from resight.arrays import Ints
 from resight.machine import threads
 from resight.neighbours.reciprocal import ReciprocalEncoding, pattern
 
-BOUND_SLACK = 1e-4  # far above the rounding of a bound in float32, far below any difference between distances
-INVERTED_LISTS = 16  # inverted lists rebuilt: each time shorter, a share of 1/16 of all products is wasted
+BOUND_SLACK = 1e-4  # far above the rounding errors of a float32 bound, far below any difference between distances
+INVERTED_LISTS = 16  # inverted lists rebuilt: each time shorter; 1/16 of all products is wasted
 
 
 def jaccard_graph(
@@ -35,7 +35,7 @@ def jaccard_graph(
     distance 0.70 / 0.15 / 0.15). Views are fused before pruning, as the papers fuse dense matrices.
 
     Since min(a, b) <= sqrt(a b), m is at most the Bhattacharyya coefficient of the two rows: one sparse
-    product bounds all pairs, and m itself is computed only for those that can be near enough, once for both
+    product bounds all pairs, and m itself is computed only for pairs that can be near enough, once for both
     (i, j) and (j, i). Blocks of rows are worked on side by side: scipy's products release the interpreter lock.
 
     Args:
@@ -84,7 +84,7 @@ class _Pairs:
         )
 
     def leave_out(self, rows: int) -> None:
-        """Compare with later crops only: the first `rows` have had their turn."""
+        """Compare only with later crops; the first `rows` are already done."""
         self.first = rows
         self.later = [root[rows:].T.tocsr() for root in self.roots]  # (N, N - rows)
 

@@ -1,4 +1,4 @@
-"""k-reciprocal re-ranking of a test (Zhong et al., CVPR 2017), sparse: nothing (Q + G) x (Q + G) is ever stored.
+"""k-reciprocal re-ranking of a test set (Zhong et al., CVPR 2017) with sparse matrices instead of (Q + G) x (Q + G).
 
     d*(q, g) = (1 - lambda) d_J(q, g) + lambda d(q, g)    (equation 12)
 
@@ -7,7 +7,7 @@ d_J the Jaccard distance of k-reciprocal encodings. MSMT17's test would need 33 
 costs some tens of weights. The graph for clustering (`resight.neighbours.jaccard`) uses the same encoding with two
 differences: there k1 counts the crop itself and distances are not divided.
 
-All queries and the whole gallery take part in every ranking, so these are figures of a batch, not of single searches.
+All queries and the whole gallery affect every ranking, so metrics are those of a batch, not of single searches.
 
 Letters: Q queries, G gallery rows, N = Q + G crops, D feature size, k1 neighbours beside the crop itself.
 """

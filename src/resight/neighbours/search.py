@@ -1,8 +1,8 @@
 """Exact nearest neighbours by cosine similarity, among all crops or by camera. The package's only user of torch.
 
 The (N, N) similarities are visited in tiles. They are symmetric, so those above the diagonal are computed once and
-serve their rows and their columns: half the multiplications of a plain search. Of a tile only the groups of
-columns are looked at whose largest similarity beats the worst neighbour a row has so far.
+serve their rows and their columns: half the multiplications of a plain search. In a tile, groups of columns are
+skipped if their largest similarity does not exceed that of the row's worst neighbour so far.
 
 Letters: N crops, D feature size, k neighbours, T columns of a tile.
 """
@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from resight.arrays import Floats, Ints
 from resight.neighbours.reciprocal import NO_NEIGHBOUR, Neighbours
 
-SELF_SIMILARITY = 2.0  # above any cosine: a duplicate never takes a crop's own first place
-GROUP = 32  # columns whose maximum is taken at once; 64 takes 15 % more time beside the products, 128 70 % more
+SELF_SIMILARITY = 2.0  # above any cosine, so that a crop ranks before its duplicates
+GROUP = 32  # columns per maximum; 64 takes 15 % more time besides the products, 128 70 % more
 TILE = 2048  # rows of a tile: enough for the multiplication to run at full speed
-ASPECT = 8  # columns for each row of a tile: few steps, so that threads seldom wait for one another; 128 MiB
+ASPECT = 8  # columns per row of a tile: few steps, so that threads rarely wait for one another; 128 MiB
 
 
 def nearest_neighbours(features: Floats, k: int, *, device: str = "cpu", chunk: int = TILE) -> Ints:

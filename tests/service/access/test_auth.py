@@ -1,4 +1,4 @@
-"""The table of roles against the API it guards, and the fields that no request may have."""
+"""The role table compared with the API, and fields that no request may have."""
 
 import re
 
@@ -79,17 +79,17 @@ def requests() -> list[Descriptor]:
     """Every message that a caller can send, whole."""
     found: dict[str, Descriptor] = {}
 
-    def walk(message: Descriptor) -> None:
+    def visit(message: Descriptor) -> None:
         if message.full_name not in found:
             found[message.full_name] = message
             for field in message.fields:
                 if field.message_type is not None:
-                    walk(field.message_type)
+                    visit(field.message_type)
 
     for file in FILES:
         for service in file.services_by_name.values():
             for method in service.methods:
-                walk(method.input_type)
+                visit(method.input_type)
     return list(found.values())
 
 

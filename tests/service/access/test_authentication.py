@@ -1,4 +1,4 @@
-"""Who gets through, over real sockets: credentials, roles, rates, request ids, unary and streaming."""
+"""Interceptors over real sockets: credentials, roles, rate limits, request ids, unary and streaming calls."""
 
 import asyncio
 import logging
@@ -40,7 +40,7 @@ INFO, STREAM = admin_pb2.GetServerInfoRequest(), embedding_pb2.StreamEmbedReques
 
 
 class Admin(admin_pb2_grpc.AdminServiceServicer):
-    """Says who called, and under which id."""
+    """Returns the principal and the request id."""
 
     async def GetServerInfo(self, request, context):
         logging.getLogger("servicer").info("answering")
@@ -51,7 +51,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
 
 
 class Embedding(embedding_pb2_grpc.EmbeddingServiceServicer):
-    """Echoes who streams; some requests make it fail."""
+    """Returns the principal and request id; some requests make it fail."""
 
     async def StreamEmbed(self, request_iterator, context):
         async for request in request_iterator:
@@ -65,14 +65,14 @@ class Embedding(embedding_pb2_grpc.EmbeddingServiceServicer):
 
 
 class Running:
-    """A server of these servicers, in a loop of its own."""
+    """A running server with these servicers."""
 
     def __init__(self, tmp_path, *, always=False, rate=None):
         self.file = TokenFile(tmp_path)
         settings = Settings(bundle=tmp_path, data=tmp_path)
         limits = () if rate is None else (RateLimit(*rate),)
-        gate = Authentication(TokenLookup(self.file), always=always)
-        self.stages = (assign_request_id, report_errors, gate, *limits, Deadlines(settings))
+        authentication = Authentication(TokenLookup(self.file), always=always)
+        self.stages = (assign_request_id, report_errors, authentication, *limits, Deadlines(settings))
 
     async def __aenter__(self):
         self.server = grpc.aio.server(interceptors=[InterceptorChain(self.stages)])
@@ -100,7 +100,7 @@ def bearer(secret: str, *more: tuple[str, str]) -> tuple[tuple[str, str], ...]:
 
 
 async def error_of(call) -> tuple[ReIDError, dict]:
-    """What a failed call told, unary or streaming, and its trailers."""
+    """The error and trailers of a failed call, unary or streaming."""
     with pytest.raises(grpc.aio.AioRpcError) as failed:
         if hasattr(call, "__aiter__"):
             async for _ in call:
@@ -108,11 +108,11 @@ async def error_of(call) -> tuple[ReIDError, dict]:
         else:
             await call
     trailers = dict(failed.value.trailing_metadata())
-    return from_status(rpc_status.from_call(Told(failed.value))), trailers
+    return from_status(rpc_status.from_call(SyncError(failed.value))), trailers
 
 
-class Told:
-    """An aio error with the sync call's way of telling its trailers."""
+class SyncError:
+    """Adapts an aio error to the interface of a sync call, for `rpc_status.from_call`."""
 
     def __init__(self, failed):
         self.code, self.details, self._failed = failed.code, failed.details, failed
@@ -154,8 +154,8 @@ def test_a_token_determines_principal_and_permissions(tmp_path, caplog):
         async with Running(tmp_path) as server:
             reader, _ = server.file.create("anna", Role.READER, tenant="north")
             admin, _ = server.file.create("root", Role.ADMIN)
-            told = (await server.info(INFO, metadata=bearer(reader))).server_version
-            assert "name='anna', tenant='north', role=<Role.READER: 1>" in told
+            reported = (await server.info(INFO, metadata=bearer(reader))).server_version
+            assert "name='anna', tenant='north', role=<Role.READER: 1>" in reported
             error, _ = await error_of(server.rebuild(admin_pb2.RebuildIndexRequest(), metadata=bearer(reader)))
             assert type(error) is PermissionDeniedError and "requires the role admin, and anna has reader" in str(error)
             assert error.facts == {"role": "reader", "needed": "admin"}
@@ -272,7 +272,7 @@ def test_a_rate_limited_call_has_a_retry_delay(tmp_path):
             with pytest.raises(grpc.aio.AioRpcError) as failed:
                 await server.info(INFO, metadata=bearer(secret))
             assert failed.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            status = rpc_status.from_call(Told(failed.value))
+            status = rpc_status.from_call(SyncError(failed.value))
             kinds = {packed.TypeName() for packed in status.details}
             assert {"google.rpc.RetryInfo", "google.rpc.QuotaFailure", "google.rpc.ErrorInfo"} <= kinds
             error, quota = from_status(status), details.QuotaFailure()
@@ -301,9 +301,9 @@ def test_every_call_has_an_id_in_its_log_lines_and_trailers(tmp_path, given, kep
         async with Running(tmp_path) as server:
             call = server.info(INFO, metadata=(("x-request-id", given),))
             reply = await call
-            told = dict(await call.trailing_metadata())["x-request-id"]
-            assert reply.server_version.endswith(f" {told}") and (told == given) is kept and told
-            return told
+            reported = dict(await call.trailing_metadata())["x-request-id"]
+            assert reply.server_version.endswith(f" {reported}") and (reported == given) is kept and reported
+            return reported
 
     handler = Collect()
     handler.addFilter(RequestIdFilter())

@@ -1,4 +1,4 @@
-"""What leaves the server when something goes wrong inside."""
+"""Errors and deadlines as clients see them."""
 
 import asyncio
 import logging
@@ -22,7 +22,7 @@ from resight.v1 import admin_pb2, admin_pb2_grpc
 
 
 class Failing(admin_pb2_grpc.AdminServiceServicer):
-    """Does whatever the test told it to."""
+    """Runs a function of the test."""
 
     def __init__(self, act):
         self.act = act
@@ -97,7 +97,7 @@ def test_a_batch_outside_its_limits_is_refused(tmp_path, count):
 
 
 class Sync:
-    """An aio error with the sync call's way of telling its trailers."""
+    """Adapts an aio error to the interface of a sync call, for `rpc_status.from_call`."""
 
     def __init__(self, failed):
         self._failed = failed

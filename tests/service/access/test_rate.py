@@ -1,4 +1,4 @@
-"""The token bucket against a count of calls by hand."""
+"""The token bucket compared with manual counts."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""TLS over real sockets: certificates that change under a running server, clients with and without one, bad files."""
+"""TLS over real sockets: certificates renewed while serving, client certificates, invalid files."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Tokens on disk: what is kept, who is found, and files that must not be believed."""
+"""The token file: stored content, lookup, damaged and insecure files."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ def file(tmp_path) -> TokenFile:
 
 @pytest.fixture
 def eager(monkeypatch):
-    """A book that looks at its file at every call."""
+    """Check the token file at every call."""
     monkeypatch.setattr(module, "RELOAD_EVERY_S", 0.0)
 
 
@@ -38,11 +38,11 @@ def test_a_token_is_256_random_bits_and_only_its_hash_is_kept(file):
 
 def test_a_token_has_its_tenant_and_role(file):
     secret, made = file.create("anna", Role.ENROLLER, tenant="north", lifetime=timedelta(days=1))
-    book = TokenLookup(file)
-    assert book.find(secret) == Principal("anna", "north", Role.ENROLLER)
+    lookup = TokenLookup(file)
+    assert lookup.find(secret) == Principal("anna", "north", Role.ENROLLER)
     assert file.read() == [made]
     for wrong in ("", "rst_", secret[:-1], secret.upper(), secret + "a", made.sha256, "rst_é"):
-        assert book.find(wrong) is None
+        assert lookup.find(wrong) is None
 
 
 def test_an_expired_token_is_unknown(file):
@@ -52,27 +52,27 @@ def test_an_expired_token_is_unknown(file):
 
 def test_two_tokens_of_a_name_are_valid_during_rotation(file, eager):
     old, first = file.create("anna", Role.READER)
-    book = TokenLookup(file)
+    lookup = TokenLookup(file)
     new, _ = file.create("anna", Role.READER)
-    assert book.find(old) and book.find(new)
+    assert lookup.find(old) and lookup.find(new)
     assert file.revoke("anna", token_id=first.token_id) == 1
-    assert book.find(old) is None and book.find(new)
+    assert lookup.find(old) is None and lookup.find(new)
 
 
 def test_revoking_the_last_token_keeps_authentication_on(file, eager):
     secret, _ = file.create("anna", Role.ADMIN)
-    book = TokenLookup(file)
+    lookup = TokenLookup(file)
     assert file.revoke("anna") == 1
-    assert book.find(secret) is None and book.required and TokenLookup(file).required
+    assert lookup.find(secret) is None and lookup.required and TokenLookup(file).required
     file.path.unlink()
-    assert book.find(secret) is None and book.required
+    assert lookup.find(secret) is None and lookup.required
 
 
 def test_the_first_token_turns_authentication_on(file, eager):
-    book = TokenLookup(file)
-    assert not book.required
+    lookup = TokenLookup(file)
+    assert not lookup.required
     secret, _ = file.create("anna", Role.ADMIN)
-    assert book.find(secret) and book.required
+    assert lookup.find(secret) and lookup.required
 
 
 def test_revoking_an_unknown_token_is_an_error(file):
@@ -117,16 +117,16 @@ def damaged(raw: dict, **changes: object) -> str:
 )
 def test_a_damaged_file_rejects_all_tokens(file, eager, spoil):
     secret, _ = file.create("anna", Role.ADMIN)
-    book = TokenLookup(file)
+    lookup = TokenLookup(file)
     good = file.path.read_text()
     file.path.write_text(spoil(json.loads(good)))
     for _ in range(2):
         with pytest.raises(FormatError, match=r"damaged.*restore it"):
-            book.find(secret)
+            lookup.find(secret)
     with pytest.raises(FormatError):
         TokenLookup(file)
     file.path.write_text(good)
-    assert book.find(secret)
+    assert lookup.find(secret)
 
 
 def test_a_file_accessible_to_others_is_refused(file):

@@ -1,4 +1,4 @@
-"""Float16 rows widened by their bits: the same numbers as by numpy, whatever they are and wherever they stand."""
+"""Float16 rows converted by their bits: the same numbers as numpy's, for all values and positions."""
 
 import faiss
 import numpy as np
@@ -22,30 +22,30 @@ def drawn(shape, seed, scale=1.0):
 
 @pytest.mark.parametrize("count", [1, 300, BLOCK_ROWS, BLOCK_ROWS + 1, 5 * BLOCK_ROWS + 17])
 @pytest.mark.parametrize("chosen", [False, True])
-def test_the_nearest_are_those_of_numpy(count, chosen):
+def test_the_nearest_equal_those_of_numpy(count, chosen):
     codes, exact = half_rows(drawn((count, DIM), seed=count))
     rows = np.arange(0, count, 3) if chosen else None
     queries = drawn((7, DIM), seed=1)
     fetch = min(MAX_BLOCK_FETCH, len(exact) if rows is None else len(rows))
     similarities, found = scan_blocks(codes, queries, fetch, rows)
     assert similarities.dtype == np.float32 and found.shape == similarities.shape == (7, fetch)
-    by_hand = queries.astype(np.float64) @ exact.T
+    reference = queries.astype(np.float64) @ exact.T
     if rows is not None:
         assert np.isin(found, rows).all()
-        by_hand[:, np.setdiff1d(np.arange(count), rows)] = -np.inf
-    np.testing.assert_allclose(similarities, -np.sort(-by_hand, axis=1)[:, :fetch], atol=1e-5)
-    np.testing.assert_allclose(np.take_along_axis(by_hand, found, 1), similarities, atol=1e-5)
+        reference[:, np.setdiff1d(np.arange(count), rows)] = -np.inf
+    np.testing.assert_allclose(similarities, -np.sort(-reference, axis=1)[:, :fetch], atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(reference, found, 1), similarities, atol=1e-5)
     assert all(len(set(one.tolist())) == fetch for one in found)
 
 
 @pytest.mark.parametrize("scale", [1.0, 6e-5, 1e-6, 6e-8, 0.0])
-def test_numbers_too_small_for_a_normal_float16_keep_their_value(scale):
+def test_subnormal_float16_numbers_keep_their_value(scale):
     codes, exact = half_rows(drawn((50, DIM), seed=3, scale=scale))
     assert scale in (0.0, 1.0) or 0 < np.abs(exact).max() < 2.0**-14
     queries = drawn((6, DIM), seed=4)
     similarities, found = scan_blocks(codes, queries, 50, None)
-    by_hand = np.take_along_axis(queries.astype(np.float64) @ exact.T, found, 1)
-    np.testing.assert_allclose(similarities, by_hand, rtol=1e-4, atol=1e-6 * scale)
+    reference = np.take_along_axis(queries.astype(np.float64) @ exact.T, found, 1)
+    np.testing.assert_allclose(similarities, reference, rtol=1e-4, atol=1e-6 * scale)
 
 
 def test_every_finite_float16_is_widened_exactly():

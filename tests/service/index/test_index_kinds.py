@@ -1,4 +1,4 @@
-"""The parts below the searcher: rules, kept graphs, filters that are looked at, timing, the GPU's call sequence."""
+"""The parts below the searcher: index policy, saved graphs, filters, tuning, the GPU's call sequence."""
 
 from functools import partial
 
@@ -32,7 +32,7 @@ def lookup_of(keys, rows):
     return lookup
 
 
-def test_size_decides_and_shrinking_takes_half():
+def test_size_decides_the_kind_with_hysteresis():
     rules = IndexPolicy(flat_max=100, half_max=1000)
     assert [rules.kind_for(count) for count in (0, 100, 101, 1000, 1001)] == [
         "flat", "flat", "flat-fp16", "flat-fp16", "hnsw"
@@ -44,7 +44,7 @@ def test_size_decides_and_shrinking_takes_half():
     assert rules.exact_limit(100) == 40_000 and rules.exact_limit(10**6) == 150_000
 
 
-def test_float16_is_never_further_off_than_its_bound():
+def test_the_float16_error_is_within_its_bound():
     """The bound is what makes a float16 scan exact: also for one-hot rows, tiny numbers and many dimensions."""
     for dim in (8, 512, 2048):
         rows = np.concatenate([unit(200, dim=dim), np.eye(dim, dtype=np.float32)[:50]])
@@ -57,20 +57,20 @@ def test_float16_is_never_further_off_than_its_bound():
         assert np.abs(rounded - np.take_along_axis(rows @ rows.T, found, axis=1)).max() < ROUNDING
 
 
-def test_a_float16_index_settles_what_rounding_leaves_open():
-    """Hundreds of rows nearer to one another than float16 can tell: the order is still that of float32."""
+def test_a_float16_index_resolves_ties_caused_by_rounding():
+    """Hundreds of rows nearer to one another than float16 resolves: the order is still that of float32."""
     base = unit(1)[0]
     rows = base + 3e-5 * np.random.default_rng(2).normal(size=(600, DIM)).astype(np.float32)
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     keys = np.arange(600) * 2
     half = HalfIndex(DIM, lookup_of(keys, rows))
     half.add(keys, rows)
-    wanted = best_candidates(rows[9], keys, rows, 10)
+    expected = best_candidates(rows[9], keys, rows, 10)
     (found,) = half.search(rows[9:10], 10)
-    assert found[0].tolist() == wanted[0].tolist() and np.array_equal(found[1], wanted[1])
-    half.remove(wanted[0][:4])
+    assert found[0].tolist() == expected[0].tolist() and np.array_equal(found[1], expected[1])
+    half.remove(expected[0][:4])
     (after,) = half.search(rows[9:10], 6)
-    assert after[0].tolist() == wanted[0][4:].tolist() and half.tombstones == 4
+    assert after[0].tolist() == expected[0][4:].tolist() and half.tombstones == 4
 
 
 @pytest.mark.parametrize("count", [40, 2048, 5000])
@@ -81,16 +81,16 @@ def test_scanning_blocks_equals_scanning_rows(count, step):
     half.add(keys, rows)
     half.remove(keys[: count // 3])
     among = None if step is None else keys[::step]
-    asked = unit(MIN_BLOCK_QUERIES, seed=1)
-    together = half.search(asked, 9, among=among)
-    for query, (found, similarities) in zip(asked, together, strict=True):
+    queries = unit(MIN_BLOCK_QUERIES, seed=1)
+    together = half.search(queries, 9, among=among)
+    for query, (found, similarities) in zip(queries, together, strict=True):
         ((alone, same),) = half.search(query[None], 9, among=among)
         assert found.tolist() == alone.tolist() and np.array_equal(similarities, same)
         left = keys[count // 3 :] if step is None else np.intersect1d(keys[::step], keys[count // 3 :])
         assert alone.tolist() == best_candidates(query, left, rows[left], 9)[0].tolist()
 
 
-def test_every_kind_looks_at_filters_and_one_that_does_not_is_caught():
+def test_every_kind_applies_filters_and_one_that_does_not_is_detected():
     check_index_filters(8)
     unbounded = partial(faiss.SearchParametersHNSW, bounded_queue=False)
     assert applies_filter(empty_graph(8)) and not applies_filter(empty_graph(8), unbounded)
@@ -99,8 +99,8 @@ def test_every_kind_looks_at_filters_and_one_that_does_not_is_caught():
     assert not applies_filter(faiss.IndexLSH(8, 8))  # it says that it takes no selector
 
 
-def test_the_gpu_follows_the_rows_and_is_asked_only_what_it_can_be_trusted_with():
-    """The same calls on a CPU index that counts them; a GPU is not at hand."""
+def test_the_gpu_copy_is_kept_up_to_date_and_not_used_for_filters_it_ignores():
+    """On a CPU index that records the calls, as there may be no GPU."""
     calls = []
 
     class Counted(faiss.IndexFlatIP):
@@ -125,7 +125,7 @@ def test_the_gpu_follows_the_rows_and_is_asked_only_what_it_can_be_trusted_with(
     assert calls == [False, False, True]
 
 
-def test_a_gpu_that_is_not_there_is_said():
+def test_a_missing_gpu_is_reported():
     if faiss.get_num_gpus():
         pytest.skip("there is a GPU")
     assert open_gpu("auto") is None and open_gpu("cpu") is None
@@ -133,7 +133,7 @@ def test_a_gpu_that_is_not_there_is_said():
         open_gpu("cuda")
 
 
-def test_tuning_is_measured_and_set():
+def test_tuning_is_measured_and_applied():
     found = tune_faiss(DIM, budget_s=0.02)
     assert found.threads >= 1 and 2 <= found.blas_queries <= 32 and tune_faiss(DIM, budget_s=0.02) is found
     found.apply(DIM)
@@ -151,7 +151,7 @@ def kept(tmp_path):
     return files, next((tmp_path / GRAPH_FOLDER).iterdir()), keys, rows
 
 
-def test_a_kept_graph_comes_back_without_a_byte_of_a_feature(kept):
+def test_a_saved_graph_is_loaded_and_contains_no_features(kept):
     files, path, keys, rows = kept
     found = files.load(LOBBY, SPACE)
     assert found.keys.tolist() == keys.tolist() and found.revision == 77 and found.graph.ntotal == 400
@@ -166,7 +166,7 @@ def test_a_kept_graph_comes_back_without_a_byte_of_a_feature(kept):
 
 
 @pytest.mark.parametrize("where", [0, 9, 60, 500, 5000, -1])
-def test_a_changed_byte_deletes_it(kept, where, caplog):
+def test_a_graph_file_with_a_changed_byte_is_deleted(kept, where, caplog):
     files, path, _, _ = kept
     data = bytearray(path.read_bytes())
     data[where] ^= 0x5A
@@ -175,13 +175,13 @@ def test_a_changed_byte_deletes_it(kept, where, caplog):
 
 
 @pytest.mark.parametrize("keep", [0, 5, 11, 40, 3000])
-def test_a_cut_file_is_deleted(kept, keep):
+def test_a_truncated_graph_file_is_deleted(kept, keep):
     files, path, _, _ = kept
     path.write_bytes(path.read_bytes()[:keep])
     assert files.load(LOBBY, SPACE) is None and not path.exists()
 
 
-def test_another_collections_or_spaces_file_is_not_taken(kept):
+def test_a_graph_file_of_another_collection_or_space_is_not_used(kept):
     files, path, _, _ = kept
     other = Space("cd" * 16, "next", DIM)
     assert files.load(LOBBY, other) is None
@@ -189,7 +189,7 @@ def test_another_collections_or_spaces_file_is_not_taken(kept):
     assert files.load(Collection("hall", SPACE, key=4), SPACE) is None and not list(path.parent.iterdir())
 
 
-def test_a_link_is_not_followed_and_a_folder_that_cannot_be_made_costs_nothing(kept, tmp_path, caplog):
+def test_symlinks_are_not_followed_and_an_unwritable_folder_is_no_error(kept, tmp_path, caplog):
     files, path, keys, rows = kept
     aside = path.rename(tmp_path / "aside")
     path.symlink_to(aside)

@@ -1,4 +1,4 @@
-"""What is Milvus' own; that it answers as every index does stands in test_searcher.py."""
+"""What is specific to Milvus; test_searcher.py tests that it answers as every index does."""
 
 import asyncio
 import sqlite3
@@ -28,7 +28,7 @@ def feature(n):
     return row / np.linalg.norm(row)
 
 
-def test_milvus_is_brought_to_the_store_whatever_it_held(tmp_path):
+def test_milvus_is_reconciled_with_the_store(tmp_path):
     address = str(tmp_path / "milvus.db")
 
     async def body():
@@ -46,17 +46,17 @@ def test_milvus_is_brought_to_the_store_whatever_it_held(tmp_path):
         searcher.close()
         await store.erase(writes.delete_entry, lobby, "e3", allow_missing=False)
         await store.write(writes.enrol, lobby, Enrolment(EntryRecord("new"), feature(99)))
-        await store.write(writes.purge_requests, [(lobby.key, 10**9)])  # the change log cannot tell it
+        await store.write(writes.purge_requests, [(lobby.key, 10**9)])  # the change log no longer has it
         searcher = Searcher(store, IndexPolicy(milvus=address))
         await searcher.load()
-        asked = [NearestQuery(feature(n), 31, Filter()) for n in (3, 99)]
-        gone, new = await searcher.search(lobby, asked, with_features=False)
-        assert len(gone.hits) == len(new.hits) == 30 and new.hits[0].entry.entry_id == "new"
-        assert "e3" not in {hit.entry.entry_id for hit in gone.hits}
+        queries = [NearestQuery(feature(n), 31, Filter()) for n in (3, 99)]
+        deleted, added = await searcher.search(lobby, queries, with_features=False)
+        assert len(deleted.hits) == len(added.hits) == 30 and added.hits[0].entry.entry_id == "new"
+        assert "e3" not in {hit.entry.entry_id for hit in deleted.hits}
         client = connect_milvus(address)
         (name,) = client.list_collections()
         assert client.get_collection_stats(name)["row_count"] == 30
-        client.create_collection(f"{name[:-24]}{24 * 'f'}", dimension=4)  # of a collection deleted meanwhile
+        client.create_collection(f"{name[:-24]}{24 * 'f'}", dimension=4)  # of a collection deleted in the meantime
         client.create_collection("someone_elses", dimension=4)
         client.close()
         searcher.close()
@@ -73,7 +73,7 @@ def test_milvus_is_brought_to_the_store_whatever_it_held(tmp_path):
     asyncio.run(body())
 
 
-def test_a_lost_milvus_is_said_and_the_store_goes_on(tmp_path):
+def test_a_failing_milvus_is_reported_and_the_store_still_works(tmp_path):
     address = str(tmp_path / "milvus.db")
 
     async def body():
@@ -82,13 +82,13 @@ def test_a_lost_milvus_is_said_and_the_store_goes_on(tmp_path):
         await searcher.load()
         lobby = await store.write(writes.create_collection, Collection("lobby", SPACE))
         await store.write(writes.enrol, lobby, Enrolment(EntryRecord("one"), feature(1)))
-        asked = [NearestQuery(feature(1), 1, Filter())]
-        await searcher.search(lobby, asked, with_features=False)
+        queries = [NearestQuery(feature(1), 1, Filter())]
+        await searcher.search(lobby, queries, with_features=False)
         client = connect_milvus(address)
         client.drop_collection(client.list_collections()[0])
         await store.write(writes.enrol, lobby, Enrolment(EntryRecord("two"), feature(2)))
         with pytest.raises(UnavailableError, match="nothing is lost"):
-            await searcher.search(lobby, asked, with_features=False)
+            await searcher.search(lobby, queries, with_features=False)
         searcher.close()
         searcher = Searcher(store, IndexPolicy(milvus=address))
         await searcher.load()
@@ -102,7 +102,7 @@ def test_a_lost_milvus_is_said_and_the_store_goes_on(tmp_path):
     asyncio.run(body())
 
 
-def test_an_address_where_nothing_answers_is_refused_at_start():
+def test_an_unreachable_address_is_refused_at_start():
     with pytest.raises(StartupError, match="cannot be reached"):
         connect_milvus("milvus://127.0.0.1:1")
 
@@ -120,7 +120,7 @@ client.close()
 
 
 @pytest.mark.slow
-def test_an_idle_client_is_not_sent_away(tmp_path):
+def test_an_idle_client_is_not_disconnected(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", IDLE, tmp_path / "milvus.db"], capture_output=True, text=True, timeout=290
     )

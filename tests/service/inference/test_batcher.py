@@ -20,7 +20,7 @@ def crop(seed: int) -> np.ndarray:
 
 
 class GatedRuntime(DummyRuntime):
-    """The dummy behind a gate, noting each batch; by its first byte a crop makes it fail, run out of memory or NaN."""
+    """A dummy that waits for a gate and records batches; the first byte of a crop can make it fail or return NaN."""
 
     def __init__(self, max_batch: int = 8) -> None:
         super().__init__(SPEC, max_batch=max_batch)
@@ -48,7 +48,7 @@ class GatedRuntime(DummyRuntime):
 
 
 class Submitting(Batcher):
-    """The batcher with what the embedder does around it."""
+    """A batcher with the part of the embedder that submits crops."""
 
     def __init__(self, runtime: GatedRuntime, **settings) -> None:
         super().__init__(self._finished_jobs, **settings)
@@ -79,7 +79,7 @@ async def submit(batcher: Submitting, image: np.ndarray, deadline: float | None 
 def run(test, *, max_batch: int = 8, max_queue: int = 64):
     async def body():
         runtime = GatedRuntime(max_batch)
-        batcher = Submitting(runtime, max_queue=max_queue, most=max_batch)
+        batcher = Submitting(runtime, max_queue=max_queue, max_batch=max_batch)
         batcher.start()
         try:
             await asyncio.wait_for(test(batcher, runtime), SOON)
@@ -91,7 +91,7 @@ def run(test, *, max_batch: int = 8, max_queue: int = 64):
 
 
 async def blocked(batcher: Submitting, runtime: GatedRuntime) -> asyncio.Task:
-    """A first crop that keeps the model busy until the gate opens."""
+    """Submit a first crop, which keeps the model busy until the gate opens."""
     runtime.gate.clear()
     task = asyncio.create_task(submit(batcher, crop(0)))
     await asyncio.to_thread(runtime.started.wait, SOON)

@@ -18,18 +18,18 @@ from resight.service.settings import Settings
 SPEC = ImageSpec(height=64, width=32)
 
 
-def through(tmp_path, crops, *, check=lambda crop: None, start=True, **settings):
-    """The jobs of some crops, decoded or failed, in the order in which they came out."""
+def decode_all(tmp_path, crops, *, check=lambda crop: None, start=True, **settings):
+    """The jobs of some crops, decoded or failed, in order of completion."""
     out: list[CropJob] = []
     done = threading.Event()
 
-    def told(job: CropJob) -> None:
+    def record(job: CropJob) -> None:
         out.append(job)
         if len(out) == len(crops):
             done.set()
 
     async def body():
-        decoders = Decoders(told, told, check, Settings(bundle=tmp_path, data=tmp_path, **settings))
+        decoders = Decoders(record, record, check, Settings(bundle=tmp_path, data=tmp_path, **settings))
         answer = asyncio.get_running_loop().create_future()
         for priority, crop in crops:
             decoders.put(CropJob(crop, DummyRuntime(SPEC), priority, time.monotonic() + 60, answer))
@@ -44,7 +44,7 @@ def through(tmp_path, crops, *, check=lambda crop: None, start=True, **settings)
 
 def test_decoded_jobs_have_the_fitted_pixels_and_come_in_order_of_priority(tmp_path):
     crops = [(priority, jpeg(n, size=(50, 90))) for priority in reversed(Priority) for n in range(4)]
-    out = through(tmp_path, crops, decode_threads=1)
+    out = decode_all(tmp_path, crops, decode_threads=1)
     assert [job.priority for job in out] == sorted(priority for priority, _ in crops)
     for job in out:
         assert job.outcome is None and np.array_equal(job.pixels, fit(decode(job.crop), SPEC))
@@ -60,43 +60,43 @@ def test_each_crop_fails_alone(tmp_path):
     Image.new("RGB", (300, 300)).save(large, "PNG")
     caller = Priority.INTERACTIVE
     crops = [(caller, b"poison"), (caller, b"none"), (caller, large.getvalue()), (caller, jpeg(1, size=(40, 60)))]
-    out = {job.crop: job.outcome for job in through(tmp_path, crops, check=check, max_image_pixels=80_000)}
+    out = {job.crop: job.outcome for job in decode_all(tmp_path, crops, check=check, max_image_pixels=80_000)}
     kinds = [type(out[crop]) for _, crop in crops]
     assert kinds == [ModelError, ImageUndecodableError, ImageTooLargeError, type(None)]
 
 
 def test_waiting_crops_fail_at_shutdown(tmp_path):
-    (job,) = through(tmp_path, [(Priority.ENROL, jpeg(1))], start=False)
+    (job,) = decode_all(tmp_path, [(Priority.ENROL, jpeg(1))], start=False)
     assert isinstance(job.outcome, UnavailableError)
 
 
 def test_no_more_pixels_than_the_budget_are_decoded_at_once(tmp_path, monkeypatch):
-    held, most, lock = 0, 0, threading.Lock()
+    used, peak, lock = 0, 0, threading.Lock()
 
-    class Watched(PixelBudget):
+    class RecordingBudget(PixelBudget):
         def acquire(self, pixels):
-            nonlocal held, most
+            nonlocal used, peak
             super().acquire(pixels)
             with lock:
-                held += pixels
-                most = max(most, held)
+                used += pixels
+                peak = max(peak, used)
 
         def release(self, pixels):
-            nonlocal held
+            nonlocal used
             with lock:
-                held -= pixels
+                used -= pixels
             super().release(pixels)
 
-    monkeypatch.setattr(module, "PixelBudget", Watched)
+    monkeypatch.setattr(module, "PixelBudget", RecordingBudget)
     buffer = io.BytesIO()
     Image.effect_noise((500, 500), 50).convert("RGB").save(buffer, "JPEG")
     crops = [(Priority.INTERACTIVE, buffer.getvalue())] * 16 + [(Priority.INTERACTIVE, b"broken")] * 4
-    out = through(tmp_path, crops, decode_threads=8, decode_pixels=600_000)
+    out = decode_all(tmp_path, crops, decode_threads=8, decode_pixels=600_000)
     assert sum(job.outcome is None for job in out) == 16
-    assert held == 0 and most == 500_000
+    assert used == 0 and peak == 500_000
 
 
 def test_an_image_larger_than_the_budget_is_decoded_alone(tmp_path):
     crops = [(Priority.INTERACTIVE, jpeg(n, size=(200, 200))) for n in range(4)]
-    out = through(tmp_path, crops, decode_threads=4, decode_pixels=256)
+    out = decode_all(tmp_path, crops, decode_threads=4, decode_pixels=256)
     assert all(job.outcome is None for job in out)

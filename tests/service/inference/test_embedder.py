@@ -52,10 +52,10 @@ def test_limits_of_the_settings_are_enforced(tmp_path):
 def test_a_batch_over_the_queue_limit_is_refused_before_decoding(tmp_path):
     async def test(embedder):
         with pytest.raises(OverloadedError):
-            await embedder.embed(RUNTIME, [b"never looked at"] * 65, time.monotonic() + 60)
+            await embedder.embed(RUNTIME, [b"not decoded"] * 65, time.monotonic() + 60)
         with pytest.raises(DeadlineError):
             await embedder.embed(RUNTIME, [jpeg(1)], time.monotonic() - 1)
-        (outcome,) = await embedder.embed(RUNTIME, [b"looked at"], time.monotonic() + 60)
+        (outcome,) = await embedder.embed(RUNTIME, [b"decoded"], time.monotonic() + 60)
         assert isinstance(outcome, ImageUndecodableError)
 
     run(test, tmp_path, max_queue=64)
@@ -79,9 +79,9 @@ def test_shots_are_weighted_by_quality():
 
 def test_the_first_failure_is_raised_with_its_field():
     bad = ImageUndecodableError("broken")
-    with pytest.raises(ImageUndecodableError) as told:
+    with pytest.raises(ImageUndecodableError) as raised:
         require_embedded([embedded([1, 0], 1.0), bad], ["shots.images[0].data", "shots.images[1].data"])
-    assert told.value.field == "shots.images[1].data"
+    assert raised.value.field == "shots.images[1].data"
 
 
 def figure(image: Image.Image) -> float:

@@ -1,4 +1,4 @@
-"""Whose shots a track keeps; on real tracks, how often a foreign shot is noticed and how often an own one is lost."""
+"""Rejection of shots of another person; on real tracks, its true and false rejection rates."""
 
 import re
 from collections import defaultdict
@@ -30,7 +30,7 @@ def test_few_or_even_shots_are_all_kept(shots, calibration):
 
 
 def test_a_match_is_never_an_outlier():
-    shots = at(0, 0.1, 0.2, 0.3, 0.4, 35)  # far for so close a crowd; the calibration calls it a match
+    shots = at(0, 0.1, 0.2, 0.3, 0.4, 35)  # an outlier of such a tight cluster, but a match by the calibration
     assert not same_person_shots(shots, None)[-1]
     tight = at(0, 0.1, 0.2, 0.3, 0.4, 37)
     assert same_person_shots(tight, None)[-1] == (1 - np.cos(np.radians(37)) <= 3.5 * 0.05 + 1e-3)
@@ -70,9 +70,9 @@ def test_foreign_shots_in_real_tracks_are_mostly_rejected(shared_data, shared_we
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
     own = [embedded(names) for names in tracks]
-    noticed, lost = 0, 0
+    rejected, lost = 0, 0
     for number, shots in enumerate(own):
         kept = same_person_shots(np.concatenate((shots, own[(number + 7) % len(own)][:1])), None)
-        noticed += not kept[-1]
+        rejected += not kept[-1]
         lost += int((~kept[:-1]).sum())
-    assert len(own) >= 20 and noticed >= 0.6 * len(own) and lost <= 0.05 * 5 * len(own)
+    assert len(own) >= 20 and rejected >= 0.6 * len(own) and lost <= 0.05 * 5 * len(own)

@@ -1,4 +1,4 @@
-"""Models over a real socket: loading beside the one that serves, switching, unloading, and after a restart."""
+"""Models of a real server: loading, activation, unloading, restart."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture
 def root(tmp_path):
-    """A folder of models: a, b, and one that fails its probes."""
+    """A model folder: a, b, and one that fails its probes."""
     for seed, name in enumerate(("a", "b")):
         make_bundle(tmp_path / "models" / name, seed=seed)
     make_bundle(tmp_path / "models" / "bad", seed=2, probes_of=7)
@@ -46,7 +46,7 @@ def serving(root, tmp_path):
     assert server.end() == 0, server.log.read_text()
 
 
-def loaded(client: Client, model_id: str):
+def load_model(client: Client, model_id: str):
     done = client.wait(client.load_model(model_id), timeout_s=60)
     if done.error is not None:
         raise done.error
@@ -64,7 +64,7 @@ def test_a_model_is_loaded_activated_and_deactivated(serving):
     crop = jpeg(1)
     with pytest.raises(ModelNotFoundError, match="load it first"):
         by_model(serving, crop, "b")
-    done = loaded(serving, "b")
+    done = load_model(serving, "b")
     assert done.state == "succeeded" and done.kind == "load_model" and done.result["model_id"] == "b"
     assert [one.operation_id for one in serving.operations()] == [done.operation_id]
     for model_id, seed in (("", 0), ("a", 0), ("b", 1)):
@@ -90,21 +90,21 @@ def test_a_model_is_loaded_activated_and_deactivated(serving):
 def test_a_failed_load_changes_nothing_and_is_reported(serving, root):
     crop = jpeg(1)
     for _ in range(2):
-        with pytest.raises(BundleError, match="other features") as told:
-            loaded(serving, "bad")
-        assert str(root) not in str(told.value)
+        with pytest.raises(BundleError, match="other features") as raised:
+            load_model(serving, "bad")
+        assert str(root) not in str(raised.value)
         assert np.allclose(serving.embed(crop), features_by_hand([crop])[0], atol=1e-5)
     info = serving.model("bad")
     assert info.state == "failed" and "other features" in info.problem
-    loaded(serving, "b")
+    load_model(serving, "b")
     data = bytearray((root / "b" / "model.onnx").read_bytes())
     data[len(data) // 2] ^= 1
     shutil.copytree(root / "b", root / "kept")
     shutil.rmtree(root / "b")
-    make_bundle(root / "b", seed=5)  # a newer one under the same name, damaged on its way
+    make_bundle(root / "b", seed=5)  # a newer bundle of the same name, damaged
     (root / "b" / "model.onnx").write_bytes(data)
     with pytest.raises(BundleError, match=r"model\.onnx"):
-        loaded(serving, "b")
+        load_model(serving, "b")
     assert serving.model("b").problem and serving.model("b").state == "ready"
     assert np.allclose(by_model(serving, crop, "b"), features_by_hand([crop], 1)[0], atol=1e-5)
 
@@ -121,7 +121,7 @@ def test_loaded_models_survive_a_restart_unless_the_bundle_changes(root, tmp_pat
     data, crop = tmp_path / "data", jpeg(3)
     first = ServerProcess(root / "a", data, RESIGHT_MODELS=str(root))
     with Client(first.wait_ready()) as client:
-        loaded(client, "b")
+        load_model(client, "b")
         client.activate_model("b")
     assert first.end(9) == -9
     second = ServerProcess(root / "a", data, RESIGHT_MODELS=str(root))
@@ -151,9 +151,9 @@ def test_with_trusted_keys_only_signed_models_are_loaded(root, tmp_path):
     server = ServerProcess(root / "a", tmp_path / "data", **env)
     with Client(server.wait_ready()) as client:
         with pytest.raises(BundleError, match="not signed"):
-            loaded(client, "b")
+            load_model(client, "b")
         sign_bundle(root / "b", key)
-        loaded(client, "b")
+        load_model(client, "b")
     assert server.end() == 0
     unsigned = ServerProcess(root / "bad", tmp_path / "other", "--trusted-key", key.public)
     assert unsigned.process.wait(60) != 0 and "not signed" in " ".join(unsigned.log.read_text().split())
@@ -177,7 +177,7 @@ def test_fifty_swaps_under_load_fail_no_call_and_leak_no_memory(root, tmp_path):
             while not done.is_set():
                 outcomes = np.stack(own.embed_batch(crops))
                 calls[0] += 1
-                if not any(np.allclose(outcomes, good, atol=1e-5) for good in expected):  # one model for one call
+                if not any(np.allclose(outcomes, good, atol=1e-5) for good in expected):  # each call uses one model
                     wrong.append(outcomes)
 
     address = server.wait_ready()
@@ -188,7 +188,7 @@ def test_fifty_swaps_under_load_fail_no_call_and_leak_no_memory(root, tmp_path):
         sizes = []
         for swap in range(50):
             old, new = ("a", "b")[swap % 2], ("b", "a")[swap % 2]
-            loaded(client, new)
+            load_model(client, new)
             client.activate_model(new, expected=old)
             client.unload_model(old)
             sizes.append(resident_kib(server.process.pid))
@@ -215,8 +215,8 @@ def test_a_model_is_freed_after_the_last_request_that_uses_it(root, tmp_path):
         await loading
         with host.lease() as old:
             await host.activate("b")
-            gone = await host.unload("a")
-            assert gone is old and not old.freed
+            unloaded = await host.unload("a")
+            assert unloaded is old and not old.freed
             with pytest.raises(ModelNotFoundError), host.lease("a"):
                 pass
             with pytest.raises(SpaceMismatchError, match="load it too"), host.lease_space(old.space, collection="c"):
@@ -236,7 +236,7 @@ def test_the_active_model_cannot_be_replaced_by_one_of_another_space(root, tmp_p
     shutil.rmtree(root / "a")
     make_bundle(root / "a", seed=9)
     with pytest.raises(ModelInUseError, match="another name"):
-        loaded(serving, "a")
+        load_model(serving, "a")
     crop = jpeg(1)
     assert np.allclose(serving.embed(crop), features_by_hand([crop])[0], atol=1e-5)
     assert open_bundle(root / "a").manifest.name == "tiny-9"

@@ -4,7 +4,7 @@ import asyncio
 
 import numpy as np
 import pytest
-from stores import OTHER, SPACE, enrolment, feature, made, opened
+from stores import OTHER, SPACE, create_collection, enrolment, feature, open_gallery
 
 from resight.errors import CropsMissingError
 from resight.service.jobs import migration
@@ -15,7 +15,7 @@ from resight.service.storage.writes import add_feature
 
 @pytest.fixture
 def store(tmp_path):
-    with opened(tmp_path) as made:
+    with open_gallery(tmp_path) as made:
         yield made
 
 
@@ -26,9 +26,9 @@ def shot(track: int, number: int, noise: float) -> np.ndarray:
 
 @pytest.mark.parametrize("noise, passed", [(0.3, True), (30.0, False)])
 @pytest.mark.parametrize("by", ["track", "subject", ""])
-def test_the_gate_compares_how_often_tracks_find_themselves(store, by, noise, passed):
+def test_the_gate_compares_the_retrieval_of_tracks(store, by, noise, passed):
     async def body():
-        lobby = await made(store, keep_crops=True)
+        lobby = await create_collection(store, keep_crops=True)
         for track in range(20):
             for number in range(3):
                 name = {} if not by else {f"{by}_id": f"n{track}"}
@@ -48,9 +48,9 @@ def test_the_gate_compares_how_often_tracks_find_themselves(store, by, noise, pa
     asyncio.run(body())
 
 
-def test_filling_leaves_what_is_there_what_went_and_a_dropped_space_alone(store):
+def test_backfill_does_not_touch_existing_features_deleted_entries_and_dropped_spaces(store):
     async def body():
-        lobby = await made(store, keep_crops=True)
+        lobby = await create_collection(store, keep_crops=True)
         for number in range(3):
             await store.write(writes.enrol, lobby, enrolment(number, crops=(b"c",)))
         await store.write(writes.enrol, lobby, enrolment(3))

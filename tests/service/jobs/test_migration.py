@@ -1,4 +1,4 @@
-"""A collection moves to another model's space: searched meanwhile, killed in the middle, taken back."""
+"""Migration of a collection to another model's space: searched meanwhile, killed in the middle, switched back."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 from serving import ServerProcess, features_by_hand, jpeg, make_bundle
-from stores import OTHER, SPACE, made, opened
+from stores import OTHER, SPACE, create_collection, open_gallery
 
 from resight.client import Client, NewEntry
 from resight.errors import (
@@ -57,12 +57,12 @@ def filled(client: Client, name: str, people: int, *, keep_crops: bool = True) -
     assert not [one for one in client.enrol_batch(name, entries) if isinstance(one, Exception)]
 
 
-def test_a_collection_moves_is_searched_meanwhile_and_moves_back(serving):
+def test_a_collection_is_migrated_while_it_is_searched_and_switched_back(serving):
     filled(serving, "lobby", 40)
     serving.enrol("lobby", NewEntry([jpeg(50, 0), jpeg(50, 1)], "shots"))
     old = serving.collection("lobby").space_id
     begun = serving.migrate("lobby", "b")
-    serving.enrol("lobby", NewEntry(jpeg(60), "late"))  # to both spaces from that moment
+    serving.enrol("lobby", NewEntry(jpeg(60), "late"))  # written to both spaces
     assert serving.search("lobby", jpeg(60), top_k=1).hits[0].entry.entry_id == "late"
     done = serving.wait(begun)
     assert done.error is None and done.state == "succeeded", done
@@ -85,7 +85,7 @@ def test_a_collection_moves_is_searched_meanwhile_and_moves_back(serving):
     assert np.allclose(serving.get_feature("lobby", "later").vector, features_by_hand([jpeg(61)])[0], atol=1e-5)
 
 
-def test_of_two_that_come_at_once_one_begins_and_when_it_has_ended_the_next_may(root, tmp_path):
+def test_of_concurrent_migrations_one_starts_and_the_next_may_when_it_has_ended(root, tmp_path):
     make_bundle(root / "c", seed=2)
     server = start(root, tmp_path, **SLOW)
     with Client(server.wait_ready()) as client:
@@ -112,11 +112,11 @@ def test_of_two_that_come_at_once_one_begins_and_when_it_has_ended_the_next_may(
     assert server.end() == 0
 
 
-def test_crops_that_are_missing_are_refused_or_left_behind(serving):
+def test_missing_crops_are_refused_or_dropped(serving):
     filled(serving, "bare", 3, keep_crops=False)
     with pytest.raises(CropsMissingError, match="6 entries"):
         serving.migrate("bare", "b")
-    assert not list(serving.operations())[1:]  # nothing began
+    assert not list(serving.operations())[1:]  # no operation was started
     done = serving.wait(serving.migrate("bare", "b", auto_activate=True, drop_missing=True))
     assert done.error is None and (done.total, done.succeeded, done.skipped) == (6, 0, 6)
     assert serving.search("bare", jpeg(1)).hits == ()
@@ -146,7 +146,7 @@ def until(client: Client, operation_id: str, count: int):
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_it_goes_on_by_itself_and_misses_nothing(root, tmp_path):
+def test_a_killed_migration_resumes_by_itself_and_is_complete(root, tmp_path):
     first = start(root, tmp_path)
     with Client(first.wait_ready()) as client:
         client.wait(client.load_model("b"))
@@ -156,22 +156,22 @@ def test_killed_in_the_middle_it_goes_on_by_itself_and_misses_nothing(root, tmp_
         seen = until(client, begun.operation_id, 64)
         assert first.end(signal.SIGKILL) == -signal.SIGKILL
     assert 0 < seen.succeeded < 600
-    with opened(tmp_path / "data") as store:  # and much else was done while it ran
+    with open_gallery(tmp_path / "data") as store:  # as if many other operations had run in the meantime
 
-        async def much() -> None:
+        async def add_operations() -> None:
             for _ in range(150):
                 await work.finish((await work.start("snapshot")).operation_id)
 
         work = Operations(store)
-        asyncio.run(much())
+        asyncio.run(add_operations())
     second = start(root, tmp_path)
     with Client(second.wait_ready()) as client:
         old = client.operation(begun.operation_id)
         assert old.state == "interrupted"
         again = client.migrate("lobby", "b") if "continued_by" not in old.result else None
-        going = again or client.operation(old.result["continued_by"])
-        assert going.operation_id != begun.operation_id
-        done = client.wait(going)
+        continuing = again or client.operation(old.result["continued_by"])
+        assert continuing.operation_id != begun.operation_id
+        done = client.wait(continuing)
         assert done.error is None and (done.total, done.succeeded) == (601, 601)
         new = client.model("b").space_id
         assert client.collection("lobby").space_id == new
@@ -183,7 +183,7 @@ def test_killed_in_the_middle_it_goes_on_by_itself_and_misses_nothing(root, tmp_
     assert second.end() == 0
 
 
-def test_cancelled_it_takes_the_half_built_space_away_and_the_model_is_held_until_then(root, tmp_path):
+def test_a_cancelled_migration_drops_its_space_and_pins_the_model_until_then(root, tmp_path):
     server = start(root, tmp_path, **SLOW)
     with Client(server.wait_ready()) as client:
         client.wait(client.load_model("b"))
@@ -215,11 +215,11 @@ def test_cancelled_it_takes_the_half_built_space_away_and_the_model_is_held_unti
     assert server.end() == 0
 
 
-def test_a_collection_is_switched_and_its_migration_ended_at_one_moment(tmp_path):
-    """Whoever is killed in between finds neither or both, so nothing is interrupted that was done."""
+def test_activation_and_the_end_of_the_migration_are_one_transaction(tmp_path):
+    """A crash in between leaves neither or both, so no completed migration is interrupted."""
 
     async def body():
-        lobby, operations = await made(store), Operations(store)
+        lobby, operations = await create_collection(store), Operations(store)
         await store.write(spaces.begin_space, "lobby", OTHER)
         begun = await operations.start("migrate")
         for expected, state, space in (
@@ -227,11 +227,11 @@ def test_a_collection_is_switched_and_its_migration_ended_at_one_moment(tmp_path
             (SPACE, OperationState.SUCCEEDED, OTHER),
         ):
             switch = partial(spaces.activate_space, expected=expected.space_id)
-            told = {"activated": "true"}
+            result = {"activated": "true"}
             with contextlib.suppress(ConflictError):
-                await store.write(_activate_and_finish, switch, lobby.name, OTHER.space_id, begun.operation_id, told)
+                await store.write(_activate_and_finish, switch, lobby.name, OTHER.space_id, begun.operation_id, result)
             assert (await operations.get(begun.operation_id)).state is state
             assert (await store.read(reads.collection, "lobby")).space == space
 
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(body())

@@ -30,7 +30,7 @@ CURVES = (
 )
 ENTRIES = [(person, shot) for person in range(8) for shot in range(3)]
 ENROLLED = [jpeg(*entry) for entry in ENTRIES]
-ASKED = [jpeg(p, 5) for p in (*range(6), *range(100, 114))]
+QUERY_CROPS = [jpeg(p, 5) for p in (*range(6), *range(100, 114))]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def search_each(client: Client, name: str, crops, **how) -> None:
         until(client, name, settled)
 
 
-def one_by_hand(query: bytes, seed: int, top_k: int = 10) -> tuple[list[int], float, str]:
+def reference_search(query: bytes, seed: int, top_k: int = 10) -> tuple[list[int], float, str]:
     """The entries of one search, best first, the best cosine, and what it is taken for."""
     cosines = [float(features_by_hand([query], seed)[0] @ entry) for entry in features_by_hand(ENROLLED, seed)]
     order = sorted(range(len(cosines)), key=lambda number: -cosines[number])[:top_k]
@@ -111,25 +111,25 @@ def one_by_hand(query: bytes, seed: int, top_k: int = 10) -> tuple[list[int], fl
     return order, cosines[order[0]], decision
 
 
-def same_by_hand(one: int, other: int) -> bool:
+def reference_same_top1(one: int, other: int) -> bool:
     person, second = ENTRIES[one][0], ENTRIES[other][0]
     return person == second if person % 2 and second % 2 else one == other
 
 
-def test_its_figures_are_those_of_loops_over_both_spaces(client):
+def test_statistics_equal_those_of_loops_over_both_spaces(client):
     begun = client.start_shadow("lobby", "b")
     assert (begun.state, begun.sample, begun.active_model_id, begun.model_id) == ("running", 1.0, "a", "b")
     assert begun.space_id == client.model("b").space_id and begun.active_space_id == client.model("a").space_id
-    search_each(client, "lobby", ASKED)
-    pairs = [(one_by_hand(crop, 0), one_by_hand(crop, 1)) for crop in ASKED]
-    told = client.stop_shadow("lobby")
-    figures, count = told.figures, len(ASKED)
+    search_each(client, "lobby", QUERY_CROPS)
+    pairs = [(reference_search(crop, 0), reference_search(crop, 1)) for crop in QUERY_CROPS]
+    shadow = client.stop_shadow("lobby")
+    figures, count = shadow.figures, len(QUERY_CROPS)
     assert (figures.offered, figures.sampled, figures.answered, figures.dropped, figures.failed) == (
         *3 * (count,),
         0,
         0,
     )
-    same = sum(same_by_hand(a[0][0], b[0][0]) for a, b in pairs)
+    same = sum(reference_same_top1(a[0][0], b[0][0]) for a, b in pairs)
     assert 0 < same < count and figures.top1_agreement == pytest.approx(same / count)
     overlaps = [len(set(a[0]) & set(b[0])) / 10 for a, b in pairs]
     assert 0 < np.mean(overlaps) < 1 and figures.overlap_at_10 == pytest.approx(np.mean(overlaps))
@@ -151,52 +151,52 @@ def test_its_figures_are_those_of_loops_over_both_spaces(client):
         ):
             assert 0 < p50 <= p95
     assert figures.active.measured == figures.candidate.measured
-    assert told.state == "stopped" and told.started <= told.ended <= datetime.now(UTC)
-    assert client.get_shadow("lobby") == told  # from the operation, which tells it for good
-    done = client.wait(client.operation(told.operation_id))
+    assert shadow.state == "stopped" and shadow.started <= shadow.ended <= datetime.now(UTC)
+    assert client.get_shadow("lobby") == shadow  # now read from the operation
+    done = client.wait(client.operation(shadow.operation_id))
     assert (done.kind, done.state, done.succeeded, done.total) == ("shadow", "cancelled", count, count)
 
 
-def test_only_searches_of_crops_are_sampled_and_each_as_it_was_asked(client):
+def test_only_searches_by_crop_are_sampled_with_their_parameters(client):
     client.start_shadow("lobby", "b")
     feature = client.get_feature("lobby", "1-1")
     client.search("lobby", GivenFeature(feature.vector, feature.space_id))
     client.search("lobby", EntryId("1-1"))
     assert client.get_shadow("lobby").figures.offered == 0
     only = Where(exclude_camera_ids=["c0", "c1"])
-    client.search("lobby", [ASKED[0], jpeg(0, 6)], where=only, top_k=2)  # a track
+    client.search("lobby", [QUERY_CROPS[0], jpeg(0, 6)], where=only, top_k=2)  # a track
     until(client, "lobby", lambda now: now.figures.answered == 1)
-    client.search_batch("lobby", [Query(crop, top_k=1, group_by="subject") for crop in ASKED[:3]])
-    list(client.stream_search("lobby", [Query(crop, min_similarity=1.0) for crop in ASKED[:2]]))
+    client.search_batch("lobby", [Query(crop, top_k=1, group_by="subject") for crop in QUERY_CROPS[:3]])
+    list(client.stream_search("lobby", [Query(crop, min_similarity=1.0) for crop in QUERY_CROPS[:2]]))
     now = until(client, "lobby", settled)
     assert (now.figures.offered, now.figures.answered, now.figures.failed) == (6, 6, 0)
     assert now.figures.active.without_hit == now.figures.candidate.without_hit == 2
     searched = client.search_figures("lobby", space_id=now.space_id)
-    assert searched == []  # what only the shadow saw is no search of the collection
+    assert searched == []  # the shadow's searches are not counted
     client.stop_shadow("lobby")
 
 
-def test_a_sample_and_the_ends_of_a_shadow(client):
+def test_the_sampling_rate_and_the_end_states_of_a_shadow(client):
     client.start_shadow("lobby", "b", sample=0.3, max_searches=8)
-    for crop in ASKED * 6:
+    for crop in QUERY_CROPS * 6:
         client.search("lobby", crop, top_k=1)
         if (now := until(client, "lobby", settled)).state != "running":
             break
     assert now.state == "done" and now.figures.answered == 8 and now.figures.offered > 8 and now.ended is not None
     client.start_shadow("lobby", "b")
-    client.search_batch("lobby", [Query(crop) for crop in ASKED])
+    client.search_batch("lobby", [Query(crop) for crop in QUERY_CROPS])
     now = client.stop_shadow("lobby")  # while most of them wait
     assert now.figures.sampled == 20 and settled(now) and now.figures.dropped > 0
     assert client.get_shadow("lobby") == now
     begun = client.start_shadow("lobby", "b", expire_after=timedelta(hours=1))
     assert begun.figures.offered == 0 and begun.expires > begun.started
-    client.search("lobby", ASKED[0])
+    client.search("lobby", QUERY_CROPS[0])
     again = client.start_shadow("lobby", "b", sample=0.5, expire_after=timedelta(milliseconds=300))
     assert (again.operation_id, again.started, again.sample) == (begun.operation_id, begun.started, 0.5)
     assert again.figures.offered == 1
     assert until(client, "lobby", lambda now: now.state != "running").state == "expired"
     begun = client.start_shadow("lobby", "b")
-    client.search("lobby", ASKED[0])
+    client.search("lobby", QUERY_CROPS[0])
     for _ in range(1000):
         if (now := client.operation(begun.operation_id)).succeeded:
             break
@@ -207,7 +207,7 @@ def test_a_sample_and_the_ends_of_a_shadow(client):
     assert client.get_shadow("lobby").state == "stopped"
 
 
-def test_what_cannot_be_shadowed_is_refused(client):
+def test_invalid_shadows_are_refused(client):
     with pytest.raises(SpaceMismatchError, match="migrate it to that model first"):
         client.start_shadow("lobby", "c")
     with pytest.raises(SpaceMismatchError, match="searched with model a already"):
@@ -223,7 +223,7 @@ def test_what_cannot_be_shadowed_is_refused(client):
         with pytest.raises(ShadowNotFoundError, match="no model has shadowed"):
             call("new")
     for bad in ({"sample": 0.0}, {"sample": 1.1}, {"max_searches": -1}, {"expire_after": timedelta(0)}):
-        with pytest.raises(InputError, match=r"above 0|or more"):
+        with pytest.raises(InputError, match=r"expected sample|or more|must be positive"):
             client.start_shadow("lobby", "b", **bad)
     client.start_shadow("lobby", "b")
     client.wait(client.migrate("lobby", "c"))
@@ -234,42 +234,42 @@ def test_what_cannot_be_shadowed_is_refused(client):
     client.stop_shadow("lobby")
 
 
-def test_a_switch_of_the_collection_ends_it(client):
+def test_a_switch_of_the_collection_ends_the_shadow(client):
     old = client.collection("hall").space_id
     shadow = client.start_shadow("hall", "b")
     client.activate_space("hall", shadow.space_id)
-    client.search("hall", ASKED[0])
+    client.search("hall", QUERY_CROPS[0])
     now = client.get_shadow("hall")
     assert now.state == "superseded" and now.figures.offered == 0
-    with pytest.raises(SpaceMismatchError, match="migrate it again"):  # it was left, and may lack entries
+    with pytest.raises(SpaceMismatchError, match="migrate it again"):  # it was retired, and may lack entries
         client.start_shadow("hall", "a")
     client.activate_space("hall", old)
 
 
-def test_metrics_tell_of_those_that_run(client, server):
+def test_metrics_include_running_shadows(client, server):
     url = json.loads((server.data / "server.json").read_text())["metrics"]
     where = 'collection="lobby",model="b",'
     client.start_shadow("lobby", "b")
     before = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
-    search_each(client, "lobby", ASKED[:4])
+    search_each(client, "lobby", QUERY_CROPS[:4])
     text = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
     for calls in ('resight_stage_seconds_count{stage="infer"}', "resight_searches_total{decision="):
         was, now = (
-            sum(float(line.split()[-1]) for line in told.splitlines() if calls in line) for told in (before, text)
+            sum(float(line.split()[-1]) for line in page.splitlines() if calls in line) for page in (before, text)
         )
-        assert now - was == 4  # a shadow's work is no caller's
-    told = dict(line.rsplit(" ", 1) for line in text.splitlines() if "resight_shadow" in line and where in line)
-    assert told[f'resight_shadow_searches_total{{{where}outcome="answered",tenant="default"}}'] == "4.0"
+        assert now - was == 4  # a shadow's searches are not counted as callers'
+    samples = dict(line.rsplit(" ", 1) for line in text.splitlines() if "resight_shadow" in line and where in line)
+    assert samples[f'resight_shadow_searches_total{{{where}outcome="answered",tenant="default"}}'] == "4.0"
     figures = client.stop_shadow("lobby").figures
-    assert float(told[f'resight_shadow_overlap_at_10{{{where}tenant="default"}}']) == pytest.approx(
+    assert float(samples[f'resight_shadow_overlap_at_10{{{where}tenant="default"}}']) == pytest.approx(
         figures.overlap_at_10
     )
-    assert sum("resight_shadow_seconds" in line for line in told) == 4
-    gone = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
-    assert where not in gone and "resight_shadow_searches_total" in gone
+    assert sum("resight_shadow_seconds" in line for line in samples) == 4
+    after = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
+    assert where not in after and "resight_shadow_searches_total" in after
 
 
-def test_overload_drops_shadows_and_no_caller(root, tmp_path):
+def test_overload_drops_shadow_searches_and_no_caller(root, tmp_path):
     server = start(root, tmp_path / "data", RESIGHT_MAX_BATCH="1")
     with Client(server.wait_ready(), timeout_s=60) as client:
         client.wait(client.load_model("b"))
@@ -294,28 +294,28 @@ def test_overload_drops_shadows_and_no_caller(root, tmp_path):
         assert now.figures.sampled == 24 * 4 * 6 and now.figures.dropped > now.figures.sampled / 2
         assert now.figures.failed == 0 and now.state == "running"
         answered = now.figures.answered
-        client.search("lobby", ASKED[0])  # and when it is quiet again, it goes on
+        client.search("lobby", QUERY_CROPS[0])  # it continues once the load is gone
         until(client, "lobby", lambda now: now.figures.answered == answered + 1)
     assert server.end() == 0, server.log.read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_the_end_of_the_server_ends_it_and_it_can_be_begun_again(root, tmp_path, number):
+def test_a_server_stop_interrupts_the_shadow_and_it_can_be_started_again(root, tmp_path, number):
     first = start(root, tmp_path / "data")
     with Client(first.wait_ready()) as client:
         client.wait(client.load_model("b"))
         filled(client, "lobby")
         client.wait(client.migrate("lobby", "b"))
         begun = client.start_shadow("lobby", "b", sample=0.75, max_searches=100)
-        client.search("lobby", ASKED[0])
+        client.search("lobby", QUERY_CROPS[0])
     first.end(number)
     second = start(root, tmp_path / "data")
     with Client(second.wait_ready()) as client:
-        told = client.get_shadow("lobby")
-        assert told.state == "interrupted" and told.figures.offered == 0 and told.ended is not None
-        assert (told.operation_id, told.started, told.sample) == (begun.operation_id, begun.started, 0.75)
+        shadow = client.get_shadow("lobby")
+        assert shadow.state == "interrupted" and shadow.figures.offered == 0 and shadow.ended is not None
+        assert (shadow.operation_id, shadow.started, shadow.sample) == (begun.operation_id, begun.started, 0.75)
         again = client.start_shadow("lobby", "b")
         assert again.state == "running" and again.operation_id != begun.operation_id
-        client.search("lobby", ASKED[0])
+        client.search("lobby", QUERY_CROPS[0])
         assert until(client, "lobby", settled).figures.answered == 1
     assert second.end() == 0, second.log.read_text()

@@ -52,14 +52,14 @@ def model(monkeypatch):
 
 def run(test, bundle_path, tmp_path, **settings):
     async def body():
-        wanted = Settings(bundle=bundle_path, data=tmp_path / "data", listen="127.0.0.1:0", **settings)
-        async with running_server(wanted) as server, grpc.aio.insecure_channel(server.address) as channel:
+        configured = Settings(bundle=bundle_path, data=tmp_path / "data", listen="127.0.0.1:0", **settings)
+        async with running_server(configured) as server, grpc.aio.insecure_channel(server.address) as channel:
             await test(channel)
 
     asyncio.run(body())
 
 
-def test_a_wedged_model_is_told_and_forgiven(bundle_path, tmp_path, model):
+def test_a_hanging_model_makes_the_server_not_ready_until_it_recovers(bundle_path, tmp_path, model):
     gate, turned = model
 
     async def test(channel):

@@ -23,13 +23,13 @@ CODE = "from resight.cli.main import main; main()"
 def doctor(out, *flags: str) -> tuple[int, dict[tuple[str, str], dict[str, str]], str]:
     """Exit status, checks by area and name, and the table."""
     command = [sys.executable, "-c", CODE, "doctor", "--json", str(out), *flags]
-    told = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
-    assert "Traceback" not in told.stderr, told.stderr
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+    assert "Traceback" not in done.stderr, done.stderr
     checks = json.loads(out.read_text())
     for check in checks:
         assert check["verdict"] in ("ok", "warn", "fail") and check["found"]
         assert bool(check["next_step"]) == (check["verdict"] != "ok"), check
-    return told.returncode, {(check["area"], check["name"]): check for check in checks}, told.stdout
+    return done.returncode, {(check["area"], check["name"]): check for check in checks}, done.stdout
 
 
 @pytest.fixture
@@ -45,11 +45,11 @@ def gallery(bundle_path, tmp_path):
     return data
 
 
-def test_all_is_well(bundle_path, gallery, tmp_path):
+def test_all_checks_pass(bundle_path, gallery, tmp_path):
     status, checks, table = doctor(tmp_path / "out.json", "--data", str(gallery), "--bundle", str(bundle_path))
     assert status == 0, checks
     assert checks["data", "integrity"]["found"] == "ok"
-    assert checks["data", "features"]["found"] == "10 checksums are right"
+    assert checks["data", "features"]["found"] == "10 checksums are correct"
     assert checks["data", "lock"]["found"] == "free" and checks["data", "permissions"]["verdict"] == "ok"
     assert checks["data", "snapshot monday"]["verdict"] == "ok" and checks["bundle", "probes"]["verdict"] == "ok"
     assert {name for area, name in checks if area == "machine"} >= {"versions", "providers", "cores", "memory", "clock"}
@@ -74,7 +74,7 @@ def test_a_running_server_and_its_folder(bundle_path, gallery, tmp_path):
         assert server.end() == 0
 
 
-def test_what_is_damaged_is_named(gallery, tmp_path):
+def test_damaged_parts_are_named(gallery, tmp_path):
     with closing(sqlite3.connect(gallery / DATABASE_FILE)) as database:
         (vector,) = database.execute("SELECT vector FROM feature WHERE entry = 3").fetchone()
         flipped = bytes([vector[0] ^ 1]) + vector[1:]
@@ -97,7 +97,7 @@ def test_what_is_damaged_is_named(gallery, tmp_path):
     assert before == {path: path.read_bytes() for path in gallery.rglob("*") if path.is_file()}  # it only looks
 
 
-def test_a_torn_database_and_a_bad_bundle_are_told_not_raised(gallery, tmp_path):
+def test_a_damaged_database_and_a_bad_bundle_are_reported_not_raised(gallery, tmp_path):
     database = gallery / DATABASE_FILE
     data = bytearray(database.read_bytes())
     data[4096 * 3 : 4096 * 6] = b"\x55" * (4096 * 3)

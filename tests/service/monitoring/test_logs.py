@@ -48,16 +48,16 @@ def put_through(address: str, token: str) -> list[str]:
                 wrong()
     with grpc.insecure_channel(address) as channel:
         gallery = gallery_pb2_grpc.GalleryServiceStub(channel)
-        wanted = gallery_pb2.EraseSubjectRequest(collection_id="people", subject_id=SUBJECT, reason=LABEL)
+        request = gallery_pb2.EraseSubjectRequest(collection_id="people", subject_id=SUBJECT, reason=LABEL)
         with pytest.raises(grpc.RpcError):
-            gallery.EraseSubject(wanted, timeout=10, metadata=(("authorization", f"Bearer {token}-bad"),))
+            gallery.EraseSubject(request, timeout=10, metadata=(("authorization", f"Bearer {token}-bad"),))
         good = (("authorization", f"Bearer {token}"),)
-        assert gallery.EraseSubject(wanted, timeout=10, metadata=good).erased_count == 1
+        assert gallery.EraseSubject(request, timeout=10, metadata=good).erased_count == 1
     return secrets
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_no_crop_feature_token_or_name_of_anybody_is_in_the_log(bundle_path, tmp_path, form):
+def test_no_crop_feature_token_or_personal_name_is_in_the_log(bundle_path, tmp_path, form):
     token, _ = TokenFile(tmp_path / "data").create("site", Role.ADMIN)
     flags = ("--log-format", form, "--metrics", "127.0.0.1:0")
     server = ServerProcess(bundle_path, tmp_path / "data", *flags, RESIGHT_PURGE_INTERVAL_S="0.2")

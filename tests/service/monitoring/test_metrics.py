@@ -1,4 +1,4 @@
-"""Metrics of a real server, read over HTTP and compared with what was asked of it; the two probes; who gets in."""
+"""Metrics of a real server, read over HTTP and compared with its requests; the two probes; access control."""
 
 import asyncio
 import json
@@ -70,7 +70,7 @@ def scrape(server: ServerProcess) -> Scraped:
     return Scraped(text)
 
 
-def test_metrics_count_what_was_asked(watched):
+def test_metrics_count_requests(watched):
     with Client(watched.wait_ready()) as client:
         client.create_collection("counted", unlimited_retention=True)
         client.enrol_batch("counted", [NewEntry(jpeg(n), f"e{n}") for n in range(12)])
@@ -110,12 +110,12 @@ def test_collections_beyond_the_bound_are_summed(watched):
             client.create_collection(name, unlimited_retention=True)
             client.enrol(name, NewEntry(jpeg(1)))
     found = scrape(watched)
-    told = {s.labels["collection"] for s in found.samples if s.name == "resight_collection_entries"}
-    assert len(told) == 3 and "_other" in told
+    labels = {s.labels["collection"] for s in found.samples if s.name == "resight_collection_entries"}
+    assert len(labels) == 3 and "_other" in labels
     assert found.value("resight_collection_entries", collection="_other") >= 2
 
 
-def test_no_label_holds_a_name_that_a_request_made_up(watched):
+def test_label_values_never_come_from_requests(watched):
     with Client(watched.wait_ready()) as client:
         client.create_collection("private", unlimited_retention=True)
         client.enrol("private", NewEntry(jpeg(3), "ENTRY-SECRET", "SUBJECT-SECRET", camera_id="CAMERA-SECRET"))
@@ -136,7 +136,7 @@ def test_shed_load_is_counted_by_reason(bundle_path, tmp_path):
         crops = [jpeg(n, size=(300, 600)) for n in range(64)]
 
         def load() -> None:
-            with Client(address, timeout_s=20) as own:  # waits and asks again, as often as it is refused
+            with Client(address, timeout_s=20) as own:  # the client retries as often as it is refused
                 own.embed_batch(crops)
 
         threads = [threading.Thread(target=load) for _ in range(4)]
@@ -153,7 +153,7 @@ def test_shed_load_is_counted_by_reason(bundle_path, tmp_path):
         assert server.end() == 0
 
 
-def test_probes_tell_ready_and_not_ready_while_draining(bundle_path, tmp_path):
+def test_probes_report_ready_and_not_ready_while_draining(bundle_path, tmp_path):
     server = ServerProcess(bundle_path, tmp_path / "data", "--metrics", "127.0.0.1:0", RESIGHT_DRAIN_DELAY_S="2")
     url = url_of(server)
     assert get(f"{url}/livez") == (200, "ok\n") and get(f"{url}/readyz") == (200, "ok\n")
@@ -166,7 +166,7 @@ def test_probes_tell_ready_and_not_ready_while_draining(bundle_path, tmp_path):
     assert server.end() == 0
 
 
-def test_a_stuck_event_loop_is_told_by_threads_that_are_not(tmp_path):
+def test_a_blocked_event_loop_is_reported_by_other_threads(tmp_path):
     serving = health_pb2.HealthCheckResponse.SERVING
 
     async def refresh() -> None:

@@ -73,8 +73,8 @@ def test_a_search_is_one_span_with_its_stages_in_the_callers_trace(bundle_path, 
     assert server.end() == 0, server.log.read_text()
     (call,) = [span for span in kept.spans if span.parent_span_id.hex() == parent]
     assert call.trace_id.hex() == trace_id and call.name == "resight.v1.SearchService/Search"
-    told = attributes(call)
-    assert told["rpc.method"] == "Search" and told["request_id"] == "abc-1" and told["rpc.grpc.status_code"] == 0
+    found = attributes(call)
+    assert found["rpc.method"] == "Search" and found["request_id"] == "abc-1" and found["rpc.grpc.status_code"] == 0
     stages = {span.name: span for span in kept.spans if span.parent_span_id == call.span_id}
     assert set(stages) == {"decode", "queue", "infer", "search"}
     for span in stages.values():
@@ -87,7 +87,7 @@ def test_a_search_is_one_span_with_its_stages_in_the_callers_trace(bundle_path, 
     assert b"IN-CLEAR" not in b"".join(span.SerializeToString() for span in kept.spans)
 
 
-def test_a_collector_that_is_away_costs_no_call(bundle_path, tmp_path):
+def test_an_unreachable_collector_affects_no_call(bundle_path, tmp_path):
     server = ServerProcess(bundle_path, tmp_path / "data", RESIGHT_OTLP_ENDPOINT="http://127.0.0.1:1")
     with Client(server.wait_ready()) as client:
         client.embed(jpeg(1))
@@ -101,5 +101,5 @@ def test_without_the_packages_the_start_says_what_to_install():
         "try:\n    Tracing('http://127.0.0.1:1')\n"
         "except Exception as error:\n    print(type(error).__name__, error)"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert told.startswith("StartupError") and "pip install 'resight[otel]'" in told
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.startswith("StartupError") and "pip install 'resight[otel]'" in output

@@ -1,4 +1,4 @@
-"""Adaptations asked for over a socket, taken and reported by another process, and over restarts of the server."""
+"""Adaptation requests: created, taken and reported by another process, and persistent over restarts."""
 
 import signal
 
@@ -26,34 +26,39 @@ def pending(client, site="") -> list[str]:
 
 
 def test_an_adaptation_is_requested_taken_reported_and_ended(client):
-    asked = client.start_adaptation("lobby")
-    assert (asked.kind, asked.state, asked.result, asked.ended) == ("adapt", "pending", {"site": "lobby"}, False)
+    requested = client.start_adaptation("lobby")
+    assert (requested.kind, requested.state, requested.result, requested.ended) == (
+        "adapt",
+        "pending",
+        {"site": "lobby"},
+        False,
+    )
     yard = client.start_adaptation("yard")
-    assert pending(client) == [yard.operation_id, asked.operation_id]  # the newest first
-    assert pending(client, "lobby") == [asked.operation_id] and pending(client, "cellar") == []
-    assert client.start_adaptation("lobby").operation_id == asked.operation_id  # one that waits is enough
-    taken = client.report_adaptation(asked.operation_id, "running", result={"run": "42"})
+    assert pending(client) == [yard.operation_id, requested.operation_id]  # newest first
+    assert pending(client, "lobby") == [requested.operation_id] and pending(client, "cellar") == []
+    assert client.start_adaptation("lobby").operation_id == requested.operation_id  # a pending one is reused
+    taken = client.report_adaptation(requested.operation_id, "running", result={"run": "42"})
     assert (taken.state, taken.result) == ("running", {"site": "lobby", "run": "42"})
-    again = client.start_adaptation("lobby")  # what runs does not see the crops of tomorrow
-    assert pending(client, "lobby") == [again.operation_id] != [asked.operation_id]
-    told = client.report_adaptation(asked.operation_id, "running", result={"stage": "adapt", "site": "another"})
-    assert told.result == {"site": "lobby", "run": "42", "stage": "adapt"}
-    done = client.report_adaptation(asked.operation_id, "succeeded", result={"outcome": "promoted"})
+    again = client.start_adaptation("lobby")  # a running one does not include later crops
+    assert pending(client, "lobby") == [again.operation_id] != [requested.operation_id]
+    reported = client.report_adaptation(requested.operation_id, "running", result={"stage": "adapt", "site": "another"})
+    assert reported.result == {"site": "lobby", "run": "42", "stage": "adapt"}
+    done = client.report_adaptation(requested.operation_id, "succeeded", result={"outcome": "promoted"})
     assert done.state == "succeeded" and done.ended and done.result["outcome"] == "promoted"
-    assert client.report_adaptation(asked.operation_id, "failed", error="late").state == "succeeded"
+    assert client.report_adaptation(requested.operation_id, "failed", error="late").state == "succeeded"
     failed = client.report_adaptation(again.operation_id, "failed", error="no cluster was found")
     assert isinstance(failed.error, TrainingError) and str(failed.error) == "no cluster was found"
-    assert [one.operation_id for one in client.operations(kind="adapt", state="succeeded")] == [asked.operation_id]
+    assert [one.operation_id for one in client.operations(kind="adapt", state="succeeded")] == [requested.operation_id]
     assert client.cancel_operation(yard.operation_id).state == "cancelled" and pending(client) == []
 
 
 def test_a_reporter_sees_that_its_adaptation_was_cancelled(client):
-    asked = client.start_adaptation("lobby")
-    client.report_adaptation(asked.operation_id, "running")
-    assert client.cancel_operation(asked.operation_id).state == "cancelled"
-    assert client.report_adaptation(asked.operation_id, "running", result={"stage": "judge"}).state == "cancelled"
-    assert client.report_adaptation(asked.operation_id, "succeeded").state == "cancelled"
-    assert client.operation(asked.operation_id).result == {"site": "lobby"}
+    requested = client.start_adaptation("lobby")
+    client.report_adaptation(requested.operation_id, "running")
+    assert client.cancel_operation(requested.operation_id).state == "cancelled"
+    assert client.report_adaptation(requested.operation_id, "running", result={"stage": "judge"}).state == "cancelled"
+    assert client.report_adaptation(requested.operation_id, "succeeded").state == "cancelled"
+    assert client.operation(requested.operation_id).result == {"site": "lobby"}
 
 
 def test_requested_adaptations_survive_restarts_of_the_server(bundle_path, tmp_path):
@@ -61,12 +66,12 @@ def test_requested_adaptations_survive_restarts_of_the_server(bundle_path, tmp_p
     with Client(server.wait_ready()) as client:
         taken = client.start_adaptation("lobby")
         client.report_adaptation(taken.operation_id, "running", result={"run": "7"})
-        waits = client.start_adaptation("lobby")
+        waiting = client.start_adaptation("lobby")
     server.end(signal.SIGKILL)
     server = ServerProcess(bundle_path, tmp_path / "data")
     try:
         with Client(server.wait_ready()) as client:
-            assert pending(client) == [waits.operation_id]
+            assert pending(client) == [waiting.operation_id]
             assert client.operation(taken.operation_id).state == "running"
             done = client.report_adaptation(taken.operation_id, "succeeded")
             assert (done.state, done.result["run"]) == ("succeeded", "7")
@@ -113,20 +118,20 @@ RUNNING, FAILED = operation_pb2.OPERATION_STATE_RUNNING, operation_pb2.OPERATION
         ({"state": RUNNING, "result": {str(n): "" for n in range(33)}}, LimitError, "result"),
         ({"state": RUNNING, "result": {"": "x"}}, LimitError, "result"),
         ({"state": RUNNING, "result": {"n": "x" * 1025}}, LimitError, "result"),
-        ({"state": RUNNING, "operation_id": "nobody"}, OperationNotFoundError, "operation_id"),
+        ({"state": RUNNING, "operation_id": "unknown"}, OperationNotFoundError, "operation_id"),
     ],
 )
 def test_a_wrong_report_changes_nothing(client, channel, wrong, error, field):
-    asked = client.start_adaptation("hostile")
+    requested = client.start_adaptation("hostile")
     with pytest.raises(error) as refused:
         call(
             channel,
             "ReportAdaptation",
-            admin_pb2.ReportAdaptationRequest(**{"operation_id": asked.operation_id} | wrong),
+            admin_pb2.ReportAdaptationRequest(**{"operation_id": requested.operation_id} | wrong),
         )
     assert refused.value.field == field
-    assert client.operation(asked.operation_id) == asked
-    client.cancel_operation(asked.operation_id)
+    assert client.operation(requested.operation_id) == requested
+    client.cancel_operation(requested.operation_id)
 
 
 def test_only_adaptations_can_be_reported_and_unknown_states_are_refused(client, channel):
@@ -142,30 +147,30 @@ def test_only_adaptations_can_be_reported_and_unknown_states_are_refused(client,
 
 def test_roles_and_tenants(guarded):
     with guarded.client(Role.OPERATOR) as operator, guarded.client(Role.OPERATOR, "north") as north:
-        asked = operator.start_adaptation("lobby")
+        requested = operator.start_adaptation("lobby")
         with guarded.client(Role.ENROLLER) as enroller:
             for refused in (
                 lambda: enroller.start_adaptation("lobby"),
-                lambda: enroller.report_adaptation(asked.operation_id, "running"),
+                lambda: enroller.report_adaptation(requested.operation_id, "running"),
                 lambda: pending(enroller),
             ):
                 with pytest.raises(PermissionDeniedError, match="operator"):
                     refused()
         assert pending(north) == []
         for foreign in (
-            lambda: north.report_adaptation(asked.operation_id, "running"),
-            lambda: north.cancel_operation(asked.operation_id),
+            lambda: north.report_adaptation(requested.operation_id, "running"),
+            lambda: north.cancel_operation(requested.operation_id),
         ):
             with pytest.raises(OperationNotFoundError):
                 foreign()
-        assert pending(operator) == [asked.operation_id]
-        assert operator.cancel_operation(asked.operation_id).state == "cancelled"
+        assert pending(operator) == [requested.operation_id]
+        assert operator.cancel_operation(requested.operation_id).state == "cancelled"
 
 
 def test_the_command_line_requests_an_adaptation(client, address, monkeypatch):
     monkeypatch.setenv("RESIGHT_SERVER", address)
     done = resight_here("models", "adapt", "by-hand")
-    (asked,) = client.pending_adaptations("by-hand")
-    assert done.returncode == 0 and asked.operation_id in done.stdout
-    client.cancel_operation(asked.operation_id)
+    (requested,) = client.pending_adaptations("by-hand")
+    assert done.returncode == 0 and requested.operation_id in done.stdout
+    client.cancel_operation(requested.operation_id)
     assert "a site's name is" in the_error(resight_here("models", "adapt", "../x"))

@@ -1,4 +1,4 @@
-"""What operators ask a real server: statistics, indexes, snapshots, the audit, and long work."""
+"""AdminService against a real server: statistics, indexes, snapshots, audit and operations."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -47,7 +47,7 @@ def test_a_snapshot_is_created_while_the_server_runs(client, collection, server:
     assert (server.data / "snapshots/before-the-change/manifest.json").is_file()
     again = client.wait(client.create_snapshot("before-the-change"))
     assert again.state == "failed" and isinstance(again.error, InputError)
-    assert client.wait(client.create_snapshot()).state == "succeeded"  # named by the time
+    assert client.wait(client.create_snapshot()).state == "succeeded"  # named after the time
     for name in ("../x", "/etc", "a/b", "A"):
         with pytest.raises(InputError, match="name"):
             client.create_snapshot(name)
@@ -59,7 +59,7 @@ def test_operations_are_listed_and_queried(client, collection):
     assert listed[:3] == made[::-1]
     found = client.operation(made[0])
     assert found.ended and found.finished >= found.started
-    assert client.cancel_operation(made[0]).state == "succeeded"  # what has ended stays as it is
+    assert client.cancel_operation(made[0]).state == "succeeded"  # a finished operation does not change
     with pytest.raises(OperationNotFoundError):
         client.operation("nothing")
 
@@ -72,7 +72,7 @@ def test_the_audit_records_searches_and_erasures(client, collection):
     client.delete_entry(collection, "e0")
     client.delete_entries(collection, Where(camera_ids=["door"]))
     rows = [row for row in client.audit_events(start=begun) if row.collection == collection]
-    rows.sort(key=lambda row: row.time)  # searches are written together, a moment later than deletions
+    rows.sort(key=lambda row: row.time)  # rows of searches are written later than those of deletions
     assert [(row.method.partition(".")[2], row.affected) for row in rows] == [
         ("BatchEnrollEntries", 4),
         ("Search", 3),

@@ -1,4 +1,4 @@
-"""Collections and entries over a real socket: told, listed, filtered, deleted, replayed."""
+"""Collections and entries against a real server: created, listed, filtered, deleted, retried."""
 
 import itertools
 import threading
@@ -29,18 +29,18 @@ from resight.v1 import (
 
 def test_an_entry_is_returned_as_it_was_enrolled(client, collection):
     seen = datetime(2026, 3, 1, 12, 30, 15, 250_000, tzinfo=UTC)
-    gone = datetime.now(UTC).replace(microsecond=0) + timedelta(days=2)
-    new = NewEntry([jpeg(1, 0), jpeg(1, 1)], "e", "anna", "door", "t7", seen, gone, {"hat": "röd"})
+    expires = datetime.now(UTC).replace(microsecond=0) + timedelta(days=2)
+    new = NewEntry([jpeg(1, 0), jpeg(1, 1)], "e", "anna", "door", "t7", seen, expires, {"hat": "röd"})
     entry = client.enrol(collection, new)
     assert entry == client.get_entry(collection, "e")
     assert (entry.subject_id, entry.camera_id, entry.track_id) == ("anna", "door", "t7")
-    assert (entry.capture_time, entry.expire_time, entry.labels) == (seen, gone, {"hat": "röd"})
+    assert (entry.capture_time, entry.expire_time, entry.labels) == (seen, expires, {"hat": "röd"})
     assert entry.shot_count == 2 and 0 < entry.quality < 1
     assert client.enrol(collection, NewEntry(jpeg(2))).entry_id not in ("", "e")
 
 
 def test_filters_equal_brute_force(client, collection):
-    """Every filter alone and in pairs, for each way the index is asked."""
+    """Every filter alone and in pairs, for small and large top_k."""
     rng = np.random.default_rng(5)
     day = datetime(2026, 1, 1, tzinfo=UTC)
     new = [
@@ -84,10 +84,10 @@ def test_filters_equal_brute_force(client, collection):
     query = client.embed(jpeg(4, 999))
     queries = [Query(jpeg(4, 999), k, where) for where, _ in cases for k in (3, 200)]
     answers = client.search_batch(collection, queries)
-    for asked, answer, (_, keep) in zip(queries, answers, [case for case in cases for _ in range(2)], strict=True):
+    for case_query, answer, (_, keep) in zip(queries, answers, [case for case in cases for _ in range(2)], strict=True):
         scored = [(-float((features[e.entry_id] * query).sum()), n) for n, e in enumerate(held) if keep(e)]
-        expected = [held[n].entry_id for _, n in sorted(scored)][: asked.top_k]
-        assert [hit.entry.entry_id for hit in answer.hits] == expected, asked.where
+        expected = [held[n].entry_id for _, n in sorted(scored)][: case_query.top_k]
+        assert [hit.entry.entry_id for hit in answer.hits] == expected, case_query.where
     for where, keep in cases[:10]:
         assert [e.entry_id for e in client.entries(collection, where=where)] == [e.entry_id for e in held if keep(e)]
         alone = client.search(collection, jpeg(4, 999), top_k=5, where=where)
@@ -122,7 +122,7 @@ def test_deleted_entries_are_never_returned(client, collection):
 
 
 def test_deleted_entries_are_not_found_by_concurrent_searches(client, collection, address):
-    """And a search begun after an enrolment was answered finds it."""
+    """A search started after an enrolment has returned finds it."""
     client.enrol_batch(collection, [NewEntry(jpeg(1, n), f"e{n:02d}") for n in range(20)])
     deleted: set[str] = set()
     failures: list[str] = []
@@ -185,7 +185,7 @@ def test_lists_come_in_pages(client, collection, channel):
         if not page.next_page_token:
             break
         request.page_token = page.next_page_token
-        client.delete_entry(collection, page.entries[0].entry_id)  # a cursor survives it, an offset would not
+        client.delete_entry(collection, page.entries[0].entry_id)  # a cursor is not affected, an offset would be
     assert sizes == [3, 3, 1] and names == [f"e{p}" for p in range(7)]
     for bad in ("%%%", "AAAA", "é"):
         with pytest.raises(grpc.RpcError) as refused:

@@ -1,4 +1,4 @@
-"""Every call of the API, against a real server over a socket."""
+"""The methods of the API against a real server."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""What a search can be asked besides the nearest entries, against a real server: groups, a new order, waiting."""
+"""Search options against a real server: grouping, re-ranking, waiting for a revision, tracks."""
 
 import itertools
 import threading
@@ -23,7 +23,7 @@ from resight.errors import (
 
 @pytest.fixture
 def crowd(client, collection) -> str:
-    """Person 0 with many crops, then fewer; tracks of three, some without a name, five cameras."""
+    """Persons with 60 to 1 crops, tracks of three crops, five cameras; some fields empty."""
     new = []
     for person, shots in enumerate([60, 9, 5, 3, 2, 1, 1, 1]):
         for shot in range(shots):
@@ -79,8 +79,8 @@ def test_reranking_equals_the_reference(client, crowd, how):
     names = [hit.entry.entry_id for hit in near]
     scores = {hit.entry.entry_id: hit.ranking_score for hit in answer.hits}
     np.testing.assert_allclose([scores[name] for name in names], expected, atol=1e-4)
-    told = [hit.ranking_score for hit in answer.hits]
-    assert told == sorted(told, reverse=True) and answer.rerank_ns > 0
+    ranking_scores = [hit.ranking_score for hit in answer.hits]
+    assert ranking_scores == sorted(ranking_scores, reverse=True) and answer.rerank_ns > 0
     assert {hit.entry.entry_id: hit.similarity for hit in answer.hits} == {n.entry.entry_id: n.similarity for n in near}
     assert all(hit.feature is None for hit in answer.hits)
 
@@ -145,8 +145,8 @@ def test_a_search_waits_for_a_revision_until_its_deadline(client, collection, ad
     answer = client.search(collection, jpeg(2), min_revision=reached + 1)
     thread.join(20)
     assert "late0" in {hit.entry.entry_id for hit in answer.hits}
-    with Client(address, timeout_s=0.8) as hasty, pytest.raises(RevisionNotSearchableError) as refused:
-        hasty.search(collection, jpeg(1), min_revision=10**9)
+    with Client(address, timeout_s=0.8) as impatient, pytest.raises(RevisionNotSearchableError) as refused:
+        impatient.search(collection, jpeg(1), min_revision=10**9)
     assert refused.value.facts["min_revision"] == str(10**9) and int(refused.value.facts["revision"]) > reached
 
 

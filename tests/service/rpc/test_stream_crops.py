@@ -1,4 +1,4 @@
-"""The kept crops of a collection, streamed over a socket: in order, resumed, held back, and never what has gone."""
+"""StreamCrops against a real server: order, resumption, flow control, deleted entries."""
 
 import asyncio
 import io
@@ -49,7 +49,7 @@ BIG = noise(0)
 
 
 @pytest.fixture
-def album(client, collection):
+def crop_collection(client, collection):
     """A collection that keeps crops, with entries e0..e11 of two cameras, every third of two shots."""
     client.update_collection(collection, CollectionChange(keep_crops=True))
     client.enrol_batch(collection, [new(number) for number in range(FEW)])
@@ -68,38 +68,40 @@ def ids(answers) -> list[str]:
     return [one.entry.entry_id for one in answers]
 
 
-def streamed(client, collection) -> list[int]:
+def audited_counts(client, collection) -> list[int]:
     rows = [row for row in client.audit_events() if row.collection == collection]
     return [row.affected for row in reversed(rows) if row.method == "GalleryService.StreamCrops"]
 
 
-def test_crops_are_streamed_unchanged_in_order_of_enrolment(client, album):
-    found = list(client.stream_crops(album))
+def test_crops_are_streamed_unchanged_in_order_of_enrolment(client, crop_collection):
+    found = list(client.stream_crops(crop_collection))
     assert ids(found) == [f"e{number}" for number in range(FEW)]
     assert [list(one.images) for one in found] == [shots(number) for number in range(FEW)]
-    assert found[5].entry == client.get_entry(album, "e5") and found[5].entry.track_id == "t2"
-    assert ids(client.stream_crops(album, where=Where(camera_ids=["cam1"], exclude_track_ids=["t0"]))) == [
+    assert found[5].entry == client.get_entry(crop_collection, "e5") and found[5].entry.track_id == "t2"
+    assert ids(client.stream_crops(crop_collection, where=Where(camera_ids=["cam1"], exclude_track_ids=["t0"]))) == [
         f"e{number}" for number in range(3, FEW, 2)
     ]
-    assert streamed(client, album) == [FEW, FEW // 2 - 1]
+    assert audited_counts(client, crop_collection) == [FEW, FEW // 2 - 1]
 
 
-def test_a_cursor_resumes_after_the_last_entry(client, album):
-    first = list(itertools.islice(client.stream_crops(album), 5))
-    rest = list(client.stream_crops(album, cursor=first[-1].cursor))
+def test_a_cursor_resumes_after_the_last_entry(client, crop_collection):
+    first = list(itertools.islice(client.stream_crops(crop_collection), 5))
+    rest = list(client.stream_crops(crop_collection, cursor=first[-1].cursor))
     assert ids(first + rest) == [f"e{number}" for number in range(FEW)]
-    assert list(client.stream_crops(album, cursor=rest[-1].cursor)) == []
-    client.enrol(album, new(FEW))
-    assert ids(client.stream_crops(album, cursor=rest[-1].cursor)) == [f"e{FEW}"]
-    client.delete_entry(album, "e4")  # the cursor's own entry may be gone
-    assert ids(client.stream_crops(album, cursor=first[-1].cursor))[0] == "e5"
+    assert list(client.stream_crops(crop_collection, cursor=rest[-1].cursor)) == []
+    client.enrol(crop_collection, new(FEW))
+    assert ids(client.stream_crops(crop_collection, cursor=rest[-1].cursor)) == [f"e{FEW}"]
+    client.delete_entry(crop_collection, "e4")  # the cursor's own entry may be gone
+    assert ids(client.stream_crops(crop_collection, cursor=first[-1].cursor))[0] == "e5"
 
 
-def test_only_entries_enrolled_since_a_time(client, album):
-    since = client.get_entry(album, "e7").create_time
-    found = ids(client.stream_crops(album, since=since))
-    assert set(found) == {e.entry_id for e in client.entries(album) if e.create_time >= since} and "e7" in found
-    assert list(client.stream_crops(album, since=datetime.now(UTC) + timedelta(hours=1))) == []
+def test_only_entries_enrolled_since_a_time(client, crop_collection):
+    since = client.get_entry(crop_collection, "e7").create_time
+    found = ids(client.stream_crops(crop_collection, since=since))
+    assert (
+        set(found) == {e.entry_id for e in client.entries(crop_collection) if e.create_time >= since} and "e7" in found
+    )
+    assert list(client.stream_crops(crop_collection, since=datetime.now(UTC) + timedelta(hours=1))) == []
 
 
 def test_entries_without_crops_are_left_out(client, collection):
@@ -114,7 +116,7 @@ def test_entries_without_crops_are_left_out(client, collection):
 
 
 def test_entries_deleted_while_a_stream_waits_are_not_sent(client, collection):
-    """Also what was there when it began, and was looked up ahead of it."""
+    """Including entries that existed when the stream started and were read ahead."""
     client.update_collection(collection, CollectionChange(keep_crops=True))
     client.enrol_batch(collection, [NewEntry(BIG, f"e{number}", "anna") for number in range(24)])
     ends = datetime.now(UTC) + timedelta(seconds=2)
@@ -147,35 +149,35 @@ def test_a_slow_reader_does_not_block_others(client, collection, address):
         assert list(pool.map(lambda _: len(ids(client.stream_crops(collection))), range(4))) == [24] * 4
 
 
-def test_a_cancelled_stream_is_audited_with_the_entries_sent(client, album):
-    stream = client.stream_crops(album)
+def test_a_cancelled_stream_is_audited_with_the_entries_sent(client, crop_collection):
+    stream = client.stream_crops(crop_collection)
     for _ in range(3):
         next(stream)
     stream.close()
     until = time.monotonic() + 10
-    while not (told := streamed(client, album)):
+    while not (audited := audited_counts(client, crop_collection)):
         assert time.monotonic() < until
         time.sleep(0.05)
-    assert len(told) == 1 and 3 <= told[0] <= FEW
+    assert len(audited) == 1 and 3 <= audited[0] <= FEW
 
 
 def test_a_stream_may_exceed_the_default_deadline_but_not_its_own(bundle_path, tmp_path):
-    """And when the server dies in the middle of it, it goes on behind what was taken."""
+    """After a crash of the server the client resumes behind the last entry."""
     server = ServerProcess(bundle_path, tmp_path / "data", RESIGHT_DEADLINE_S="0.5")
     address = server.wait_ready()
     with Client(address) as client:
-        client.create_collection("album", unlimited_retention=True, keep_crops=True)
+        client.create_collection("crops", unlimited_retention=True, keep_crops=True)
         for number in range(24):
-            client.enrol("album", NewEntry(BIG, f"e{number}"))
+            client.enrol("crops", NewEntry(BIG, f"e{number}"))
         found = 0
-        for _ in client.stream_crops("album"):
-            time.sleep(0.05)  # 24 of them: twice the limit of a lone call
+        for _ in client.stream_crops("crops"):
+            time.sleep(0.05)  # 24 entries: twice the default deadline
             found += 1
         assert found == 24
         with pytest.raises(DeadlineError):
-            for _ in client.stream_crops("album", timeout_s=0.3):
+            for _ in client.stream_crops("crops", timeout_s=0.3):
                 time.sleep(0.1)
-        stream = client.stream_crops("album")
+        stream = client.stream_crops("crops")
         taken = [next(stream).entry.entry_id]
         server.end(signal.SIGKILL)
         server = ServerProcess(bundle_path, tmp_path / "data", listen=address)
@@ -183,11 +185,11 @@ def test_a_stream_may_exceed_the_default_deadline_but_not_its_own(bundle_path, t
         try:
             taken += ids(stream)
             assert taken == [f"e{number}" for number in range(24)]
-            assert 0 < streamed(client, "album")[-1] < 24
+            assert 0 < audited_counts(client, "crops")[-1] < 24
         finally:
             assert server.end() == 0
-    with pytest.raises(UnavailableError), Client("127.0.0.1:1") as nobody:
-        next(nobody.stream_crops("album"))
+    with pytest.raises(UnavailableError), Client("127.0.0.1:1") as unreachable:
+        next(unreachable.stream_crops("crops"))
 
 
 def test_stream_retries_are_limited_and_reset_by_each_response():
@@ -209,43 +211,43 @@ def refused(channel, **wrong):
     return from_status(rpc_status.from_call(failure.value))
 
 
-def test_hostile_requests_are_refused_by_their_field(client, album, channel):
+def test_hostile_requests_are_refused_by_their_field(client, crop_collection, channel):
     for cursor in ("x", "!!", "AAAA", "é", "A" * 5000):
-        error = refused(channel, collection_id=album, cursor=cursor)
+        error = refused(channel, collection_id=crop_collection, cursor=cursor)
         assert isinstance(error, InputError) and error.field == "cursor"
     far = timestamp_pb2.Timestamp(seconds=1 << 60)
-    assert refused(channel, collection_id=album, enrolled_since=far).field == "enrolled_since"
+    assert refused(channel, collection_id=crop_collection, enrolled_since=far).field == "enrolled_since"
     many = gallery_pb2.EntryFilter(camera_ids=["c"] * 1001)
-    assert refused(channel, collection_id=album, filter=many).field == "filter.camera_ids"
+    assert refused(channel, collection_id=crop_collection, filter=many).field == "filter.camera_ids"
     assert isinstance(refused(channel, collection_id="nowhere"), CollectionNotFoundError)
-    for cursor in ("gAAAAAAAAAA", "f_________8"):  # the smallest and the largest number there is
-        found = list(client.stream_crops(album, cursor=cursor))
+    for cursor in ("gAAAAAAAAAA", "f_________8"):  # the smallest and the largest key
+        found = list(client.stream_crops(crop_collection, cursor=cursor))
         assert len(found) == (FEW if cursor[0] == "g" else 0)
 
 
 def test_crops_require_an_operator_of_the_tenant(guarded):
     with guarded.client(Role.OPERATOR) as operator, guarded.client(Role.OPERATOR, "north") as north:
         for own, number in ((operator, 1), (north, 2)):
-            own.create_collection("album", unlimited_retention=True, keep_crops=True)
-            own.enrol("album", new(number))
+            own.create_collection("crops", unlimited_retention=True, keep_crops=True)
+            own.enrol("crops", new(number))
         with guarded.client(Role.ENROLLER) as enroller, pytest.raises(PermissionDeniedError, match="operator"):
-            next(enroller.stream_crops("album"))
-        (one,), (other,) = operator.stream_crops("album"), north.stream_crops("album")
+            next(enroller.stream_crops("crops"))
+        (one,), (other,) = operator.stream_crops("crops"), north.stream_crops("crops")
         assert (list(one.images), list(other.images)) == (shots(1), shots(2))
-        assert ids(north.stream_crops("album", cursor=one.cursor)) == []
+        assert ids(north.stream_crops("crops", cursor=one.cursor)) == []
         for own in (operator, north):
-            own.delete_collection("album", force=True)
+            own.delete_collection("crops", force=True)
 
 
-def test_the_async_client_streams_the_same(client, album, address):
+def test_the_async_client_streams_the_same(client, crop_collection, address):
     async def body():
         async with AsyncClient(address) as own:
-            found = [one async for one in own.stream_crops(album)]
-            rest = [one.entry.entry_id async for one in own.stream_crops(album, cursor=found[7].cursor)]
-            pair = await own.confirm(album, "e1", "e0")
-            listed = [one async for one in own.list_feedback(album)]
+            found = [one async for one in own.stream_crops(crop_collection)]
+            rest = [one.entry.entry_id async for one in own.stream_crops(crop_collection, cursor=found[7].cursor)]
+            pair = await own.confirm(crop_collection, "e1", "e0")
+            listed = [one async for one in own.list_feedback(crop_collection)]
             return found, rest, pair, listed
 
     found, rest, pair, listed = asyncio.run(body())
-    assert found == list(client.stream_crops(album)) and rest == ids(found)[8:]
+    assert found == list(client.stream_crops(crop_collection)) and rest == ids(found)[8:]
     assert listed == [pair] and pair.same

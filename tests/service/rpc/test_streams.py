@@ -1,4 +1,4 @@
-"""Both streams over a real socket: order of completion, one status each, and a bound on what is in flight."""
+"""StreamEmbed and StreamSearch against a real server: order of completion, status per item, flow control."""
 
 import asyncio
 import threading
@@ -55,13 +55,13 @@ def test_ids_of_request_and_crop_come_back(address):
             stub.Embed(embedding_pb2.EmbedRequest(image=common_pb2.ImageCrop(data=jpeg(1), crop_id="x" * 257)))
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         with pytest.raises(grpc.RpcError) as refused:
-            stub.Embed(embedding_pb2.EmbedRequest(image=image, model_id="nobody"))
+            stub.Embed(embedding_pb2.EmbedRequest(image=image, model_id="unknown"))
         assert refused.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-@pytest.mark.parametrize("most", [1, 3])
-def test_no_more_requests_are_read_than_may_be_pending(most):
-    """What is not read stays in gRPC's window, and holds the sender back."""
+@pytest.mark.parametrize("max_pending", [1, 3])
+def test_no_more_requests_are_read_than_may_be_pending(max_pending):
+    """Unread requests stay in gRPC's window and slow down the sender."""
     read, ended = [], []
 
     async def requests():
@@ -76,10 +76,10 @@ def test_no_more_requests_are_read_than_may_be_pending(most):
 
     async def body():
         taken = []
-        async for answer in map_as_completed(requests(), work, most):
+        async for answer in map_as_completed(requests(), work, max_pending):
             await asyncio.sleep(0.005)  # the client reads slowly
             taken.append(answer)
-            assert len(read) <= len(taken) - 1 + most
+            assert len(read) <= len(taken) - 1 + max_pending
         assert sorted(taken) == list(range(20)) and taken == ended
 
     asyncio.run(body())
@@ -91,7 +91,7 @@ def test_a_broken_stream_cancels_its_work_and_raises():
     async def requests():
         yield 1
         await asyncio.sleep(0.01)
-        raise ConnectionError("gone")
+        raise ConnectionError("lost")
 
     async def work(number: int) -> int:
         try:

@@ -1,4 +1,4 @@
-"""Changing what stands, over a real socket: updates, etags, limits, all-or-none batches, and erasing a person."""
+"""Updates against a real server: entries, settings, etags, limits, atomic batches and erasure."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +35,7 @@ def test_an_entry_is_changed_in_place(client, collection):
     hit = client.search(collection, jpeg(1), top_k=1).hits[0]
     assert hit.entry == client.get_entry(collection, "e") and hit.similarity > 0.999
     with pytest.raises(EntryNotFoundError):
-        client.update_entry(collection, "nobody", subject_id="x")
+        client.update_entry(collection, "unknown", subject_id="x")
 
 
 def test_only_mutable_fields_can_be_changed(client, collection, address):
@@ -94,7 +94,7 @@ def test_a_collections_settings(client, collection):
             client.update_collection(collection, bad)
     assert client.collection(collection) == kept
     with pytest.raises(ModelNotFoundError):
-        client.create_collection("other-model", unlimited_retention=True, model="nobody")
+        client.create_collection("other-model", unlimited_retention=True, model="unknown")
 
 
 def test_readers_never_see_settings_older_than_acknowledged(client, collection):
@@ -157,7 +157,7 @@ def test_a_crop_below_min_quality_is_refused(client, collection, bundle):
     outcomes = client.enrol_batch(collection, [NewEntry([jpeg(1), jpeg(1, 1)])])
     assert (type(outcomes[0]), outcomes[0].field) == (QualityTooLowError, "requests[0].shots.images")
     given = GivenFeature(client.embed(jpeg(2)), bundle.manifest.space_id)
-    client.enrol(collection, NewEntry(given, "given"))  # a feature is not a crop; its quality is the caller's word
+    client.enrol(collection, NewEntry(given, "given"))  # the quality of a sent feature is not checked
     assert client.search(collection, jpeg(1), top_k=1).hits[0].entry.entry_id == "good"
 
 
@@ -183,7 +183,7 @@ def test_a_person_is_erased_everywhere(client, collection):
     client.create_collection(other, unlimited_retention=True, keep_crops=True)
     for name in (collection, other):
         client.enrol_batch(name, [NewEntry(jpeg(p, s), f"{p}-{s}", f"erased-{p}") for p in range(3) for s in range(2)])
-    here = client.erase_subject("erased-1", collection=collection, reason="asked on 2026-03-01")
+    here = client.erase_subject("erased-1", collection=collection, reason="requested on 2026-03-01")
     assert (here.count, here.storage_scrubbed) == (2, True) and here.audit_id
     everywhere = client.erase_subject("erased-1")
     assert everywhere.count == 2 and client.erase_subject("erased-1").count == 0
@@ -195,7 +195,7 @@ def test_a_person_is_erased_everywhere(client, collection):
         client.erase_subject("")
     rows = [row for row in client.audit_events() if row.method == "GalleryService.EraseSubject"]
     assert rows[0].affected == 0 and {row.audit_id for row in rows} >= {here.audit_id, everywhere.audit_id}
-    told = next(row for row in rows if row.audit_id == here.audit_id)
-    assert (told.reason, told.collection) == ("asked on 2026-03-01", collection)
-    assert told.subject_hash and "erased" not in told.subject_hash
+    row = next(row for row in rows if row.audit_id == here.audit_id)
+    assert (row.reason, row.collection) == ("requested on 2026-03-01", collection)
+    assert row.subject_hash and "erased" not in row.subject_hash
     client.delete_collection(other, force=True)

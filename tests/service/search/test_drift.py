@@ -11,8 +11,8 @@ def histogram(cosines) -> np.ndarray:
     return counts
 
 
-def index_by_hand(before: list[int], now: list[int]) -> float:
-    """The index with loops: a bin belongs to the tenth of ``before`` that its middle lies in."""
+def reference_index(before: list[int], now: list[int]) -> float:
+    """Reference implementation with loops: a bin belongs to the decile of ``before`` that has its middle."""
     whole, below, part_of = sum(before), 0, []
     for count in before:
         part_of.append(min(9, int(10 * (below + count / 2) / whole)))
@@ -50,7 +50,7 @@ def test_the_index_equals_the_reference_and_is_near_that_of_exact_deciles(seed):
         (np.full(5, 0.3), np.full(2, -0.3)),
     ):
         counts = histogram(before), histogram(now)
-        assert stability_index(*counts) == pytest.approx(index_by_hand(*(one.tolist() for one in counts)), abs=1e-12)
+        assert stability_index(*counts) == pytest.approx(reference_index(*(one.tolist() for one in counts)), abs=1e-12)
     exact = index_of_deciles(rng.normal(0.7, 0.1, 4000), rng.normal(0.65, 0.1, 4000))
     binned = stability_index(histogram(rng.normal(0.7, 0.1, 4000)), histogram(rng.normal(0.65, 0.1, 4000)))
     assert binned == pytest.approx(exact, rel=0.35)

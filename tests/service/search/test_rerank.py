@@ -1,4 +1,4 @@
-"""Re-ranking equals what the papers say, written in loops; and it mends an order that neighbours contradict."""
+"""Re-ranking equals the reference implementations of the papers, and improves an order."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def test_query_expansion_equals_the_reference(joined):
 
 @pytest.mark.parametrize("method", ["k_reciprocal", "query_expansion"])
 def test_mutual_neighbours_rank_before_a_chance_neighbour(method):
-    """A person's crops, and one of somebody else that is nearer to the query than the last of them but to no other."""
+    """A crop of another person that is nearer to the query than the person's last crop, but not to the others."""
     angles = np.radians([0, 10, 15, 20, 25, 30, 35, 40])
     person = np.stack([np.cos(angles), np.sin(angles), np.zeros(8)], axis=1).astype(np.float32)
     stranger = np.array([[np.cos(np.radians(38)), 0, np.sin(np.radians(38))]], np.float32)

@@ -1,4 +1,4 @@
-"""Searches that wait: which are run together, that each gets its own answer, and that none waits for ever."""
+"""The search queue: batching, a result for each caller, and no endless waiting."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,7 @@ FOREVER = float("inf")
 
 
 class Doubled:
-    """Answers a number with its double, and keeps what it was asked at once."""
+    """Doubles numbers, and records the batches."""
 
     def __init__(self) -> None:
         self.runs: list[tuple[str, list[int]]] = []
@@ -72,7 +72,7 @@ def test_one_queue_serves_successive_event_loops(thread):
 
     async def left() -> None:
         asyncio.get_running_loop().create_task(queue.submit("k", [1], deadline=FOREVER))
-        await asyncio.sleep(0)  # it is in the queue; the loop ends before it asks
+        await asyncio.sleep(0)  # queued, but the loop ends before the run is scheduled
 
     for _ in range(3):
         with pytest.raises(asyncio.CancelledError):

@@ -1,4 +1,4 @@
-"""One suite for every kind of index, over a real store: what a search promises, whatever finds the candidates."""
+"""Search results of every kind of index over a real store."""
 
 import asyncio
 import zlib
@@ -41,7 +41,7 @@ class Site:
     def __init__(self, store, searcher):
         self.store, self.searcher = store, searcher
 
-    async def made(self, name="lobby"):
+    async def create(self, name="lobby"):
         return await self.store.write(writes.create_collection, Collection(name, SPACE))
 
     async def enrol(self, into, features, prefix="e", **more):
@@ -65,7 +65,7 @@ class Site:
 
 
 @asynccontextmanager
-async def opened(path, kind, **rules):
+async def open_site(path, kind, **rules):
     store = Store(path / "gallery.sqlite3", dim=DIM)
     where = {"milvus": str(path / "milvus.db")} if kind == "milvus" else {"kind": kind}
     searcher = Searcher(store, IndexPolicy(folder=path, **where, **rules))
@@ -77,7 +77,7 @@ async def opened(path, kind, **rules):
         store.close()
 
 
-async def settled(site, collection, kind):
+async def index_ready(site, collection, kind):
     """Wait until the collection has an index of this kind that is not being replaced."""
     await site.ids(collection, people()[0])
     for _ in range(1000):
@@ -88,7 +88,7 @@ async def settled(site, collection, kind):
     raise AssertionError(stats)
 
 
-def by_hand(features, query, k, allowed=lambda n: True):
+def brute_force(features, query, k, allowed=lambda n: True):
     scored = sorted((-float(np.clip((row * query).sum(), -1, 1)), n) for n, row in enumerate(features) if allowed(n))
     return [f"e{n}" for _, n in scored[:k]]
 
@@ -104,17 +104,17 @@ def test_finds_what_brute_force_finds_also_after_a_restart(tmp_path, kind):
     features = people()
 
     async def body():
-        async with opened(tmp_path, kind) as site:
-            lobby = await site.made()
+        async with open_site(tmp_path, kind) as site:
+            lobby = await site.create()
             await site.enrol(lobby, features)
-            await settled(site, lobby, kind)
+            await index_ready(site, lobby, kind)
             first = [await site.ids(lobby, query, 12, exact=True) for query in features[:20]]
-            assert first == [by_hand(features, query, 12) for query in features[:20]]
+            assert first == [brute_force(features, query, 12) for query in features[:20]]
             loose = [await site.ids(lobby, query, 12) for query in features[:20]]
             assert np.mean([len({*a} & {*b}) / 12 for a, b in zip(first, loose, strict=True)]) > 0.95
-        async with opened(tmp_path, kind) as site:
+        async with open_site(tmp_path, kind) as site:
             lobby = await site.store.read(reads.collection, "lobby")
-            await settled(site, lobby, kind)
+            await index_ready(site, lobby, kind)
             assert [await site.ids(lobby, query, 12, exact=True) for query in features[:20]] == first
             assert [await site.ids(lobby, query, 12) for query in features[:20]] == loose
 
@@ -125,10 +125,10 @@ def test_similarities_and_features_are_those_of_the_store_to_the_bit(tmp_path, k
     features = people()
 
     async def body():
-        async with opened(tmp_path, kind) as site:
-            lobby = await site.made()
+        async with open_site(tmp_path, kind) as site:
+            lobby = await site.create()
             await site.enrol(lobby, features)
-            await settled(site, lobby, kind)
+            await index_ready(site, lobby, kind)
             (found,) = await site.searcher.search(lobby, [NearestQuery(features[5], 9, Filter())], with_features=True)
             assert found.exact == (kind in ("flat", "flat-fp16")) and len(found.hits) == 9
             for hit in found.hits:
@@ -143,11 +143,11 @@ def test_deleted_expired_and_foreign_entries_never_return(tmp_path, kind):
     features = people()
 
     async def body():
-        async with opened(tmp_path, kind) as site:
-            lobby, other = await site.made(), await site.made("other")
+        async with open_site(tmp_path, kind) as site:
+            lobby, other = await site.create(), await site.create("other")
             await site.enrol(lobby, features)
             await site.enrol(other, features[:3], prefix="foreign")
-            await settled(site, lobby, kind)
+            await index_ready(site, lobby, kind)
             target = features[7]
             assert (await site.ids(lobby, target))[0] == "e7"
             await site.store.erase(writes.delete_entry, lobby, "e7", allow_missing=False)
@@ -167,16 +167,16 @@ def test_a_filter_is_respected_and_top_k_hits_returned(tmp_path, kind):
     features = people()
 
     async def body():
-        async with opened(tmp_path, kind) as site:
-            lobby = await site.made()
+        async with open_site(tmp_path, kind) as site:
+            lobby = await site.create()
             await site.enrol(lobby, features)
-            await settled(site, lobby, kind)
+            await index_ready(site, lobby, kind)
             for query in features[:5]:
                 there = await site.ids(lobby, query, 20, Filter(camera_ids=("hall",)))
-                assert there == by_hand(features, query, 20, lambda n: n % 3 == 1)
+                assert there == brute_force(features, query, 20, lambda n: n % 3 == 1)
                 without = Filter(exclude_camera_ids=("door", "hall"))
                 elsewhere = await site.ids(lobby, query, 20, without, exact=True)
-                assert elsewhere == by_hand(features, query, 20, lambda n: n % 3 == 2)
+                assert elsewhere == brute_force(features, query, 20, lambda n: n % 3 == 2)
                 assert len(await site.ids(lobby, query, 20, without)) == 20
                 assert await site.ids(lobby, query, 5, Filter(camera_ids=("nowhere",))) == []
 
@@ -188,11 +188,11 @@ def test_equal_entries_come_in_order_of_enrolment(tmp_path, kind):
     features[100:130] = features[3]
 
     async def body():
-        async with opened(tmp_path, kind) as site:
-            lobby = await site.made()
+        async with open_site(tmp_path, kind) as site:
+            lobby = await site.create()
             await site.enrol(lobby, features)
-            await settled(site, lobby, kind)
-            assert await site.ids(lobby, features[3], 20, exact=True) == by_hand(features, features[3], 20)
+            await index_ready(site, lobby, kind)
+            assert await site.ids(lobby, features[3], 20, exact=True) == brute_force(features, features[3], 20)
             near = await site.ids(lobby, features[3], 31)
             assert near == sorted(near, key=lambda one: int(one[1:]))
 
@@ -203,8 +203,8 @@ def test_writes_during_an_index_build_are_not_lost(tmp_path):
     features = people(count=900)
 
     async def body():
-        async with opened(tmp_path, "auto", flat_max=150, half_max=300, tail_max=40) as site:
-            lobby = await site.made()
+        async with open_site(tmp_path, "auto", flat_max=150, half_max=300, tail_max=40) as site:
+            lobby = await site.create()
             kinds = []
             for start in range(0, 900, 100):
                 batch = [
@@ -212,16 +212,16 @@ def test_writes_during_an_index_build_are_not_lost(tmp_path):
                     for n in range(start, start + 100)
                 ]
                 await asyncio.gather(*batch)
-                gone = f"e{start + 50}"
-                await site.store.erase(writes.delete_entry, lobby, gone, allow_missing=False)
+                deleted = f"e{start + 50}"
+                await site.store.erase(writes.delete_entry, lobby, deleted, allow_missing=False)
                 found = await site.ids(lobby, features[start + 50], 1000, exact=True)
-                assert gone not in found and f"e{start + 99}" in found
+                assert deleted not in found and f"e{start + 99}" in found
                 await site.store.write(writes.purge_requests, site.searcher.revisions())
                 kinds.append(site.searcher.stats(lobby).index_type)
-            stats = await settled(site, lobby, "hnsw")
+            stats = await index_ready(site, lobby, "hnsw")
             assert kinds[0] == "flat" and stats.index_bytes > 900 * DIM * 2
-            wanted = by_hand(features, features[0], 1000, lambda n: n % 100 != 50)
-            assert await site.ids(lobby, features[0], 1000, exact=True) == wanted
+            expected = brute_force(features, features[0], 1000, lambda n: n % 100 != 50)
+            assert await site.ids(lobby, features[0], 1000, exact=True) == expected
 
     asyncio.run(body())
 
@@ -231,10 +231,10 @@ def test_many_tombstones_cause_a_rebuild(tmp_path, monkeypatch):
     features = people()
 
     async def body():
-        async with opened(tmp_path, "flat-fp16") as site:
-            lobby = await site.made()
+        async with open_site(tmp_path, "flat-fp16") as site:
+            lobby = await site.create()
             await site.enrol(lobby, features)
-            await settled(site, lobby, "flat-fp16")
+            await index_ready(site, lobby, "flat-fp16")
             for n in range(0, 60):
                 await site.store.erase(writes.delete_entry, lobby, f"e{n}", allow_missing=False)
             await site.ids(lobby, features[0])
@@ -242,9 +242,9 @@ def test_many_tombstones_cause_a_rebuild(tmp_path, monkeypatch):
             await site.store.erase(writes.delete_entry, lobby, "e60", allow_missing=False)
             for n in range(61, 90):
                 await site.store.erase(writes.delete_entry, lobby, f"e{n}", allow_missing=False)
-            stats = await settled(site, lobby, "flat-fp16")
+            stats = await index_ready(site, lobby, "flat-fp16")
             assert stats.tombstones < 60
-            assert await site.ids(lobby, features[0], 5) == by_hand(features, features[0], 5, lambda n: n >= 90)
+            assert await site.ids(lobby, features[0], 5) == brute_force(features, features[0], 5, lambda n: n >= 90)
 
     asyncio.run(body())
 
@@ -253,8 +253,8 @@ def test_a_graph_with_low_recall_is_rejected_with_a_note(tmp_path):
     rng = np.random.default_rng(1)
 
     async def body():
-        async with opened(tmp_path, "flat-fp16", min_recall=1.1) as site:
-            lobby = await site.made()
+        async with open_site(tmp_path, "flat-fp16", min_recall=1.1) as site:
+            lobby = await site.create()
             await site.enrol(lobby, unit(rng.normal(size=(300, DIM))))
             stats = await site.searcher.rebuild(lobby, "hnsw")
             assert stats.index_type == "flat-fp16" and "1.10 is required" in stats.note
@@ -265,9 +265,9 @@ def test_a_graph_with_low_recall_is_rejected_with_a_note(tmp_path):
 
 def test_an_empty_collection_can_have_a_graph(tmp_path):
     async def body():
-        async with opened(tmp_path, "hnsw") as site:
-            lobby = await site.made()
-            assert (await settled(site, lobby, "hnsw")).note == ""
+        async with open_site(tmp_path, "hnsw") as site:
+            lobby = await site.create()
+            assert (await index_ready(site, lobby, "hnsw")).note == ""
             assert await site.ids(lobby, people()[0]) == []
             await site.enrol(lobby, people(count=5))
             assert len(await site.ids(lobby, people()[0])) == 5
@@ -277,8 +277,8 @@ def test_an_empty_collection_can_have_a_graph(tmp_path):
 
 def test_rebuild_changes_the_kind_and_samples_recall(tmp_path):
     async def body():
-        async with opened(tmp_path, "auto", sample=1) as site:
-            lobby = await site.made()
+        async with open_site(tmp_path, "auto", sample=1) as site:
+            lobby = await site.create()
             await site.enrol(lobby, people())
             assert (await site.searcher.rebuild(lobby)).index_type == "flat"
             assert site.searcher.stats(lobby).sampled_recall_at_10 is None
@@ -298,8 +298,8 @@ def test_entries_inserted_among_older_keys_are_found(tmp_path, kind):
     features = people()
 
     async def body():
-        async with opened(tmp_path, kind) as site:
-            lobby = await site.made()
+        async with open_site(tmp_path, kind) as site:
+            lobby = await site.create()
             await site.enrol(lobby, features)
             new = Space("cd" * 16, "next", DIM)
 
@@ -319,8 +319,8 @@ def test_entries_inserted_among_older_keys_are_found(tmp_path, kind):
 
             there = replace(lobby, space=new)
             await site.store.write(fill, range(100, 200))
-            await settled(site, there, kind)
-            assert await site.ids(there, -features[150], 3, exact=True) == by_hand(
+            await index_ready(site, there, kind)
+            assert await site.ids(there, -features[150], 3, exact=True) == brute_force(
                 features, features[150], 3, lambda n: 100 <= n < 200
             )
             await site.store.write(fill, range(0, 100))
@@ -334,15 +334,15 @@ def test_waiting_searches_are_batched_and_each_gets_its_result(tmp_path):
     features = people()
 
     async def body():
-        async with opened(tmp_path, "flat") as site:
-            lobby = await site.made()
+        async with open_site(tmp_path, "flat") as site:
+            lobby = await site.create()
             await site.enrol(lobby, features)
             filters = (Filter(), Filter(camera_ids=("hall",)), Filter(exclude_camera_ids=("hall",)))
             allowed = (lambda n: True, lambda n: n % 3 == 1, lambda n: n % 3 != 1)
-            asked = [(n, n % 3, 1 + n % 13) for n in range(200)]
-            found = await asyncio.gather(*(site.ids(lobby, features[n], k, filters[f]) for n, f, k in asked))
-            for (n, f, k), ids in zip(asked, found, strict=True):
-                assert ids == by_hand(features, features[n], k, allowed[f])
+            searches = [(n, n % 3, 1 + n % 13) for n in range(200)]
+            found = await asyncio.gather(*(site.ids(lobby, features[n], k, filters[f]) for n, f, k in searches))
+            for (n, f, k), ids in zip(searches, found, strict=True):
+                assert ids == brute_force(features, features[n], k, allowed[f])
 
     asyncio.run(body())
 
@@ -355,13 +355,14 @@ def test_a_full_queue_and_a_past_deadline_are_refused_and_a_deleted_collection_f
         searcher = Searcher(store, max_queue=4)
         site = Site(store, searcher)
         try:
-            lobby, gone = await site.made(), await site.made("gone")
+            lobby, deleted = await site.create(), await site.create("gone")
             await site.enrol(lobby, features[:50])
             await store.erase(writes.delete_collection, "gone", force=True)
             with pytest.raises(DeadlineError):
                 await site.ids(lobby, features[0], deadline=0.0)
             outcomes = await asyncio.gather(
-                *(site.ids(one, features[0], 1) for one in (lobby, gone, lobby, lobby, lobby)), return_exceptions=True
+                *(site.ids(one, features[0], 1) for one in (lobby, deleted, lobby, lobby, lobby)),
+                return_exceptions=True,
             )
             assert [type(one) for one in outcomes] == [list, CollectionNotFoundError, list, list, OverloadedError]
         finally:
@@ -375,10 +376,10 @@ def test_a_saved_graph_is_updated_after_a_restart(tmp_path):
     features = people(count=600)
 
     async def body():
-        async with opened(tmp_path, "hnsw") as site:
-            lobby = await site.made()
+        async with open_site(tmp_path, "hnsw") as site:
+            lobby = await site.create()
             await site.enrol(lobby, features[:500])
-            await settled(site, lobby, "hnsw")
+            await index_ready(site, lobby, "hnsw")
         (path,) = (tmp_path / "index").iterdir()
         written = path.stat().st_mtime_ns
         store = Store(tmp_path / "gallery.sqlite3", dim=DIM)
@@ -387,12 +388,12 @@ def test_a_saved_graph_is_updated_after_a_restart(tmp_path):
         for n in range(500, 600):
             await store.write(writes.enrol, lobby, Enrolment(EntryRecord(f"e{n}"), features[n]))
         store.close()
-        async with opened(tmp_path, "hnsw") as site:
-            stats = await settled(site, lobby, "hnsw")
+        async with open_site(tmp_path, "hnsw") as site:
+            stats = await index_ready(site, lobby, "hnsw")
             assert stats.tombstones == 5 and path.stat().st_mtime_ns == written  # half of the entries are the tail
             allowed = lambda n: n >= 500 or n % 50 != 0  # noqa: E731
             for query in features[::60]:
-                assert await site.ids(lobby, query, 12, exact=True) == by_hand(features, query, 12, allowed)
+                assert await site.ids(lobby, query, 12, exact=True) == brute_force(features, query, 12, allowed)
                 near = await site.ids(lobby, query, 12)
                 assert len(near) == 12 and all(allowed(int(one[1:])) for one in near)
             await site.store.erase(writes.delete_collection, "lobby", force=True)
@@ -407,8 +408,8 @@ def test_a_failed_build_keeps_the_old_index_with_a_note(tmp_path, monkeypatch):
         raise MemoryError("no room for a graph")
 
     async def body():
-        async with opened(tmp_path, "auto") as site:
-            lobby = await site.made()
+        async with open_site(tmp_path, "auto") as site:
+            lobby = await site.create()
             await site.enrol(lobby, people())
             monkeypatch.setattr("resight.service.index.builder.empty_graph", no_room)
             with pytest.raises(MemoryError):

@@ -1,4 +1,4 @@
-"""What searches came to, counted by a real server and by loops; over restarts, spaces and a full reference."""
+"""Search statistics of a real server compared with loops; over restarts, several spaces and a full reference."""
 
 import asyncio
 import signal
@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pytest
 from serving import ServerProcess, features_by_hand, jpeg, make_bundle
-from stores import SPACE, made, opened
+from stores import SPACE, create_collection, open_gallery
 
 from resight.calibration import Calibration
 from resight.client import Client, NewEntry, Query
@@ -29,7 +29,7 @@ from resight.service.storage import writes
 
 CURVE = Calibration(0.5, 10.0, 0.95, 0.3, 0.001, 0.05, 100, 100, "tests", "tests", 0.01)
 ENROLLED = [jpeg(p, s) for p in range(8) for s in range(2)]
-ASKED = [jpeg(p, 5) for p in (*range(6), *range(100, 112))]
+QUERIES = [jpeg(p, 5) for p in (*range(6), *range(100, 112))]
 
 
 @pytest.fixture
@@ -43,10 +43,10 @@ def start(root, tmp_path) -> ServerProcess:
     return ServerProcess(root / "a", tmp_path / "data", "--models", str(root))
 
 
-def by_hand(seed: int) -> dict[str, object]:
-    """Figures of the searches for `ASKED`, with loops over that model's features."""
+def expected_statistics(seed: int) -> dict[str, object]:
+    """Statistics of the searches for `QUERIES`, with loops over the model's features."""
     gallery, best = features_by_hand(ENROLLED, seed), []
-    for query in features_by_hand(ASKED, seed):
+    for query in features_by_hand(QUERIES, seed):
         best.append(max(float(query @ entry) for entry in gallery))
     probable = [float(CURVE.probability(cosine)) for cosine in best]
     counts = [0] * 64
@@ -54,20 +54,20 @@ def by_hand(seed: int) -> dict[str, object]:
         counts[bin_of(cosine)] += 1
     unknown = sum(p < CURVE.reject for p in probable)
     return {
-        "searches": len(ASKED),
+        "searches": len(QUERIES),
         "matches": sum(p >= CURVE.accept for p in probable),
         "unknown": unknown,
-        "unknown_share": pytest.approx(unknown / len(ASKED)),
+        "unknown_share": pytest.approx(unknown / len(QUERIES)),
         "mean_cosine": pytest.approx(np.mean(best), abs=1e-5),
         "mean_probability": pytest.approx(np.mean(probable), abs=1e-4),
         "cosine_histogram": tuple(counts),
-        "reference_searches": len(ASKED),
+        "reference_searches": len(QUERIES),
     }
 
 
-def assert_told(told, expected: dict[str, object]) -> None:
+def assert_statistics(stats, expected: dict[str, object]) -> None:
     for name, value in expected.items():
-        assert getattr(told, name) == value, name
+        assert getattr(stats, name) == value, name
 
 
 def test_each_space_is_counted_and_nothing_is_lost_in_a_restart(root, tmp_path):
@@ -77,27 +77,29 @@ def test_each_space_is_counted_and_nothing_is_lost_in_a_restart(root, tmp_path):
         client.enrol_batch("lobby", [NewEntry(crop) for crop in ENROLLED])
         assert client.search_figures("lobby") == []
         begun = datetime.now(UTC)
-        for crop in ASKED[:3]:
+        for crop in QUERIES[:3]:
             client.search("lobby", crop)
-        client.search_batch("lobby", [Query(crop) for crop in ASKED[3:9]])
-        list(client.stream_search("lobby", [Query(crop) for crop in ASKED[9:]]))
+        client.search_batch("lobby", [Query(crop) for crop in QUERIES[3:9]])
+        list(client.stream_search("lobby", [Query(crop) for crop in QUERIES[9:]]))
         old = client.collection("lobby").space_id
         (before,) = client.search_figures("lobby")
-        assert_told(before, by_hand(0) | {"space_id": old, "model_id": "tiny-0", "active": True, "without_hit": 0})
+        assert_statistics(
+            before, expected_statistics(0) | {"space_id": old, "model_id": "tiny-0", "active": True, "without_hit": 0}
+        )
         assert before.unknown > 0 and before.matches > 0 and before.drift_index is None  # too few to tell
         assert begun <= before.first_time <= before.last_time <= datetime.now(UTC)
         client.wait(client.load_model("b"))
         client.wait(client.migrate("lobby", "b", auto_activate=True))
-        for crop in ASKED:
+        for crop in QUERIES:
             client.search("lobby", crop)
-        client.search("lobby", ASKED[0], min_similarity=1.0)  # cut off, so without any hit
+        client.search("lobby", QUERIES[0], min_similarity=1.0)  # cut off, so without any hit
         kept = client.search_figures("lobby")
         was, now = kept
         new = client.collection("lobby").space_id
         assert was == before.__class__(**(vars(before) | {"active": False}))
-        expected = by_hand(1)
+        expected = expected_statistics(1)
         unknown = now.unknown
-        assert (now.searches, now.without_hit, now.space_id) == (len(ASKED) + 1, 1, new)
+        assert (now.searches, now.without_hit, now.space_id) == (len(QUERIES) + 1, 1, new)
         assert unknown == expected["unknown"] + 1 and now.unknown_share == pytest.approx(unknown / now.searches)
         assert now.mean_cosine == expected["mean_cosine"] and now.cosine_histogram == expected["cosine_histogram"]
     assert first.end() == 0
@@ -108,7 +110,7 @@ def test_each_space_is_counted_and_nothing_is_lost_in_a_restart(root, tmp_path):
         later = datetime.now(UTC) + timedelta(minutes=2)
         assert client.search_figures("lobby", start=later) == [] == client.search_figures("lobby", space_id="ff" * 16)
         assert client.search_figures("lobby", start=begun, end=later) == kept
-        client.search("lobby", ASKED[0])
+        client.search("lobby", QUERIES[0])
         assert client.search_figures("lobby", space_id=new)[0].searches == now.searches + 1  # which writes it
         with pytest.raises(CollectionNotFoundError):
             client.search_figures("nowhere")
@@ -124,7 +126,7 @@ def test_each_space_is_counted_and_nothing_is_lost_in_a_restart(root, tmp_path):
     assert third.end() == 0, third.log.read_text()
 
 
-def answered(cosine: float) -> RankedAnswer:
+def answer_with(cosine: float) -> RankedAnswer:
     hit = ScoredHit(Hit(EntryRecord("e"), cosine), None, None, cosine)
     return RankedAnswer((hit,), None, 1, True, 0)
 
@@ -132,7 +134,7 @@ def answered(cosine: float) -> RankedAnswer:
 def counted(cosines, minute: int) -> SearchCounts:
     whole = SearchCounts()
     for cosine in cosines:
-        whole.add(answered(float(cosine)), minute * MINUTE_US)
+        whole.add(answer_with(float(cosine)), minute * MINUTE_US)
     return whole
 
 
@@ -142,7 +144,7 @@ def test_drift_compares_the_newest_hits_with_the_first_and_survives_restarts(tmp
     parts += [rng.normal(0.7, 0.05, 50), rng.normal(0.6, 0.05, 600), rng.normal(0.6, 0.05, 600)]
 
     async def body(store) -> None:
-        lobby = await made(store)
+        lobby = await create_collection(store)
         place = (lobby.key, SPACE.space_id)
         statistics = SearchStatistics(store)
         for number, part in enumerate(parts):
@@ -160,59 +162,59 @@ def test_drift_compares_the_newest_hits_with_the_first_and_survives_restarts(tmp
         late = counted(np.concatenate(parts[4:]), now)
         expected = stability_index(reference.bins, late.bins), late.cosine_sum / late.hits - reference.cosine_sum / 1200
         assert drifts[place] == pytest.approx(expected) and expected[0] > 0.25
-        statistics.record(lobby, [answered(0.6)])
+        statistics.record(lobby, [answer_with(0.6)])
         assert statistics.drift(lobby) is None
         await statistics.stop()
         assert statistics.drift(lobby)[0] > 0.25
-        (told,) = await statistics.window_stats(lobby)
-        assert (told.counts.searches, told.reference.hits) == (sum(map(len, parts)) + 1, 1200)
+        (stats,) = await statistics.window_stats(lobby)
+        assert (stats.counts.searches, stats.reference.hits) == (sum(map(len, parts)) + 1, 1200)
         window = ((now - 7) * MINUTE_US, (now - 6) * MINUTE_US)
-        (told,) = await statistics.window_stats(
+        (stats,) = await statistics.window_stats(
             lobby, window=window, reference=((now - 10) * MINUTE_US, (now - 9) * MINUTE_US)
         )
-        assert (told.counts.hits, told.reference.hits) == (50, 400)
+        assert (stats.counts.hits, stats.reference.hits) == (50, 400)
 
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(body(store))
 
 
 def test_minutes_are_summed_kept_for_a_month_and_deleted_with_their_collection(tmp_path):
     async def body(store) -> None:
-        lobby = await made(store)
+        lobby = await create_collection(store)
         place, now = (lobby.key, SPACE.space_id), now_us() // MINUTE_US
         for minute in (now - 31 * 1440, now - 29 * 1440, now, now):
             await store.write_unchecked(statistics_module.write_counts, {(place, minute): counted((0.5, 0.9), minute)})
         assert await store.write_unchecked(statistics_module.purge_counts) == 1
         statistics = SearchStatistics(store)
-        (told,) = await statistics.window_stats(lobby)
-        assert (told.counts.searches, told.reference.hits) == (6, 8)
-        assert told.counts.cosine_sum == pytest.approx(4.2) and told.counts.bins.sum() == 6
+        (stats,) = await statistics.window_stats(lobby)
+        assert (stats.counts.searches, stats.reference.hits) == (6, 8)
+        assert stats.counts.cosine_sum == pytest.approx(4.2) and stats.counts.bins.sum() == 6
         await store.erase(writes.delete_collection, "lobby", force=True)
-        statistics.record(lobby, [answered(0.5)])
+        statistics.record(lobby, [answer_with(0.5)])
         await statistics.flush()  # nothing is there to be written to, and nothing fails
         counts = "SELECT (SELECT count(*) FROM search_minute) + (SELECT count(*) FROM search_reference)"
         assert await store.read(lambda c: c.execute(counts).fetchone()[0]) == 0
 
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(body(store))
 
 
 def test_failed_writes_are_retried_and_cancelled_flushes_lose_nothing(tmp_path):
     async def body(store) -> None:
-        lobby, statistics = await made(store), SearchStatistics(store)
-        statistics.record(lobby, [answered(0.5)])
+        lobby, statistics = await create_collection(store), SearchStatistics(store)
+        statistics.record(lobby, [answer_with(0.5)])
         leaving = asyncio.create_task(statistics.flush())
         await asyncio.sleep(0)
         leaving.cancel()
-        (told,) = await statistics.window_stats(lobby)
-        assert told.counts.searches == 1
-        statistics.record(lobby, [answered(0.5)])
+        (stats,) = await statistics.window_stats(lobby)
+        assert stats.counts.searches == 1
+        statistics.record(lobby, [answer_with(0.5)])
         await store.write_unchecked(lambda c: c.execute("ALTER TABLE search_minute RENAME TO away") and None)
         await statistics.flush()  # refused
-        statistics.record(lobby, [answered(0.5)])
+        statistics.record(lobby, [answer_with(0.5)])
         await store.write_unchecked(lambda c: c.execute("ALTER TABLE away RENAME TO search_minute") and None)
-        (told,) = await statistics.window_stats(lobby)
-        assert told.counts.searches == 3
+        (stats,) = await statistics.window_stats(lobby)
+        assert stats.counts.searches == 3
 
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(body(store))

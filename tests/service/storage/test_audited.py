@@ -29,7 +29,7 @@ def rows(client: Client) -> list[tuple[str, str, int, str]]:
     return [(row.method, row.collection, row.affected, row.reason) for row in found]
 
 
-def test_entries_leave_a_row_a_call_with_how_many(client):
+def test_each_call_on_entries_writes_one_row_with_their_number(client):
     client.create_collection("hall", ttl=timedelta(days=1), max_entries=5)
     before = len(rows(client))
     client.enrol("hall", NewEntry(jpeg(0), "e0"))
@@ -52,7 +52,7 @@ def test_entries_leave_a_row_a_call_with_how_many(client):
     assert rows(client)[before + 3 :] == [("GalleryService.EnrollEntry", "hall", 0, "")]  # nothing came of it
 
 
-def test_models_and_spaces_leave_theirs(client):
+def test_calls_on_models_and_spaces_write_rows(client):
     client.create_collection("lobby", unlimited_retention=True, keep_crops=True)
     client.enrol_batch("lobby", [NewEntry(jpeg(n)) for n in range(3)])
     before, old = len(rows(client)), client.collection("lobby").space_id

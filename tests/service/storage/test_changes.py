@@ -2,7 +2,7 @@ import asyncio
 
 import numpy as np
 import pytest
-from stores import SPACE, enrolment, feature, holding, made, opened
+from stores import SPACE, create_collection, enrolment, feature, files_with, open_gallery
 
 from resight.errors import CollectionFullError, ConflictError, EntryExistsError, EntryNotFoundError, InputError
 from resight.service.records import Collection, EntryRecord, Filter, now_us
@@ -11,13 +11,13 @@ from resight.service.storage import reads, writes
 
 @pytest.fixture
 def store(tmp_path):
-    with opened(tmp_path) as made:
+    with open_gallery(tmp_path) as made:
         yield made
 
 
-def test_an_entry_changes_in_place_and_its_old_name_is_gone_from_the_disk(store, tmp_path):
+def test_an_entry_is_updated_in_place_and_its_old_subject_is_removed_from_disk(store, tmp_path):
     async def body():
-        lobby = await made(store)
+        lobby = await create_collection(store)
         old = enrolment(1, subject_id="SECRET-OLD-NAME", labels={"hat": "SECRET-RED", "bag": "no"})
         first = await store.write(writes.enrol, lobby, old)
         new = EntryRecord("e1", subject_id="bo", labels={"hat": "blue"})
@@ -28,7 +28,7 @@ def test_an_entry_changes_in_place_and_its_old_name_is_gone_from_the_disk(store,
         assert done.revision > first.revision and done.entry.etag != before.etag
         assert await store.read(reads.entry, lobby, "e1") == (key, done.entry)
         assert np.array_equal(await store.read(reads.feature, key, SPACE), feature(1))
-        assert not holding(tmp_path, b"SECRET")
+        assert not files_with(tmp_path, b"SECRET")
         change = await store.read(reads.changes_since, lobby.key, SPACE, first.revision)
         assert (len(change.added), len(change.removed), change.revision) == (0, 0, done.revision)
         with pytest.raises(ConflictError, match="changed in the meantime"):
@@ -40,9 +40,9 @@ def test_an_entry_changes_in_place_and_its_old_name_is_gone_from_the_disk(store,
     asyncio.run(body())
 
 
-def test_an_entry_enrolled_anew_has_another_etag(store):
+def test_an_entry_enrolled_again_has_another_etag(store):
     async def body():
-        lobby = await made(store)
+        lobby = await create_collection(store)
         one = await store.write(writes.enrol, lobby, enrolment(1))
         two = await store.write(writes.enrol, lobby, enrolment(1, replace=True))
         assert one.entry.etag != two.entry.etag
@@ -50,17 +50,19 @@ def test_an_entry_enrolled_anew_has_another_etag(store):
     asyncio.run(body())
 
 
-def test_a_time_of_expiry_is_set_taken_back_and_never_lost(store):
+def test_expiry_is_set_reset_and_never_lost(store):
     async def body():
-        lobby = await made(store, ttl_us=3_600_000_000)
+        lobby = await create_collection(store, ttl_us=3_600_000_000)
         first = (await store.write(writes.enrol, lobby, enrolment(1))).entry
         later = first.expire_us + 5
         changed = await store.erase(writes.update_entry, lobby, EntryRecord("e1", expire_us=later), ["expire_us"])
         assert changed.entry.expire_us == later
         back = await store.erase(writes.update_entry, lobby, EntryRecord("e1"), ["expire_us"])
         assert back.entry.expire_us == first.expire_us  # "never" is not to be had where the collection forgets
-        gone = await store.erase(writes.update_entry, lobby, EntryRecord("e1", expire_us=now_us() - 1), ["expire_us"])
-        assert gone.entry.expire_us < now_us()
+        expired = await store.erase(
+            writes.update_entry, lobby, EntryRecord("e1", expire_us=now_us() - 1), ["expire_us"]
+        )
+        assert expired.entry.expire_us < now_us()
         with pytest.raises(EntryNotFoundError):
             await store.erase(writes.update_entry, lobby, EntryRecord("e1"), ["labels"])
 
@@ -68,9 +70,9 @@ def test_a_time_of_expiry_is_set_taken_back_and_never_lost(store):
 
 
 @pytest.mark.parametrize("fields", [[], ["camera_id"], ["labels", "entry_id = 1 --"]])
-def test_only_what_may_change_changes(store, fields):
+def test_only_updatable_fields_can_be_updated(store, fields):
     async def body():
-        lobby = await made(store)
+        lobby = await create_collection(store)
         await store.write(writes.enrol, lobby, enrolment(1))
         with pytest.raises(InputError, match="update_mask"):
             await store.erase(writes.update_entry, lobby, EntryRecord("e1"), fields)
@@ -80,19 +82,19 @@ def test_only_what_may_change_changes(store, fields):
     asyncio.run(body())
 
 
-def test_a_collection_changes_by_field_and_forgets_crops_it_keeps_no_more(store, tmp_path):
+def test_a_collection_is_updated_by_field_and_drops_crops_it_no_longer_keeps(store, tmp_path):
     async def body():
-        lobby = await made(store, keep_crops=True, ttl_us=50_000_000)
+        lobby = await create_collection(store, keep_crops=True, ttl_us=50_000_000)
         await store.write(writes.enrol, lobby, enrolment(1, crops=(b"SECRET-CROP" * 50,)))
-        wanted = Collection("lobby", SPACE, max_entries=7, accept_probability=0.9, min_quality=0.25)
+        changed = Collection("lobby", SPACE, max_entries=7, accept_probability=0.9, min_quality=0.25)
         done = await store.erase(
-            writes.update_collection, wanted, ["max_entries", "accept_probability", "keep_crops"], etag=lobby.etag
+            writes.update_collection, changed, ["max_entries", "accept_probability", "keep_crops"], etag=lobby.etag
         )
         assert (done.max_entries, done.accept_probability, done.min_quality) == (7, 0.9, 0.0)
         assert (done.ttl_us, done.keep_crops) == (50_000_000, False) and done.etag != lobby.etag
-        assert not holding(tmp_path, b"SECRET-CROP")
+        assert not files_with(tmp_path, b"SECRET-CROP")
         with pytest.raises(ConflictError):
-            await store.erase(writes.update_collection, wanted, ["ttl_us"], etag=lobby.etag)
+            await store.erase(writes.update_collection, changed, ["ttl_us"], etag=lobby.etag)
         with pytest.raises(ConflictError):
             await store.erase(writes.delete_collection, "lobby", force=True, etag=lobby.etag)
         await store.erase(writes.delete_collection, "lobby", force=True, etag=done.etag)
@@ -100,9 +102,9 @@ def test_a_collection_changes_by_field_and_forgets_crops_it_keeps_no_more(store,
     asyncio.run(body())
 
 
-def test_a_full_collection_takes_no_more_until_one_goes_or_expires(store):
+def test_a_full_collection_refuses_entries_until_one_is_deleted_or_expires(store):
     async def body():
-        lobby = await made(store, max_entries=3)
+        lobby = await create_collection(store, max_entries=3)
         for number in range(3):
             await store.write(writes.enrol, lobby, enrolment(number))
         with pytest.raises(CollectionFullError, match="at most 3 are allowed") as refused:
@@ -126,9 +128,9 @@ def test_a_full_collection_takes_no_more_until_one_goes_or_expires(store):
     asyncio.run(body())
 
 
-def test_an_atomic_batch_is_stored_whole_or_not_at_all(store):
+def test_an_atomic_batch_is_stored_completely_or_not_at_all(store):
     async def body():
-        lobby = await made(store, max_entries=5)
+        lobby = await create_collection(store, max_entries=5)
         await store.write(writes.enrol, lobby, enrolment(3, request_id="r", digest=b"d"))
         before = await store.read(reads.collection, "lobby")
         batch = [enrolment(number) for number in (1, 2, 3, 4)]
@@ -149,9 +151,9 @@ def test_an_atomic_batch_is_stored_whole_or_not_at_all(store):
     asyncio.run(body())
 
 
-def test_of_a_batch_each_is_stored_or_refused_by_itself(store):
+def test_each_entry_of_a_batch_is_stored_or_refused_independently(store):
     async def body():
-        lobby = await made(store, max_entries=4)
+        lobby = await create_collection(store, max_entries=4)
         await store.write(writes.enrol, lobby, enrolment(1))
         batch = [enrolment(0), enrolment(1), enrolment(1, replace=True), enrolment(2), enrolment(3), enrolment(4)]
         done = await store.write(writes.enrol_each, lobby, batch)

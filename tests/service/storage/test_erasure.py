@@ -5,7 +5,7 @@ import time
 from contextlib import closing
 
 import pytest
-from stores import OTHER, enrolment, feature, held, holding, made, opened
+from stores import OTHER, count_entries, create_collection, enrolment, feature, files_with, open_gallery
 
 from resight.errors import CollectionNotFoundError, EntryNotFoundError, InputError, StoreError
 from resight.service.records import EntryRecord, now_us
@@ -24,9 +24,9 @@ def soon() -> float:
 
 async def filled(store):
     """Forty people in two collections, one of them in two spaces; every tenth entry is Anna."""
-    lobby = await made(store, keep_crops=True)
+    lobby = await create_collection(store, keep_crops=True)
     lobby = await store.write(spaces.begin_space, "lobby", OTHER)
-    yard = await made(store, "yard")
+    yard = await create_collection(store, "yard")
     for number in range(40):
         who = ANNA if number % 10 == 7 else f"SOMEBODY-{number:03d}"
         one = enrolment(
@@ -46,21 +46,21 @@ async def filled(store):
 def test_no_byte_of_an_erased_person_is_left_in_any_file(tmp_path):
     async def body():
         lobby, yard = await filled(store)
-        for number in range(0, 40, 2):  # so that Anna also stands in the other collection
+        for number in range(0, 40, 2):  # so that Anna is also in the other collection
             if number % 10 == 8:
                 await store.erase(writes.update_entry, yard, EntryRecord(f"e{number}", ANNA), ["subject_id"])
         mine = [7, 17, 27, 37, 8, 18, 28, 38, 77]
-        assert holding(tmp_path, ANNA.encode()) and holding(tmp_path, feature(7).tobytes())
-        before = await held(store), await held(store, "yard")
+        assert files_with(tmp_path, ANNA.encode()) and files_with(tmp_path, feature(7).tobytes())
+        before = await count_entries(store), await count_entries(store, "yard")
         done = await erase_subject(store, ANNA, principal="op", deadline=soon(), reason="asked to")
         assert (done.erased_count, done.storage_scrubbed) == (9, True)
         for secret in (ANNA.encode(), *(feature(number).tobytes() for number in mine)):
-            assert holding(tmp_path, secret) == []
+            assert files_with(tmp_path, secret) == []
         for number in mine:
-            assert holding(tmp_path, CROP[:64] + CROP[64:] + b"%03d" % number) == []
-            assert holding(tmp_path, feature(1000 + number).tobytes()) == []
-        assert holding(tmp_path, b"SOMEBODY-003") and holding(tmp_path, feature(1003).tobytes())
-        assert (await held(store), await held(store, "yard")) == (before[0] - 4, before[1] - 4)
+            assert files_with(tmp_path, CROP[:64] + CROP[64:] + b"%03d" % number) == []
+            assert files_with(tmp_path, feature(1000 + number).tobytes()) == []
+        assert files_with(tmp_path, b"SOMEBODY-003") and files_with(tmp_path, feature(1003).tobytes())
+        assert (await count_entries(store), await count_entries(store, "yard")) == (before[0] - 4, before[1] - 4)
         (event,) = await AuditLog(store).list_events()
         assert (event.audit_id, event.affected, event.reason) == (done.audit_id, 9, "asked to")
         assert event.subject_hash == keyed_hash(store.key, ANNA) and event.principal == "op"
@@ -70,11 +70,11 @@ def test_no_byte_of_an_erased_person_is_left_in_any_file(tmp_path):
             replay = enrolment(7, request_id=f"REQUEST-{ANNA}-7", digest=b"d")
             await store.write(writes.enrol, lobby, replay)
 
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(body())
 
 
-def test_one_collection_alone_can_be_named(tmp_path):
+def test_erasure_can_be_limited_to_one_collection(tmp_path):
     async def body():
         await filled(store)
         dropped: list[int] = []
@@ -95,11 +95,11 @@ def test_one_collection_alone_can_be_named(tmp_path):
         with pytest.raises(InputError, match="256"):
             await erase_subject(store, "x", principal="op", deadline=soon(), reason="y" * 257)
 
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(body())
 
 
-def test_a_reader_that_holds_the_log_is_told_and_outlasted(tmp_path):
+def test_a_reader_that_blocks_the_scrub_is_reported_and_waited_for(tmp_path):
     async def body():
         await filled(store)
         with closing(sqlite3.connect(tmp_path / "gallery.sqlite3", isolation_level=None)) as holder:
@@ -107,24 +107,24 @@ def test_a_reader_that_holds_the_log_is_told_and_outlasted(tmp_path):
             holder.execute("SELECT count(*) FROM entry").fetchone()
             done = await erase_subject(store, ANNA, principal="op", deadline=time.monotonic() + 0.3)
             assert (done.erased_count, done.storage_scrubbed) == (5, False)
-            assert holding(tmp_path, feature(7).tobytes())  # the answer was true
+            assert files_with(tmp_path, feature(7).tobytes())  # the answer was true
             later = asyncio.create_task(erase_subject(store, ANNA, principal="op", deadline=soon()))
             await asyncio.sleep(0.2)
             assert not later.done()
             holder.execute("COMMIT")
         assert (await later).storage_scrubbed
-        assert not holding(tmp_path, feature(7).tobytes())
+        assert not files_with(tmp_path, feature(7).tobytes())
 
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(body())
 
 
-def test_the_erase_list_names_nobody_and_survives_a_half_line(tmp_path):
+def test_the_erase_list_contains_no_names_and_survives_a_truncated_line(tmp_path):
     async def body():
         await filled(store)
         await erase_subject(store, ANNA, principal="op", deadline=soon())
 
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(body())
         in_database = erasure.erasures_in_database(store.reader())
     path = tmp_path / LIST_FILE

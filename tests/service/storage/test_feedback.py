@@ -1,4 +1,4 @@
-"""Verdicts on pairs of entries, over a socket: told, contradicted, taken back, and gone with their entries."""
+"""Feedback on pairs of entries, over a socket: stored, contradicted, removed, and deleted with their entries."""
 
 import asyncio
 import itertools
@@ -14,7 +14,7 @@ import grpc
 import pytest
 from grpc_status import rpc_status
 from serving import ServerProcess, jpeg
-from stores import enrolment, holding, made, opened
+from stores import create_collection, enrolment, files_with, open_gallery
 from tiny import resight_here, the_error
 
 from resight.client import Client, NewEntry
@@ -43,21 +43,21 @@ def people(client, collection):
     return collection
 
 
-def told(client, collection) -> list[tuple[str, str, bool]]:
+def list_verdicts(client, collection) -> list[tuple[str, str, bool]]:
     return [(one.entry_id, one.other_entry_id, one.same) for one in client.list_feedback(collection)]
 
 
-def test_a_verdict_is_told_listed_changed_and_taken_back(client, people):
+def test_a_verdict_is_stored_listed_changed_and_removed(client, people):
     begun = datetime.now(UTC)
     first = client.confirm(people, "b", "a")
     assert (first.entry_id, first.other_entry_id, first.same, first.principal) == ("a", "b", True, "anonymous")
     assert begun <= first.time <= datetime.now(UTC)
     client.reject(people, "c", "d")
-    assert told(client, people) == [("a", "b", True), ("c", "d", False)]
-    assert client.reject(people, "a", "b").time > first.time  # a pair has no order, and the last verdict counts
-    assert told(client, people) == [("a", "b", False), ("c", "d", False)]
+    assert list_verdicts(client, people) == [("a", "b", True), ("c", "d", False)]
+    assert client.reject(people, "a", "b").time > first.time  # a pair has no order, the last verdict counts
+    assert list_verdicts(client, people) == [("a", "b", False), ("c", "d", False)]
     client.remove_feedback(people, "d", "c")
-    assert told(client, people) == [("a", "b", False)]
+    assert list_verdicts(client, people) == [("a", "b", False)]
     with pytest.raises(FeedbackNotFoundError, match="there is no feedback"):
         client.remove_feedback(people, "c", "d")
     client.remove_feedback(people, "c", "d", allow_missing=True)
@@ -69,7 +69,7 @@ def test_a_verdict_is_told_listed_changed_and_taken_back(client, people):
     ]
 
 
-def test_what_contradicts_is_refused_and_the_pairs_are_named(client, people):
+def test_a_contradicting_verdict_is_refused_and_the_pairs_are_named(client, people):
     client.confirm(people, "a", "b")
     client.confirm(people, "b", "c")
     with pytest.raises(FeedbackConflictError, match="'c', 'b', 'a' are recorded as the same person") as refused:
@@ -78,14 +78,14 @@ def test_what_contradicts_is_refused_and_the_pairs_are_named(client, people):
     client.reject(people, "c", "d")
     with pytest.raises(FeedbackConflictError, match="'c', 'd' are recorded as different people"):
         client.confirm(people, "d", "a")
-    assert told(client, people) == [("a", "b", True), ("b", "c", True), ("c", "d", False)]
+    assert list_verdicts(client, people) == [("a", "b", True), ("b", "c", True), ("c", "d", False)]
     client.reject(people, "b", "c")  # the pair's own verdict is no contradiction
     client.reject(people, "c", "a")
     client.confirm(people, "d", "a")
     client.delete_entry(people, "d")
 
 
-def test_pages_follow_one_another(client, collection, channel):
+def test_pages_are_consecutive(client, collection, channel):
     client.enrol_batch(collection, [NewEntry(jpeg(number), f"e{number}") for number in range(12)])
     pairs = [(f"e{number}", f"e{number + 1}", number % 2 == 0) for number in range(11)]
     for one, other, same in pairs:
@@ -123,7 +123,7 @@ def test_a_replay_changes_nothing(client, people, channel):
     client.remove_feedback(people, "a", "b")
     with pytest.raises(FeedbackNotFoundError):
         add(channel, people, request_id="r1")
-    assert told(client, people) == []
+    assert list_verdicts(client, people) == []
 
 
 @pytest.mark.parametrize(
@@ -141,15 +141,15 @@ def test_a_replay_changes_nothing(client, people, channel):
         ({"one": "a' OR 1=1 --"}, EntryNotFoundError, "entry_id"),
     ],
 )
-def test_what_is_wrong_is_refused_by_its_field(client, people, channel, wrong, error, field):
+def test_invalid_requests_are_refused_with_the_field(client, people, channel, wrong, error, field):
     with pytest.raises(error) as refused:
         add(channel, people, **wrong)
-    assert refused.value.field == field and told(client, people) == []
+    assert refused.value.field == field and list_verdicts(client, people) == []
     with pytest.raises(CollectionNotFoundError):
         add(channel, "nowhere")
 
 
-def test_a_pair_goes_with_either_of_its_entries(client, collection):
+def test_a_pair_is_deleted_with_either_of_its_entries(client, collection):
     soon = datetime.now(UTC) + timedelta(seconds=1.0)
     client.enrol_batch(collection, [NewEntry(jpeg(n), f"e{n}", f"s{n}") for n in range(8)])
     client.enrol(collection, NewEntry(jpeg(8), "short", expire_time=soon))
@@ -160,7 +160,7 @@ def test_a_pair_goes_with_either_of_its_entries(client, collection):
     client.enrol(collection, NewEntry(jpeg(6), "e6", replace=True))
     while datetime.now(UTC) <= soon:
         time.sleep(0.05)
-    assert told(client, collection) == [("e1", "e2", True)]
+    assert list_verdicts(client, collection) == [("e1", "e2", True)]
     client.reject(collection, "e3", "e5")
     with pytest.raises(EntryNotFoundError):
         client.reject(collection, "e7", "short")
@@ -179,14 +179,14 @@ def test_no_byte_of_an_erased_pair_is_left(bundle_path, tmp_path):
             client.reject("lobby", names[0], "stays-1")
             assert client.wait(client.create_snapshot("before")).state == "succeeded"
             snapshot = tmp_path / "data/snapshots/before/gallery.sqlite3"
-            assert pairs(snapshot) == 3 and all(holding(tmp_path, name.encode()) for name in names)
+            assert pairs(snapshot) == 3 and all(files_with(tmp_path, name.encode()) for name in names)
             assert client.erase_subject("anna").storage_scrubbed
-            assert told(client, "lobby") == [("stays-1", "stays-2", True)]
+            assert list_verdicts(client, "lobby") == [("stays-1", "stays-2", True)]
             until = time.monotonic() + 20
-            while pairs(snapshot) > 1:  # the snapshot is written anew by the next purge
+            while pairs(snapshot) > 1:  # the next purge rewrites the snapshot
                 assert time.monotonic() < until
                 time.sleep(0.1)
-            assert [holding(tmp_path, name.encode()) for name in names] == [[], []]
+            assert [files_with(tmp_path, name.encode()) for name in names] == [[], []]
             assert pairs(tmp_path / "data/gallery.sqlite3") == 1
     finally:
         assert server.end() == 0
@@ -211,7 +211,7 @@ def test_roles_and_tenants(guarded):
             ):
                 with pytest.raises(PermissionDeniedError, match="enroller"):
                     refused()
-        assert told(operator, "pairs") == [("e0", "e1", True)] and told(north, "pairs") == []
+        assert list_verdicts(operator, "pairs") == [("e0", "e1", True)] and list_verdicts(north, "pairs") == []
         with pytest.raises(FeedbackNotFoundError):
             north.remove_feedback("pairs", "e0", "e1")
         for own in (operator, north):
@@ -232,12 +232,12 @@ def one_group(verdicts: dict[tuple[int, int], bool], count: int) -> bool:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_what_is_stored_never_contradicts_itself(tmp_path, seed):
+def test_stored_verdicts_are_always_consistent(tmp_path, seed):
     """Each verdict is taken exactly when some assignment of people to entries satisfies it and all before."""
     chance, count, verdicts = random.Random(seed), 9, {}
 
     async def body():
-        lobby = await made(store)
+        lobby = await create_collection(store)
         for number in range(count):
             await store.write(writes.enrol, lobby, enrolment(number))
         lobby = await store.read(reads.collection, "lobby")
@@ -263,11 +263,11 @@ def test_what_is_stored_never_contradicts_itself(tmp_path, seed):
         found = await store.read(feedback.list_records, lobby.key, after=0, limit=1000)
         assert {(int(one.entry_id[1:]), int(one.other_entry_id[1:])): one.same for one in found} == verdicts
 
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(body())
 
 
-def test_the_command_line_confirms_rejects_lists_and_takes_back(client, collection, address, tmp_path, monkeypatch):
+def test_the_command_line_confirms_rejects_lists_and_removes(client, collection, address, tmp_path, monkeypatch):
     monkeypatch.setenv("RESIGHT_SERVER", address)
     client.enrol_batch(collection, [NewEntry(jpeg(number), f"e{number}", f"s{number}") for number in range(3)])
     crop = tmp_path / "seen.jpg"
@@ -279,8 +279,8 @@ def test_the_command_line_confirms_rejects_lists_and_takes_back(client, collecti
 
     run("confirm", collection, "e0", "e1")
     run("reject", collection, "e0", "e2")
-    told_now = told(client, collection)
-    assert told_now == [("e0", "e1", True), ("e0", "e2", False)]
+    listed = list_verdicts(client, collection)
+    assert listed == [("e0", "e1", True), ("e0", "e2", False)]
     for words, why in (
         (("e0",), "either the id of the other entry, or --image"),
         (("e0", "e1", "--image", crop), "either the id of the other entry, or --image"),
@@ -304,12 +304,12 @@ def test_the_command_line_confirms_rejects_lists_and_takes_back(client, collecti
     ]
 
 
-def test_many_verdicts_at_once_are_all_there(client, collection):
+def test_concurrent_verdicts_are_all_stored(client, collection):
     """As an operator's tool would send them, from several threads."""
     client.enrol_batch(collection, [NewEntry(jpeg(number), f"e{number}") for number in range(16)])
-    pairs_told = list(itertools.combinations(range(16), 2))
+    all_pairs = list(itertools.combinations(range(16), 2))
 
-    def tell(pair: tuple[int, int]) -> bool:
+    def add_pair(pair: tuple[int, int]) -> bool:
         try:
             (client.confirm if pair[0] % 4 == pair[1] % 4 else client.reject)(collection, *(f"e{n}" for n in pair))
             return True
@@ -317,5 +317,5 @@ def test_many_verdicts_at_once_are_all_there(client, collection):
             return False
 
     with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(tell, pairs_told))
-    assert len(told(client, collection)) == len(pairs_told) == 120
+        assert all(pool.map(add_pair, all_pairs))
+    assert len(list_verdicts(client, collection)) == len(all_pairs) == 120

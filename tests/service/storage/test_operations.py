@@ -1,7 +1,7 @@
 import asyncio
 
 import pytest
-from stores import opened
+from stores import open_gallery
 
 from resight.errors import InputError, NotCancellableError, OperationNotFoundError
 from resight.service.storage.operations import NOT_CANCELLABLE_KINDS, Operations, OperationState
@@ -9,7 +9,7 @@ from resight.service.storage.operations import NOT_CANCELLABLE_KINDS, Operations
 
 @pytest.fixture
 def store(tmp_path):
-    with opened(tmp_path) as made:
+    with open_gallery(tmp_path) as made:
         yield made
 
 
@@ -39,7 +39,7 @@ def test_work_is_counted_finished_and_listed_newest_first(store):
     asyncio.run(body())
 
 
-def test_a_replay_finds_the_work_it_began(store):
+def test_a_replay_returns_the_operation_it_started(store):
     async def body():
         work = Operations(store)
         one = await work.start("migrate", request_id="r")
@@ -50,7 +50,7 @@ def test_a_replay_finds_the_work_it_began(store):
     asyncio.run(body())
 
 
-def test_what_ran_when_the_process_died_is_interrupted(tmp_path):
+def test_operations_running_at_a_crash_are_interrupted(tmp_path):
     async def before():
         work = Operations(store)
         running = await work.start("migrate", collection="lobby", after=5)
@@ -65,14 +65,14 @@ def test_what_ran_when_the_process_died_is_interrupted(tmp_path):
         assert found.end_us is not None and await work.get(done.operation_id) == done
         assert await work.interrupt_unfinished() == 0
 
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         running, done = asyncio.run(before())
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(after())
 
 
-def test_what_goes_on_is_told_by_what_was_interrupted_in_the_same_commit(store):
-    """Between two commits a kill would leave an interrupted one that nobody goes on with."""
+def test_an_interrupted_operation_names_the_one_that_continues_it_in_the_same_commit(store):
+    """With two commits, a crash in between would leave an interrupted one without a successor."""
 
     async def body():
         work = Operations(store)
@@ -81,14 +81,14 @@ def test_what_goes_on_is_told_by_what_was_interrupted_in_the_same_commit(store):
         commits = store.commits
         new = await work.start("migrate", continues=old.operation_id, collection="lobby")
         assert store.commits == commits + 1
-        told = await work.get(old.operation_id)
-        assert told.state is OperationState.INTERRUPTED and told.result == {"continued_by": new.operation_id}
+        found = await work.get(old.operation_id)
+        assert found.state is OperationState.INTERRUPTED and found.result == {"continued_by": new.operation_id}
         assert new.state is OperationState.RUNNING and new.details == {"collection": "lobby"} and not new.result
 
     asyncio.run(body())
 
 
-def test_cancelling_is_a_wish_that_the_worker_hears(store):
+def test_cancelling_sets_a_flag_that_the_worker_reads(store):
     async def body():
         work = Operations(store)
         one = await work.start("migrate")
@@ -101,7 +101,7 @@ def test_cancelling_is_a_wish_that_the_worker_hears(store):
 
 
 @pytest.mark.parametrize("kind", NOT_CANCELLABLE_KINDS)
-def test_what_nothing_stops_says_so_until_it_has_ended(store, kind):
+def test_operations_that_cannot_be_cancelled_say_so_until_they_end(store, kind):
     async def body():
         work = Operations(store)
         begun = await work.start(kind)

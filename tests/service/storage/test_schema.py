@@ -66,7 +66,7 @@ def test_an_upgraded_file_has_the_tables_of_a_new_one(tmp_path):
     assert without_order(shape(tmp_path / "old")) == without_order(shape(tmp_path / "new"))
 
 
-def test_each_version_on_the_way_is_upgraded(tmp_path):
+def test_each_intermediate_version_is_upgraded(tmp_path):
     """A file as version 2 wrote it: what a new one holds, without the tables that came later."""
     raw = sqlite3.connect(tmp_path / "two")
     raw.executescript(
@@ -78,7 +78,7 @@ def test_each_version_on_the_way_is_upgraded(tmp_path):
     assert shape(tmp_path / "two") == shape(tmp_path / "new")
 
 
-def test_an_old_file_keeps_all_it_held_and_takes_more(tmp_path):
+def test_an_upgraded_file_keeps_its_content_and_accepts_writes(tmp_path):
     old_file(tmp_path / "g")
 
     async def body():
@@ -105,7 +105,7 @@ def test_an_old_file_keeps_all_it_held_and_takes_more(tmp_path):
         store.close()
 
 
-def test_an_upgrade_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_upgrade_leaves_the_old_file(tmp_path, monkeypatch):
     old_file(tmp_path / "g")
     before = shape(tmp_path / "g")
     monkeypatch.setitem(UPGRADES, 2, UPGRADES[2] + "INSERT INTO nowhere VALUES (1);")

@@ -4,7 +4,7 @@ import sqlite3
 import time
 
 import pytest
-from stores import enrolment, feature, held, holding, made, opened
+from stores import count_entries, create_collection, enrolment, feature, files_with, open_gallery
 
 from resight.service.storage import snapshots, writes
 from resight.service.storage.erasure import erase_subject
@@ -20,7 +20,7 @@ async def erased(store, who: str = "ANNA-SECRET") -> int:
 
 
 async def filled(store) -> None:
-    lobby = await made(store, keep_crops=True)
+    lobby = await create_collection(store, keep_crops=True)
     for number in range(20):
         who = "ANNA-SECRET" if number % 5 == 0 else f"SOMEBODY-{number}"
         await store.write(
@@ -28,17 +28,17 @@ async def filled(store) -> None:
         )
 
 
-def test_a_purge_takes_the_erased_out_of_every_snapshot(tmp_path):
+def test_a_purge_removes_erased_people_from_every_snapshot(tmp_path):
     async def body():
         await filled(store)
         first = await asyncio.to_thread(snapshots.create, store.path, "first")
         await asyncio.to_thread(snapshots.create, store.path, "second")
         assert await erased(store) == 4
         await asyncio.to_thread(snapshots.create, store.path, "third")
-        assert holding(tmp_path / "snapshots", feature(5).tobytes()) == [DATABASE] * 2
+        assert files_with(tmp_path / "snapshots", feature(5).tobytes()) == [DATABASE] * 2
         await purge_expired(store, KEPT)
         for secret in (b"ANNA-SECRET", *(feature(n).tobytes() for n in (0, 5, 10, 15)), b"CROP-OF-05", b"CROP-OF-15"):
-            assert holding(tmp_path, secret) == []
+            assert files_with(tmp_path, secret) == []
         after = {one.name: one for one in snapshots.list_manifests(tmp_path)}
         assert [after[name].entries for name in ("first", "second", "third")] == [16, 16, 16]
         assert after["first"].created == first.created and after["first"].sha256 != first.sha256
@@ -47,14 +47,14 @@ def test_a_purge_takes_the_erased_out_of_every_snapshot(tmp_path):
         assert await erase_from_snapshots(store) == 0
         assert {path.name for path in (tmp_path / "snapshots").iterdir()} == set(after)
 
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(body())
     assert restore(tmp_path, "first").erased_count == 0
-    with opened(tmp_path) as store:
-        assert asyncio.run(held(store)) == 16
+    with open_gallery(tmp_path) as store:
+        assert asyncio.run(count_entries(store)) == 16
 
 
-def test_a_damaged_snapshot_is_named_and_stops_nobody(tmp_path, caplog):
+def test_a_damaged_snapshot_is_logged_and_does_not_stop_the_others(tmp_path, caplog):
     async def body():
         await filled(store)
         for name in ("bad", "good", "odd"):
@@ -67,24 +67,24 @@ def test_a_damaged_snapshot_is_named_and_stops_nobody(tmp_path, caplog):
         assert "in snapshot bad" in caplog.text and "in snapshot odd" in caplog.text
         assert snapshots.verify(tmp_path, "good").entries == 16
 
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(body())
 
 
 @pytest.mark.parametrize("successor", [False, True])
-def test_a_crash_while_one_is_written_anew_loses_none(tmp_path, successor):
+def test_a_crash_during_a_rewrite_loses_no_snapshot(tmp_path, successor):
     async def body():
         await filled(store)
         await asyncio.to_thread(snapshots.create, store.path, "s")
 
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(body())
     folder = tmp_path / "snapshots"
     (folder / "s").rename(folder / ".s.old")  # between the two renames, or after them
     shutil.copytree(folder / ".s.old", folder / ".s.k3jd")
     if successor:
         shutil.copytree(folder / ".s.old", folder / "s")
-    with opened(tmp_path):
+    with open_gallery(tmp_path):
         assert [path.name for path in folder.iterdir()] == ["s"]
         assert snapshots.verify(tmp_path, "s").entries == 20
     raw = sqlite3.connect(folder / "s" / DATABASE)

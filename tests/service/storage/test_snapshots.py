@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import OTHER, SPACE, enrolment, feature, held, made, opened
+from stores import OTHER, SPACE, count_entries, create_collection, enrolment, feature, open_gallery
 
 from resight.errors import InputError, StoreError
 from resight.service.records import Enrolment, EntryRecord, Filter
@@ -25,7 +25,7 @@ DATABASE = "gallery.sqlite3"
 
 
 async def fill(store, count: int = 30):
-    lobby = await made(store, keep_crops=True)
+    lobby = await create_collection(store, keep_crops=True)
     lobby = await store.write(spaces.begin_space, "lobby", OTHER)
     for number in range(count):
         one = enrolment(
@@ -46,11 +46,11 @@ async def content(store) -> list[tuple[int, EntryRecord, bytes]]:
 
 
 def run(folder: Path, body):
-    with opened(folder) as store:
+    with open_gallery(folder) as store:
         return asyncio.run(body(store))
 
 
-def test_a_snapshot_brings_back_what_it_saw_and_nothing_after_it(tmp_path):
+def test_a_restored_snapshot_has_exactly_the_content_at_its_time(tmp_path):
     async def before(store):
         await fill(store)
         return await content(store)
@@ -65,7 +65,7 @@ def test_a_snapshot_brings_back_what_it_saw_and_nothing_after_it(tmp_path):
     async def check(store):
         assert await content(store) == was
         lobby = await store.read(reads.collection, "lobby")
-        assert lobby.revision > revision  # nobody was told this one
+        assert lobby.revision > revision  # no client has seen this one
         new = await store.write(writes.enrol, lobby, Enrolment(EntryRecord("late"), feature(98)))
         key, _ = await store.read(reads.entry, lobby, "late")
         assert key > 31 and new.revision > lobby.revision  # 31 was given to the other "late"
@@ -86,9 +86,9 @@ def test_a_snapshot_brings_back_what_it_saw_and_nothing_after_it(tmp_path):
     run(tmp_path, check)
 
 
-def test_a_copy_made_while_it_is_written_to_is_of_one_instant(tmp_path):
+def test_a_copy_made_during_writes_is_consistent(tmp_path):
     async def body(store):
-        lobby = await made(store)
+        lobby = await create_collection(store)
         stop = threading.Event()
         copies = []
 
@@ -119,16 +119,16 @@ def test_a_copy_made_while_it_is_written_to_is_of_one_instant(tmp_path):
 
 
 @pytest.mark.parametrize("lost", ["nothing", "database", "list"])
-def test_an_erased_person_does_not_come_back(tmp_path, lost):
+def test_a_restore_does_not_bring_back_an_erased_person(tmp_path, lost):
     async def erase(store):
         lobby = await store.read(reads.collection, "lobby")
         renamed = await store.write(writes.enrol, lobby, Enrolment(EntryRecord("x"), feature(77)))
         done = await erase_subject(store, "person-2", principal="op", deadline=time.monotonic() + 10)
         assert done.erased_count == 6 and renamed
-        again = enrolment(7, subject_id="person-2")  # enrolled anew after the erasure, with her consent
+        again = enrolment(7, subject_id="person-2")  # enrolled again after the erasure, with her consent
         await store.write(writes.enrol, lobby, again)
 
-    async def gone(store):
+    async def check_erased(store):
         found = await content(store)
         assert len(found) == 24 and "person-2" not in {entry.subject_id for _, entry, _ in found}
         assert not await store.read(
@@ -137,7 +137,7 @@ def test_an_erased_person_does_not_come_back(tmp_path, lost):
         (event, *_) = await AuditLog(store).list_events()
         assert (event.method, event.affected) == ("snapshot.restore", 6)
 
-    async def anew(store):
+    async def check_enrolled_again(store):
         found = await content(store)
         assert [entry.entry_id for _, entry, _ in found if entry.subject_id == "person-2"] == ["e7"]
 
@@ -150,18 +150,18 @@ def test_an_erased_person_does_not_come_back(tmp_path, lost):
     elif lost == "list":
         (tmp_path / LIST_FILE).unlink()
     assert restore(tmp_path, "before").erased_count == 6
-    run(tmp_path, gone)
+    run(tmp_path, check_erased)
     for secret in (feature(2).tobytes(), feature(507).tobytes(), b"CROP-27"):
         assert secret not in (tmp_path / DATABASE).read_bytes()
     assert restore(tmp_path, "after").erased_count == 0
-    run(tmp_path, anew)
+    run(tmp_path, check_enrolled_again)
     assert restore(tmp_path, "before").erased_count == 6
-    run(tmp_path, gone)
+    run(tmp_path, check_erased)
 
 
-def test_an_entry_that_was_named_only_later_does_not_come_back(tmp_path):
+def test_a_restore_does_not_bring_back_an_erased_entry_without_its_later_subject(tmp_path):
     async def fill_nameless(store):
-        lobby = await made(store)
+        lobby = await create_collection(store)
         await store.write(writes.enrol, lobby, enrolment(1))
 
     async def name_and_erase(store):
@@ -173,11 +173,11 @@ def test_an_entry_that_was_named_only_later_does_not_come_back(tmp_path):
     snapshots.create(tmp_path / DATABASE, "s")
     run(tmp_path, name_and_erase)
     assert restore(tmp_path, "s").erased_count == 1
-    assert run(tmp_path, held) == 0
+    assert run(tmp_path, count_entries) == 0
 
 
 @pytest.mark.parametrize("harm", ["short", "flipped", "missing", "manifest", "newer", "link"])
-def test_a_snapshot_that_is_not_what_was_written_is_refused(tmp_path, harm):
+def test_an_altered_snapshot_is_refused(tmp_path, harm):
     run(tmp_path, fill)
     snapshots.create(tmp_path / DATABASE, "s")
     was = run(tmp_path, content)
@@ -210,7 +210,7 @@ def test_names_are_never_paths(tmp_path, name):
             call(tmp_path / DATABASE if call is snapshots.create else tmp_path, name)
 
 
-def test_names_are_taken_once_and_a_lost_key_is_asked_for(tmp_path):
+def test_names_are_unique_and_a_missing_key_is_reported(tmp_path):
     run(tmp_path, fill)
     snapshots.create(tmp_path / DATABASE, snapshots.timestamp_name())
     snapshots.create(tmp_path / DATABASE, "s")
@@ -266,7 +266,7 @@ asyncio.run(body())
 
 
 @pytest.mark.slow
-def test_killed_at_any_step_of_a_restore_the_old_or_the_new_is_there(tmp_path):
+def test_a_restore_killed_at_any_step_leaves_the_old_or_the_new_database(tmp_path):
     """The old one with its last write still in the log: neither half, nor the new one read through the old log."""
 
     died = tmp_path / "died"
@@ -294,12 +294,12 @@ def test_killed_at_any_step_of_a_restore_the_old_or_the_new_is_there(tmp_path):
     assert np.array_equal(np.frombuffer(found[0][2], np.float32), feature(0))
 
 
-def test_a_removed_snapshot_does_not_come_back_from_what_a_kill_left_of_it(tmp_path):
-    with opened(tmp_path) as store:
+def test_a_removed_snapshot_does_not_come_back_from_leftovers_of_a_crash(tmp_path):
+    with open_gallery(tmp_path) as store:
         asyncio.run(fill(store, 3))
     snapshots.create(tmp_path / DATABASE, "one")
     shutil.copytree(tmp_path / "snapshots" / "one", tmp_path / "snapshots" / ".one.old")
     (tmp_path / "snapshots" / ".one.old" / DATABASE).unlink()  # killed while it removed the old one
     snapshots.remove(tmp_path, "one")
-    with opened(tmp_path):
+    with open_gallery(tmp_path):
         assert list((tmp_path / "snapshots").iterdir()) == []

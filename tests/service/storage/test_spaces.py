@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from stores import DIM, OTHER, SPACE, enrolment, feature, holding, made, opened
+from stores import DIM, OTHER, SPACE, create_collection, enrolment, feature, files_with, open_gallery
 
 from resight.calibration import Calibration
 from resight.errors import ConflictError, InputError, SpaceMismatchError
@@ -20,19 +20,19 @@ CALIBRATION = Calibration(**{
 
 @pytest.fixture
 def store(tmp_path):
-    with opened(tmp_path) as made:
+    with open_gallery(tmp_path) as made:
         yield made
 
 
-def test_a_space_keeps_the_newest_calibration_it_was_told(store):
+def test_a_space_keeps_its_newest_calibration(store):
     async def body():
-        told = replace(SPACE, calibration=CALIBRATION, model_version="2026-01-01")
-        lobby = await made(store)
+        newer = replace(SPACE, calibration=CALIBRATION, model_version="2026-01-01")
+        lobby = await create_collection(store)
         assert lobby.space.calibration is None
-        await store.write(writes.save_space, told)
-        assert (await store.read(reads.collection, "lobby")).space == told
-        await store.write(writes.save_space, replace(told, calibration=None))
-        assert (await store.read(reads.collection, "lobby")).space == told
+        await store.write(writes.save_space, newer)
+        assert (await store.read(reads.collection, "lobby")).space == newer
+        await store.write(writes.save_space, replace(newer, calibration=None))
+        assert (await store.read(reads.collection, "lobby")).space == newer
         await store.write(lambda c: c.execute("UPDATE space SET calibration = '{\"knots\": 3}'"))
         assert (await store.read(reads.collection, "lobby")).space.calibration is None
 
@@ -41,7 +41,7 @@ def test_a_space_keeps_the_newest_calibration_it_was_told(store):
 
 def test_a_collection_moves_to_another_space_and_back(store):
     async def body():
-        lobby = await made(store, keep_crops=True)
+        lobby = await create_collection(store, keep_crops=True)
         for number in range(3):
             await store.write(writes.enrol, lobby, enrolment(number, crops=(b"c%d" % number,)))
         both = await store.write(spaces.begin_space, "lobby", OTHER)
@@ -81,21 +81,21 @@ def test_a_collection_moves_to_another_space_and_back(store):
 
 def test_a_dropped_space_leaves_no_byte(store, tmp_path):
     async def body():
-        lobby = await made(store)
+        lobby = await create_collection(store)
         with pytest.raises(InputError, match="already"):
             await store.write(spaces.begin_space, "lobby", SPACE)
         both = await store.write(spaces.begin_space, "lobby", OTHER)
         for number in range(40):
             one = enrolment(number, others=((OTHER.space_id, feature(100 + number)),))
             await store.write(writes.enrol, both, one)
-        assert holding(tmp_path, feature(120).tobytes())
+        assert files_with(tmp_path, feature(120).tobytes())
         assert await store.erase(spaces.drop_space, "lobby", OTHER.space_id) == 40
-        assert not any(holding(tmp_path, feature(100 + number).tobytes()) for number in range(40))
+        assert not any(files_with(tmp_path, feature(100 + number).tobytes()) for number in range(40))
         assert (await store.read(reads.collection, "lobby")).other_space_ids == ()
         assert await store.read(spaces.spaces_retired_before, 1 << 60) == []
         late = enrolment(77, others=((OTHER.space_id, feature(177)),))  # embedded before the space was dropped
         await store.write(writes.enrol, both, late)
-        assert not holding(tmp_path, feature(177).tobytes()) and holding(tmp_path, feature(77).tobytes())
+        assert not files_with(tmp_path, feature(177).tobytes()) and files_with(tmp_path, feature(77).tobytes())
         with pytest.raises(SpaceMismatchError, match="migrate"):
             await store.write(spaces.activate_space, "lobby", OTHER.space_id, expected="")
         assert lobby.key == both.key and DIM == OTHER.dim
@@ -103,9 +103,9 @@ def test_a_dropped_space_leaves_no_byte(store, tmp_path):
     asyncio.run(body())
 
 
-def test_a_retired_space_is_found_when_its_time_has_come(store):
+def test_a_retired_space_is_purged_after_its_time(store):
     async def body():
-        await made(store)
+        await create_collection(store)
         await store.write(spaces.begin_space, "lobby", OTHER)
         await store.write(spaces.activate_space, "lobby", OTHER.space_id, expected="")
         assert await store.read(spaces.spaces_retired_before, 0) == []
@@ -117,9 +117,9 @@ def test_a_retired_space_is_found_when_its_time_has_come(store):
     asyncio.run(body())
 
 
-def test_a_space_that_nobody_switched_to_goes_in_time(store):
+def test_a_space_that_was_never_activated_is_purged_after_a_week(store):
     async def body():
-        lobby = await made(store)
+        lobby = await create_collection(store)
         for state in ("building", "ready"):
             await store.write(spaces.begin_space, "lobby", OTHER)
             if state == "ready":
@@ -134,6 +134,6 @@ def test_a_space_that_nobody_switched_to_goes_in_time(store):
     asyncio.run(body())
 
 
-def test_connections_that_read_cannot_write(store):
+def test_reader_connections_cannot_write(store):
     with pytest.raises(Exception, match="readonly"):
         connect(store.path, read_only=True).execute("DELETE FROM entry")

@@ -4,7 +4,7 @@ import zlib
 
 import numpy as np
 import pytest
-from stores import DIM, SPACE, enrolment, feature, held, made, opened
+from stores import DIM, SPACE, count_entries, create_collection, enrolment, feature, open_gallery
 
 from resight.errors import (
     CollectionNotFoundError,
@@ -24,12 +24,12 @@ from resight.service.storage.store import Store
 
 @pytest.fixture
 def store(tmp_path):
-    with opened(tmp_path) as made:
+    with open_gallery(tmp_path) as made:
         yield made
 
 
-def test_a_fresh_file_is_ours_durable_and_forgetful(tmp_path):
-    with opened(tmp_path):
+def test_a_new_file_has_our_application_id_full_sync_and_secure_delete(tmp_path):
+    with open_gallery(tmp_path):
         pass
     with sqlite3.connect(tmp_path / "gallery.sqlite3") as raw:
         assert raw.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
@@ -40,73 +40,73 @@ def test_a_fresh_file_is_ours_durable_and_forgetful(tmp_path):
     assert (tmp_path / "gallery.sqlite3").stat().st_mode & 0o077 == 0
 
 
-def test_long_features_take_small_pages(tmp_path):
+def test_long_features_use_small_pages(tmp_path):
     Store(tmp_path / "g", dim=2048).close()
     raw = sqlite3.connect(tmp_path / "g")
     assert raw.execute("PRAGMA page_size").fetchone()[0] == 4096
     raw.close()
 
 
-def test_what_is_written_is_there_after_reopening(tmp_path):
+def test_writes_are_there_after_reopening(tmp_path):
     async def write():
-        lobby = await made(store, keep_crops=True)
+        lobby = await create_collection(store, keep_crops=True)
         await store.write(
             writes.enrol, lobby, enrolment(1, labels={"hat": "red"}, camera_id="door", crops=(b"one", b"two"))
         )
 
     async def read():
         lobby = await store.read(reads.collection, "lobby")
-        assert (await held(store), lobby.space, lobby.keep_crops) == (1, SPACE, True)
+        assert (await count_entries(store), lobby.space, lobby.keep_crops) == (1, SPACE, True)
         key, entry = await store.read(reads.entry, lobby, "e1")
         assert (entry.labels, entry.camera_id) == ({"hat": "red"}, "door")
         assert np.array_equal(await store.read(reads.feature, key, SPACE), feature(1))
         crops = await store.read(lambda c: c.execute("SELECT image FROM crop ORDER BY number").fetchall())
         assert crops == [(b"one",), (b"two",)]
 
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(write())
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(read())
 
 
-def test_crops_are_kept_only_where_the_collection_says_so(store):
+def test_crops_are_stored_only_if_the_collection_keeps_them(store):
     async def body():
-        lobby = await made(store)
+        lobby = await create_collection(store)
         await store.write(writes.enrol, lobby, enrolment(1, crops=(b"one",)))
         assert await store.read(lambda c: c.execute("SELECT count(*) FROM crop").fetchone()) == (0,)
 
     asyncio.run(body())
 
 
-def test_many_at_once_are_all_stored_and_one_refusal_undoes_only_itself(store):
+def test_concurrent_writes_are_all_stored_and_a_refused_one_is_rolled_back_alone(store):
     async def body():
-        lobby = await made(store)
+        lobby = await create_collection(store)
         new = [enrolment(number % 150) for number in range(300)]
         jobs = (store.write(writes.enrol, lobby, one) for one in new)
         outcomes = await asyncio.gather(*jobs, return_exceptions=True)
         assert sum(isinstance(outcome, EntryExistsError) for outcome in outcomes) == 150
         revisions = [outcome.revision for outcome in outcomes if not isinstance(outcome, BaseException)]
         assert len(revisions) == 150 and len(set(revisions)) == 150
-        assert await held(store) == 150
+        assert await count_entries(store) == 150
 
     asyncio.run(body())
 
 
-def test_a_write_that_breaks_sqlites_rules_fails_alone(store):
+def test_a_write_that_violates_a_constraint_fails_alone(store):
     async def body():
-        lobby = await made(store)
+        lobby = await create_collection(store)
         bad = store.write(lambda c: c.execute("INSERT INTO feature VALUES (99999, 'x', x'00', 0)"))
         good = [store.write(writes.enrol, lobby, enrolment(number)) for number in range(20)]
         outcomes = await asyncio.gather(*good[:10], bad, *good[10:], return_exceptions=True)
         assert [isinstance(one, ReIDError) for one in outcomes] == [False] * 10 + [True] + [False] * 10
-        assert await held(store) == 20
+        assert await count_entries(store) == 20
 
     asyncio.run(body())
 
 
-def test_a_replay_answers_the_first_call_and_never_enrols_twice(store):
+def test_a_replay_returns_the_first_result_and_never_enrols_twice(store):
     async def body():
-        lobby = await made(store)
+        lobby = await create_collection(store)
         new = enrolment(1, request_id="r1", digest=b"d")
         first = await store.write(writes.enrol, lobby, new)
         again = await store.write(writes.enrol, lobby, new)
@@ -123,21 +123,21 @@ def test_a_replay_answers_the_first_call_and_never_enrols_twice(store):
 
 def test_replacing_gives_a_new_key_and_one_entry(store):
     async def body():
-        lobby = await made(store)
+        lobby = await create_collection(store)
         await store.write(writes.enrol, lobby, enrolment(1))
         before, _ = await store.read(reads.entry, lobby, "e1")
         await store.write(writes.enrol, lobby, Enrolment(EntryRecord("e1"), feature(2), replace=True))
         after, _ = await store.read(reads.entry, lobby, "e1")
         assert after > before
         assert np.array_equal(await store.read(reads.feature, after, SPACE), feature(2))
-        assert await held(store) == 1
+        assert await count_entries(store) == 1
 
     asyncio.run(body())
 
 
-def test_time_to_live_starts_at_enrolment_and_expired_entries_are_gone_at_once(store):
+def test_time_to_live_starts_at_enrolment_and_expired_entries_are_hidden_at_once(store):
     async def body():
-        lobby = await made(store, ttl_us=3_600_000_000)
+        lobby = await create_collection(store, ttl_us=3_600_000_000)
         kept = await store.write(writes.enrol, lobby, enrolment(1))
         assert kept.entry.expire_us == kept.entry.created_us + 3_600_000_000
         await store.write(writes.enrol, lobby, enrolment(2, expire_us=now_us() - 1))
@@ -156,7 +156,7 @@ def test_a_deleted_entry_leaves_no_byte_in_any_file(tmp_path):
     crop = b"CROP-OF-A-PERSON" * 2000
 
     async def body():
-        lobby = await made(store, keep_crops=True)
+        lobby = await create_collection(store, keep_crops=True)
         for number in range(60):
             await store.write(
                 writes.enrol,
@@ -174,13 +174,13 @@ def test_a_deleted_entry_leaves_no_byte_in_any_file(tmp_path):
     def find(secret):
         return [file.name for file in tmp_path.iterdir() if secret in file.read_bytes()]
 
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(body())
 
 
-def test_a_reader_in_the_way_delays_the_scrub_and_does_not_prevent_it(tmp_path):
+def test_a_reader_delays_the_scrub_but_does_not_prevent_it(tmp_path):
     async def body():
-        lobby = await made(store)
+        lobby = await create_collection(store)
         await store.write(writes.enrol, lobby, enrolment(7))
         holder = sqlite3.connect(tmp_path / "gallery.sqlite3", isolation_level=None)
         holder.execute("BEGIN")
@@ -194,13 +194,13 @@ def test_a_reader_in_the_way_delays_the_scrub_and_does_not_prevent_it(tmp_path):
             await asyncio.sleep(0.05)
         raise AssertionError("the feature is still in a file")
 
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(body())
 
 
 def test_a_damaged_feature_is_noticed_and_the_others_are_read(store, caplog):
     async def body():
-        lobby = await made(store)
+        lobby = await create_collection(store)
         for number in range(3):
             await store.write(writes.enrol, lobby, enrolment(number))
         spoilt = bytearray(feature(1).tobytes())
@@ -215,9 +215,9 @@ def test_a_damaged_feature_is_noticed_and_the_others_are_read(store, caplog):
     asyncio.run(body())
 
 
-def test_the_log_tells_what_came_and_went(store):
+def test_the_change_log_lists_additions_and_deletions(store):
     async def body():
-        lobby = await made(store)
+        lobby = await create_collection(store)
         for number in range(4):
             await store.write(writes.enrol, lobby, enrolment(number))
         start = await store.read(reads.changes_since, lobby.key, SPACE, -1)
@@ -233,9 +233,9 @@ def test_the_log_tells_what_came_and_went(store):
     asyncio.run(body())
 
 
-def test_enrolling_into_a_collection_deleted_meanwhile_is_refused(store):
+def test_enrolling_into_a_collection_deleted_in_the_meantime_is_refused(store):
     async def body():
-        lobby = await made(store)
+        lobby = await create_collection(store)
         await store.erase(writes.delete_collection, "lobby", force=False)
         with pytest.raises(CollectionNotFoundError):
             await store.write(writes.enrol, lobby, enrolment(1))
@@ -243,36 +243,36 @@ def test_enrolling_into_a_collection_deleted_meanwhile_is_refused(store):
     asyncio.run(body())
 
 
-def test_a_full_disk_refuses_writes_keeps_what_it_has_and_recovers(store):
+def test_a_full_disk_refuses_writes_loses_nothing_and_recovers(store):
     """SQLite's own page limit makes the same error as a full disk."""
 
     async def body():
-        lobby = await made(store, keep_crops=True)
+        lobby = await create_collection(store, keep_crops=True)
         await store.write(writes.enrol, lobby, enrolment(1))
         pages = await store.read(lambda c: c.execute("PRAGMA page_count").fetchone()[0])
         await store.write(lambda c: c.execute(f"PRAGMA max_page_count={pages + 2}").fetchall())
         big = [store.write(writes.enrol, lobby, enrolment(n, crops=(bytes(200_000),))) for n in range(2, 5)]
         outcomes = await asyncio.gather(*big, return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [StorageFullError] * 3
-        assert await held(store) == 1
+        assert await count_entries(store) == 1
         await store.erase(writes.delete_entry, lobby, "e1", allow_missing=False)
         await store.write(lambda c: c.execute("PRAGMA max_page_count=1000000").fetchall())
         await store.write(writes.enrol, lobby, enrolment(2, crops=(bytes(200_000),)))
-        assert await held(store) == 1
+        assert await count_entries(store) == 1
 
     asyncio.run(body())
 
 
-def test_a_closed_store_takes_no_more(tmp_path):
-    with opened(tmp_path) as store:
+def test_a_closed_store_refuses_writes(tmp_path):
+    with open_gallery(tmp_path) as store:
         pass
     with pytest.raises(UnavailableError):
         asyncio.run(store.write(reads.any_expired))
 
 
-def test_a_newer_file_a_strange_file_and_a_damaged_one_are_refused(tmp_path):
+def test_newer_foreign_and_damaged_files_are_refused(tmp_path):
     path = tmp_path / "gallery.sqlite3"
-    with opened(tmp_path):
+    with open_gallery(tmp_path):
         pass
     raw = sqlite3.connect(path)
     raw.execute(f"PRAGMA user_version={SCHEMA_VERSION + 1}")
@@ -293,10 +293,10 @@ def test_a_newer_file_a_strange_file_and_a_damaged_one_are_refused(tmp_path):
 
 def test_a_damaged_page_is_found_at_start(tmp_path):
     async def fill():
-        lobby = await made(store)
+        lobby = await create_collection(store)
         await asyncio.gather(*(store.write(writes.enrol, lobby, enrolment(number)) for number in range(400)))
 
-    with opened(tmp_path) as store:
+    with open_gallery(tmp_path) as store:
         asyncio.run(fill())
     path = tmp_path / "gallery.sqlite3"
     data = bytearray(path.read_bytes())

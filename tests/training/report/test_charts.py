@@ -44,7 +44,7 @@ def test_a_loss_term_that_is_always_zero_is_omitted() -> None:
     assert zeros[0].figures == {"outlier_share": 0.0}  # a share of 0 is meaningful, a loss of 0 is not
 
 
-def test_a_constant_figure_is_listed_instead_of_drawn() -> None:
+def test_constant_metrics_are_listed_instead_of_drawn() -> None:
     rows = epoch_rows(history())
     assert constant_figures(rows) == {"eps": "0.5"}
     assert "Clustering radius eps" not in [chart.title for chart in epoch_charts(rows)]

@@ -14,7 +14,7 @@ from resight.training.judging.separation import Estimate
 from resight.training.report.verdict import draw_forest, draw_similarities
 
 
-def test_a_forest_has_a_line_for_each_figure_in_the_colour_of_its_direction() -> None:
+def test_a_forest_plot_has_a_row_per_metric_coloured_by_direction() -> None:
     changes = {
         "auc": Estimate(0.02, 0.01, 0.03), "reference.auc": Estimate(-0.02, -0.03, -0.01),
         "cameras.<b>.auc": Estimate(0.0, -0.01, 0.01),
@@ -32,7 +32,7 @@ def test_a_forest_has_a_line_for_each_figure_in_the_colour_of_its_direction() ->
     assert "cameras.<b>.auc" in [text.text for text in ElementTree.fromstring(drawn).iter("text")]
 
 
-def test_a_forest_of_no_change_can_be_drawn() -> None:
+def test_a_forest_plot_without_changes_is_drawn() -> None:
     assert list(titled_groups(draw_forest({"auc": Estimate(0.0, 0.0, 0.0)}))) == ["auc: +0.0000, +0.0000 to +0.0000"]
 
 
