@@ -14,7 +14,7 @@ from cryptography.x509.oid import NameOID
 
 
 class Authority:
-    """Signs certificates for this machine, and writes them where a test wants them."""
+    """Signs certificates for this machine, and writes them to files."""
 
     def __init__(self, folder: Path, name: str = "authority") -> None:
         self.folder = folder

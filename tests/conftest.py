@@ -1,4 +1,4 @@
-"""What several folders of tests share: one drawn site and one random start, made once."""
+"""Fixtures for several folders of tests: a synthetic site, a random checkpoint and a bundle, each made once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def bundle(bundle_path: Path) -> Bundle:
 
 @pytest.fixture(scope="module", autouse=True)
 def _memory_returned() -> Iterator[None]:
-    """Give back what a file of tests has freed: glibc keeps the pages of a worker's largest file to its end."""
+    """Return freed memory to the system after each test file; glibc would keep the pages until the worker ends."""
     yield
     gc.collect()
     if sys.platform == "linux":
@@ -49,7 +49,7 @@ def _memory_returned() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, saying why, where there is none."""
+    """Skip tests marked `gpu` if there is none, with the reason."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and (reason := no_gpu()):
         for item in marked:
@@ -68,7 +68,7 @@ def _shared(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real crops, where they stand beside the checkout; the test is skipped where they do not."""
+    """Real crops, if they are beside the checkout; else the test is skipped."""
     return _shared("data/market-subset")
 
 

@@ -118,7 +118,7 @@ def environment() -> dict[str, str]:
 
 
 def once(site: Path, *more: object) -> subprocess.CompletedProcess[str]:
-    """`resight cycle once`, to its end."""
+    """Run `resight cycle once` until it ends."""
     return subprocess.run(cycle("once", site, *more), capture_output=True, text=True, timeout=300, env=environment())
 
 

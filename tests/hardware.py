@@ -1,4 +1,4 @@
-"""What this machine has that some tests need."""
+"""Checks for hardware that some tests need."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ def no_gpu() -> str:
     try:
         from cuda.bindings import runtime
     except ImportError:
-        return "needs an NVIDIA GPU; cuda-bindings is not installed, so none can be looked for"
+        return "needs an NVIDIA GPU; cuda-bindings is not installed, so it cannot be detected"
     error, count = runtime.cudaGetDeviceCount()
     return "" if not int(error) and count else f"needs an NVIDIA GPU; found none ({error.name})"

@@ -1,4 +1,4 @@
-"""What must be there after a process was killed: what was answered, and of what was in flight all or nothing."""
+"""The expected state after a process was killed: acknowledged writes, and each write in flight as a whole or not."""
 
 from __future__ import annotations
 
@@ -6,40 +6,40 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 State = dict[str, Any] | None
-"""What a thing must be, in words of the storm; None = it must not be there."""
+"""The expected state of an object; None = it must not exist."""
 Write = Mapping[str, State]
-"""Things by name, with what one write makes of them."""
+"""Objects by name, with their states after one write."""
 
 
 class Ledger:
-    """The states of all things by name."""
+    """The expected states of all objects by name."""
 
     def __init__(self) -> None:
         self.states: dict[str, State] = {}
 
-    def answered(self, write: Write) -> None:
-        """A write was answered: it holds."""
+    def acknowledge(self, write: Write) -> None:
+        """Record an acknowledged write."""
         self.states |= write
 
-    def settle(self, found: Mapping[str, State], in_flight: Iterable[Write]) -> None:
-        """Compare with what is there, and go on from it.
+    def reconcile(self, found: Mapping[str, State], in_flight: Iterable[Write]) -> None:
+        """Check the states found after a crash, and continue from them.
 
         Args:
-            found: everything that is there.
-            in_flight: writes that were begun and not answered, each of them of things no other one touches.
+            found: the states of all existing objects.
+            in_flight: writes without an acknowledgement; no two of them concern the same object.
         """
         for begun in in_flight:
             old = {name: self.states.get(name) for name in begun}
             now = {name: found.get(name) for name in begun}
             assert now in (old, dict(begun)), ("half of a write", now, old, begun)
             self.states |= now
-        must = {name: state for name, state in self.states.items() if state is not None}
-        assert dict(found) == must, difference(found, must)
-        self.states = dict(must)
+        expected = {name: state for name, state in self.states.items() if state is not None}
+        assert dict(found) == expected, describe_difference(found, expected)
+        self.states = dict(expected)
 
 
-def difference(found: Mapping[str, State], must: Mapping[str, State]) -> str:
-    """In few words: a thousand entries are no message."""
-    odd = sorted(name for name in {*found, *must} if found.get(name) != must.get(name))
-    lines = [f"{name}: found {found.get(name)}, expected {must.get(name)}" for name in odd[:5]]
-    return f"{len(odd)} of {len(must)} differ; " + "; ".join(lines)
+def describe_difference(found: Mapping[str, State], expected: Mapping[str, State]) -> str:
+    """The number of differences and the first five of them."""
+    odd = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+    lines = [f"{name}: found {found.get(name)}, expected {expected.get(name)}" for name in odd[:5]]
+    return f"{len(odd)} of {len(expected)} differ; " + "; ".join(lines)

@@ -90,7 +90,7 @@ def make_bundle(
 
 
 def jpeg(person: int, shot: int = 0, *, size: tuple[int, int] = (48, 96)) -> bytes:
-    """A crop of a made-up person: a colour field of their own, with the shot's own noise."""
+    """A crop of a synthetic person: a colour field per person, with noise per shot."""
     own, noise = np.random.default_rng(person), np.random.default_rng(10_000 + 97 * person + shot)
     coarse = own.integers(0, 256, (6, 3, 3)).astype(np.float64) + noise.normal(0, 12, (6, 3, 3))
     image = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""Real gallery databases in a test's own folder, and people to put in them."""
+"""Real gallery databases in a test's folder, and entries to enrol in them."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ async def count_entries(store: Store, name: str = "lobby") -> int:
 
 
 def files_with(folder: Path, secret: bytes) -> list[str]:
-    """Names of the files anywhere below a folder that hold these bytes."""
+    """Names of the files anywhere below a folder that contain these bytes."""
     return [file.name for file in folder.rglob("*") if file.is_file() and secret in file.read_bytes()]

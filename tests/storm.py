@@ -1,10 +1,10 @@
-"""A storm of writes on a gallery, in a process that is to be killed; what it begins and what is answered it tells.
+"""Concurrent random writes to a gallery, in a process that is to be killed; it reports the start and end of each write.
 
-Each worker owns its entries, so what an entry must be follows from that worker's lines alone. A new kind of write is
-one more function in `ACTIONS`.
+Each worker owns its entries, so an entry's expected state follows from that worker's lines alone. A new kind of write
+is one more function in `ACTIONS`.
 
-Run as ``python storm.py FOLDER SEED``; ``FOLDER/states.json`` tells the entries that are there. It writes lines of
-JSON: ``{"began": {id: state}, "number": n}`` before a write and ``{"answered": n, "revision": r}`` after it.
+Run as ``python storm.py FOLDER SEED``; ``FOLDER/states.json`` has the existing entries. It prints JSON lines:
+``{"began": {id: state}, "number": n}`` before a write and ``{"answered": n, "revision": r}`` after it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from resight.service.storage.store import Store
 WORKERS = 6
 
 
-def put(state: dict[str, Any], *, replace: bool = False) -> Enrolment:
+def enrolment_of(state: dict[str, Any], *, replace: bool = False) -> Enrolment:
     crops = (b"%d" % state["seed"],) * state["crops"]
     labels = {"n": state["label"]}
     entry = EntryRecord(state["id"], subject_id=state["subject"], labels=labels)
@@ -42,7 +42,7 @@ def put(state: dict[str, Any], *, replace: bool = False) -> Enrolment:
 
 
 class Worker:
-    """One writer of the storm, with the entries it owns."""
+    """One writer, with the entries it owns."""
 
     def __init__(self, store: Store, searcher: Searcher, collection: Collection, name: str, seed: int) -> None:
         self.store, self.searcher, self.collection, self.name = store, searcher, collection, name
@@ -52,98 +52,100 @@ class Worker:
         self.count = 0
         self.seed = seed
 
-    def fresh(self) -> dict[str, Any]:
+    def new_entry(self) -> dict[str, Any]:
         self.count += 1
         entry_id = f"{self.name}-{self.seed}-{self.count}"
         subject = f"{self.name}-s{self.random.randrange(4)}"
         seed = self.random.randrange(1 << 30)
         return {"id": entry_id, "subject": subject, "label": "new", "seed": seed, "crops": self.random.randrange(3)}
 
-    def some(self) -> str | None:
-        living = [entry_id for entry_id, state in self.own.items() if state is not None]
-        return self.random.choice(living) if living else None
+    def random_entry(self) -> str | None:
+        existing = [entry_id for entry_id, state in self.own.items() if state is not None]
+        return self.random.choice(existing) if existing else None
 
-    async def doing(self, want: dict[str, State], write: Callable[[], Awaitable[Any]]) -> None:
-        """Tell what is begun, do it, tell that it was answered."""
+    async def perform(self, expected: dict[str, State], write: Callable[[], Awaitable[Any]]) -> None:
+        """Report the start of a write, run it, and report that it was acknowledged."""
         number = next(numbers)
-        tell({"began": want, "number": number})
+        report({"began": expected, "number": number})
         try:
             done = await write()
         except ReIDError as error:
-            tell({"refused": number, "why": str(error)})
+            report({"refused": number, "why": str(error)})
             raise
-        tell({"answered": number, "revision": getattr(done, "revision", 0)})
-        self.own |= want
+        report({"answered": number, "revision": getattr(done, "revision", 0)})
+        self.own |= expected
         self.searcher.schedule_update(self.collection)
 
 
 numbers = itertools.count()
 
 
-def tell(line: dict[str, Any]) -> None:
-    os.write(1, (json.dumps(line) + "\n").encode())  # at once and whole: shorter than a pipe's buffer
+def report(line: dict[str, Any]) -> None:
+    os.write(1, (json.dumps(line) + "\n").encode())  # unbuffered and atomic: shorter than a pipe's buffer
 
 
 async def enrol(worker: Worker) -> None:
-    new = worker.fresh()
-    await worker.doing({new["id"]: new}, lambda: worker.store.write(writes.enrol, worker.collection, put(new)))
+    new = worker.new_entry()
+    await worker.perform(
+        {new["id"]: new}, lambda: worker.store.write(writes.enrol, worker.collection, enrolment_of(new))
+    )
 
 
 async def enrol_batch(worker: Worker) -> None:
-    new = [worker.fresh() for _ in range(worker.random.randrange(2, 12))]
-    want = {one["id"]: one for one in new}
-    made = [put(one) for one in new]
+    new = [worker.new_entry() for _ in range(worker.random.randrange(2, 12))]
+    expected = {one["id"]: one for one in new}
+    made = [enrolment_of(one) for one in new]
 
     async def write() -> Any:
         return (await worker.store.write(writes.enrol_all, worker.collection, made))[-1]
 
-    await worker.doing(want, write)
+    await worker.perform(expected, write)
 
 
 async def replace(worker: Worker) -> None:
-    entry_id = worker.some()
+    entry_id = worker.random_entry()
     if entry_id is not None:
-        new = worker.fresh() | {"id": entry_id}
-        made = put(new, replace=True)
-        await worker.doing({entry_id: new}, lambda: worker.store.write(writes.enrol, worker.collection, made))
+        new = worker.new_entry() | {"id": entry_id}
+        made = enrolment_of(new, replace=True)
+        await worker.perform({entry_id: new}, lambda: worker.store.write(writes.enrol, worker.collection, made))
 
 
 async def update(worker: Worker) -> None:
-    entry_id = worker.some()
+    entry_id = worker.random_entry()
     state = worker.own.get(entry_id or "")
     if state is not None:
         new = state | {"label": f"changed {worker.random.random()}", "subject": f"{worker.name}-s0"}
         entry = EntryRecord(state["id"], subject_id=new["subject"], labels={"n": new["label"]})
         fields = ["subject_id", "labels"]
-        await worker.doing(
+        await worker.perform(
             {state["id"]: new}, lambda: worker.store.erase(writes.update_entry, worker.collection, entry, fields)
         )
 
 
 async def delete(worker: Worker) -> None:
-    entry_id = worker.some()
+    entry_id = worker.random_entry()
     if entry_id is not None:
-        gone = worker.store.erase
-        await worker.doing(
+        erase_write = worker.store.erase
+        await worker.perform(
             {entry_id: None},
-            lambda: gone(writes.delete_entry, worker.collection, entry_id, allow_missing=False),
+            lambda: erase_write(writes.delete_entry, worker.collection, entry_id, allow_missing=False),
         )
 
 
 async def delete_by_filter(worker: Worker) -> None:
     subject = f"{worker.name}-s{worker.random.randrange(4)}"
-    want = {entry_id: None for entry_id, state in worker.own.items() if state and state["subject"] == subject}
+    expected = {entry_id: None for entry_id, state in worker.own.items() if state and state["subject"] == subject}
     filters = Filter(subject_ids=(subject,))
-    await worker.doing(
-        dict(want), lambda: worker.store.erase(writes.delete_entries, worker.collection, filters, cap=None)
+    await worker.perform(
+        dict(expected), lambda: worker.store.erase(writes.delete_entries, worker.collection, filters, cap=None)
     )
 
 
 async def erase(worker: Worker) -> None:
     subject = f"{worker.name}-s{worker.random.randrange(4)}"
-    want: dict[str, State] = {i: None for i, state in worker.own.items() if state and state["subject"] == subject}
+    expected: dict[str, State] = {i: None for i, state in worker.own.items() if state and state["subject"] == subject}
     deadline = time.monotonic() + 2
-    await worker.doing(want, lambda: erase_subject(worker.store, subject, principal="storm", deadline=deadline))
+    await worker.perform(expected, lambda: erase_subject(worker.store, subject, principal="storm", deadline=deadline))
 
 
 async def purge(worker: Worker) -> None:
@@ -159,7 +161,7 @@ async def copy(worker: Worker) -> None:
     await asyncio.to_thread(snapshots.remove, worker.store.folder, name)
 
 
-# What the storm is made of, and how often.
+# The writes with their relative frequencies.
 ACTIONS: list[tuple[int, Callable[[Worker], Awaitable[None]]]] = [
     (30, enrol),
     (8, enrol_batch),
@@ -181,7 +183,7 @@ async def storm(folder: Path, seed: int) -> None:
     searcher = Searcher(store)
     await searcher.load()
     chances = [chance for chance, _ in ACTIONS]
-    tell({"ready": os.getpid()})
+    report({"ready": os.getpid()})
 
     async def work(worker: Worker) -> None:
         while True:

@@ -1,4 +1,4 @@
-"""A limit on standing still for tests that are long by nature: a slow machine passes, a hang fails."""
+"""A limit on time without progress, for long tests: a slow machine passes, a hang fails."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def progress_expected(folder: Path, stall_s: float = STALL_S, interval_s: float 
     Args:
         folder: what the test and its processes write to.
         stall_s: seconds of the monotonic clock.
-        interval_s: seconds between two looks at the folder, at most a quarter of ``stall_s``.
+        interval_s: seconds between two checks of the folder, at most a quarter of ``stall_s``.
     """
     ended = threading.Event()
 
@@ -64,6 +64,6 @@ def _state(folder: Path) -> tuple[int, int, int]:
         try:
             status = path.stat()
         except OSError:
-            continue  # removed meanwhile
+            continue  # removed in the meantime
         count, size, newest = count + 1, size + status.st_size, max(newest, status.st_mtime_ns)
     return count, size, newest

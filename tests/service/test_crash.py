@@ -54,7 +54,7 @@ def apply_output(ledger: Ledger, lines: list[dict[str, Any]]) -> tuple[list[Writ
         if "began" in line:
             begun[line["number"]] = line["began"]
         elif "answered" in line:
-            ledger.answered(begun.pop(line["answered"]))
+            ledger.acknowledge(begun.pop(line["answered"]))
             revision = max(revision, line["revision"])
         else:
             assert "ready" in line, line
@@ -157,7 +157,7 @@ def test_acknowledged_writes_survive_a_kill_at_any_time(tmp_path: Path) -> None:
             found = await read_entries(store)
             lobby = await store.read(reads.collection, "lobby")
             assert lobby.revision >= last
-            ledger.settle(with_seeds(found, states), writes)
+            ledger.reconcile(with_seeds(found, states), writes)
             await check_index(store, found)
 
         with open_gallery(tmp_path) as store:

@@ -1,6 +1,6 @@
 """Crash consistency of the server: `resight serve` is killed at random times under load, restarted and checked.
 
-ROUNDS=200 (``make crash``) sets the number of rounds, SEED their chances.
+ROUNDS=200 (``make crash``) sets the number of rounds, SEED the random seed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ledger import Ledger, State, Write
-from server_storm import COLLECTION, ENTRY_OF_PAIR, Storm, drawn, lasting
+from server_storm import COLLECTION, ENTRY_OF_PAIR, Storm, after_expiry, draw_crop
 from serving import ServerProcess, features_by_hand, make_bundle
 from stores import files_with
 from watchdog import progress_expected
@@ -48,7 +48,7 @@ def _watched(tmp_path: Path) -> Iterator[None]:
 
 @lru_cache(8192)
 def expected_feature(person: int, shot: int, model: str) -> np.ndarray:
-    return features_by_hand([drawn(person, shot)], MODELS.index(model))[0]
+    return features_by_hand([draw_crop(person, shot)], MODELS.index(model))[0]
 
 
 def start_server(root: Path, data: Path) -> ServerProcess:
@@ -73,7 +73,7 @@ def check_operations(client: Client, storm: Storm) -> None:
 
 
 def check_entries(client: Client, ledger: Ledger, in_flight: list[Write]) -> None:
-    """Every answered write is there, with its crop and its feature, and none is half there."""
+    """Every acknowledged write is stored, with its crop and its feature, and none is stored partly."""
     candidates = [ledger.states, *in_flight]
     of = client.collection(COLLECTION)
     images = {one.entry.entry_id: one.images for one in client.stream_crops(COLLECTION)}
@@ -81,7 +81,7 @@ def check_entries(client: Client, ledger: Ledger, in_flight: list[Write]) -> Non
     for entry in client.entries(COLLECTION):
         crops = {state["crop"] for known in candidates if (state := known.get(entry.entry_id)) is not None}
         (image,) = images.pop(entry.entry_id)
-        matching: list[Any] = [crop for crop in crops if drawn(*crop[1:]) == image]
+        matching: list[Any] = [crop for crop in crops if draw_crop(*crop[1:]) == image]
         assert len(matching) == 1, (entry, crops)
         found[entry.entry_id] = {"subject": entry.subject_id, "label": entry.labels["n"], "crop": matching[0]}
         found[entry.entry_id] |= {"ends": None}
@@ -92,24 +92,24 @@ def check_entries(client: Client, ledger: Ledger, in_flight: list[Write]) -> Non
     count = len(found)
     for pair in client.list_feedback(COLLECTION):
         found[ENTRY_OF_PAIR.join(sorted((pair.entry_id, pair.other_entry_id)))] = {"same": pair.same}
-    ledger.settle(found, in_flight)
+    ledger.reconcile(found, in_flight)
     assert of.entry_count == client.stats(COLLECTION).live_entries == count
 
 
 def check_index(client: Client, ledger: Ledger) -> None:
-    """Each entry finds itself by its own crop, and all together are what is found, no more."""
+    """Each entry is found by its own crop, and a search for all returns exactly the expected entries."""
     own = {name: state["crop"] for name, state in ledger.states.items() if state is not None and "crop" in state}
-    queries = [Query(drawn(*crop[1:]), 1, exact=True) for crop in own.values()]
+    queries = [Query(draw_crop(*crop[1:]), 1, exact=True) for crop in own.values()]
     for name, answer in zip(own, client.search_batch(COLLECTION, queries), strict=True):
         assert not isinstance(answer, ReIDError), answer
         (hit,) = answer.hits
         assert (hit.entry.entry_id, hit.similarity > 0.9999) == (name, True), (name, hit)
-    everything = client.search(COLLECTION, drawn(1, 0), top_k=1000, exact=True).hits
+    everything = client.search(COLLECTION, draw_crop(1, 0), top_k=1000, exact=True).hits
     assert {hit.entry.entry_id for hit in everything} == set(own) and len(everything) == len(own)
 
 
 def check_files(data: Path, storm: Storm) -> None:
-    """SQLite's own checks, counts that agree, whole snapshots, and no name of an erased subject."""
+    """SQLite's checks, consistent counts, intact snapshots, and no name of an erased subject in any file."""
     with closing(sqlite3.connect(f"file:{data / 'gallery.sqlite3'}?mode=ro", uri=True)) as raw:
         assert raw.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert raw.execute("PRAGMA foreign_key_check").fetchall() == []
@@ -171,14 +171,14 @@ def test_acknowledged_calls_survive_a_kill_of_the_server_at_any_time(tmp_path: P
             client.wait(client.load_model(MODELS[1]))
         for number in range(ROUNDS):
             storm = Storm(server.wait_ready(), ledger, number, MODELS)
-            storm.begin()
+            storm.start()
             time.sleep(chance.uniform(0.0, 1.2))
             assert server.process.poll() is None, server.log.read_text()
-            in_flight = storm.end(partial(server.end, signal.SIGKILL))
+            in_flight = storm.stop(partial(server.end, signal.SIGKILL))
             counts.update(storm.answered | Counter({"in flight": len(in_flight)}))
             refused.update(storm.refused)
             check_log(server)
-            for name in snapshots.list_names(data):  # so that they do not pile up; remnants of the crash stay
+            for name in snapshots.list_names(data):  # so that they do not accumulate; leftovers of the crash are kept
                 snapshots.remove(data, name)
             server = start_server(root, data)
             while chance.random() < 0.2:  # also killed during start, while it resumes interrupted work
@@ -190,8 +190,8 @@ def test_acknowledged_calls_survive_a_kill_of_the_server_at_any_time(tmp_path: P
             with Client(server.wait_ready(), timeout_s=30) as client:
                 check_operations(client, storm)
                 time.sleep(max([0.0, *(state["ends"] - time.time() for state in ending([ledger.states, *in_flight]))]))
-                ledger.states = lasting(ledger.states)
-                check_entries(client, ledger, [lasting(write) for write in in_flight])
+                ledger.states = after_expiry(ledger.states)
+                check_entries(client, ledger, [after_expiry(write) for write in in_flight])
                 of = client.collection(COLLECTION)
                 assert of.model in storm.searched_in and of.revision >= storm.revision
                 check_index(client, ledger)
