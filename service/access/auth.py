@@ -104,7 +104,7 @@ REQUIRED_ROLES = MappingProxyType(
     | _methods("resight.v1.ModelService", Role.ADMIN, "StartShadow", "GetShadow", "StopShadow")
     | _methods("resight.v1.AdminService", Role.READER, "GetServerInfo")
     | _methods("resight.v1.AdminService", Role.OPERATOR, "GetCollectionStats", "ListAuditEvents")
-    | _methods("resight.v1.AdminService", Role.OPERATOR, "GetSearchFigures")
+    | _methods("resight.v1.AdminService", Role.OPERATOR, "GetSearchStatistics", "GetSearchFigures")
     | _methods("resight.v1.AdminService", Role.OPERATOR, "StartAdaptation", "ReportAdaptation")
     | _methods("resight.v1.AdminService", Role.ADMIN, "RebuildIndex", "CreateSnapshot")
     | _methods("grpc.health.v1.Health", None, "Check", "Watch", "List")

@@ -24,12 +24,12 @@ from resight.service.tenants import Tenant, Tenants
 from resight.v1 import admin_pb2, admin_pb2_grpc
 
 
-def window_stats_message(stats: WindowStats, *, active: bool) -> admin_pb2.SearchFigures:
+def window_stats_message(stats: WindowStats, *, active: bool) -> admin_pb2.SearchStatistics:
     """Convert the statistics of one space; ``active``: whether the collection is currently searched in it."""
     counts = stats.counts
     decided = counts.matches + counts.uncertain + counts.unknown
     drift = stats.reference.drift_of(counts)
-    return admin_pb2.SearchFigures(
+    return admin_pb2.SearchStatistics(
         space_id=stats.space_id,
         model_id=stats.model_id,
         active=active,
@@ -153,9 +153,9 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             next_page_token=page_token(int(found[limit - 1].audit_id)) if more else "",
         )
 
-    async def GetSearchFigures(
-        self, request: admin_pb2.GetSearchFiguresRequest, context: Context
-    ) -> admin_pb2.GetSearchFiguresResponse:
+    async def GetSearchStatistics(
+        self, request: admin_pb2.GetSearchStatisticsRequest, context: Context
+    ) -> admin_pb2.GetSearchStatisticsResponse:
         """Statistics of a collection's searches, for each space."""
         window = convert.to_window(request.window, "window")
         reference = convert.to_window(request.reference, "reference") if request.HasField("reference") else None
@@ -164,8 +164,16 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         stats = await gallery.statistics.window_stats(
             collection, window=window, space_id=request.space_id, reference=reference
         )
-        figures = [window_stats_message(one, active=one.space_id == collection.space.space_id) for one in stats]
-        return admin_pb2.GetSearchFiguresResponse(figures=figures)
+        statistics = [window_stats_message(one, active=one.space_id == collection.space.space_id) for one in stats]
+        return admin_pb2.GetSearchStatisticsResponse(statistics=statistics)
+
+    async def GetSearchFigures(
+        self, request: admin_pb2.GetSearchFiguresRequest, context: Context
+    ) -> admin_pb2.GetSearchFiguresResponse:
+        """Deprecated name of `GetSearchStatistics`; the messages of both have the same fields."""
+        same = admin_pb2.GetSearchStatisticsRequest.FromString(request.SerializeToString())
+        response = await self.GetSearchStatistics(same, context)
+        return admin_pb2.GetSearchFiguresResponse.FromString(response.SerializeToString())
 
     async def StartAdaptation(
         self, request: admin_pb2.StartAdaptationRequest, context: Context

@@ -63,7 +63,7 @@ def test_a_shadow_is_started_shown_and_stopped(run, address, tmp_path):
 
 def test_statistics_and_their_deprecated_name_figures(run, address, tmp_path):
     with Client(address) as client:
-        before = sum(one.searches for one in client.search_figures("lobby"))
+        before = sum(one.searches for one in client.search_statistics("lobby"))
         client.search("lobby", jpeg(3))
     shown = run("gallery", "statistics", "lobby", "--last", "1h", "--json", tmp_path / "statistics.json").output
     (result,) = json.loads((tmp_path / "statistics.json").read_text())

@@ -18,7 +18,7 @@ from tiny import resight_here, the_error
 
 from resight.calibration import Calibration
 from resight.client import Client, NewEntry
-from resight.client.responses import SearchFigures
+from resight.client.responses import SearchStatistics
 from resight.cycle import stages
 from resight.cycle.conductor import STAGES
 from resight.cycle.runs import RunDatabase
@@ -193,13 +193,13 @@ def test_a_rollback_ends_a_run_in_its_watch_stage(place: Place) -> None:
     assert place.active() == "first"
 
 
-def figures(**more: Any) -> SearchFigures:
+def figures(**more: Any) -> SearchStatistics:
     """Figures of a hundred searches without a regression."""
     at = datetime(2026, 3, 1, tzinfo=UTC)
     counts = {"searches": 100, "matches": 90, "uncertain": 5, "unknown": 5, "without_hit": 0, "unknown_share": 0.05}
     means = {"mean_cosine": 0.8, "mean_probability": 0.9, "drift_index": 0.05, "mean_shift": 0.0}
     fixed = {"space_id": "a", "model_id": "m", "active": True, "reference_searches": 1000, "cosine_histogram": ()}
-    return SearchFigures(**{**fixed, **counts, **means, "first_time": at, "last_time": at, **more})
+    return SearchStatistics(**{**fixed, **counts, **means, "first_time": at, "last_time": at, **more})
 
 
 @pytest.mark.parametrize(

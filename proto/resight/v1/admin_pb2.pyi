@@ -19,6 +19,11 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
+if sys.version_info >= (3, 13):
+    from warnings import deprecated as _deprecated
+else:
+    from typing_extensions import deprecated as _deprecated
+
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
@@ -473,6 +478,167 @@ class ReportAdaptationResponse(_message.Message):
 Global___ReportAdaptationResponse: _TypeAlias = ReportAdaptationResponse  # noqa: Y015
 
 @_typing.final
+class GetSearchStatisticsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_ID_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    SPACE_ID_FIELD_NUMBER: _builtins.int
+    REFERENCE_FIELD_NUMBER: _builtins.int
+    collection_id: _builtins.str
+    space_id: _builtins.str
+    """empty = every space that was searched"""
+    @_builtins.property
+    def window(self) -> _common_pb2.TimeWindow:
+        """widened to whole minutes; absent = all that is stored"""
+
+    @_builtins.property
+    def reference(self) -> _common_pb2.TimeWindow:
+        """drift is measured against it; absent = the space's first 1000 best hits"""
+
+    def __init__(
+        self,
+        *,
+        collection_id: _builtins.str = ...,
+        window: _common_pb2.TimeWindow | None = ...,
+        space_id: _builtins.str = ...,
+        reference: _common_pb2.TimeWindow | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reference", b"reference", "window", b"window"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection_id", b"collection_id", "reference", b"reference", "space_id", b"space_id", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSearchStatisticsRequest: _TypeAlias = GetSearchStatisticsRequest  # noqa: Y015
+
+@_typing.final
+class GetSearchStatisticsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATISTICS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def statistics(self) -> _containers.RepeatedCompositeFieldContainer[Global___SearchStatistics]:
+        """one a space, by its first search in the window"""
+
+    def __init__(
+        self,
+        *,
+        statistics: _abc.Iterable[Global___SearchStatistics] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["statistics", b"statistics"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSearchStatisticsResponse: _TypeAlias = GetSearchStatisticsResponse  # noqa: Y015
+
+@_typing.final
+class SearchStatistics(_message.Message):
+    """Counts by the minute: they identify no query and no person."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPACE_ID_FIELD_NUMBER: _builtins.int
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    ACTIVE_FIELD_NUMBER: _builtins.int
+    SEARCHES_FIELD_NUMBER: _builtins.int
+    MATCHES_FIELD_NUMBER: _builtins.int
+    UNCERTAIN_FIELD_NUMBER: _builtins.int
+    UNKNOWN_FIELD_NUMBER: _builtins.int
+    WITHOUT_HIT_FIELD_NUMBER: _builtins.int
+    UNKNOWN_SHARE_FIELD_NUMBER: _builtins.int
+    MEAN_COSINE_FIELD_NUMBER: _builtins.int
+    MEAN_PROBABILITY_FIELD_NUMBER: _builtins.int
+    DRIFT_INDEX_FIELD_NUMBER: _builtins.int
+    MEAN_SHIFT_FIELD_NUMBER: _builtins.int
+    REFERENCE_SEARCHES_FIELD_NUMBER: _builtins.int
+    FIRST_TIME_FIELD_NUMBER: _builtins.int
+    LAST_TIME_FIELD_NUMBER: _builtins.int
+    COSINE_HISTOGRAM_FIELD_NUMBER: _builtins.int
+    space_id: _builtins.str
+    model_id: _builtins.str
+    active: _builtins.bool
+    """the collection's searches use this space now"""
+    searches: _builtins.int
+    matches: _builtins.int
+    """decision on the best hit; this and the next two are 0 without calibration"""
+    uncertain: _builtins.int
+    unknown: _builtins.int
+    without_hit: _builtins.int
+    """searches without any hit; with a calibration also among the unknown"""
+    unknown_share: _builtins.float
+    """of searches with a decision"""
+    mean_cosine: _builtins.float
+    """of best hits; so below"""
+    mean_probability: _builtins.float
+    drift_index: _builtins.float
+    """population stability index of best hits' cosines; absent below 100 on either side"""
+    mean_shift: _builtins.float
+    """mean cosine minus the reference's; likewise"""
+    reference_searches: _builtins.int
+    """number of best hits in the reference"""
+    @_builtins.property
+    def first_time(self) -> _timestamp_pb2.Timestamp:
+        """searches in the window"""
+
+    @_builtins.property
+    def last_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def cosine_histogram(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """best hits in 64 bins of equal width over -1..1"""
+
+    def __init__(
+        self,
+        *,
+        space_id: _builtins.str = ...,
+        model_id: _builtins.str = ...,
+        active: _builtins.bool = ...,
+        searches: _builtins.int = ...,
+        matches: _builtins.int = ...,
+        uncertain: _builtins.int = ...,
+        unknown: _builtins.int = ...,
+        without_hit: _builtins.int = ...,
+        unknown_share: _builtins.float | None = ...,
+        mean_cosine: _builtins.float | None = ...,
+        mean_probability: _builtins.float | None = ...,
+        drift_index: _builtins.float | None = ...,
+        mean_shift: _builtins.float | None = ...,
+        reference_searches: _builtins.int = ...,
+        first_time: _timestamp_pb2.Timestamp | None = ...,
+        last_time: _timestamp_pb2.Timestamp | None = ...,
+        cosine_histogram: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_drift_index", b"_drift_index", "_mean_cosine", b"_mean_cosine", "_mean_probability", b"_mean_probability", "_mean_shift", b"_mean_shift", "_unknown_share", b"_unknown_share", "drift_index", b"drift_index", "first_time", b"first_time", "last_time", b"last_time", "mean_cosine", b"mean_cosine", "mean_probability", b"mean_probability", "mean_shift", b"mean_shift", "unknown_share", b"unknown_share"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drift_index", b"_drift_index", "_mean_cosine", b"_mean_cosine", "_mean_probability", b"_mean_probability", "_mean_shift", b"_mean_shift", "_unknown_share", b"_unknown_share", "active", b"active", "cosine_histogram", b"cosine_histogram", "drift_index", b"drift_index", "first_time", b"first_time", "last_time", b"last_time", "matches", b"matches", "mean_cosine", b"mean_cosine", "mean_probability", b"mean_probability", "mean_shift", b"mean_shift", "model_id", b"model_id", "reference_searches", b"reference_searches", "searches", b"searches", "space_id", b"space_id", "uncertain", b"uncertain", "unknown", b"unknown", "unknown_share", b"unknown_share", "without_hit", b"without_hit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__drift_index: _TypeAlias = _typing.Literal["drift_index"]  # noqa: Y015
+    _WhichOneofArgType__drift_index: _TypeAlias = _typing.Literal["_drift_index", b"_drift_index"]  # noqa: Y015
+    _WhichOneofReturnType__mean_cosine: _TypeAlias = _typing.Literal["mean_cosine"]  # noqa: Y015
+    _WhichOneofArgType__mean_cosine: _TypeAlias = _typing.Literal["_mean_cosine", b"_mean_cosine"]  # noqa: Y015
+    _WhichOneofReturnType__mean_probability: _TypeAlias = _typing.Literal["mean_probability"]  # noqa: Y015
+    _WhichOneofArgType__mean_probability: _TypeAlias = _typing.Literal["_mean_probability", b"_mean_probability"]  # noqa: Y015
+    _WhichOneofReturnType__mean_shift: _TypeAlias = _typing.Literal["mean_shift"]  # noqa: Y015
+    _WhichOneofArgType__mean_shift: _TypeAlias = _typing.Literal["_mean_shift", b"_mean_shift"]  # noqa: Y015
+    _WhichOneofReturnType__unknown_share: _TypeAlias = _typing.Literal["unknown_share"]  # noqa: Y015
+    _WhichOneofArgType__unknown_share: _TypeAlias = _typing.Literal["_unknown_share", b"_unknown_share"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__drift_index) -> _WhichOneofReturnType__drift_index | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mean_cosine) -> _WhichOneofReturnType__mean_cosine | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mean_probability) -> _WhichOneofReturnType__mean_probability | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mean_shift) -> _WhichOneofReturnType__mean_shift | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__unknown_share) -> _WhichOneofReturnType__unknown_share | None: ...
+
+Global___SearchStatistics: _TypeAlias = SearchStatistics  # noqa: Y015
+
+@_deprecated("""This message has been marked as deprecated using proto message options.""")
+@_typing.final
 class GetSearchFiguresRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -507,6 +673,7 @@ class GetSearchFiguresRequest(_message.Message):
 
 Global___GetSearchFiguresRequest: _TypeAlias = GetSearchFiguresRequest  # noqa: Y015
 
+@_deprecated("""This message has been marked as deprecated using proto message options.""")
 @_typing.final
 class GetSearchFiguresResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -529,6 +696,7 @@ class GetSearchFiguresResponse(_message.Message):
 
 Global___GetSearchFiguresResponse: _TypeAlias = GetSearchFiguresResponse  # noqa: Y015
 
+@_deprecated("""This message has been marked as deprecated using proto message options.""")
 @_typing.final
 class SearchFigures(_message.Message):
     """Counts by the minute: no query and no person can be told from them."""

@@ -59,6 +59,11 @@ class AdminServiceStub:
                 request_serializer=resight_dot_v1_dot_admin__pb2.ListAuditEventsRequest.SerializeToString,
                 response_deserializer=resight_dot_v1_dot_admin__pb2.ListAuditEventsResponse.FromString,
                 _registered_method=True)
+        self.GetSearchStatistics = channel.unary_unary(
+                '/resight.v1.AdminService/GetSearchStatistics',
+                request_serializer=resight_dot_v1_dot_admin__pb2.GetSearchStatisticsRequest.SerializeToString,
+                response_deserializer=resight_dot_v1_dot_admin__pb2.GetSearchStatisticsResponse.FromString,
+                _registered_method=True)
         self.GetSearchFigures = channel.unary_unary(
                 '/resight.v1.AdminService/GetSearchFigures',
                 request_serializer=resight_dot_v1_dot_admin__pb2.GetSearchFiguresRequest.SerializeToString,
@@ -110,9 +115,15 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def GetSearchFigures(self, request, context):
-        """what searches came to, in each space
+    def GetSearchStatistics(self, request, context):
+        """of each space
         """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetSearchFigures(self, request, context):
+        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -158,6 +169,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListAuditEvents,
                     request_deserializer=resight_dot_v1_dot_admin__pb2.ListAuditEventsRequest.FromString,
                     response_serializer=resight_dot_v1_dot_admin__pb2.ListAuditEventsResponse.SerializeToString,
+            ),
+            'GetSearchStatistics': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSearchStatistics,
+                    request_deserializer=resight_dot_v1_dot_admin__pb2.GetSearchStatisticsRequest.FromString,
+                    response_serializer=resight_dot_v1_dot_admin__pb2.GetSearchStatisticsResponse.SerializeToString,
             ),
             'GetSearchFigures': grpc.unary_unary_rpc_method_handler(
                     servicer.GetSearchFigures,
@@ -310,6 +326,33 @@ class AdminService:
             '/resight.v1.AdminService/ListAuditEvents',
             resight_dot_v1_dot_admin__pb2.ListAuditEventsRequest.SerializeToString,
             resight_dot_v1_dot_admin__pb2.ListAuditEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSearchStatistics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/resight.v1.AdminService/GetSearchStatistics',
+            resight_dot_v1_dot_admin__pb2.GetSearchStatisticsRequest.SerializeToString,
+            resight_dot_v1_dot_admin__pb2.GetSearchStatisticsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from grpc import aio as _aio
 from resight.v1 import admin_pb2 as _admin_pb2
 import abc as _abc_1
+import builtins as _builtins
 import grpc as _grpc
 import sys
 import typing as _typing
@@ -15,6 +16,11 @@ if sys.version_info >= (3, 11):
     from typing import Self as _Self
 else:
     from typing_extensions import Self as _Self
+
+if sys.version_info >= (3, 13):
+    from warnings import deprecated as _deprecated
+else:
+    from typing_extensions import deprecated as _deprecated
 
 _T = _typing.TypeVar("_T")
 
@@ -37,8 +43,11 @@ class AdminServiceStub:
     RebuildIndex: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RebuildIndexRequest, _admin_pb2.RebuildIndexResponse]
     CreateSnapshot: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CreateSnapshotRequest, _admin_pb2.CreateSnapshotResponse]
     ListAuditEvents: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListAuditEventsRequest, _admin_pb2.ListAuditEventsResponse]
-    GetSearchFigures: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetSearchFiguresRequest, _admin_pb2.GetSearchFiguresResponse]
-    """what searches came to, in each space"""
+    GetSearchStatistics: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetSearchStatisticsRequest, _admin_pb2.GetSearchStatisticsResponse]
+    """of each space"""
+    @_builtins.property
+    @_deprecated("""use GetSearchStatistics; removed in the release after 0.2""")
+    def GetSearchFigures(self) -> _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetSearchFiguresRequest, _admin_pb2.GetSearchFiguresResponse]: ...
     StartAdaptation: _grpc.UnaryUnaryMultiCallable[_admin_pb2.StartAdaptationRequest, _admin_pb2.StartAdaptationResponse]
     """asks; a cycle carries it out"""
     ReportAdaptation: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ReportAdaptationRequest, _admin_pb2.ReportAdaptationResponse]
@@ -53,8 +62,11 @@ class AdminServiceAsyncStub(AdminServiceStub):
     RebuildIndex: _aio.UnaryUnaryMultiCallable[_admin_pb2.RebuildIndexRequest, _admin_pb2.RebuildIndexResponse]  # type: ignore[assignment]
     CreateSnapshot: _aio.UnaryUnaryMultiCallable[_admin_pb2.CreateSnapshotRequest, _admin_pb2.CreateSnapshotResponse]  # type: ignore[assignment]
     ListAuditEvents: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListAuditEventsRequest, _admin_pb2.ListAuditEventsResponse]  # type: ignore[assignment]
-    GetSearchFigures: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetSearchFiguresRequest, _admin_pb2.GetSearchFiguresResponse]  # type: ignore[assignment]
-    """what searches came to, in each space"""
+    GetSearchStatistics: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetSearchStatisticsRequest, _admin_pb2.GetSearchStatisticsResponse]  # type: ignore[assignment]
+    """of each space"""
+    @_builtins.property
+    @_deprecated("""use GetSearchStatistics; removed in the release after 0.2""")
+    def GetSearchFigures(self) -> _aio.UnaryUnaryMultiCallable[_admin_pb2.GetSearchFiguresRequest, _admin_pb2.GetSearchFiguresResponse]: ...  # type: ignore[override]
     StartAdaptation: _aio.UnaryUnaryMultiCallable[_admin_pb2.StartAdaptationRequest, _admin_pb2.StartAdaptationResponse]  # type: ignore[assignment]
     """asks; a cycle carries it out"""
     ReportAdaptation: _aio.UnaryUnaryMultiCallable[_admin_pb2.ReportAdaptationRequest, _admin_pb2.ReportAdaptationResponse]  # type: ignore[assignment]
@@ -98,12 +110,20 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_admin_pb2.ListAuditEventsResponse, _abc.Awaitable[_admin_pb2.ListAuditEventsResponse]]: ...
 
     @_abc_1.abstractmethod
+    def GetSearchStatistics(
+        self,
+        request: _admin_pb2.GetSearchStatisticsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetSearchStatisticsResponse, _abc.Awaitable[_admin_pb2.GetSearchStatisticsResponse]]:
+        """of each space"""
+
+    @_deprecated("""This method has been marked as deprecated using proto method options.""")
+    @_abc_1.abstractmethod
     def GetSearchFigures(
         self,
         request: _admin_pb2.GetSearchFiguresRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_admin_pb2.GetSearchFiguresResponse, _abc.Awaitable[_admin_pb2.GetSearchFiguresResponse]]:
-        """what searches came to, in each space"""
+    ) -> _typing.Union[_admin_pb2.GetSearchFiguresResponse, _abc.Awaitable[_admin_pb2.GetSearchFiguresResponse]]: ...
 
     @_abc_1.abstractmethod
     def StartAdaptation(

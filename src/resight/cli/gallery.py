@@ -377,7 +377,7 @@ def statistics(
     """
     start = None if last is None else datetime.now(UTC) - parse_duration(last)
     with connect(server) as client:
-        found = client.search_figures(name, start=start, space_id=space)
+        found = client.search_statistics(name, start=start, space_id=space)
     console = Console()
     console.print(f"searches of {name}; * = its active space", highlight=False, soft_wrap=True)
     table = Table("figure", *(f"{one.model_id} {one.space_id[:8]}{' *' if one.active else ''}" for one in found))

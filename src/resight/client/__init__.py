@@ -29,6 +29,7 @@ from resight.client.responses import (
     SearchAnswer,
     SearchFigures,
     SearchHit,
+    SearchStatistics,
     ServerInfo,
     Shadow,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "SearchAnswer",
     "SearchFigures",
     "SearchHit",
+    "SearchStatistics",
     "ServerInfo",
     "Shadow",
     "Where",

@@ -19,7 +19,7 @@ from resight.client.responses import (
     ModelInfo,
     OperationInfo,
     OperationState,
-    SearchFigures,
+    SearchStatistics,
     Shadow,
 )
 from resight.client.transport import CallPlan, PagedCall, Sleep, UnaryCall
@@ -145,14 +145,14 @@ def stats(collection: str) -> CallPlan[CollectionStats]:
     return convert.stats((yield UnaryCall("admin.GetCollectionStats", request)))
 
 
-def search_figures(
+def search_statistics(
     collection: str,
     *,
     start: datetime | None = None,
     end: datetime | None = None,
     space_id: str = "",
     reference: tuple[datetime, datetime] | None = None,
-) -> CallPlan[list[SearchFigures]]:
+) -> CallPlan[list[SearchStatistics]]:
     """Get the search statistics of a collection, one item per space, ordered by its first search in the window.
 
     Args:
@@ -162,7 +162,7 @@ def search_figures(
         space_id: only of this space; empty = of all.
         reference: start and end of the window that drift is measured against; None = the space's first 1000 best hits.
     """
-    request = admin_pb2.GetSearchFiguresRequest(collection_id=collection, space_id=space_id)
+    request = admin_pb2.GetSearchStatisticsRequest(collection_id=collection, space_id=space_id)
     if start is not None:
         request.window.start_time.FromDatetime(start)
     if end is not None:
@@ -170,8 +170,21 @@ def search_figures(
     if reference is not None:
         request.reference.start_time.FromDatetime(reference[0])
         request.reference.end_time.FromDatetime(reference[1])
-    reply = yield UnaryCall("admin.GetSearchFigures", request)
-    return [convert.search_figures(one) for one in reply.figures]
+    reply = yield UnaryCall("admin.GetSearchStatistics", request)
+    return [convert.search_statistics(one) for one in reply.statistics]
+
+
+def search_figures(
+    collection: str,
+    *,
+    start: datetime | None = None,
+    end: datetime | None = None,
+    space_id: str = "",
+    reference: tuple[datetime, datetime] | None = None,
+) -> CallPlan[list[SearchStatistics]]:
+    """Deprecated name of `search_statistics`."""
+    warnings.warn("search_figures is deprecated: use search_statistics", DeprecationWarning, stacklevel=3)
+    return search_statistics(collection, start=start, end=end, space_id=space_id, reference=reference)
 
 
 def rebuild_index(collection: str, index_type: str = "") -> CallPlan[OperationInfo]:

@@ -239,6 +239,7 @@ class AsyncClient:
     stream_crops = _resumable(methods.stream_crops)
     remove_feedback = _method(methods.remove_feedback)
     stats = _method(admin_methods.stats)
+    search_statistics = _method(admin_methods.search_statistics)
     search_figures = _method(admin_methods.search_figures)
     rebuild_index = _method(admin_methods.rebuild_index)
     create_snapshot = _method(admin_methods.create_snapshot)

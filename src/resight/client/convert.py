@@ -26,8 +26,8 @@ from resight.client.responses import (
     OperationInfo,
     OperationState,
     SearchAnswer,
-    SearchFigures,
     SearchHit,
+    SearchStatistics,
     ServerInfo,
     Shadow,
     ShadowFigures,
@@ -264,9 +264,9 @@ def _side(message: model_pb2.ShadowSide) -> ShadowSide:
     return ShadowSide(**_scalars(message))
 
 
-def search_figures(message: admin_pb2.SearchFigures) -> SearchFigures:
+def search_statistics(message: admin_pb2.SearchStatistics) -> SearchStatistics:
     """Convert from protobuf."""
-    return SearchFigures(
+    return SearchStatistics(
         **_scalars(message),
         first_time=_to_datetime(message.first_time),
         last_time=_to_datetime(message.last_time),

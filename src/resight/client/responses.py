@@ -317,7 +317,7 @@ class Shadow:
 
 
 @dataclass(frozen=True)
-class SearchFigures:
+class SearchStatistics:
     """Statistics of a collection's searches in one space, in a window of whole minutes.
 
     Attributes:
@@ -348,3 +348,6 @@ class SearchFigures:
     first_time: datetime
     last_time: datetime
     cosine_histogram: tuple[int, ...]
+
+
+SearchFigures = SearchStatistics  # deprecated name, for one release

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from resight.client import Client
-from resight.client.responses import SearchFigures, Shadow
+from resight.client.responses import SearchStatistics, Shadow
 from resight.cycle.history import alert
 from resight.cycle.rollback import roll_back, switch_back
 from resight.cycle.server import (
@@ -468,8 +468,8 @@ class WatchedCollection:
     """Search figures of a collection in the new space, and in the old space before the promotion."""
 
     name: str
-    now: SearchFigures
-    before: SearchFigures | None
+    now: SearchStatistics
+    before: SearchStatistics | None
 
 
 def watch(context: StageContext) -> StageOutcome:
@@ -500,8 +500,8 @@ def _search_figures(context: StageContext, client: Client, name: str, at_s: floa
     """Figures of one collection; None while it has had no searches."""
     found = context.outcome_of("backfill").figures
     at = datetime.fromtimestamp(at_s, UTC)
-    now = client.search_figures(name, start=at, space_id=str(found["space_id"]))
-    before = client.search_figures(name, end=at, space_id=str(found["spaces"][name]))
+    now = client.search_statistics(name, start=at, space_id=str(found["space_id"]))
+    before = client.search_statistics(name, end=at, space_id=str(found["spaces"][name]))
     return WatchedCollection(name, now[0], before[0] if before else None) if now else None
 
 

@@ -171,7 +171,7 @@ def test_only_searches_by_crop_are_sampled_with_their_parameters(client):
     now = until(client, "lobby", settled)
     assert (now.figures.offered, now.figures.answered, now.figures.failed) == (6, 6, 0)
     assert now.figures.active.without_hit == now.figures.candidate.without_hit == 2
-    searched = client.search_figures("lobby", space_id=now.space_id)
+    searched = client.search_statistics("lobby", space_id=now.space_id)
     assert searched == []  # the shadow's searches are not counted
     client.stop_shadow("lobby")
 

@@ -4,6 +4,7 @@ import asyncio
 import signal
 from datetime import UTC, datetime, timedelta
 
+import grpc
 import numpy as np
 import pytest
 from serving import ServerProcess, features_by_hand, jpeg, make_bundle
@@ -26,6 +27,7 @@ from resight.service.search.statistics import (
     stability_index,
 )
 from resight.service.storage import writes
+from resight.v1 import admin_pb2, admin_pb2_grpc
 
 CURVE = Calibration(0.5, 10.0, 0.95, 0.3, 0.001, 0.05, 100, 100, "tests", "tests", 0.01)
 ENROLLED = [jpeg(p, s) for p in range(8) for s in range(2)]
@@ -75,14 +77,14 @@ def test_each_space_is_counted_and_nothing_is_lost_in_a_restart(root, tmp_path):
     with Client(first.wait_ready()) as client:
         client.create_collection("lobby", unlimited_retention=True, keep_crops=True)
         client.enrol_batch("lobby", [NewEntry(crop) for crop in ENROLLED])
-        assert client.search_figures("lobby") == []
+        assert client.search_statistics("lobby") == []
         begun = datetime.now(UTC)
         for crop in QUERIES[:3]:
             client.search("lobby", crop)
         client.search_batch("lobby", [Query(crop) for crop in QUERIES[3:9]])
         list(client.stream_search("lobby", [Query(crop) for crop in QUERIES[9:]]))
         old = client.collection("lobby").space_id
-        (before,) = client.search_figures("lobby")
+        (before,) = client.search_statistics("lobby")
         assert_statistics(
             before, expected_statistics(0) | {"space_id": old, "model_id": "tiny-0", "active": True, "without_hit": 0}
         )
@@ -93,7 +95,7 @@ def test_each_space_is_counted_and_nothing_is_lost_in_a_restart(root, tmp_path):
         for crop in QUERIES:
             client.search("lobby", crop)
         client.search("lobby", QUERIES[0], min_similarity=1.0)  # cut off, so without any hit
-        kept = client.search_figures("lobby")
+        kept = client.search_statistics("lobby")
         was, now = kept
         new = client.collection("lobby").space_id
         assert was == before.__class__(**(vars(before) | {"active": False}))
@@ -105,24 +107,31 @@ def test_each_space_is_counted_and_nothing_is_lost_in_a_restart(root, tmp_path):
     assert first.end() == 0
     second = start(root, tmp_path)
     with Client(second.wait_ready()) as client:
-        assert client.search_figures("lobby") == kept
-        assert client.search_figures("lobby", space_id=old) == [was]
+        assert client.search_statistics("lobby") == kept
+        assert client.search_statistics("lobby", space_id=old) == [was]
         later = datetime.now(UTC) + timedelta(minutes=2)
-        assert client.search_figures("lobby", start=later) == [] == client.search_figures("lobby", space_id="ff" * 16)
-        assert client.search_figures("lobby", start=begun, end=later) == kept
+        assert client.search_statistics("lobby", start=later) == []
+        assert client.search_statistics("lobby", space_id="ff" * 16) == []
+        assert client.search_statistics("lobby", start=begun, end=later) == kept
+        with pytest.warns(DeprecationWarning, match="use search_statistics"):
+            assert client.search_figures("lobby", start=begun, end=later) == kept
+        with grpc.insecure_channel(client.address) as channel:  # the deprecated method
+            request = admin_pb2.GetSearchFiguresRequest(collection_id="lobby")
+            response = admin_pb2_grpc.AdminServiceStub(channel).GetSearchFigures(request)
+        assert [one.searches for one in response.figures] == [one.searches for one in kept]
         client.search("lobby", QUERIES[0])
-        assert client.search_figures("lobby", space_id=new)[0].searches == now.searches + 1  # which writes it
+        assert client.search_statistics("lobby", space_id=new)[0].searches == now.searches + 1  # which writes it
         with pytest.raises(CollectionNotFoundError):
-            client.search_figures("nowhere")
+            client.search_statistics("nowhere")
         with pytest.raises(InputError, match="end_time"):
-            client.search_figures("lobby", start=later, end=begun)
+            client.search_statistics("lobby", start=later, end=begun)
         assert second.end(signal.SIGKILL) == -signal.SIGKILL
     third = start(root, tmp_path)
     with Client(third.wait_ready()) as client:
-        assert client.search_figures("lobby", space_id=new)[0].searches == now.searches + 1
+        assert client.search_statistics("lobby", space_id=new)[0].searches == now.searches + 1
         client.delete_collection("lobby", force=True)
         client.create_collection("lobby", unlimited_retention=True)
-        assert client.search_figures("lobby") == []  # of the same name, not the same
+        assert client.search_statistics("lobby") == []  # of the same name, not the same
     assert third.end() == 0, third.log.read_text()
 
 
