@@ -1,5 +1,6 @@
 """Unit tests of the client; its use with a server is tested in tests/service."""
 
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -7,12 +8,14 @@ import time
 from collections.abc import Iterator
 from concurrent import futures
 from datetime import UTC, datetime
+from typing import get_type_hints
 
 import grpc
 import pytest
 from grpc_status import rpc_status
 
 from resight.client import Client, EntryId, GivenFeature, NewEntry, OperationInfo, Query, Where
+from resight.client.requests import SearchOptions
 from resight.client.transport import MAX_ATTEMPTS, MAX_BATCH_BYTES, MAX_BATCH_ITEMS, backoff_s, split_batches
 from resight.errors import DeadlineError, InputError, OverloadedError, ReIDError, UnavailableError
 from resight.status import to_status
@@ -158,6 +161,14 @@ def test_each_kind_of_source_sets_its_own_field():
     assert NewEntry(given).message("c", "r").WhichOneof("source") == "embedding"
     assert not Query(b"x").message("c").HasField("top_k") and Query(b"x", top_k=0).message("c").HasField("top_k")
     assert not Where().message().HasField("capture_window")
+
+
+def test_the_options_of_search_are_the_fields_of_a_query():
+    fields = [one.name for one in dataclasses.fields(Query)]
+    assert ["source", *SearchOptions.__annotations__] == fields
+    hints = get_type_hints(Query)
+    for name, hint in get_type_hints(SearchOptions).items():
+        assert hint in (hints[name], hints[name] | None), name
 
 
 def test_the_client_loads_no_engine():

@@ -59,8 +59,8 @@ class Place:
             write_outcome(folder.result(stage), StageOutcome(figures=figures))
         return run
 
-    def once(self, stop: Event | None = None) -> tuple[CycleRun, dict[str, StageRun]]:
-        ended = Conductor(self.file, stop or Event(), pauses_s=(0.1,)).once()
+    def run_once(self, stop: Event | None = None) -> tuple[CycleRun, dict[str, StageRun]]:
+        ended = Conductor(self.file, stop or Event(), pauses_s=(0.1,)).run_once()
         with RunDatabase(self.layout.database) as runs:
             return ended, runs.stages(ended.run)
 

@@ -63,13 +63,13 @@ def begun(site: Path, *done: str) -> StateFolder:
 
 def test_transient_errors_are_retried_and_then_left_to_the_next_call(unserved: Path) -> None:
     layout = begun(unserved, "ingest", "collect")
-    assert Conductor(unserved, pauses_s=(0.01,)).once().state == "running"
+    assert Conductor(unserved, pauses_s=(0.01,)).run_once().state == "running"
     with RunDatabase(layout.database) as runs:
         found = runs.stages(1)["adapt"]
         assert (found.state, found.starts) == ("failed", 2) and UNREACHABLE in found.error
         for pid in range(found.starts, MAX_STARTS - 1):
             runs.start_stage(1, "adapt", pid)
-    ended = Conductor(unserved, pauses_s=(0.01,)).once()
+    ended = Conductor(unserved, pauses_s=(0.01,)).run_once()
     assert (
         ended.state == "failed"
         and f"not done after {MAX_STARTS} attempts" in ended.reason
@@ -80,12 +80,12 @@ def test_transient_errors_are_retried_and_then_left_to_the_next_call(unserved: P
 def test_a_permanent_error_ends_the_run_and_the_next_call_begins_another(unserved: Path) -> None:
     layout = begun(unserved, "ingest", "collect")
     layout.run(1).baseline.write_text("{")
-    ended = Conductor(unserved).once()
+    ended = Conductor(unserved).run_once()
     assert ended.state == "failed" and ended.reason.startswith("adapt: ") and "baseline.json is damaged" in ended.reason
     assert "baseline.json is damaged" in json.loads(layout.alerts.read_text())["text"]
     stop = Event()
     stop.set()
-    assert Conductor(unserved, stop).once().run == 2
+    assert Conductor(unserved, stop).run_once().run == 2
 
 
 def test_a_failure_after_promotion_does_not_roll_back_and_causes_an_alert(place: Place) -> None:
@@ -95,7 +95,7 @@ def test_a_failure_after_promotion_does_not_roll_back_and_causes_an_alert(place:
     write_outcome(
         place.layout.run(run).result("promote"), StageOutcome(figures={})
     )  # without the start time of the watch
-    ended, stages = place.once()
+    ended, stages = place.run_once()
     assert (ended.state, stages["watch"].state, ended.used) == ("promoted", "failed", True)
     assert "is active, but watch" in ended.reason and "is active, but watch" in place.layout.alerts.read_text()
 
@@ -103,14 +103,14 @@ def test_a_failure_after_promotion_does_not_roll_back_and_causes_an_alert(place:
 def test_a_run_out_of_time_is_resumed_by_the_next_call(unserved: Path) -> None:
     stop = Event()
     stop.set()
-    assert Conductor(unserved, stop).once().state == "running"
+    assert Conductor(unserved, stop).run_once().state == "running"
     text = unserved.read_text()
     unserved.write_text(text + "budget_minutes = 0.0001\n")
-    assert Conductor(unserved).once().state == "running"
+    assert Conductor(unserved).run_once().state == "running"
     hour = (time.gmtime().tm_hour + 3) % 24
     unserved.write_text(text + f'window = "{hour:02d}:00-{hour:02d}:30"\n')
     assert "window" in the_error(resight_here("cycle", "once", unserved))
-    assert Conductor(unserved, stop, ignore_window=True).once().state == "running"
+    assert Conductor(unserved, stop, ignore_window=True).run_once().state == "running"
     with RunDatabase(StateFolder(unserved.parent / "state").database) as runs:
         assert len(runs.runs()) == 1
 
@@ -129,7 +129,7 @@ def test_a_second_cycle_is_refused_and_a_signal_interrupts_the_first(place: Plac
     with pytest.raises(ProcessLookupError):
         os.killpg(stages["shadow"], 0)
     place.write()
-    ended, found = place.once()
+    ended, found = place.run_once()
     assert ended.state == "promoted" and found["shadow"].starts == 2 and found["backfill"].starts == 1
 
 
@@ -155,7 +155,7 @@ def test_a_requested_run_is_reported_to_its_operation(place: Place) -> None:
     requested = place.client.start_adaptation("lobby")
     other = place.client.start_adaptation("elsewhere")
     place.begin(seed=1)
-    ended, _ = place.once()
+    ended, _ = place.run_once()
     assert ended.operation == requested.operation_id
     found = place.client.operation(requested.operation_id)
     assert (found.state, found.result["state"], found.result["run"]) == ("succeeded", "promoted", "1")
@@ -168,7 +168,7 @@ def test_a_requested_run_can_be_cancelled_until_its_promotion(place: Place) -> N
     with RunDatabase(place.layout.database) as runs:
         runs.set_operation(run, requested.operation_id)
     place.client.cancel_operation(requested.operation_id)
-    ended, stages = place.once()
+    ended, stages = place.run_once()
     assert ended.state == "failed" and "cancelled" in ended.reason and place.active() == "first"
     assert "promote" not in stages
 
@@ -192,7 +192,7 @@ def test_pages_and_models_expire_and_figures_are_kept(place: Place) -> None:
         place.layout.run(seed).page.write_text("<p>crops of people</p>")
         for stage in ("shadow", "watch"):
             write_outcome(place.layout.run(seed).result(stage), StageOutcome())
-        assert place.once()[0].state == "promoted"
+        assert place.run_once()[0].state == "promoted"
         kept.append(sorted(path.name for path in place.models.iterdir()))
     # The active model and its two predecessors are kept, and the server's own.
     assert kept[2:] == [["first", *(f"lobby-00000{number}" for number in numbers)] for numbers in ("123", "234")]

@@ -82,7 +82,7 @@ def test_many_kills_cause_one_switch_and_lose_no_entry(place: Place) -> None:
                 process.wait()
                 kills += 1
         if runs.unfinished() is not None:
-            place.once()
+            place.run_once()
         assert runs.run(1).state == "promoted" and kills > 0
     assert place.active() == "lobby-000001"
     collection = place.client.collection(COLLECTION)
@@ -97,14 +97,14 @@ def test_the_cycle_waits_for_a_restarted_server(own_place: Place) -> None:
     place.begin(seed=1)
     address = place.client.address
     place.server.end(signal.SIGKILL)
-    stopped, _ = place.once()
+    stopped, _ = place.run_once()
     assert stopped.state == "running"
     data = place.folder / "data"
     models = ("--models", str(place.folder / "models"))
     again = ServerProcess(place.folder / "models" / "first", data, *models, listen=address)
     try:
         again.wait_ready()
-        ended, stages = place.once()
+        ended, stages = place.run_once()
         assert ended.state == "promoted" and stages["backfill"].starts == 3  # two while it was away
         assert place.active() == "lobby-000001" and place.finds(1) > 0.999
     finally:

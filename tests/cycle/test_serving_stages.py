@@ -61,7 +61,7 @@ def test_a_candidate_is_promoted_and_two_promotions_are_rolled_back_one_by_one(p
     spaces = [place.client.collection(COLLECTION).space_id]
     for seed in (1, 2):
         place.begin(seed=seed)
-        ended, stages = place.once()
+        ended, stages = place.run_once()
         assert (ended.state, list(stages)) == ("promoted", list(STAGES)), stages
         spaces.append(place.client.collection(COLLECTION).space_id)
     assert len(set(spaces)) == 3 and place.active() == "lobby-000002"
@@ -86,7 +86,7 @@ def test_a_candidate_is_promoted_and_two_promotions_are_rolled_back_one_by_one(p
 
 def test_the_next_run_begins_from_what_the_server_has_active(place: Place) -> None:
     place.begin(seed=1)
-    place.once()
+    place.run_once()
     first = read_active(place.layout.active)
     assert first is not None and first.run == 1
     place.client.activate_model("first")  # manually
@@ -97,11 +97,11 @@ def test_the_next_run_begins_from_what_the_server_has_active(place: Place) -> No
 
 def test_a_switch_by_hand_during_a_run_is_not_undone(place: Place) -> None:
     place.begin(seed=1)
-    place.once()
+    place.run_once()
     run = place.begin(seed=2)
     place.client.activate_model("first")  # after the run began
     space = place.client.collection(COLLECTION).space_id
-    ended, stages = place.once()
+    ended, stages = place.run_once()
     assert ended.state == "failed" and "model first is active, but run 2 began with lobby-000001" in ended.reason
     assert place.active() == "first" and place.client.collection(COLLECTION).space_id == space
     assert stages["promote"].starts == 1  # a retry would not help
@@ -114,11 +114,11 @@ def test_entries_without_crops_fail_the_run_and_name_the_key(place: Place) -> No
     place.client.enrol("bare", NewEntry(jpeg(1)))
     place.write(("[gate]", '[migrate]\ncollections = ["bare"]\n[gate]'))
     place.begin(seed=1)
-    ended, _ = place.once()
+    ended, _ = place.run_once()
     assert ended.state == "failed" and "no stored crop" in ended.reason and place.active() == "first"
     place.write(("[gate]", '[migrate]\ncollections = ["bare"]\nmissing_crops = "drop"\n[gate]'))
     place.begin(seed=1)
-    assert place.once()[0].state == "promoted"
+    assert place.run_once()[0].state == "promoted"
 
 
 def test_live_searches_agree_or_refuse_the_candidate(place: Place) -> None:
@@ -126,7 +126,7 @@ def test_live_searches_agree_or_refuse_the_candidate(place: Place) -> None:
     place.write(well)
     place.begin(seed=1)
     with searching(place.client.address):
-        ended, stages = place.once()
+        ended, stages = place.run_once()
     shadow = stages["shadow"].outcome
     assert (
         ended.state == "promoted" and shadow is not None and "live searches, the same best hit in" in shadow.reasons[0]
@@ -139,7 +139,7 @@ def test_live_searches_agree_or_refuse_the_candidate(place: Place) -> None:
     space = place.client.collection(COLLECTION).space_id
     with searching(place.client.address):
         place.client.enrol_batch(COLLECTION, [NewEntry(jpeg(person, 3)) for person in range(ENTRIES)])
-        ended, stages = place.once()
+        ended, stages = place.run_once()
     if ended.state == "refused":
         assert "at least 100.0% required" in ended.reason
         assert place.client.collection(COLLECTION).space_id == space and place.active() == "lobby-000001"
@@ -150,7 +150,7 @@ def test_live_searches_agree_or_refuse_the_candidate(place: Place) -> None:
 def test_without_live_searches_a_required_shadow_refuses_the_candidate(place: Place) -> None:
     place.write(("max_minutes = 0.0", "max_minutes = 0.0\nrequired = true"))
     place.begin(seed=1)
-    ended, _ = place.once()
+    ended, _ = place.run_once()
     assert ended.state == "refused" and not ended.used  # its crops count again in the next run
     assert "0 live searches" in ended.reason and place.active() == "first"
 
@@ -161,7 +161,7 @@ def test_a_promoted_model_without_hits_is_rolled_back_or_causes_an_alert(place: 
     space = place.client.collection(COLLECTION).space_id
     with searching(place.client.address):
         place.begin(seed=9, calibration=DECIDES_UNKNOWN)  # a space keeps its calibration, so not that of another test
-        ended, stages = place.once()
+        ended, stages = place.run_once()
     watch = stages["watch"].outcome
     assert watch is not None and "of searches are decided unknown" in watch.reasons[0]
     assert "of searches are decided unknown" in place.layout.alerts.read_text()
@@ -228,6 +228,6 @@ def test_a_promoted_model_without_regression_stays_active(place: Place) -> None:
     place.write(NO_WATCH)
     with searching(place.client.address):
         place.begin(seed=1)
-        ended, stages = place.once()
+        ended, stages = place.run_once()
     watch = stages["watch"].outcome
     assert ended.state == "promoted" and watch is not None and "no regression" in watch.reasons[0]

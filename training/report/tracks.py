@@ -37,7 +37,7 @@ class TrackRow:
     crops: list[CropImage]
 
 
-def check_sheet(path: Path) -> Path:
+def check_track_sheet(path: Path) -> Path:
     """Check the suffix of the sheet's path before anything is computed; returns the path.
 
     Raises:
@@ -50,7 +50,7 @@ def check_sheet(path: Path) -> Path:
     return path
 
 
-def write_sheet(path: Path, store: CropStore, *, title: str) -> int:
+def write_track_sheet(path: Path, store: CropStore, *, title: str) -> int:
     """Write tracks of a store as HTML or JPEG, atomically.
 
     Args:
@@ -65,7 +65,7 @@ def write_sheet(path: Path, store: CropStore, *, title: str) -> int:
         FootageError: another suffix.
         OSError: the folder cannot be created or written.
     """
-    check_sheet(path)
+    check_track_sheet(path)
     thumbnails = Thumbnails()
     tracks = np.unique(store.tracks[store.tracks != UNKNOWN])
     shown = tracks[np.unique(np.linspace(0, len(tracks) - 1, min(MAX_ROWS, len(tracks))).astype(int))]

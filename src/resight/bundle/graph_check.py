@@ -54,7 +54,7 @@ def read_structure(data: bytes) -> tuple[onnx.ModelProto, list[int]]:
     if not 0 < len(data) <= MAX_GRAPH_BYTES:
         raise BundleError(f"expected 1 to {MAX_GRAPH_BYTES} bytes, found {len(data)}")
     skipped_bytes: list[int] = []
-    structure = _skim(data, 0, len(data), 0, skipped_bytes)
+    structure = _copy_without_weights(data, 0, len(data), 0, skipped_bytes)
     model = onnx.ModelProto()
     model.ParseFromString(structure)
     model.DiscardUnknownFields()
@@ -66,7 +66,7 @@ def read_structure(data: bytes) -> tuple[onnx.ModelProto, list[int]]:
     return model, skipped_bytes
 
 
-def _skim(data: bytes, start: int, end: int, depth: int, skipped_bytes: list[int]) -> bytes:
+def _copy_without_weights(data: bytes, start: int, end: int, depth: int, skipped_bytes: list[int]) -> bytes:
     """Copy the message at ``data[start:end]`` without its weights; ``depth`` is its position on `_PATH`."""
     kept, seen = bytearray(), 0
     for count, (number, begin, value, after) in enumerate(_fields(data, start, end)):
@@ -80,7 +80,7 @@ def _skim(data: bytes, start: int, end: int, depth: int, skipped_bytes: list[int
         if on_path and number != _RAW_DATA:
             if number == _INITIALIZER:
                 skipped_bytes.append(0)
-            inner = _skim(data, value, after, depth + 1, skipped_bytes)
+            inner = _copy_without_weights(data, value, after, depth + 1, skipped_bytes)
             kept += _varint(number << 3 | _BYTES) + _varint(len(inner)) + inner
         else:
             kept += data[begin : min(after, begin + MAX_STRUCTURE_BYTES + 1)]  # one byte too many is detected below
@@ -376,7 +376,7 @@ def _check_sizes(graph: GraphProto, values: Mapping[str, Value], batch: str, pix
                 _refuse(f"at most {MAX_ELEMENTS_PER_PIXEL * pixels} elements of {name!r} for one crop", count)
             else:
                 elements += count
-            work += count * _work(node, values)
+            work += count * _multiplications(node, values)
     for what, found, most in (
         ("elements of all values for one crop", elements, MAX_ALL_ELEMENTS_PER_PIXEL * pixels),
         ("multiplications for one crop", work, MAX_WORK_PER_PIXEL * pixels),
@@ -386,7 +386,7 @@ def _check_sizes(graph: GraphProto, values: Mapping[str, Value], batch: str, pix
             _refuse(f"at most {most} {what}", found)
 
 
-def _work(node: NodeProto, values: Mapping[str, Value]) -> int:
+def _multiplications(node: NodeProto, values: Mapping[str, Value]) -> int:
     """Multiplications (for pooling: comparisons or additions) per element of a node's output."""
 
     def lengths(place: int) -> list[int]:

@@ -61,7 +61,7 @@ def once(
     conductor = Conductor(site, ignore_window=now)
     signal.signal(signal.SIGTERM, lambda number, frame: conductor.stop.set())
     signal.signal(signal.SIGINT, lambda number, frame: conductor.stop.set())
-    ended = conductor.once()
+    ended = conductor.run_once()
     with RunDatabase(StateFolder(load_site(site).state).database) as runs:
         write_json(json_file, history.run_report(runs, ended))
     Console().print(

@@ -370,11 +370,11 @@ def ingest(
     """
     from resight.training.ingest.footage import check_camera, parse_time
     from resight.training.ingest.sampling import SamplingSettings
-    from resight.training.report.tracks import check_sheet
+    from resight.training.report.tracks import check_track_sheet
     from resight.training.store.growing import GrowingStore
 
     if montage is not None:
-        check_sheet(montage)
+        check_track_sheet(montage)
     if (from_gallery is None) == (not sources):
         raise InputError("expected either sources or --from-gallery COLLECTION", field="sources")
     store, console = GrowingStore(into), Console(stderr=True)
@@ -439,7 +439,7 @@ def _write_montage(path: Path, root: Path, folders: Sequence[str], console: Cons
     """Write a montage of the ingested tracks, or print that there are none."""
     import numpy as np
 
-    from resight.training.report.tracks import write_sheet
+    from resight.training.report.tracks import write_track_sheet
     from resight.training.store.crops import is_store, open_store
 
     train = open_store(root).get("train") if is_store(root) else None
@@ -448,5 +448,5 @@ def _write_montage(path: Path, root: Path, folders: Sequence[str], console: Cons
     if train is None or not rows:
         console.print(f"no crops, so {path} was not written", markup=False, highlight=False)
         return
-    shown = write_sheet(path, train.subset(np.array(rows)), title=f"Tracks in {root}")
+    shown = write_track_sheet(path, train.subset(np.array(rows)), title=f"Tracks in {root}")
     console.print(f"wrote {path} with {shown} tracks", markup=False, highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, Unpack
 from uuid import uuid4
 
 from resight.arrays import Feature
@@ -20,10 +20,9 @@ from resight.client.requests import (
     CollectionChange,
     EntryId,
     GivenFeature,
-    GroupBy,
     NewEntry,
     Query,
-    Rerank,
+    SearchOptions,
     Source,
     Where,
     crop_set,
@@ -172,34 +171,17 @@ def _enrol_part(
     return [item_result(result, "entry", convert.entry) for result in reply.results]
 
 
-def search(
-    collection: str,
-    source: Source | EntryId,
-    *,
-    top_k: int | None = None,
-    where: Where | None = None,
-    min_similarity: float | None = None,
-    with_features: bool = False,
-    group_by: GroupBy | None = None,
-    rerank: bool | Rerank = False,
-    min_probability: float | None = None,
-    min_revision: int = 0,
-    exact: bool = False,
-) -> CallPlan[SearchAnswer]:
-    """Search for the entries nearest to a crop, several crops of one person, a feature or an entry; see `Query`."""
-    query = Query(
-        source,
-        top_k=top_k,
-        where=where or Where(),
-        min_similarity=min_similarity,
-        with_features=with_features,
-        group_by=group_by,
-        rerank=rerank,
-        min_probability=min_probability,
-        min_revision=min_revision,
-        exact=exact,
-    )
-    request = query.message(collection)
+def search(collection: str, source: Source | EntryId, **options: Unpack[SearchOptions]) -> CallPlan[SearchAnswer]:
+    """Search for the entries nearest to a crop, several crops of one person, a feature or an entry.
+
+    Args:
+        collection: its name.
+        source: what to search for.
+        **options: the attributes of `Query`.
+    """
+    if options.get("where") is None:
+        options.pop("where", None)
+    request = Query(source, **options).message(collection)  # type: ignore[arg-type]  # where is not None any more
     return convert.search_answer((yield UnaryCall("search.Search", request)))
 
 

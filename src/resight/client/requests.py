@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -129,6 +129,20 @@ class Rerank(NamedTuple):
         if self.weight is not None:
             setattr(message, "lambda", self.weight)  # a Python keyword
         return message
+
+
+class SearchOptions(TypedDict, total=False):
+    """Keyword arguments of `search`: the attributes of `Query` but its source."""
+
+    top_k: int | None
+    where: Where | None
+    min_similarity: float | None
+    with_features: bool
+    group_by: GroupBy | None
+    rerank: bool | Rerank
+    min_probability: float | None
+    min_revision: int
+    exact: bool
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class Conductor:
     deadline: float | None = None
     pauses_s: tuple[float, ...] = RETRY_PAUSES_S
 
-    def once(self) -> CycleRun:
+    def run_once(self) -> CycleRun:
         """Start a run or resume the unfinished one, until it ends or the time is up.
 
         Returns:

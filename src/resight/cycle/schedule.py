@@ -99,7 +99,7 @@ class CycleScheduler:
     def run_cycle(self) -> None:
         """Run one cycle; errors are logged, and the scheduler continues."""
         try:
-            ended = Conductor(self._file, self.stop).once()
+            ended = Conductor(self._file, self.stop).run_once()
         except ReIDError as error:
             log.error("site %s: %s", self._site.name, error)
         except Exception:

@@ -113,7 +113,7 @@ def load_checkpoint(path: Path, *, device: str = "cpu") -> Checkpoint:
         ) from error
     encoder = Encoder(config)
     tensors = _read_tensors(path / MODEL_FILE)
-    fit_state(encoder, tensors, source=str(path / MODEL_FILE))
+    load_state(encoder, tensors, source=str(path / MODEL_FILE))
     resume = _read_tensors(path / RESUME_FILE) if (path / RESUME_FILE).exists() else {}
     return Checkpoint(encoder.eval().to(device), provenance, resume)
 
@@ -151,7 +151,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is damaged ({error}): take the checkpoint from its source again") from error
 
 
-def fit_state(encoder: Encoder, tensors: Mapping[str, Tensor], *, source: str) -> None:
+def load_state(encoder: Encoder, tensors: Mapping[str, Tensor], *, source: str) -> None:
     """Load tensors that must match the encoder's state dict exactly.
 
     Raises:

@@ -129,11 +129,11 @@ def evaluate_rows(rows: SimilarityRows, truth: GroundTruth, *, chunk: int = QUER
         InputError: no query has a match.
     """
 
-    def found() -> Iterator[tuple[Ints, int]]:
+    def match_ranks() -> Iterator[tuple[Ints, int]]:
         for part in query_chunks(truth, chunk):
             yield from ranked_matches(rows(part), *truth.match_masks(part))
 
-    return _summarise(found(), truth.gallery)
+    return _summarise(match_ranks(), truth.gallery)
 
 
 def query_chunks(truth: GroundTruth, chunk: int) -> Iterator[slice]:
@@ -218,7 +218,7 @@ def score_rankings(
     if len(rankings) != len(truth.query_persons):
         raise InputError(f"expected {len(truth.query_persons)} ranked lists, one per query, found {len(rankings)}")
 
-    def found() -> Iterator[tuple[Ints, int]]:
+    def match_ranks() -> Iterator[tuple[Ints, int]]:
         for query, ranking in enumerate(rankings):
             rows = np.asarray(ranking, dtype=np.int64)
             if len(np.unique(rows)) != len(rows) or (len(rows) and not 0 <= rows.min() <= rows.max() < truth.gallery):
@@ -227,7 +227,7 @@ def score_rankings(
             kept = rows[~junk[0, rows]]
             yield np.flatnonzero(match[0, kept]) + 1, int(match.sum())
 
-    return _summarise(found(), truth.gallery)
+    return _summarise(match_ranks(), truth.gallery)
 
 
 def ground_truth_of(*columns: Ints) -> GroundTruth:

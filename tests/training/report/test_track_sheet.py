@@ -12,7 +12,7 @@ from serving import jpeg
 
 from resight.errors import FootageError
 from resight.training.report.montage import CROPS_SHOWN
-from resight.training.report.tracks import GAP, MAX_ROWS, TILE, write_sheet
+from resight.training.report.tracks import GAP, MAX_ROWS, TILE, write_track_sheet
 from resight.training.store.crops import CropStore, open_store
 from resight.training.store.growing import GrowingStore, NewCrop, NewTrack
 
@@ -35,7 +35,7 @@ def store(tmp_path: Path) -> CropStore:
 
 
 def test_a_page_shows_each_track_in_a_row(store: CropStore, tmp_path: Path) -> None:
-    assert write_sheet(tmp_path / "deep" / "t.html", store, title="Tracks of <b>") == 3
+    assert write_track_sheet(tmp_path / "deep" / "t.html", store, title="Tracks of <b>") == 3
     page = (tmp_path / "deep" / "t.html").read_text()
     assert [int(number) for number in re.findall(r'<section class="card" aria-label="track (\d+)"', page)] == [0, 1, 2]
     assert (
@@ -48,7 +48,7 @@ def test_a_page_shows_each_track_in_a_row(store: CropStore, tmp_path: Path) -> N
 
 
 def test_an_image_shows_tracks_below_each_other(store: CropStore, tmp_path: Path) -> None:
-    assert write_sheet(tmp_path / "t.jpg", store, title="") == 3
+    assert write_track_sheet(tmp_path / "t.jpg", store, title="") == 3
     with Image.open(tmp_path / "t.jpg") as image:
         assert image.size == (CROPS_SHOWN * (TILE.width + GAP) + GAP, 3 * (TILE.height + GAP) + GAP)
         pixels = np.asarray(image).astype(int)
@@ -59,17 +59,17 @@ def test_an_image_shows_tracks_below_each_other(store: CropStore, tmp_path: Path
 def test_many_tracks_are_sampled_evenly(tmp_path: Path) -> None:
     made = GrowingStore(tmp_path / "s")
     made.add([NewTrack("door", [NewCrop(f"{track}.jpg", jpeg(track), float(track))]) for track in range(3 * MAX_ROWS)])
-    assert write_sheet(tmp_path / "t.html", open_store(tmp_path / "s")["train"], title="many") == MAX_ROWS
+    assert write_track_sheet(tmp_path / "t.html", open_store(tmp_path / "s")["train"], title="many") == MAX_ROWS
     shown = [int(number) for number in re.findall(r'aria-label="track (\d+)"', (tmp_path / "t.html").read_text())]
     assert shown[0] == 0 and shown[-1] == 3 * MAX_ROWS - 1 and max(np.diff(shown)) <= 4
 
 
 def test_a_missing_crop_is_noted_on_the_page(store: CropStore, tmp_path: Path) -> None:
     (store.root / "t0" / "1.jpg").unlink()
-    write_sheet(tmp_path / "t.html", store, title="")
+    write_track_sheet(tmp_path / "t.html", store, title="")
     assert "1 selected crops cannot be read" in (tmp_path / "t.html").read_text()
 
 
 def test_other_suffixes_are_rejected(store: CropStore, tmp_path: Path) -> None:
     with pytest.raises(FootageError, match=r"expected a name that ends in \.html"):
-        write_sheet(tmp_path / "t.png", store, title="")
+        write_track_sheet(tmp_path / "t.png", store, title="")
