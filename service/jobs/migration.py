@@ -35,7 +35,7 @@ from resight.service.inference.models import LoadedModel, ModelHost
 from resight.service.inference.priority_queue import Priority
 from resight.service.records import Collection, Space
 from resight.service.storage import reads, spaces
-from resight.service.storage.operations import MAX_KEPT, Operation, OperationState, finish
+from resight.service.storage.operations import MAX_KEPT, Operation, OperationState, finish_operation
 from resight.service.storage.writes import add_feature
 from resight.service.tenants import Tenant, Tenants
 
@@ -437,4 +437,4 @@ def _activate_and_finish(
 ) -> None:
     """Activate the space and finish the operation in one transaction, so that neither happens alone."""
     switch(connection, name, space_id)
-    finish(connection, operation_id, OperationState.SUCCEEDED, None, result)
+    finish_operation(connection, operation_id, OperationState.SUCCEEDED, None, result)

@@ -66,7 +66,7 @@ class CallMetrics:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self._calls = Counter("resight_requests", "Calls answered.", ("method", "code"), registry=registry)
-        self._running = Gauge("resight_requests_in_flight", "Calls that are being served.", registry=registry)
+        self._running = Gauge("resight_requests_in_flight", "Calls being served.", registry=registry)
         self._total = Histogram(
             "resight_request_seconds",
             "Seconds from a call's arrival to its end; of a stream, its whole length.",
@@ -82,14 +82,14 @@ class CallMetrics:
             registry=registry,
         )
         self._shed = Counter(
-            "resight_shed", "Calls or items refused for the server's state.", ("reason",), registry=registry
+            "resight_shed", "Calls or items refused because of the server's state.", ("reason",), registry=registry
         )
         self._errors = Counter(
             "resight_errors", "Calls or items answered with an error.", ("reason",), registry=registry
         )
         self._decided = Counter(
             "resight_searches",
-            "Queries searched, by what their best hit is taken for.",
+            "Queries searched, by the decision on their best hit.",
             ("decision",),
             registry=registry,
         )
@@ -139,16 +139,20 @@ class CallMetrics:
 SHADOW_LABELS = ("tenant", "collection", "model")
 SHADOW_SHARES = (
     ("resight_shadow_top1_agreement", "Share of sampled searches whose best hits agree.", "top1_agreement"),
-    ("resight_shadow_overlap_at_10", "Mean share of entries that both models name among ten.", "overlap_at_10"),
-    ("resight_shadow_decision_agreement", "Share that both models decide alike.", "decision_agreement"),
-    ("resight_shadow_cosine_shift", "Mean best-hit cosine less that of the active model.", "cosine_shift"),
+    ("resight_shadow_overlap_at_10", "Mean share of the first ten entries that both models return.", "overlap_at_10"),
+    (
+        "resight_shadow_decision_agreement",
+        "Share of searches with equal decisions of both models.",
+        "decision_agreement",
+    ),
+    ("resight_shadow_cosine_shift", "Mean best-hit cosine minus that of the active model.", "cosine_shift"),
 )
 
 
 def shadow_metrics(running: Sequence[tuple[str, ShadowStatus]]) -> list[Metric]:
     """Metric families of running shadows, given with their tenants; unknown values have no sample."""
     outcomes = CounterMetricFamily(
-        "resight_shadow_searches", "Sampled searches, by what became of them.", labels=[*SHADOW_LABELS, "outcome"]
+        "resight_shadow_searches", "Sampled searches, by outcome.", labels=[*SHADOW_LABELS, "outcome"]
     )
     unknown = GaugeMetricFamily(
         "resight_shadow_unknown_share", "Share of decisions that are unknown.", labels=[*SHADOW_LABELS, "side"]
@@ -179,7 +183,7 @@ BATCH_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 OTHER_COLLECTIONS = "_other"  # names of collections and tenants cannot begin with an underscore
 COLLECTION_GAUGES = (
     ("resight_collection_entries", "Entries in the index; expired ones until the purge.", "entries"),
-    ("resight_index_tombstones", "Deleted entries that still take room in the index.", "tombstones"),
+    ("resight_index_tombstones", "Deleted entries that still use memory in the index.", "tombstones"),
     ("resight_index_bytes", "Memory of the index.", "index_bytes"),
 )
 
@@ -222,11 +226,9 @@ class ServerGauges(Collector):
         for priority, waiting in self._embedder.waiting().items():
             depth.add_metric([priority.name.lower()], waiting)
         yield depth
-        yield _gauge(
-            "resight_queue_limit", "Crops of one priority that are admitted at most.", self._settings.max_queue
-        )
+        yield _gauge("resight_queue_limit", "Maximum number of admitted crops per priority.", self._settings.max_queue)
         searching = sum(tenant.gallery.searcher.waiting for tenant in tenants)
-        yield _gauge("resight_search_queue_depth", "Queries that wait or are searched.", searching)
+        yield _gauge("resight_search_queue_depth", "Queries waiting or being searched.", searching)
         sizes, total, buckets = self._embedder.batch_sizes(), 0, []
         for most in BATCH_SIZE_BUCKETS:
             total = sum(count for size, count in sizes.items() if size <= most)
@@ -254,37 +256,37 @@ class ServerGauges(Collector):
         yield _gauge("resight_disk_free_bytes", "Free on the data folder's disk.", free)
         yield _gauge("resight_disk_total_bytes", "Size of the data folder's disk.", total)
         low = any(tenant.store.is_low for tenant in tenants)
-        yield _gauge("resight_disk_low", "1 while writes are refused for want of room.", low)
+        yield _gauge("resight_disk_low", "1 while writes are refused because of too little disk space.", low)
         paths = [tenant.store.path for tenant in tenants]
         logs = [path.with_name(f"{path.name}-wal") for path in paths]
         yield _gauge("resight_database_bytes", "Databases of the open tenants.", sum(map(_file_size, paths)))
         yield _gauge("resight_wal_bytes", "Their write-ahead logs.", sum(map(_file_size, logs)))
         yield _gauge("resight_tenants_open", "Galleries in memory.", len(tenants))
         age_s = time.monotonic() - self._tenants.purged_s
-        yield _gauge("resight_purge_age_seconds", "Since the last purge that ended well; before it, the start.", age_s)
+        yield _gauge("resight_purge_age_seconds", "Since the last successful purge, or the start.", age_s)
         waiting = [tenant.audit.waiting for tenant in tenants]
         oldest_us = min((one.oldest_us for one in waiting if one.rows), default=now_us())
         yield _gauge("resight_audit_waiting_rows", "Audit rows not yet on disk.", sum(one.rows for one in waiting))
         yield _gauge("resight_audit_lag_seconds", "Age of the oldest of them.", max(0, now_us() - oldest_us) / 1e6)
-        lost = CounterMetricFamily("resight_audit_lost", "Audit rows given up because the disk took none.")
+        lost = CounterMetricFamily("resight_audit_lost", "Audit rows dropped because they could not be written.")
         lost.add_metric([], sum(one.lost for one in waiting))
         yield lost
 
     async def _collections(self, tenants: list[Tenant]) -> list[Metric]:
         labels = ["tenant", "collection"]
         gauges = {name: GaugeMetricFamily(name, what, labels=labels) for name, what, _ in COLLECTION_GAUGES}
-        lag = GaugeMetricFamily("resight_revision_lag", "Writes the index has yet to take in.", labels=labels)
+        lag = GaugeMetricFamily("resight_revision_lag", "Writes not yet applied to the index.", labels=labels)
         recall = GaugeMetricFamily(
             "resight_sampled_recall_at_10", "Of approximate searches against exact ones, sampled.", labels=labels
         )
         index = GaugeMetricFamily(
             "resight_score_drift_psi",
-            "Population stability index of late best-hit cosines against the first 1000 searches in the space.",
+            "Population stability index of recent best-hit cosines against the first 1000 searches in the space.",
             labels=[*labels, "space"],
         )
         shift = GaugeMetricFamily(
             "resight_score_mean_shift",
-            "Mean best-hit cosine of late less that of the first 1000 searches in the space.",
+            "Recent mean best-hit cosine minus that of the first 1000 searches in the space.",
             labels=[*labels, "space"],
         )
         kinds = GaugeMetricFamily("resight_indexes", "Indexes of each kind.", labels=["kind"])

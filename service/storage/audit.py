@@ -184,33 +184,33 @@ def _record_events(connection: sqlite3.Connection, events: Sequence[AuditEvent])
 
 
 def audited_enrol_each(
-    connection: sqlite3.Connection, into: Collection, new: Sequence[Enrolment], event: AuditEvent
+    connection: sqlite3.Connection, collection: Collection, new: Sequence[Enrolment], event: AuditEvent
 ) -> list[Enrolled | ReIDError]:
     """`resight.service.storage.writes.enrol_each` with an audit row; replayed enrolments are not counted again."""
-    outcomes = writes.enrol_each(connection, into, new)
-    _record_enrolments(connection, into, outcomes, event)
+    outcomes = writes.enrol_each(connection, collection, new)
+    _record_enrolments(connection, collection, outcomes, event)
     return outcomes
 
 
 def audited_enrol_all(
-    connection: sqlite3.Connection, into: Collection, new: Sequence[Enrolment], event: AuditEvent
+    connection: sqlite3.Connection, collection: Collection, new: Sequence[Enrolment], event: AuditEvent
 ) -> list[Enrolled]:
     """`resight.service.storage.writes.enrol_all` with an audit row; replayed enrolments are not counted again."""
-    done = writes.enrol_all(connection, into, new)
-    _record_enrolments(connection, into, done, event)
+    done = writes.enrol_all(connection, collection, new)
+    _record_enrolments(connection, collection, done, event)
     return done
 
 
 def _record_enrolments(
-    connection: sqlite3.Connection, into: Collection, outcomes: Sequence[Enrolled | ReIDError], event: AuditEvent
+    connection: sqlite3.Connection, collection: Collection, outcomes: Sequence[Enrolled | ReIDError], event: AuditEvent
 ) -> None:
     new = sum(isinstance(one, Enrolled) and not one.replayed for one in outcomes)
-    record_event(connection, replace(event, collection=into.name, affected=new))
+    record_event(connection, replace(event, collection=collection.name, affected=new))
 
 
 def audited_update_entry(
     connection: sqlite3.Connection,
-    found_in: Collection,
+    collection: Collection,
     new: EntryRecord,
     fields: Iterable[str],
     event: AuditEvent,
@@ -219,8 +219,8 @@ def audited_update_entry(
     may_outlive: bool = True,
 ) -> Enrolled:
     """`resight.service.storage.writes.update_entry` with an audit row."""
-    changed = writes.update_entry(connection, found_in, new, fields, etag=etag, may_outlive=may_outlive)
-    record_event(connection, replace(event, collection=found_in.name, affected=1))
+    changed = writes.update_entry(connection, collection, new, fields, etag=etag, may_outlive=may_outlive)
+    record_event(connection, replace(event, collection=collection.name, affected=1))
     return changed
 
 
@@ -252,7 +252,7 @@ def audited_delete_collection(
 
 def audited_delete_entry(
     connection: sqlite3.Connection,
-    found_in: Collection,
+    collection: Collection,
     entry_id: str,
     event: AuditEvent,
     *,
@@ -260,16 +260,16 @@ def audited_delete_entry(
     etag: str = "",
 ) -> int:
     """`resight.service.storage.writes.delete_entry` with an audit row."""
-    before = reads.revision(connection, found_in.key)
-    revision = writes.delete_entry(connection, found_in, entry_id, allow_missing=allow_missing, etag=etag)
-    record_event(connection, replace(event, collection=found_in.name, affected=int(revision != before)))
+    before = reads.revision(connection, collection.key)
+    revision = writes.delete_entry(connection, collection, entry_id, allow_missing=allow_missing, etag=etag)
+    record_event(connection, replace(event, collection=collection.name, affected=int(revision != before)))
     return revision
 
 
 def audited_delete_entries(
-    connection: sqlite3.Connection, found_in: Collection, filters: Filter, event: AuditEvent, *, cap: int | None
+    connection: sqlite3.Connection, collection: Collection, filters: Filter, event: AuditEvent, *, cap: int | None
 ) -> tuple[int, int]:
     """`resight.service.storage.writes.delete_entries` with an audit row."""
-    count, revision = writes.delete_entries(connection, found_in, filters, cap=cap)
-    record_event(connection, replace(event, collection=found_in.name, affected=count))
+    count, revision = writes.delete_entries(connection, collection, filters, cap=cap)
+    record_event(connection, replace(event, collection=collection.name, affected=count))
     return count, revision

@@ -53,7 +53,7 @@ class FeedbackRecord:
 
 def add(
     connection: sqlite3.Connection,
-    found_in: Collection,
+    collection: Collection,
     pair: tuple[str, str],
     event: AuditEvent,
     *,
@@ -65,7 +65,7 @@ def add(
 
     Args:
         connection: the writer's.
-        found_in: the collection of both entries.
+        collection: the collection of both entries.
         pair: their ids, in either order.
         event: for the audit log; its principal gave the verdict.
         same: both show the same person; False = different people.
@@ -78,9 +78,9 @@ def add(
         FeedbackConflictError: verdicts on other pairs contradict it.
         FeedbackNotFoundError: a replay whose verdict was removed since.
     """
-    low, high = _keys(connection, found_in, pair)
+    low, high = _keys(connection, collection, pair)
     if request_id and earlier_request(connection, request_id, digest):
-        return _stored(connection, found_in, low, high), True
+        return _stored(connection, collection, low, high), True
     if same:
         _check_same_person(connection, low, high)
     else:
@@ -89,18 +89,18 @@ def add(
     connection.execute(
         "INSERT INTO feedback (collection, low, high, same, principal, at_us) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT "
         "(low, high) DO UPDATE SET same = excluded.same, principal = excluded.principal, at_us = excluded.at_us",
-        (found_in.key, low, high, same, event.principal, now),
+        (collection.key, low, high, same, event.principal, now),
     )
     if request_id:
-        row = (request_id, digest, found_in.key, low, found_in.revision, now)
+        row = (request_id, digest, collection.key, low, collection.revision, now)
         connection.execute("INSERT INTO request VALUES (?, ?, ?, ?, ?, ?)", row)
-    audit.record_event(connection, replace(event, collection=found_in.name, affected=2))
-    return _stored(connection, found_in, low, high), False
+    audit.record_event(connection, replace(event, collection=collection.name, affected=2))
+    return _stored(connection, collection, low, high), False
 
 
 def remove(
     connection: sqlite3.Connection,
-    found_in: Collection,
+    collection: Collection,
     pair: tuple[str, str],
     event: AuditEvent,
     *,
@@ -115,14 +115,14 @@ def remove(
     """
     removed = 0
     try:
-        low, high = _keys(connection, found_in, pair)
+        low, high = _keys(connection, collection, pair)
         removed = connection.execute("DELETE FROM feedback WHERE low = ? AND high = ?", (low, high)).rowcount
         if not removed and not allow_missing:
-            raise _feedback_not_found(found_in, pair)
+            raise _feedback_not_found(collection, pair)
     except EntryNotFoundError:
         if not allow_missing:
             raise
-    audit.record_event(connection, replace(event, collection=found_in.name, affected=2 * removed))
+    audit.record_event(connection, replace(event, collection=collection.name, affected=2 * removed))
 
 
 def list_records(connection: sqlite3.Connection, key: int, *, after: int, limit: int) -> list[FeedbackRecord]:
@@ -134,25 +134,25 @@ def list_records(connection: sqlite3.Connection, key: int, *, after: int, limit:
     return [_feedback(row) for row in rows.fetchall()]
 
 
-def _keys(connection: sqlite3.Connection, found_in: Collection, pair: tuple[str, str]) -> tuple[int, int]:
+def _keys(connection: sqlite3.Connection, collection: Collection, pair: tuple[str, str]) -> tuple[int, int]:
     """The keys of two unexpired entries, ascending."""
     one, other = pair
     if one == other:
         raise InputError(f"expected two different entries, found {one!r} twice", field="other_entry_id")
-    first, _ = reads.entry(connection, found_in, one)
+    first, _ = reads.entry(connection, collection, one)
     try:
-        second, _ = reads.entry(connection, found_in, other)
+        second, _ = reads.entry(connection, collection, other)
     except EntryNotFoundError as error:
         error.field = "other_entry_id"
         raise
     return min(first, second), max(first, second)
 
 
-def _stored(connection: sqlite3.Connection, found_in: Collection, low: int, high: int) -> FeedbackRecord:
+def _stored(connection: sqlite3.Connection, collection: Collection, low: int, high: int) -> FeedbackRecord:
     values = {"now": now_us(), "low": low, "high": high}
     row = connection.execute(_PAIR + "WHERE f.low = :low AND f.high = :high", values).fetchone()
     if row is None:
-        raise _feedback_not_found(found_in, (_name(connection, low), _name(connection, high)))
+        raise _feedback_not_found(collection, (_name(connection, low), _name(connection, high)))
     return _feedback(row)
 
 
@@ -161,13 +161,13 @@ def _feedback(row: tuple[int, str, str, int, str, int]) -> FeedbackRecord:
     return FeedbackRecord(key, entry_id, other, bool(same), principal, at_us)
 
 
-def _feedback_not_found(found_in: Collection, pair: tuple[str, str]) -> FeedbackNotFoundError:
+def _feedback_not_found(collection: Collection, pair: tuple[str, str]) -> FeedbackNotFoundError:
     one, other = pair
     return FeedbackNotFoundError(
-        f"there is no feedback on entries {one!r} and {other!r} of collection {found_in.name}, or it was removed: see "
-        "which there is with ListFeedback",
+        f"there is no feedback on entries {one!r} and {other!r} of collection {collection.name}, or it was removed: "
+        "see which there is with ListFeedback",
         field="other_entry_id",
-        collection=found_in.name,
+        collection=collection.name,
     )
 
 

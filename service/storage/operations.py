@@ -105,7 +105,9 @@ class Operations:
                 same transaction, so that a client waiting for it can always find this one.
             **details: JSON values stored with it.
         """
-        return await self._store.write_unchecked(begin, kind, total, request_id, details, continues=continues)
+        return await self._store.write_unchecked(
+            create_operation, kind, total, request_id, details, continues=continues
+        )
 
     async def any_running(self) -> bool:
         """Whether an operation of this process is unfinished."""
@@ -113,7 +115,7 @@ class Operations:
 
     async def get(self, operation_id: str) -> Operation:
         """The operation of that id; raises OperationNotFoundError."""
-        return await self._store.read(by_id, operation_id)
+        return await self._store.read(get_operation, operation_id)
 
     async def list_operations(
         self, *, before: int | None = None, limit: int = 100, kind: str = "", state: OperationState | None = None
@@ -134,7 +136,7 @@ class Operations:
         Returns:
             The updated operation; the caller should check its ``cancel_requested``.
         """
-        return await self._store.write_unchecked(progress, operation_id, counts, details or {}, result or {})
+        return await self._store.write_unchecked(update_progress, operation_id, counts, details or {}, result or {})
 
     async def finish(
         self,
@@ -152,7 +154,7 @@ class Operations:
             if error is None
             else OperationState.FAILED
         )
-        return await self._store.write_unchecked(finish, operation_id, state, error, result or {})
+        return await self._store.write_unchecked(finish_operation, operation_id, state, error, result or {})
 
     async def cancel(self, operation_id: str) -> Operation:
         """Request cancellation: the worker stops at its next step; one of `EXTERNAL_KINDS` is CANCELLED at once.
@@ -174,7 +176,7 @@ def _operation(row: Sequence[Any]) -> Operation:
     return Operation(operation_id, kind, OperationState(state), total, succeeded, failed, skipped, problem, *ends)
 
 
-def by_id(connection: sqlite3.Connection, operation_id: str) -> Operation:
+def get_operation(connection: sqlite3.Connection, operation_id: str) -> Operation:
     """The operation of that id; raises OperationNotFoundError."""
     row = connection.execute(f"SELECT {_COLUMNS} FROM operation WHERE operation_id = ?", (operation_id,)).fetchone()
     if row is None:
@@ -186,7 +188,7 @@ def by_id(connection: sqlite3.Connection, operation_id: str) -> Operation:
     return _operation(row)
 
 
-def by_request(connection: sqlite3.Connection, kind: str, request_id: str) -> Operation | None:
+def find_by_request(connection: sqlite3.Connection, kind: str, request_id: str) -> Operation | None:
     """The operation that was created for this request_id, if any."""
     sql = f"SELECT {_COLUMNS} FROM operation WHERE request_id = ? AND request_id <> '' AND kind = ?"
     row = connection.execute(sql, (request_id, kind)).fetchone()
@@ -204,7 +206,7 @@ def _listed(
     return [_operation(row) for row in rows.fetchall()]
 
 
-def begin(
+def create_operation(
     connection: sqlite3.Connection,
     kind: str,
     total: int,
@@ -215,7 +217,7 @@ def begin(
     continues: str = "",
 ) -> Operation:
     """`Operations.start`, in the writer's transaction."""
-    if request_id and (first := by_request(connection, kind, request_id)):
+    if request_id and (first := find_by_request(connection, kind, request_id)):
         return first
     operation_id = uuid4().hex
     connection.execute(
@@ -224,14 +226,14 @@ def begin(
         (operation_id, kind, state, total, now_us(), request_id, json.dumps(details)),
     )
     if continues:
-        progress(connection, continues, {}, {}, {"continued_by": operation_id})
+        update_progress(connection, continues, {}, {}, {"continued_by": operation_id})
     connection.execute(
         "DELETE FROM operation WHERE end_us IS NOT NULL AND key <= (SELECT max(key) FROM operation) - ?", (MAX_KEPT,)
     )
-    return by_id(connection, operation_id)
+    return get_operation(connection, operation_id)
 
 
-def progress(
+def update_progress(
     connection: sqlite3.Connection,
     operation_id: str,
     counts: dict[str, int],
@@ -241,16 +243,16 @@ def progress(
     """`Operations.progress`, in the writer's transaction."""
     unknown = set(counts) - {"total", "succeeded", "failed", "skipped"}
     assert not unknown, unknown  # they go into the statement
-    now = by_id(connection, operation_id)
+    now = get_operation(connection, operation_id)
     values = {"details": json.dumps(now.details | details), "result": json.dumps(now.result | result)} | counts
     connection.execute(
         f"UPDATE operation SET {', '.join(f'{name} = ?' for name in values)} WHERE operation_id = ?",
         (*values.values(), operation_id),
     )
-    return by_id(connection, operation_id)
+    return get_operation(connection, operation_id)
 
 
-def finish(
+def finish_operation(
     connection: sqlite3.Connection,
     operation_id: str,
     state: OperationState,
@@ -258,7 +260,7 @@ def finish(
     result: dict[str, str],
 ) -> Operation:
     """`Operations.finish`, in the writer's transaction."""
-    now = by_id(connection, operation_id)
+    now = get_operation(connection, operation_id)
     if now.state.ended:
         return now
     status = None if error is None else to_status(error).SerializeToString()
@@ -266,11 +268,11 @@ def finish(
         "UPDATE operation SET state = ?, error = ?, result = ?, end_us = ? WHERE operation_id = ?",
         (state, status, json.dumps(now.result | result), now_us(), operation_id),
     )
-    return by_id(connection, operation_id)
+    return get_operation(connection, operation_id)
 
 
 def _cancel(connection: sqlite3.Connection, operation_id: str) -> Operation:
-    found = by_id(connection, operation_id)
+    found = get_operation(connection, operation_id)
     if not found.state.ended and found.kind in NOT_CANCELLABLE_KINDS:
         raise NotCancellableError(
             f"operation {operation_id} is of the kind {found.kind}, which cannot be cancelled: wait until it has ended",
@@ -280,8 +282,8 @@ def _cancel(connection: sqlite3.Connection, operation_id: str) -> Operation:
     if not found.state.ended:
         connection.execute("UPDATE operation SET cancel = 1 WHERE operation_id = ?", (operation_id,))
     if found.kind in EXTERNAL_KINDS:
-        return finish(connection, operation_id, OperationState.CANCELLED, None, {})
-    return by_id(connection, operation_id)
+        return finish_operation(connection, operation_id, OperationState.CANCELLED, None, {})
+    return get_operation(connection, operation_id)
 
 
 def _any_running(connection: sqlite3.Connection) -> bool:
@@ -313,16 +315,16 @@ def request_adaptation(connection: sqlite3.Connection, site: str, *, request_id:
             f"a site's name is 1-63 of a-z, A-Z, 0-9, '.', '_' and '-', a letter or digit first; found {site[:80]!r}",
             field="job_spec_id",
         )
-    if request_id and (first := by_request(connection, ADAPT, request_id)):
+    if request_id and (first := find_by_request(connection, ADAPT, request_id)):
         return first
     row = connection.execute(
         f"SELECT operation_id FROM operation WHERE kind = ? AND state = ? AND json_extract(result, '$.{SITE_KEY}') = ?",
         (ADAPT, OperationState.PENDING, site),
     ).fetchone()
     if row is not None:
-        return by_id(connection, row[0])
-    made = begin(connection, ADAPT, 0, request_id, {}, state=OperationState.PENDING)
-    return progress(connection, made.operation_id, {}, {}, {SITE_KEY: site})
+        return get_operation(connection, row[0])
+    made = create_operation(connection, ADAPT, 0, request_id, {}, state=OperationState.PENDING)
+    return update_progress(connection, made.operation_id, {}, {}, {SITE_KEY: site})
 
 
 def report_adaptation(
@@ -355,7 +357,7 @@ def report_adaptation(
             f"an error belongs to FAILED, and only to it; found {state.name} with {error[:80]!r}", field="error"
         )
     _check_result_size(result, error)
-    found = by_id(connection, operation_id)
+    found = get_operation(connection, operation_id)
     if found.kind != ADAPT:
         raise OperationNotFoundError(
             f"operation {operation_id} is of kind {found.kind}: only adaptations are reported from outside",
@@ -366,9 +368,9 @@ def report_adaptation(
         return found
     merged = dict(result) | {SITE_KEY: found.result[SITE_KEY]}
     if state is not OperationState.RUNNING:
-        return finish(connection, operation_id, state, TrainingError(error) if error else None, merged)
+        return finish_operation(connection, operation_id, state, TrainingError(error) if error else None, merged)
     connection.execute("UPDATE operation SET state = ? WHERE operation_id = ?", (state, operation_id))
-    return progress(connection, operation_id, {}, {}, merged)
+    return update_progress(connection, operation_id, {}, {}, merged)
 
 
 def _check_result_size(result: Mapping[str, str], error: str) -> None:

@@ -152,22 +152,22 @@ def revision(connection: sqlite3.Connection, key: int) -> int:
     return -1 if row is None else int(row[0])
 
 
-def entry(connection: sqlite3.Connection, found_in: Collection, entry_id: str) -> tuple[int, EntryRecord]:
+def entry(connection: sqlite3.Connection, collection: Collection, entry_id: str) -> tuple[int, EntryRecord]:
     """The unexpired entry of that id, with its key.
 
     Raises:
         EntryNotFoundError: it does not exist or has expired.
     """
-    living = entry_condition(found_in.key, Filter())
+    living = entry_condition(collection.key, Filter())
     row = connection.execute(
         f"SELECT {_ENTRY} FROM entry e WHERE {living.sql} AND e.entry_id = ?", (*living.values, entry_id)
     ).fetchone()
     if row is None:
         raise EntryNotFoundError(
-            f"no entry {entry_id!r} in collection {found_in.name}: it was never enrolled, was deleted or has expired",
+            f"no entry {entry_id!r} in collection {collection.name}: it was never enrolled, was deleted or has expired",
             field="entry_id",
             entry=entry_id,
-            collection=found_in.name,
+            collection=collection.name,
         )
     return row[0], _entry(row)
 
@@ -295,21 +295,21 @@ class StoredCrops(NamedTuple):
 
 
 async def stream_crops(
-    store: Store, found_in: Collection, filters: Filter, *, since_us: int | None, after: int
+    store: Store, collection: Collection, filters: Filter, *, since_us: int | None, after: int
 ) -> AsyncIterator[StoredCrops]:
     """Entries with crops, in order of enrolment; entries enrolled after the call are not included.
 
     Args:
         store: of the tenant.
-        found_in: the collection.
+        collection: the collection.
         filters: that the entries must pass.
         since_us: earliest time of enrolment; None = any.
         after: start after this key.
     """
-    last = await store.read(_last_key, found_in.key)
-    while keys := await store.read(_next_crop_keys, found_in.key, filters, since_us, after, last):
+    last = await store.read(_last_key, collection.key)
+    while keys := await store.read(_next_crop_keys, collection.key, filters, since_us, after, last):
         for key in keys:
-            found = await store.read(_entry_crops, found_in.key, filters, key)
+            found = await store.read(_entry_crops, collection.key, filters, key)
             if found is not None:
                 yield found
         after = keys[-1]

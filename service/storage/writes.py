@@ -169,7 +169,7 @@ def delete_collection(connection: sqlite3.Connection, name: str, *, force: bool,
     return found
 
 
-def enrol(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> Enrolled:
+def enrol(connection: sqlite3.Connection, collection: Collection, new: Enrolment) -> Enrolled:
     """Store one entry with its features, labels and, if the collection keeps them, crops.
 
     All checks come before the first write, so a refused enrolment has written nothing.
@@ -182,26 +182,34 @@ def enrol(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> E
         InputError: the request_id was used for another request.
         EntryNotFoundError: a replay whose entry was deleted since.
     """
-    space_id, max_entries, stored = _collection_now(connection, into)
-    if new.request_id and (replayed := _earlier_answer(connection, into, new)):
+    space_id, max_entries, stored = _collection_now(connection, collection)
+    if new.request_id and (replayed := _earlier_answer(connection, collection, new)):
         return replayed
-    if space_id != into.space.space_id and space_id not in dict(new.others):
+    if space_id != collection.space.space_id and space_id not in dict(new.others):
         raise ConflictError(
-            f"collection {into.name} was switched to space {space_id} in the meantime, this entry has a feature only "
-            f"in {into.space.space_id}: enrol it again",
+            f"collection {collection.name} was switched to space {space_id} in the meantime, this entry has a feature "
+            f"only in {collection.space.space_id}: enrol it again",
             field="collection_id",
         )
     now = now_us()
     expire_us = new.entry.expire_us
-    if expire_us is None and into.ttl_us is not None:
-        expire_us = now + into.ttl_us
-    old, unexpired = _predecessor(connection, into, new)
+    if expire_us is None and collection.ttl_us is not None:
+        expire_us = now + collection.ttl_us
+    old, unexpired = _predecessor(connection, collection, new)
     if max_entries and stored - (old is not None) >= max_entries:
-        _check_full(connection, into, max_entries, leaving=int(unexpired))
+        _check_full(connection, collection, max_entries, leaving=int(unexpired))
     if old is not None:  # all checks have passed
-        delete_keys(connection, into.key, [old])
+        delete_keys(connection, collection.key, [old])
     entry = new.entry
-    row = (into.key, entry.entry_id, entry.subject_id, entry.camera_id, entry.track_id, entry.capture_us, expire_us)
+    row = (
+        collection.key,
+        entry.entry_id,
+        entry.subject_id,
+        entry.camera_id,
+        entry.track_id,
+        entry.capture_us,
+        expire_us,
+    )
     cursor = connection.execute(
         "INSERT INTO entry (collection, entry_id, subject_id, camera_id, track_id, capture_us, expire_us, quality, "
         "shot_count, created_us) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -209,19 +217,20 @@ def enrol(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> E
     )
     key = cursor.lastrowid
     assert key is not None
-    existing = _spaces(connection, into.key) if new.others else {into.space.space_id}
-    for space, feature in ((into.space.space_id, new.feature), *new.others):
+    existing = _spaces(connection, collection.key) if new.others else {collection.space.space_id}
+    for space, feature in ((collection.space.space_id, new.feature), *new.others):
         if space in existing:  # else it was dropped in the meantime, and nothing would ever remove the feature
             add_feature(connection, key, space, feature)
     if entry.labels:
         connection.executemany("INSERT INTO label VALUES (?, ?, ?)", [(key, *label) for label in entry.labels.items()])
-    if into.keep_crops and new.crops:
+    if collection.keep_crops and new.crops:
         crops = [(key, number, crop) for number, crop in enumerate(new.crops)]
         connection.executemany("INSERT INTO crop VALUES (?, ?, ?)", crops)
-    revision = log_change(connection, into.key, [key], deleted=False)
+    revision = log_change(connection, collection.key, [key], deleted=False)
     if new.request_id:
         connection.execute(
-            "INSERT INTO request VALUES (?, ?, ?, ?, ?, ?)", (new.request_id, new.digest, into.key, key, revision, now)
+            "INSERT INTO request VALUES (?, ?, ?, ?, ?, ?)",
+            (new.request_id, new.digest, collection.key, key, revision, now),
         )
     return Enrolled(
         replace(entry, created_us=now, expire_us=expire_us, etag=reads.entry_etag(key, FIRST_ENTRY_VERSION)), revision
@@ -229,7 +238,7 @@ def enrol(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> E
 
 
 def enrol_each(
-    connection: sqlite3.Connection, into: Collection, new: Sequence[Enrolment]
+    connection: sqlite3.Connection, collection: Collection, new: Sequence[Enrolment]
 ) -> list[Enrolled | ReIDError]:
     """Store entries in their order; each has its own outcome, so a failed one does not affect the others.
 
@@ -238,13 +247,13 @@ def enrol_each(
     outcomes: list[Enrolled | ReIDError] = []
     for one in new:
         try:
-            outcomes.append(enrol(connection, into, one))
+            outcomes.append(enrol(connection, collection, one))
         except ReIDError as error:  # raised before anything of this entry was written
             outcomes.append(error)
     return outcomes
 
 
-def enrol_all(connection: sqlite3.Connection, into: Collection, new: Sequence[Enrolment]) -> list[Enrolled]:
+def enrol_all(connection: sqlite3.Connection, collection: Collection, new: Sequence[Enrolment]) -> list[Enrolled]:
     """Store all entries or none: the writer rolls back when a function raises.
 
     Raises:
@@ -253,25 +262,27 @@ def enrol_all(connection: sqlite3.Connection, into: Collection, new: Sequence[En
     done = []
     for number, one in enumerate(new):
         try:
-            done.append(enrol(connection, into, one))
+            done.append(enrol(connection, collection, one))
         except ReIDError as error:
             error.facts["item"] = str(number)
             raise
     return done
 
 
-def _collection_now(connection: sqlite3.Connection, into: Collection) -> tuple[str, int, int]:
-    """The collection's current space, limit and number of stored rows, which may have changed since ``into`` was read.
+def _collection_now(connection: sqlite3.Connection, collection: Collection) -> tuple[str, int, int]:
+    """The collection's current space, limit and number of stored rows, which may have changed since it was read.
 
     Raises:
         CollectionNotFoundError: it was deleted in the meantime.
     """
-    row = connection.execute("SELECT space_id, max_entries, held FROM collection WHERE key = ?", (into.key,)).fetchone()
+    row = connection.execute(
+        "SELECT space_id, max_entries, held FROM collection WHERE key = ?", (collection.key,)
+    ).fetchone()
     if row is None:
         raise CollectionNotFoundError(
-            f"collection {into.name} was deleted in the meantime: create it again",
+            f"collection {collection.name} was deleted in the meantime: create it again",
             field="collection_id",
-            collection=into.name,
+            collection=collection.name,
         )
     space_id, max_entries, stored = row
     return space_id, max_entries, stored
@@ -283,20 +294,20 @@ def _spaces(connection: sqlite3.Connection, key: int) -> set[str]:
     return {row[0] for row in rows}
 
 
-def _check_full(connection: sqlite3.Connection, into: Collection, max_entries: int, *, leaving: int) -> None:
+def _check_full(connection: sqlite3.Connection, collection: Collection, max_entries: int, *, leaving: int) -> None:
     """Raise if the collection is full; expired entries that are not purged yet do not count."""
-    unexpired = reads.count(connection, into.key, Filter()) - leaving
+    unexpired = reads.count(connection, collection.key, Filter()) - leaving
     if unexpired >= max_entries:
         raise CollectionFullError(
-            f"collection {into.name} has {unexpired} entries, at most {max_entries} are allowed: delete some, or raise "
-            "max_entries",
+            f"collection {collection.name} has {unexpired} entries, at most {max_entries} are allowed: delete some, or "
+            "raise max_entries",
             field="collection_id",
-            collection=into.name,
+            collection=collection.name,
             max_entries=max_entries,
         )
 
 
-def _earlier_answer(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> Enrolled | None:
+def _earlier_answer(connection: sqlite3.Connection, collection: Collection, new: Enrolment) -> Enrolled | None:
     """The result of an earlier call with this request_id, if there was one."""
     first = earlier_request(connection, new.request_id, new.digest)
     if first is None:
@@ -306,19 +317,19 @@ def _earlier_answer(connection: sqlite3.Connection, into: Collection, new: Enrol
         raise EntryNotFoundError(
             f"the entry that request {new.request_id} enrolled was deleted since: enrol it with a new request_id",
             field="request_id",
-            collection=into.name,
+            collection=collection.name,
         )
-    return Enrolled(reads.entry(connection, into, entry_id)[1], revision, replayed=True)
+    return Enrolled(reads.entry(connection, collection, entry_id)[1], revision, replayed=True)
 
 
-def _predecessor(connection: sqlite3.Connection, into: Collection, new: Enrolment) -> tuple[int | None, bool]:
+def _predecessor(connection: sqlite3.Connection, collection: Collection, new: Enrolment) -> tuple[int | None, bool]:
     """The key of an existing entry of the same id, and whether it is unexpired.
 
     Raises:
         EntryExistsError: it is unexpired, and ``new.replace`` is not set.
     """
     row = connection.execute(
-        "SELECT key, expire_us FROM entry WHERE collection = ? AND entry_id = ?", (into.key, new.entry.entry_id)
+        "SELECT key, expire_us FROM entry WHERE collection = ? AND entry_id = ?", (collection.key, new.entry.entry_id)
     ).fetchone()
     if row is None:
         return None, False
@@ -326,16 +337,16 @@ def _predecessor(connection: sqlite3.Connection, into: Collection, new: Enrolmen
     unexpired = expire_us is None or expire_us > now_us()
     if unexpired and not new.replace:
         raise EntryExistsError(
-            f"entry {new.entry.entry_id!r} exists in collection {into.name}: choose another id, or set replace",
+            f"entry {new.entry.entry_id!r} exists in collection {collection.name}: choose another id, or set replace",
             field="entry.entry_id",
             entry=new.entry.entry_id,
-            collection=into.name,
+            collection=collection.name,
         )
     return key, unexpired
 
 
 def delete_entry(
-    connection: sqlite3.Connection, found_in: Collection, entry_id: str, *, allow_missing: bool, etag: str = ""
+    connection: sqlite3.Connection, collection: Collection, entry_id: str, *, allow_missing: bool, etag: str = ""
 ) -> int:
     """Remove one entry; returns the collection's revision.
 
@@ -344,24 +355,24 @@ def delete_entry(
         ConflictError: it was changed since ``etag`` was read.
     """
     try:
-        key, found = reads.entry(connection, found_in, entry_id)
+        key, found = reads.entry(connection, collection, entry_id)
         check_etag(f"entry {entry_id!r}", found.etag, etag)
     except EntryNotFoundError:
         if allow_missing:
-            return reads.revision(connection, found_in.key)
+            return reads.revision(connection, collection.key)
         raise
-    return delete_keys(connection, found_in.key, [key])
+    return delete_keys(connection, collection.key, [key])
 
 
 def delete_entries(
-    connection: sqlite3.Connection, found_in: Collection, filters: Filter, *, cap: int | None
+    connection: sqlite3.Connection, collection: Collection, filters: Filter, *, cap: int | None
 ) -> tuple[int, int]:
     """Remove the entries that pass a filter; returns how many and the collection's revision.
 
     Raises:
         DeleteCapError: more than ``cap`` entries pass; none was deleted.
     """
-    keys = reads.candidates(connection, found_in.key, filters).tolist()
+    keys = reads.candidates(connection, collection.key, filters).tolist()
     if cap is not None and len(keys) > cap:
         raise DeleteCapError(
             f"{len(keys)} entries pass the filter, at most {cap} may be deleted: narrow the filter or raise "
@@ -369,7 +380,7 @@ def delete_entries(
             field="max_deletes",
             matched_count=len(keys),
         )
-    return len(keys), delete_keys(connection, found_in.key, keys)
+    return len(keys), delete_keys(connection, collection.key, keys)
 
 
 def purge(connection: sqlite3.Connection) -> int:
@@ -407,7 +418,7 @@ COLLECTION_FIELDS = (
 
 def update_entry(
     connection: sqlite3.Connection,
-    found_in: Collection,
+    collection: Collection,
     new: EntryRecord,
     fields: Iterable[str],
     *,
@@ -418,7 +429,7 @@ def update_entry(
 
     Args:
         connection: the writer's.
-        found_in: its collection.
+        collection: its collection.
         new: has ``entry_id`` and the new values; ``expire_us`` None means the collection's time to live, counted from
             enrolment.
         fields: names from `ENTRY_FIELDS`, at least one.
@@ -431,22 +442,22 @@ def update_entry(
         InputError: no field, one that cannot be changed, or an expiry too late.
     """
     changed = _known_fields(fields, ENTRY_FIELDS)
-    key, found = reads.entry(connection, found_in, new.entry_id)
+    key, found = reads.entry(connection, collection, new.entry_id)
     check_etag(f"entry {new.entry_id!r}", found.etag, etag)
     if "subject_id" in changed:
         connection.execute("UPDATE entry SET subject_id = ? WHERE key = ?", (new.subject_id, key))
     if "expire_us" in changed:
         expire_us = new.expire_us
-        if expire_us is None and found_in.ttl_us is not None:
-            expire_us = found.created_us + found_in.ttl_us
-        if not may_outlive and (error := expiry_error(found_in, expire_us, found.created_us)):
+        if expire_us is None and collection.ttl_us is not None:
+            expire_us = found.created_us + collection.ttl_us
+        if not may_outlive and (error := expiry_error(collection, expire_us, found.created_us)):
             raise error
         connection.execute("UPDATE entry SET expire_us = ? WHERE key = ?", (expire_us, key))
     if "labels" in changed:
         connection.execute("DELETE FROM label WHERE entry = ?", (key,))
         connection.executemany("INSERT INTO label VALUES (?, ?, ?)", [(key, *label) for label in new.labels.items()])
     connection.execute("UPDATE entry SET version = version + 1 WHERE key = ?", (key,))
-    revision = log_change(connection, found_in.key, [NO_ENTRY], deleted=False)
+    revision = log_change(connection, collection.key, [NO_ENTRY], deleted=False)
     return Enrolled(reads.entry_by_key(connection, key), revision)
 
 
