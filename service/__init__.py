@@ -1,1 +1,1 @@
-"""A bundle answers requests. Nothing here imports torch."""
+"""The gRPC service, which serves a bundle. Nothing here imports torch."""

@@ -28,7 +28,7 @@ from resight.service.inference.features import (
 from resight.service.inference.models import ModelHost
 from resight.service.inference.priority_queue import Priority
 from resight.service.records import Collection, Enrolled, Enrolment, EntryRecord, Filter, Space, now_us
-from resight.service.search.ranking import RankedAnswer, SearchParams, run_search
+from resight.service.search.ranking import RankedResult, SearchParams, run_search
 from resight.service.search.searcher import Searcher
 from resight.service.search.statistics import SearchStatistics
 from resight.service.settings import Settings
@@ -297,7 +297,7 @@ class Gallery:
         """Enrol entries, each with its own outcome; see `enrol_each`. Raises CollectionNotFoundError."""
         collection = await self.collection(name)
         outcomes = await enrol_each(self._store, self._extractor, collection, requests, deadline, _event(method))
-        self.searcher.follow(collection)
+        self.searcher.schedule_update(collection)
         return outcomes
 
     async def enrol_atomic(self, name: str, requests: Sequence[EnrolmentRequest], deadline: float) -> list[Enrolled]:
@@ -305,10 +305,10 @@ class Gallery:
         collection = await self.collection(name)
         event = _event("BatchEnrollEntries")
         done = await enrol_all(self._store, self._extractor, collection, requests, deadline, event)
-        self.searcher.follow(collection)
+        self.searcher.schedule_update(collection)
         return done
 
-    async def feature(
+    async def extract_feature(
         self,
         collection: Collection,
         source: CropSource | FeatureSource,
@@ -322,11 +322,11 @@ class Gallery:
 
     async def search(
         self, collection: Collection, searches: Sequence[SearchParams], deadline: float
-    ) -> list[RankedAnswer]:
+    ) -> list[RankedResult]:
         """Run searches of one collection and count them; see `resight.service.search.ranking`."""
-        answers = await run_search(self.searcher, collection, searches, deadline)
-        self.statistics.record(collection, answers)
-        return answers
+        results = await run_search(self.searcher, collection, searches, deadline)
+        self.statistics.record(collection, results)
+        return results
 
     async def entry(
         self, name: str, entry_id: str, *, with_feature: bool
@@ -356,7 +356,7 @@ class Gallery:
         changed = await self._store.erase(
             audit.audited_update_entry, collection, new, fields, event, etag=etag, may_outlive=may_outlive()
         )
-        self.searcher.follow(collection)
+        self.searcher.schedule_update(collection)
         return changed
 
     async def delete_entry(self, name: str, entry_id: str, *, allow_missing: bool, etag: str) -> int:
@@ -366,7 +366,7 @@ class Gallery:
         revision = await self._store.erase(
             audit.audited_delete_entry, collection, entry_id, event, allow_missing=allow_missing, etag=etag
         )
-        self.searcher.follow(collection)
+        self.searcher.schedule_update(collection)
         return revision
 
     async def delete_entries(
@@ -388,7 +388,7 @@ class Gallery:
             return matched, 0, collection.revision
         event = _event("DeleteEntries")
         deleted, revision = await self._store.erase(audit.audited_delete_entries, collection, filters, event, cap=cap)
-        self.searcher.follow(collection)
+        self.searcher.schedule_update(collection)
         return deleted, deleted, revision
 
     async def erase(self, collection: str, subject_id: str, *, reason: str, deadline: float) -> ErasureResult:
@@ -402,7 +402,7 @@ class Gallery:
             reason=reason,
         )
         for one in await self.collections(after="", limit=-1):
-            self.searcher.follow(one)
+            self.searcher.schedule_update(one)
         return result
 
 

@@ -55,7 +55,7 @@ class Settings(BaseSettings):
             before gRPC's, which do not. ``max_rpcs * max_message_bytes`` bounds the memory of requests.
         max_message_bytes: of a request; 64 crops of 100 KB fit.
         max_rerank_candidates: of one search; 1000 of 512-d take 57 ms of one core, growing with the square.
-        max_stream_items: items of one stream that are read and not yet answered (default: one batch).
+        max_stream_items: items of one stream that are read and not yet finished (default: one batch).
         deadline_s: of a single-item call when the client set none.
         batch_deadline_s: of a batch call when the client set none.
         drain_delay_s: between reporting NOT_SERVING and refusing calls, so that load balancers notice.

@@ -178,7 +178,7 @@ class Tenants:
         tenant = self._open.get(name)
         if tenant is not None:
             for collection in await tenant.store.read(reads.collections, limit=-1):
-                tenant.gallery.searcher.follow(collection)
+                tenant.gallery.searcher.schedule_update(collection)
             await purge_expired(tenant.store, self._retention, indexed=tenant.gallery.searcher.revisions())
             return
         store = await asyncio.to_thread(self._store, name)

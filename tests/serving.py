@@ -140,7 +140,7 @@ class ServerProcess:
             raise
 
 
-class Guarded:
+class TokenServer:
     """A server on loopback with a token for each role in the tenants ``default`` and ``north``."""
 
     def __init__(self, bundle: Path, data: Path) -> None:

@@ -74,7 +74,7 @@ class Worker:
             raise
         report({"answered": number, "revision": getattr(done, "revision", 0)})
         self.own |= expected
-        self.searcher.follow(self.collection)
+        self.searcher.schedule_update(self.collection)
 
 
 numbers = itertools.count()

@@ -1,4 +1,4 @@
-"""The checklist's tests exist, and what it says of the code as a whole holds."""
+"""The tests named in the checklist exist, and its statements about the code as a whole hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands in deploy/: it parses, names what exists, and asks for metrics that a live server exports."""
+"""The files in deploy/ parse, refer to existing things, and use metrics that a live server exports."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_manifests_name_what_exists() -> None:
     assert deployments["resight"]["spec"]["strategy"]["type"] == "Recreate"
 
 
-def test_pods_run_as_nobody_in_particular_and_write_nowhere_else() -> None:
+def test_pods_run_without_a_named_user_and_with_a_read_only_root() -> None:
     jobs = [one["spec"]["jobTemplate"] for one in of_kind("CronJob").values()]
     for one in (*of_kind("Deployment").values(), *jobs):
         pod = one["spec"]["template"]["spec"]

@@ -1,4 +1,4 @@
-"""What a machine without a GPU says of `make gpu`, and what is asked of one that has one beside the runtimes' tests."""
+"""`make gpu` on a machine without a GPU, and tests of faiss and training on one (the runtimes have their own)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests that hold the house itself: who imports whom, what the wheel carries, what the docs promise."""
+"""Tests of the project's structure: imports between packages, content of the wheel, and the docs."""
 
 from __future__ import annotations
 
@@ -325,7 +325,7 @@ def test_every_recipe_is_in_the_readme() -> None:
     assert [name for name in recipe_names() if f"`{name}`" not in text] == []
 
 
-def test_containers_run_as_nobody_in_particular_and_the_service_has_no_torch() -> None:
+def test_containers_run_without_a_named_user_and_the_service_has_no_torch() -> None:
     stages = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)[1:]
     named = {re.search(r"AS (\S+)", stage)[1]: stage for stage in stages}  # type: ignore[index]
     assert set(named) == {"wheel", "service", "gpu-service", "training"}

@@ -202,7 +202,7 @@ class Batcher:
     def _work(self) -> None:
         lower_thread_priority()
         while (batch := self._next()) is not None:
-            live = [job for job in batch if not job.answer.done()]  # the callers of the others were cancelled
+            live = [job for job in batch if not job.future.done()]  # the callers of the others were cancelled
             for job in live:
                 job.outcome = deadline_error(job.deadline)
             good = [job for job in live if job.outcome is None]

@@ -122,7 +122,7 @@ class Decoders:
 
     def _work(self) -> None:
         while (job := self._jobs.get()[2]) is not None:
-            job.outcome = CALLER_LEFT if job.answer.done() else deadline_error(job.deadline)
+            job.outcome = CALLER_LEFT if job.future.done() else deadline_error(job.deadline)
             if job.outcome is None:
                 self._prepare(job)
             (self._decoded if job.outcome is None else self._failed)(job)
@@ -276,11 +276,11 @@ class Embedder:
 
     def _deliver(self, jobs: Sequence[CropJob]) -> None:
         for job in jobs:
-            if job.answer not in self._remaining:  # the caller was cancelled
+            if job.future not in self._remaining:  # the caller was cancelled
                 continue
-            self._remaining[job.answer] -= 1
-            if not self._remaining[job.answer] and not job.answer.done():
-                job.answer.set_result(None)
+            self._remaining[job.future] -= 1
+            if not self._remaining[job.future] and not job.future.done():
+                job.future.set_result(None)
 
 
 def _outcome(job: CropJob) -> Embedded | ReIDError:

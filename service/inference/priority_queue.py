@@ -46,7 +46,7 @@ class CropJob:
         crop: the image file.
         runtime: the model.
         deadline: in `time.monotonic` seconds.
-        answer: future of its call; done if the caller was cancelled.
+        future: of its call; done if the caller was cancelled.
         pixels: uint8 (H, W, 3) once decoded and resized.
         quality: 0..1, once decoded.
         outcome: float32 (D,) or an error; None while in progress.
@@ -57,7 +57,7 @@ class CropJob:
     runtime: Runtime
     priority: Priority
     deadline: float
-    answer: asyncio.Future[None]
+    future: asyncio.Future[None]
     pixels: Pixels | None = None
     quality: float = 0.0
     outcome: Feature | ReIDError | None = None

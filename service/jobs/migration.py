@@ -363,7 +363,7 @@ class _Migration:
         while True:
             deadline = time.monotonic() + MAX_WAIT_S
             try:
-                made = await self._tenant.gallery.feature(
+                made = await self._tenant.gallery.extract_feature(
                     collection, source, deadline, space=self._space, priority=Priority.REEMBED
                 )
                 return made.feature

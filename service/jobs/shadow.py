@@ -42,7 +42,7 @@ from resight.service.jobs.shadow_comparison import (
     ShadowTally,
 )
 from resight.service.records import Collection, Space, now_us
-from resight.service.search.ranking import RankedAnswer, SearchParams, run_search
+from resight.service.search.ranking import RankedResult, SearchParams, run_search
 from resight.service.storage import reads, spaces
 from resight.service.storage.audit import AuditEvent
 from resight.service.storage.operations import Operation
@@ -120,7 +120,7 @@ class ShadowSample:
     collection: Collection
     params: SearchParams
     source: CropSource
-    answer: RankedAnswer
+    answer: RankedResult
     answered_s: float
 
 
@@ -181,7 +181,7 @@ class ShadowRun:
             self.finish(ShadowState.SUPERSEDED)
         return self.running
 
-    def offer(self, collection: Collection, params: SearchParams, source: CropSource, answer: RankedAnswer) -> None:
+    def offer(self, collection: Collection, params: SearchParams, source: CropSource, answer: RankedResult) -> None:
         """Offer an answered search as a sample; returns at once, whether it is taken or not."""
         if not self.matches(collection):
             return
@@ -274,17 +274,17 @@ class ShadowRun:
         rounds, since = divmod(tally.answered, MEASURE_EVERY)
         if not since:
             turns.append((tally.active, sample.collection))
-        found: dict[ModelSide, tuple[RankedAnswer, int]] = {}
+        found: dict[ModelSide, tuple[RankedResult, int]] = {}
         for side, collection in turns[:: -1 if rounds % 2 else 1]:
             found[side] = await self._search(collection, sample)
         tally.compare(sample.answer, found[tally.candidate][0])
         for side, (answer, infer_ns) in found.items() if len(found) == 2 else ():
             side.measure(infer_ns, answer.search_ns)
 
-    async def _search(self, collection: Collection, sample: ShadowSample) -> tuple[RankedAnswer, int]:
+    async def _search(self, collection: Collection, sample: ShadowSample) -> tuple[RankedResult, int]:
         """The sample's search in a collection's space, and the inference time per crop in nanoseconds."""
         gallery, deadline = self._tenant.gallery, sample.answered_s + MAX_SAMPLE_AGE_S
-        made = await gallery.feature(
+        made = await gallery.extract_feature(
             collection, sample.source, deadline, space=collection.space, priority=Priority.REEMBED
         )
         (answer,) = await run_search(gallery.searcher, collection, [sample.params.with_feature(made.feature)], deadline)
@@ -390,7 +390,9 @@ class ShadowManager:
         self._shadows[place] = shadow
         event = AuditEvent(current().name, "ModelService.StartShadow", collection.name, reason=f"model {model_id}")
         tenant.audit.add(event)
-        tenant.gallery.searcher.follow(replace(collection, space=space))  # loads the index, if it is not loaded yet
+        tenant.gallery.searcher.schedule_update(
+            replace(collection, space=space)
+        )  # loads the index, if it is not loaded yet
         return shadow.status()
 
     def _callers_crops(self) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from resight.service.records import now_us
-from resight.service.search.ranking import RankedAnswer, ScoredHit
+from resight.service.search.ranking import RankedResult, ScoredHit
 from resight.service.search.statistics import SearchCounts
 
 COMPARED_HITS = 10  # entries per answer: the first page of results
@@ -60,7 +60,7 @@ class ModelSide:
         self._counted, self._measured = SearchCounts(), 0
         self._times: deque[tuple[int, int]] = deque(maxlen=MAX_TIMES)
 
-    def add(self, answer: RankedAnswer) -> None:
+    def add(self, answer: RankedResult) -> None:
         """Count an answer."""
         self._counted.add(answer, now_us())
 
@@ -119,7 +119,7 @@ class ShadowTally:
     active: ModelSide = field(default_factory=ModelSide)
     candidate: ModelSide = field(default_factory=ModelSide)
 
-    def compare(self, active: RankedAnswer, candidate: RankedAnswer) -> None:
+    def compare(self, active: RankedResult, candidate: RankedResult) -> None:
         """Count the answers of both models to one query."""
         self.answered += 1
         self.active.add(active)

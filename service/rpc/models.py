@@ -208,7 +208,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             expected=request.expected_current_space_id,
             allow_incomplete=request.allow_incomplete,
         )
-        tenant.gallery.searcher.follow(collection)
+        tenant.gallery.searcher.schedule_update(collection)
         return model_pb2.ActivateSpaceResponse(
             active=convert.space_message(collection.space), previous=convert.space_message(previous.space)
         )

@@ -30,7 +30,7 @@ from resight.service.search.ranking import (
     WEIGHT,
     Decider,
     GroupBy,
-    RankedAnswer,
+    RankedResult,
     RerankMethod,
     RerankOptions,
     ScoredHit,
@@ -146,16 +146,16 @@ def _hit_message(scored: ScoredHit, space: Space) -> search_pb2.Hit:
     )
 
 
-def search_message(answer: RankedAnswer, space: Space, query: FeatureResult) -> search_pb2.SearchResponse:
+def search_message(result: RankedResult, space: Space, query: FeatureResult) -> search_pb2.SearchResponse:
     """Convert the result of one search."""
     return search_pb2.SearchResponse(
-        hits=[_hit_message(hit, space) for hit in answer.hits],
-        decision=DECISIONS[answer.decision],
+        hits=[_hit_message(hit, space) for hit in result.hits],
+        decision=DECISIONS[result.decision],
         space=convert.space_message(space),
-        searched_revision=answer.revision,
-        exact=answer.exact,
+        searched_revision=result.revision,
+        exact=result.exact,
         query_quality=query.quality,
-        timings=convert.timings_message(query.timings, answer.search_ns, answer.rerank_ns),
+        timings=convert.timings_message(query.timings, result.search_ns, result.rerank_ns),
         shots_used=query.used,
         shots_rejected=query.rejected,
     )
@@ -210,13 +210,13 @@ class SearchServicer(search_pb2_grpc.SearchServiceServicer):
                 f"a batch searches one collection, found {len(names)}: send a batch for each", field="requests"
             )
         deadline = deadline_of(context, self._settings.batch_deadline_s)
-        answers = await self._search(request.requests, deadline, "BatchSearch")
+        outcomes = await self._search(request.requests, deadline, "BatchSearch")
         return search_pb2.BatchSearchResponse(
             results=[
-                search_pb2.SearchResult(error=call_events.record_error(answer, field=f"requests[{number}]"))
-                if isinstance(answer, ReIDError)
-                else search_pb2.SearchResult(response=answer)
-                for number, answer in enumerate(answers)
+                search_pb2.SearchResult(error=call_events.record_error(outcome, field=f"requests[{number}]"))
+                if isinstance(outcome, ReIDError)
+                else search_pb2.SearchResult(response=outcome)
+                for number, outcome in enumerate(outcomes)
             ]
         )
 
@@ -244,8 +244,8 @@ class SearchServicer(search_pb2_grpc.SearchServiceServicer):
         gallery = tenant.gallery
         collection = await gallery.collection(request.collection_id)
         left, right = await asyncio.gather(
-            gallery.feature(collection, convert.to_crop_source(request.left, "left"), deadline),
-            gallery.feature(collection, convert.to_crop_source(request.right, "right"), deadline),
+            gallery.extract_feature(collection, convert.to_crop_source(request.left, "left"), deadline),
+            gallery.extract_feature(collection, convert.to_crop_source(request.right, "right"), deadline),
         )
         similarity = float(np.clip((left.feature * right.feature).sum(), -1.0, 1.0))
         tenant.audit.add(AuditEvent(current().name, "SearchService.Verify", collection.name))
@@ -254,10 +254,10 @@ class SearchServicer(search_pb2_grpc.SearchServiceServicer):
     async def _search_one(
         self, request: search_pb2.SearchRequest, deadline: float, method: str
     ) -> search_pb2.SearchResponse:
-        (answer,) = await self._search([request], deadline, method)
-        if isinstance(answer, ReIDError):
-            raise answer
-        return answer
+        (outcome,) = await self._search([request], deadline, method)
+        if isinstance(outcome, ReIDError):
+            raise outcome
+        return outcome
 
     async def _search(
         self, requests: Sequence[search_pb2.SearchRequest], deadline: float, method: str
@@ -269,19 +269,19 @@ class SearchServicer(search_pb2_grpc.SearchServiceServicer):
         prepared = await gather([self._prepare(gallery, collection, one, deadline) for one in requests])
         valid = [one for one in prepared if not isinstance(one, ReIDError)]
         found = iter(await gallery.search(collection, [one.params for one in valid], deadline) if valid else ())
-        answers: list[search_pb2.SearchResponse | ReIDError] = []
+        responses: list[search_pb2.SearchResponse | ReIDError] = []
         shadow = self._shadows.running_shadow(tenant, collection)
         for one in prepared:
             if isinstance(one, ReIDError):
-                answers.append(one)
+                responses.append(one)
                 continue
-            answer = next(found)
+            result = next(found)
             if shadow is not None and one.crops is not None:
-                shadow.offer(collection, one.params, one.crops, answer)
-            event = AuditEvent(current().name, f"SearchService.{method}", collection.name, affected=len(answer.hits))
+                shadow.offer(collection, one.params, one.crops, result)
+            event = AuditEvent(current().name, f"SearchService.{method}", collection.name, affected=len(result.hits))
             tenant.audit.add(event)
-            answers.append(search_message(answer, collection.space, one.feature))
-        return answers
+            responses.append(search_message(result, collection.space, one.feature))
+        return responses
 
     async def _prepare(
         self, gallery: Gallery, collection: Collection, request: search_pb2.SearchRequest, deadline: float
@@ -303,7 +303,7 @@ class SearchServicer(search_pb2_grpc.SearchServiceServicer):
                     FeatureResult(feature, 0.0, Timings()),
                 )
             source = convert.to_source(request, kind)
-            result = await gallery.feature(collection, source, deadline)
+            result = await gallery.extract_feature(collection, source, deadline)
             return _PreparedQuery(
                 params.with_feature(result.feature), result, source if isinstance(source, CropSource) else None
             )

@@ -280,7 +280,7 @@ class ScoredHit:
 
 
 @dataclass(frozen=True)
-class RankedAnswer:
+class RankedResult:
     """Hits, best first, and the decision on the best one (without hits: unknown; without a calibration: None)."""
 
     hits: tuple[ScoredHit, ...]
@@ -293,7 +293,7 @@ class RankedAnswer:
 
 async def run_search(
     searcher: Searcher, collection: Collection, searches: Sequence[SearchParams], deadline: float
-) -> list[RankedAnswer]:
+) -> list[RankedResult]:
     """Run searches of one collection; their first rounds are batched.
 
     Args:
@@ -312,9 +312,9 @@ async def run_search(
     for run in runs:
         batches.setdefault((run.with_features, run.params.exact), []).append(run)
     await gather([_run_first_rounds(searcher, collection, kind, batch, deadline) for kind, batch in batches.items()])
-    answers = await gather([run.finish() for run in runs])
-    call_events.record_decisions([one.decision for one in answers])
-    return answers
+    results = await gather([run.finish() for run in runs])
+    call_events.record_decisions([one.decision for one in results])
+    return results
 
 
 async def _run_first_rounds(
@@ -342,7 +342,7 @@ class _SearchRun:
         self.query = replace(params.query, top_k=params.first_fetch, min_similarity=min_similarity)
         self.rounds: list[SearchOutcome] = []
 
-    async def finish(self) -> RankedAnswer:
+    async def finish(self) -> RankedResult:
         """Run the remaining rounds, then rank the hits and decide."""
         if self.params.group_by is not None:
             await self._fetch_more_groups(self.params.group_by)
@@ -354,7 +354,7 @@ class _SearchRun:
                 scores = await asyncio.to_thread(_ranking_scores, self.params, hits)
         rerank_ns = time.perf_counter_ns() - started_ns if self.params.rerank else 0
         best = self._select(hits, scores)
-        return RankedAnswer(
+        return RankedResult(
             hits=tuple(best),
             decision=best[0].decision if best else self._decider.no_hit_decision,
             revision=self.rounds[0].revision,

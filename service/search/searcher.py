@@ -54,7 +54,7 @@ class NearestQuery:
 
 
 @dataclass(frozen=True)
-class NearestAnswer:
+class NearestResult:
     """Hits of one query, best first; ``exact``: whether the search was exhaustive."""
 
     hits: tuple[Hit, ...]
@@ -75,9 +75,9 @@ class NearestSearch:
         self._connection, self._state, self._policy = connection, state, policy
         self._exact = exact or not state.index.approximate
 
-    def search(self, queries: Sequence[NearestQuery], *, with_features: bool) -> list[NearestAnswer]:
+    def search(self, queries: Sequence[NearestQuery], *, with_features: bool) -> list[NearestResult]:
         """Hits of each query; queries over the same entries share one scan."""
-        answers: list[NearestAnswer | None] = [None] * len(queries)
+        results: list[NearestResult | None] = [None] * len(queries)
         unselective: dict[int, list[int]] = {}  # by the bit length of top_k: queries of similar top_k share a scan
         selective: dict[Filter, list[int]] = {}
         for number, query in enumerate(queries):
@@ -93,12 +93,12 @@ class NearestSearch:
                     numbers
                 )
                 continue
-            for number, answer in self._search_among(queries, numbers, filters, among, with_features).items():
-                answers[number] = answer
+            for number, result in self._search_among(queries, numbers, filters, among, with_features).items():
+                results[number] = result
         for numbers in unselective.values():
-            for number, answer in self._search_all(queries, numbers, with_features).items():
-                answers[number] = answer
-        return [answer for answer in answers if answer is not None]
+            for number, result in self._search_all(queries, numbers, with_features).items():
+                results[number] = result
+        return [result for result in results if result is not None]
 
     def _search_among(
         self,
@@ -107,19 +107,19 @@ class NearestSearch:
         filters: Filter,
         among: reads.Keys,
         with_features: bool,
-    ) -> dict[int, NearestAnswer]:
+    ) -> dict[int, NearestResult]:
         """Search exactly among the keys that match the filter."""
         k = max(queries[number].top_k for number in numbers) + EXTRA_CANDIDATES
         near = self._state.index.search(np.stack([queries[n].feature for n in numbers]), k, among=among)
         entries = self._confirm(near, filters)
         return {
-            number: NearestAnswer(self._hits(one, entries, queries[number], with_features), True)
+            number: NearestResult(self._hits(one, entries, queries[number], with_features), True)
             for number, one in zip(numbers, near, strict=True)
         }
 
     def _search_all(
         self, queries: Sequence[NearestQuery], numbers: Sequence[int], with_features: bool
-    ) -> dict[int, NearestAnswer]:
+    ) -> dict[int, NearestResult]:
         """Search all entries, then apply the filters."""
         unfiltered = all(queries[number].filters == Filter() for number in numbers)
         k = max(queries[number].top_k for number in numbers)
@@ -131,7 +131,7 @@ class NearestSearch:
         groups: dict[Filter, list[int]] = {}
         for place, number in enumerate(numbers):
             groups.setdefault(queries[number].filters, []).append(place)
-        answers: dict[int, NearestAnswer] = {}
+        results: dict[int, NearestResult] = {}
         for filters, places in groups.items():
             entries = self._confirm([near[place] for place in places], filters)
             short = []
@@ -142,11 +142,11 @@ class NearestSearch:
                     short.append(number)
                 else:
                     hits = self._hits(near[place], entries, queries[number], with_features)
-                    answers[number] = NearestAnswer(hits, self._exact)
+                    results[number] = NearestResult(hits, self._exact)
             if short:
                 among = reads.candidates(self._connection, self._state.reader.collection.key, filters)
-                answers.update(self._search_among(queries, short, filters, among, with_features))
-        return answers
+                results.update(self._search_among(queries, short, filters, among, with_features))
+        return results
 
     def _confirm(self, near: Sequence[Candidates], filters: Filter) -> dict[int, EntryRecord]:
         keys = np.unique(np.concatenate([keys for keys, _ in near]))
@@ -271,12 +271,12 @@ class SearchQueue(Generic[KindT, JobT, ResultT]):
         started = time.monotonic()
         for kind, items in batches.items():
             try:
-                answers = self._run(kind, [job for item in items for job in item.jobs])
+                results = self._run(kind, [job for item in items for job in item.jobs])
             except Exception as error:
                 _deliver([(item, error) for item in items])
                 continue
             ends = itertools.accumulate(len(item.jobs) for item in items)
-            _deliver([(item, answers[end - len(item.jobs) : end]) for item, end in zip(items, ends, strict=True)])
+            _deliver([(item, results[end - len(item.jobs) : end]) for item, end in zip(items, ends, strict=True)])
         if count:
             self._admission.record_batch(time.monotonic() - started, count)
 
@@ -420,13 +420,13 @@ class Searcher:
         self._queue.close()
         self._indexes.disconnect()
 
-    def follow(self, collection: Collection) -> None:
+    def schedule_update(self, collection: Collection) -> None:
         """Update the index in the background, so that the next search does not have to."""
         if collection.key not in self._update_scheduled:
             self._update_scheduled.add(collection.key)
-            self._thread.submit(self._follow, collection)
+            self._thread.submit(self._update_index, collection)
 
-    def _follow(self, collection: Collection) -> None:
+    def _update_index(self, collection: Collection) -> None:
         self._update_scheduled.discard(collection.key)
         try:
             self._indexes.apply_changes(collection)
@@ -526,8 +526,8 @@ class Searcher:
             state = self._indexes.up_to_date(collection)
             tune_faiss(collection.space.dim).apply(collection.space.dim)
             nearest = NearestSearch(self._store.reader(), state, self._policy, exact=kind.exact)
-            answers: list[NearestAnswer] = nearest.search([job.query for job in jobs], with_features=kind.with_features)
+            results: list[NearestResult] = nearest.search([job.query for job in jobs], with_features=kind.with_features)
         except sqlite3.Error as error:
             raise translate_error(error) from error
         search_ns = (time.perf_counter_ns() - started_ns) // len(jobs)
-        return [SearchOutcome(answer.hits, state.index.revision, search_ns, answer.exact) for answer in answers]
+        return [SearchOutcome(result.hits, state.index.revision, search_ns, result.exact) for result in results]

@@ -25,7 +25,7 @@ import numpy as np
 from resight.arrays import Ints
 from resight.errors import ReIDError
 from resight.service.records import Collection, now_us
-from resight.service.search.ranking import RankedAnswer
+from resight.service.search.ranking import RankedResult
 from resight.service.storage.store import Store
 
 BINS = 64
@@ -89,15 +89,15 @@ class SearchCounts:
     last_us: int = 0
     bins: Ints = field(default_factory=lambda: np.zeros(BINS, np.int64))
 
-    def add(self, answer: RankedAnswer, at_us: int) -> None:
+    def add(self, result: RankedResult, at_us: int) -> None:
         """Count one search."""
         self.searches += 1
-        self.matches += answer.decision == "match"
-        self.uncertain += answer.decision == "uncertain"
-        self.unknown += answer.decision == "unknown"
+        self.matches += result.decision == "match"
+        self.uncertain += result.decision == "uncertain"
+        self.unknown += result.decision == "unknown"
         self.first_us, self.last_us = self.first_us or at_us, at_us
-        if answer.hits:
-            best = answer.hits[0]
+        if result.hits:
+            best = result.hits[0]
             self.hits += 1
             self.cosine_sum += best.hit.similarity
             self.bins[bin_of(best.hit.similarity)] += 1
@@ -292,13 +292,13 @@ class SearchStatistics:
                 await self._flushing
         await self.flush()
 
-    def record(self, collection: Collection, answers: Sequence[RankedAnswer]) -> None:
+    def record(self, collection: Collection, results: Sequence[RankedResult]) -> None:
         """Count searches of a collection that have just finished."""
         at_us = now_us()
         key = (collection.key, collection.space.space_id), at_us // MINUTE_US
         counts = self._waiting.setdefault(key, SearchCounts())
-        for answer in answers:
-            counts.add(answer, at_us)
+        for result in results:
+            counts.add(result, at_us)
 
     def drift(self, collection: Collection) -> tuple[float, float] | None:
         """Stability index and shift of recent best hits in the collection's space at the last flush; see `_drift`."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from serving import Guarded, ServerProcess
+from serving import ServerProcess, TokenServer
 
 from resight.client import Client
 
@@ -51,9 +51,9 @@ def channel(address: str) -> Iterator[grpc.Channel]:
 
 
 @pytest.fixture(scope="session")
-def guarded(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+def guarded(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TokenServer]:
     """A server that requires tokens, with one for each role in each of two tenants; for tests of permissions."""
-    made = Guarded(bundle_path, tmp_path_factory.mktemp("guarded") / "data")
+    made = TokenServer(bundle_path, tmp_path_factory.mktemp("guarded") / "data")
     try:
         made.server.wait_ready()
         yield made

@@ -96,7 +96,7 @@ def test_every_kind_applies_filters_and_one_that_does_not_is_detected():
     assert applies_filter(empty_graph(8)) and not applies_filter(empty_graph(8), unbounded)
     with pytest.raises(StartupError, match="hnsw"):
         check_filters({"flat": (faiss.IndexFlatIP(8), faiss.SearchParameters), "hnsw": (empty_graph(8), unbounded)})
-    assert not applies_filter(faiss.IndexLSH(8, 8))  # it says that it takes no selector
+    assert not applies_filter(faiss.IndexLSH(8, 8))  # it raises: selectors are not supported
 
 
 def test_the_gpu_copy_is_kept_up_to_date_and_not_used_for_filters_it_ignores():

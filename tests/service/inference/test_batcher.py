@@ -55,7 +55,7 @@ class Submitting(Batcher):
         self.runtime, self.loop = runtime, asyncio.get_running_loop()
 
     def _finished_jobs(self, jobs):
-        self.loop.call_soon_threadsafe(lambda: [job.answer.done() or job.answer.set_result(None) for job in jobs])
+        self.loop.call_soon_threadsafe(lambda: [job.future.done() or job.future.set_result(None) for job in jobs])
 
     async def submit(self, image, deadline=None, priority=Priority.INTERACTIVE, runtime=None):
         deadline = time.monotonic() + FAR if deadline is None else deadline
@@ -66,7 +66,7 @@ class Submitting(Batcher):
             )
             self.expect([job])
             self.put(job)
-            await job.answer
+            await job.future
         if isinstance(job.outcome, ReIDError):
             raise job.outcome
         return job.outcome
@@ -292,7 +292,7 @@ def test_an_idle_model_waits_a_limited_time_for_crops_being_decoded():
         assert runtime.batches == [1]
         batcher.discard(jobs[2])
         batcher.put(jobs[3])
-        await asyncio.gather(*(job.answer for job in jobs if job is not jobs[2]))
+        await asyncio.gather(*(job.future for job in jobs if job is not jobs[2]))
         assert runtime.batches == [1, 3]
         batcher._admission.batch_s = 0.05
         batcher.expect(jobs[:1])  # and never comes

@@ -1,4 +1,4 @@
-"""The gate of a migration on stores of real files."""
+"""Backfill and gate of a migration, on real databases."""
 
 import asyncio
 

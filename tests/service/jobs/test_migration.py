@@ -104,7 +104,7 @@ def test_of_concurrent_migrations_one_starts_and_the_next_may_when_it_has_ended(
         (operation_id,) = begun - {None}
         client.wait(client.operation(operation_id))
         searched = client.collection("lobby").model
-        for model in ("tiny-2", "tiny-1", "tiny-0") * 2:  # each at once after the one before
+        for model in ("tiny-2", "tiny-1", "tiny-0") * 2:  # each immediately after the previous one
             if model != searched:
                 name = {"tiny-0": "a", "tiny-1": "b", "tiny-2": "c"}[model]
                 assert client.wait(client.migrate("lobby", name, auto_activate=True)).state == "succeeded"
@@ -136,7 +136,7 @@ def test_what_makes_no_sense_is_refused(serving):
 
 
 def until(client: Client, operation_id: str, count: int):
-    """The operation once so many entries are done."""
+    """Wait until ``count`` entries are done or the operation has ended; returns it."""
     for _ in range(2000):
         now = client.operation(operation_id)
         if now.succeeded >= count or now.ended:

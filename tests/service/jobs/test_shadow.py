@@ -1,4 +1,4 @@
-"""A candidate model shadows the active one: its figures are those of loops, and overload drops it before any caller."""
+"""A candidate model shadows the active one: statistics against a reference, limits, and behaviour under overload."""
 
 import json
 import signal
@@ -46,7 +46,7 @@ def start(root, data, **env) -> ServerProcess:
 
 
 def filled(client: Client, name: str) -> None:
-    """Half of the people have a name."""
+    """Half of the people have a subject id."""
     client.create_collection(name, unlimited_retention=True, keep_crops=True)
     entries = [
         NewEntry(
@@ -59,7 +59,7 @@ def filled(client: Client, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def server(root, tmp_path_factory):
-    """Serves ``a``; ``b`` and ``c`` are loaded, ``lobby`` and ``hall`` are migrated to ``b``."""
+    """A server with ``a`` active, ``b`` and ``c`` loaded, and ``lobby`` and ``hall`` migrated to ``b``."""
     process = start(root, tmp_path_factory.mktemp("shadowed") / "data")
     try:
         with Client(process.wait_ready()) as client:
@@ -80,7 +80,7 @@ def client(server):
 
 
 def until(client: Client, name: str, done) -> Shadow:
-    """The shadow once ``done`` says so of it."""
+    """Wait until ``done`` is true of the shadow; returns it."""
     for _ in range(3000):
         if done(now := client.get_shadow(name)):
             return now
@@ -89,20 +89,20 @@ def until(client: Client, name: str, done) -> Shadow:
 
 
 def settled(now: Shadow) -> bool:
-    """All that was sampled has an end."""
+    """Whether every sample was answered, dropped or failed."""
     figures = now.figures
     return figures.sampled == figures.answered + figures.dropped + figures.failed
 
 
 def search_each(client: Client, name: str, crops, **how) -> None:
-    """One after the other, each once the shadow is done with the one before, so that none is dropped."""
+    """Search one crop after the other, waiting for the shadow each time, so that no sample is dropped."""
     for crop in crops:
         client.search(name, crop, **how)
         until(client, name, settled)
 
 
 def reference_search(query: bytes, seed: int, top_k: int = 10) -> tuple[list[int], float, str]:
-    """The entries of one search, best first, the best cosine, and what it is taken for."""
+    """The entries of one search, best first, the best cosine, and the decision."""
     cosines = [float(features_by_hand([query], seed)[0] @ entry) for entry in features_by_hand(ENROLLED, seed)]
     order = sorted(range(len(cosines)), key=lambda number: -cosines[number])[:top_k]
     curve = CURVES[seed]
@@ -143,7 +143,7 @@ def test_statistics_equal_those_of_loops_over_both_spaces(client):
         assert side.mean_cosine == pytest.approx(np.mean([cosine for _, cosine, _ in found]), abs=1e-5)
         probable = [float(CURVES[seed].probability(cosine)) for _, cosine, _ in found]
         assert side.mean_probability == pytest.approx(np.mean(probable), abs=1e-4)
-        assert side.measured == count / 4  # every fourth was done again with both
+        assert side.measured == count / 4  # every fourth was searched with both models
         for p50, p95 in (
             (side.infer_p50_ns, side.infer_p95_ns),
             (side.search_p50_ns, side.search_p95_ns),

@@ -1,4 +1,4 @@
-"""Health over a real socket while the model's thread hangs, answers wrongly, and is flooded."""
+"""Health over a real socket while the model's thread hangs, returns wrong features, or is overloaded."""
 
 import asyncio
 import threading
@@ -37,7 +37,7 @@ async def becomes(channel, expected: int) -> dict[str, int]:
 
 @pytest.fixture
 def model(monkeypatch):
-    """The real runtime, behind a gate, whose answers can be turned round."""
+    """The real runtime behind an event that blocks it, and one that negates its features."""
     gate, turned, embed = threading.Event(), threading.Event(), OnnxRuntime.embed
     gate.set()
 

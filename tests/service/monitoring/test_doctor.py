@@ -1,4 +1,4 @@
-"""The doctor against real folders, sound and damaged, and a running server, through the command line."""
+"""`resight doctor` on intact and damaged data folders and a running server, through the command line."""
 
 import json
 import os
@@ -94,7 +94,7 @@ def test_damaged_parts_are_named(gallery, tmp_path):
     assert checks["data", "snapshot monday"]["verdict"] == "fail"
     assert checks["data", "graphs"]["verdict"] == "warn" and "1-0000.graph" in checks["data", "graphs"]["found"]
     assert checks["data", "permissions"]["verdict"] == "warn" and "chmod" in checks["data", "permissions"]["next_step"]
-    assert before == {path: path.read_bytes() for path in gallery.rglob("*") if path.is_file()}  # it only looks
+    assert before == {path: path.read_bytes() for path in gallery.rglob("*") if path.is_file()}  # it changes nothing
 
 
 def test_a_damaged_database_and_a_bad_bundle_are_reported_not_raised(gallery, tmp_path):

@@ -1,4 +1,4 @@
-"""The log of a server that was put through enrolment, search, erasure and errors: nothing of anybody in it."""
+"""The log of a server after enrolment, search, erasure and errors contains no personal data."""
 
 import base64
 import json
@@ -21,13 +21,13 @@ SUBJECT, ENTRY, CAMERA, LABEL = "SUBJECT-q7", "ENTRY-q7", "CAMERA-q7", "LABEL-q7
 
 
 def pieces(data: bytes) -> list[str]:
-    """What a crop or a feature could look like in a line: pieces of its bytes as base64, hex and Python's own."""
+    """How a crop or a feature could appear in a log line: parts of its bytes as base64, hex and Python literal."""
     middle = data[len(data) // 2 : len(data) // 2 + 24]
     return [base64.b64encode(data)[40:60].decode(), base64.b64encode(middle).decode()[:16], middle.hex(), repr(middle)]
 
 
 def put_through(address: str, token: str) -> list[str]:
-    """Enrol, search, err, erase; returns what must not be in the log."""
+    """Enrol, search, cause errors, erase; returns the strings that must not be in the log."""
     crop = jpeg(1)
     secrets = [SUBJECT, ENTRY, CAMERA, LABEL, token, token[8:24], *pieces(crop)]
     with Client(address, token=token) as client:
@@ -72,12 +72,12 @@ def test_no_crop_feature_token_or_personal_name_is_in_the_log(bundle_path, tmp_p
         raise
     assert server.end() == 0
     text = server.log.read_text(errors="replace")
-    assert "rejected" in text and "unknown token" in text  # the log was alive
+    assert "rejected" in text and "unknown token" in text  # errors were logged
     assert [secret for secret in secrets if secret in text or secret in metrics] == []
     if form == "json":
         lines = [json.loads(line) for line in text.splitlines()]
         assert all({"time", "level", "logger", "request", "message"} <= line.keys() for line in lines)
-        assert len({line["request"] for line in lines}) >= 2  # calls have their own
+        assert len({line["request"] for line in lines}) >= 2  # each call has its own id
 
 
 def test_an_error_with_its_stack_stays_one_line():

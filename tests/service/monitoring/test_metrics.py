@@ -100,7 +100,7 @@ def test_metrics_count_requests(watched):
     assert found.value("resight_model_info", model="tiny-0", active="true") == 1
     assert found.value("resight_disk_free_bytes") > 0 and found.value("resight_disk_low") in (0, 1)
     assert found.value("process_resident_memory_bytes") > 0
-    # from the first scrape on, so that a rate over it is right
+    # present from the first scrape on, so that a rate over it is correct
     assert found.value("resight_shed_total", reason="OVERLOADED") == 0
 
 
@@ -186,7 +186,7 @@ def test_a_blocked_event_loop_is_reported_by_other_threads(tmp_path):
     try:
         watched = asyncio.run_coroutine_threadsafe(made(), loop).result(10)
         assert watched.alive() and watched.ready()
-        loop.call_soon_threadsafe(stuck.wait, 60)  # as a call that never gives the loop back
+        loop.call_soon_threadsafe(stuck.wait, 60)  # blocks the event loop
         assert not watched.alive() and not watched.ready()
         stuck.set()
         assert watched.alive() and watched.ready()

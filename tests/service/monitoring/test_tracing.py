@@ -1,4 +1,4 @@
-"""Traces of a real server, received by a collector of the test's own that speaks OTLP over gRPC."""
+"""Traces of a real server, received by a test collector that speaks OTLP over gRPC."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ trace_service = pytest.importorskip(
 
 
 class Collector(grpc.GenericRpcHandler):
-    """Keeps the spans it is sent."""
+    """Collects the received spans."""
 
     def __init__(self) -> None:
         self.spans = []

@@ -14,7 +14,7 @@ from resight.client import Client, NewEntry, Query
 from resight.errors import CollectionNotFoundError, InputError
 from resight.service.records import EntryRecord, Hit, now_us
 from resight.service.search import statistics as statistics_module
-from resight.service.search.ranking import RankedAnswer, ScoredHit
+from resight.service.search.ranking import RankedResult, ScoredHit
 from resight.service.search.statistics import (
     MIN_HITS,
     MINUTE_US,
@@ -126,15 +126,15 @@ def test_each_space_is_counted_and_nothing_is_lost_in_a_restart(root, tmp_path):
     assert third.end() == 0, third.log.read_text()
 
 
-def answer_with(cosine: float) -> RankedAnswer:
+def result_with(cosine: float) -> RankedResult:
     hit = ScoredHit(Hit(EntryRecord("e"), cosine), None, None, cosine)
-    return RankedAnswer((hit,), None, 1, True, 0)
+    return RankedResult((hit,), None, 1, True, 0)
 
 
 def counted(cosines, minute: int) -> SearchCounts:
     whole = SearchCounts()
     for cosine in cosines:
-        whole.add(answer_with(float(cosine)), minute * MINUTE_US)
+        whole.add(result_with(float(cosine)), minute * MINUTE_US)
     return whole
 
 
@@ -162,7 +162,7 @@ def test_drift_compares_the_newest_hits_with_the_first_and_survives_restarts(tmp
         late = counted(np.concatenate(parts[4:]), now)
         expected = stability_index(reference.bins, late.bins), late.cosine_sum / late.hits - reference.cosine_sum / 1200
         assert drifts[place] == pytest.approx(expected) and expected[0] > 0.25
-        statistics.record(lobby, [answer_with(0.6)])
+        statistics.record(lobby, [result_with(0.6)])
         assert statistics.drift(lobby) is None
         await statistics.stop()
         assert statistics.drift(lobby)[0] > 0.25
@@ -190,7 +190,7 @@ def test_minutes_are_summed_kept_for_a_month_and_deleted_with_their_collection(t
         assert (stats.counts.searches, stats.reference.hits) == (6, 8)
         assert stats.counts.cosine_sum == pytest.approx(4.2) and stats.counts.bins.sum() == 6
         await store.erase(writes.delete_collection, "lobby", force=True)
-        statistics.record(lobby, [answer_with(0.5)])
+        statistics.record(lobby, [result_with(0.5)])
         await statistics.flush()  # nothing is there to be written to, and nothing fails
         counts = "SELECT (SELECT count(*) FROM search_minute) + (SELECT count(*) FROM search_reference)"
         assert await store.read(lambda c: c.execute(counts).fetchone()[0]) == 0
@@ -202,16 +202,16 @@ def test_minutes_are_summed_kept_for_a_month_and_deleted_with_their_collection(t
 def test_failed_writes_are_retried_and_cancelled_flushes_lose_nothing(tmp_path):
     async def body(store) -> None:
         lobby, statistics = await create_collection(store), SearchStatistics(store)
-        statistics.record(lobby, [answer_with(0.5)])
+        statistics.record(lobby, [result_with(0.5)])
         leaving = asyncio.create_task(statistics.flush())
         await asyncio.sleep(0)
         leaving.cancel()
         (stats,) = await statistics.window_stats(lobby)
         assert stats.counts.searches == 1
-        statistics.record(lobby, [answer_with(0.5)])
+        statistics.record(lobby, [result_with(0.5)])
         await store.write_unchecked(lambda c: c.execute("ALTER TABLE search_minute RENAME TO away") and None)
         await statistics.flush()  # refused
-        statistics.record(lobby, [answer_with(0.5)])
+        statistics.record(lobby, [result_with(0.5)])
         await store.write_unchecked(lambda c: c.execute("ALTER TABLE away RENAME TO search_minute") and None)
         (stats,) = await statistics.window_stats(lobby)
         assert stats.counts.searches == 3

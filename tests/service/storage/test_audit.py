@@ -60,7 +60,7 @@ def test_rows_can_be_neither_changed_nor_removed(store):
             with pytest.raises(ReIDError, match="audit log"):
                 await store.write(lambda c, s=statement: c.execute(s))
         assert len(await audit_log.list_events()) == 2
-        assert await audit.purge_older_events(store, 10.0) == 1  # no less than a day is kept, whatever is configured
+        assert await audit.purge_older_events(store, 10.0) == 1  # the last day is kept, whatever is configured
         (left,) = await audit_log.list_events()
         assert left.method == "m" and int(left.audit_id) < int(old)
         with pytest.raises(ReIDError, match="audit log"):

@@ -1,4 +1,4 @@
-"""Every call that changes entries, spaces or models leaves its row; what failed leaves none."""
+"""Every call that changes entries, spaces or models writes an audit row; failed calls write none."""
 
 from datetime import timedelta
 
@@ -33,7 +33,7 @@ def test_each_call_on_entries_writes_one_row_with_their_number(client):
     client.create_collection("hall", ttl=timedelta(days=1), max_entries=5)
     before = len(rows(client))
     client.enrol("hall", NewEntry(jpeg(0), "e0"))
-    outcomes = client.enrol_batch("hall", [NewEntry(jpeg(n), f"e{n}") for n in range(4)])  # the first is there
+    outcomes = client.enrol_batch("hall", [NewEntry(jpeg(n), f"e{n}") for n in range(4)])  # the first exists already
     assert sum(isinstance(one, ReIDError) for one in outcomes) == 1
     client.update_entry("hall", "e1", subject_id="anna")
     for refused in (
@@ -49,7 +49,7 @@ def test_each_call_on_entries_writes_one_row_with_their_number(client):
     ]
     with pytest.raises(ReIDError):
         client.enrol("hall", NewEntry(jpeg(0), "e0"))
-    assert rows(client)[before + 3 :] == [("GalleryService.EnrollEntry", "hall", 0, "")]  # nothing came of it
+    assert rows(client)[before + 3 :] == [("GalleryService.EnrollEntry", "hall", 0, "")]  # nothing was enrolled
 
 
 def test_calls_on_models_and_spaces_write_rows(client):
@@ -59,7 +59,7 @@ def test_calls_on_models_and_spaces_write_rows(client):
     client.wait(client.load_model("b"))
     client.wait(client.migrate("lobby", "b"))
     client.start_shadow("lobby", "b")
-    shadow = client.start_shadow("lobby", "b", sample=0.5)  # goes on, which is no row
+    shadow = client.start_shadow("lobby", "b", sample=0.5)  # continues the running one: no row
     client.stop_shadow("lobby")
     client.activate_space("lobby", shadow.space_id)
     client.activate_model("b")

@@ -58,7 +58,7 @@ def test_expiry_is_set_reset_and_never_lost(store):
         changed = await store.erase(writes.update_entry, lobby, EntryRecord("e1", expire_us=later), ["expire_us"])
         assert changed.entry.expire_us == later
         back = await store.erase(writes.update_entry, lobby, EntryRecord("e1"), ["expire_us"])
-        assert back.entry.expire_us == first.expire_us  # "never" is not to be had where the collection forgets
+        assert back.entry.expire_us == first.expire_us  # no "never" in a collection with a time to live
         expired = await store.erase(
             writes.update_entry, lobby, EntryRecord("e1", expire_us=now_us() - 1), ["expire_us"]
         )
@@ -162,7 +162,7 @@ def test_each_entry_of_a_batch_is_stored_or_refused_independently(store):
         (full,) = await store.write(writes.enrol_each, lobby, [enrolment(9)])
         assert isinstance(full, CollectionFullError)
         (swapped,) = await store.write(writes.enrol_each, lobby, [enrolment(1, replace=True)])
-        assert swapped.entry.entry_id == "e1"  # in a full collection, for it takes the old one's place
+        assert swapped.entry.entry_id == "e1"  # allowed in a full collection, as it replaces the old one
         found = await store.read(reads.entries, lobby.key, Filter(), after=0, limit=9)
         assert [entry.entry_id for _, entry in found] == ["e0", "e2", "e3", "e1"]
 

@@ -18,7 +18,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 64 MiB of our own."""
+    """A mounted file system of 64 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True)
@@ -81,13 +81,13 @@ def test_a_small_disk_refuses_writes_keeps_reading_and_recovers(small_disk: Path
         for deleted in range(number):  # one by one: a deletion writes its zeros to the log before the database
             await store.erase(writes.delete_entry, lobby, f"e{deleted}", allow_missing=False)
         assert await count_entries(store) == 0
-        for again in range(number):  # by itself: what was deleted made room in the database
+        for again in range(number):  # recovered: deletions freed pages in the database
             await store.write(writes.enrol, lobby, enrolment(again, crops=(bytes(500_000),)))
             if again > 10:
                 break
         assert await count_entries(store) == again + 1
 
-    # The log grows to 1000 pages of 16 KiB before it is moved into the database: the mark leaves room for that.
+    # The log grows to 1000 pages of 16 KiB before its checkpoint: the watermark leaves space for that.
     store = Store(small_disk / "g", dim=DIM, watermark=DiskWatermark(small_disk, low_bytes=24 * MIB, low_percent=0.0))
     try:
         asyncio.run(body())

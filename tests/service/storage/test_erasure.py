@@ -107,7 +107,7 @@ def test_a_reader_that_blocks_the_scrub_is_reported_and_waited_for(tmp_path):
             holder.execute("SELECT count(*) FROM entry").fetchone()
             done = await erase_subject(store, ANNA, principal="op", deadline=time.monotonic() + 0.3)
             assert (done.erased_count, done.storage_scrubbed) == (5, False)
-            assert files_with(tmp_path, feature(7).tobytes())  # the answer was true
+            assert files_with(tmp_path, feature(7).tobytes())  # so reporting False was correct
             later = asyncio.create_task(erase_subject(store, ANNA, principal="op", deadline=soon()))
             await asyncio.sleep(0.2)
             assert not later.done()

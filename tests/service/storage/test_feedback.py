@@ -219,7 +219,7 @@ def test_roles_and_tenants(guarded):
 
 
 def one_group(verdicts: dict[tuple[int, int], bool], count: int) -> bool:
-    """Whether people can be given to entries so that every verdict holds: by joining until nothing changes."""
+    """Whether people can be assigned to entries so that all verdicts hold; merges groups until nothing changes."""
     person = list(range(count))
     changed = True
     while changed:
@@ -233,7 +233,7 @@ def one_group(verdicts: dict[tuple[int, int], bool], count: int) -> bool:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_stored_verdicts_are_always_consistent(tmp_path, seed):
-    """Each verdict is taken exactly when some assignment of people to entries satisfies it and all before."""
+    """A verdict is accepted exactly when an assignment of people to entries satisfies it and all earlier ones."""
     chance, count, verdicts = random.Random(seed), 9, {}
 
     async def body():
@@ -305,7 +305,7 @@ def test_the_command_line_confirms_rejects_lists_and_removes(client, collection,
 
 
 def test_concurrent_verdicts_are_all_stored(client, collection):
-    """As an operator's tool would send them, from several threads."""
+    """Sent from several threads, as an operator's tool might."""
     client.enrol_batch(collection, [NewEntry(jpeg(number), f"e{number}") for number in range(16)])
     all_pairs = list(itertools.combinations(range(16), 2))
 

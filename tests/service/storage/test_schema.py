@@ -17,7 +17,7 @@ OLD = (Path(__file__).parent / "schema_v1.sql").read_text()
 
 
 def old_file(path: Path, entries: int = 5) -> None:
-    """A file as version 1 wrote it, with people in it."""
+    """A database as written by version 1, with entries."""
     raw = sqlite3.connect(path)
     raw.executescript(OLD)
     for number in range(1, entries + 1):
@@ -35,7 +35,7 @@ def old_file(path: Path, entries: int = 5) -> None:
 
 
 def shape(path: Path) -> dict[str, object]:
-    """Every table's columns, every index and trigger: what two files of one version have in common."""
+    """Every table's columns, every index and trigger: equal in all files of one version."""
     raw = sqlite3.connect(path)
     named = raw.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY name").fetchall()
     columns = {
@@ -54,7 +54,7 @@ def shape(path: Path) -> dict[str, object]:
 
 
 def without_order(shaped: dict[str, object]) -> dict[str, object]:
-    """Foreign keys numbered by their order of making, which no statement sees."""
+    """Foreign keys without their numbers, which depend on the order of creation only."""
     keys = {table: sorted(row[2:] for row in rows) for table, rows in shaped["keys"].items()}
     return shaped | {"keys": keys}
 
@@ -67,7 +67,7 @@ def test_an_upgraded_file_has_the_tables_of_a_new_one(tmp_path):
 
 
 def test_each_intermediate_version_is_upgraded(tmp_path):
-    """A file as version 2 wrote it: what a new one holds, without the tables that came later."""
+    """A database as written by version 2: a new one without the tables added later."""
     raw = sqlite3.connect(tmp_path / "two")
     raw.executescript(
         f"PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version=2; {CORE_TABLES} {BOOKKEEPING_TABLES}"

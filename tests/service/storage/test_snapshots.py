@@ -68,7 +68,7 @@ def test_a_restored_snapshot_has_exactly_the_content_at_its_time(tmp_path):
         assert lobby.revision > revision  # no client has seen this one
         new = await store.write(writes.enrol, lobby, Enrolment(EntryRecord("late"), feature(98)))
         key, _ = await store.read(reads.entry, lobby, "late")
-        assert key > 31 and new.revision > lobby.revision  # 31 was given to the other "late"
+        assert key > 31 and new.revision > lobby.revision  # 31 was the key of the other "late"
         methods = [event.method for event in await AuditLog(store).list_events()]
         assert methods == ["snapshot.restore", "since then"]
         assert (await store.read(spaces.collection_spaces, lobby.key))[1].entries == 30
@@ -267,7 +267,7 @@ asyncio.run(body())
 
 @pytest.mark.slow
 def test_a_restore_killed_at_any_step_leaves_the_old_or_the_new_database(tmp_path):
-    """The old one with its last write still in the log: neither half, nor the new one read through the old log."""
+    """The old one keeps its last write, which is still in the log, and the old log is never applied to the new one."""
 
     died = tmp_path / "died"
     died.mkdir()

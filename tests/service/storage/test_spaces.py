@@ -69,7 +69,7 @@ def test_a_collection_moves_to_another_space_and_back(store):
         change = await store.read(reads.changes_since, now.key, now.space, -1)
         assert np.array_equal(change.features[3], feature(107))
         with pytest.raises(ConflictError, match="switched"):
-            await store.write(writes.enrol, lobby, enrolment(8))  # embedded before the switch, with one model
+            await store.write(writes.enrol, lobby, enrolment(8))  # embedded before the switch, with one model only
         await store.write(writes.enrol, both, enrolment(9, others=((OTHER.space_id, feature(109)),)))
         with pytest.raises(SpaceMismatchError, match="searched"):
             await store.erase(spaces.drop_space, "lobby", OTHER.space_id)
@@ -110,7 +110,7 @@ def test_a_retired_space_is_purged_after_its_time(store):
         await store.write(spaces.activate_space, "lobby", OTHER.space_id, expected="")
         assert await store.read(spaces.spaces_retired_before, 0) == []
         assert await store.read(spaces.spaces_retired_before, 1 << 60) == [("lobby", SPACE.space_id)]
-        await store.write(spaces.begin_space, "lobby", SPACE)  # a migration comes back to it before it is dropped
+        await store.write(spaces.begin_space, "lobby", SPACE)  # a migration uses it again before it is dropped
         assert await store.erase(spaces.drop_retired_space, "lobby", SPACE.space_id, 1 << 60) == 0
         assert (await store.read(reads.collection, "lobby")).other_space_ids == (SPACE.space_id,)
 
@@ -124,10 +124,10 @@ def test_a_space_that_was_never_activated_is_purged_after_a_week(store):
             await store.write(spaces.begin_space, "lobby", OTHER)
             if state == "ready":
                 await store.write(spaces.mark_space_ready, lobby, OTHER.space_id)
-            assert await store.read(spaces.spaces_retired_before, 1 << 60) == []  # however little a retired one is kept
+            assert await store.read(spaces.spaces_retired_before, 1 << 60) == []  # even with no retention
             await store.write(lambda c: c.execute("UPDATE collection_space SET since_us = since_us - 8 * 86400000000"))
             assert await store.read(spaces.spaces_retired_before, 1 << 60) == [("lobby", OTHER.space_id)]
-            assert await store.read(spaces.spaces_retired_before, 1) == []  # nor where that is kept for longer
+            assert await store.read(spaces.spaces_retired_before, 1) == []  # nor with a longer retention
             await store.erase(spaces.drop_retired_space, "lobby", OTHER.space_id, 1 << 60)
             assert (await store.read(reads.collection, "lobby")).other_space_ids == ()
 
