@@ -45,7 +45,7 @@ def export_checkpoint(
         checkpoint: folder written by `resight adapt`.
         out: the bundle folder to create.
         name: name of the model; by default the name of ``out``, normalised by `model_name`.
-        options: the forms to export beside fp32.
+        options: the forms to export in addition to fp32.
         site: the site's crops and evaluation functions.
         key: private key that signs the bundle.
         replace: replace an existing bundle at ``out``.

@@ -20,7 +20,7 @@ from resight.errors import BundleError
 
 
 def write_atomic(path: Path, data: bytes, *, mode: int | None = None) -> None:
-    """Write a file under a temporary name beside it, flush it to the disk and rename it into place.
+    """Write a file under a temporary name next to it, flush it to the disk and rename it into place.
 
     Args:
         path: the file to write or replace.
@@ -47,7 +47,7 @@ def write_atomic(path: Path, data: bytes, *, mode: int | None = None) -> None:
 
 @contextmanager
 def temporary_folder(final: Path) -> Iterator[Path]:
-    """A new folder beside ``final`` to build its content in; what remains of it is removed at the end."""
+    """A new folder next to ``final`` to build its content in; what remains of it is removed at the end."""
     final.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:

@@ -109,7 +109,7 @@ def decode(
             on_size(header.width * header.height)
             image = ImageOps.exif_transpose(header)
             if "transparency" in image.info:
-                image = image.convert("RGBA")  # Pillow warns when palette transparency goes straight to RGB
+                image = image.convert("RGBA")  # converting palette transparency directly to RGB causes a warning
             return np.array(image.convert("RGB"))  # a copy: Pillow's buffer is read-only, about which torch warns
     except ImageError:
         raise

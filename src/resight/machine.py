@@ -13,9 +13,9 @@ from pathlib import Path
 SPIN_COUNT = 10_000
 """Rounds that a thread of libgomp spins at a barrier before it sleeps; libgomp's default of 300,000 takes milliseconds.
 
-ResNet-18, forward and backward, 2 threads on 2 cores beside three busy processes: 1,280 ms a step with libgomp's own
-value, 660 ms with this one, 590 ms asleep at once (``OMP_WAIT_POLICY=PASSIVE``). On idle cores: 180-195, 181-198 and
-205 ms.
+ResNet-18, forward and backward, 2 threads on 2 cores with three other busy processes: 1,280 ms per step with libgomp's
+default, 660 ms with this value, 590 ms without spinning (``OMP_WAIT_POLICY=PASSIVE``). On idle cores: 180-195, 181-198
+and 205 ms.
 """
 
 

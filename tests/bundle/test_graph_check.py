@@ -269,7 +269,7 @@ ODD: dict[str, tuple[Callable[[ModelProto], None], str]] = {
     "made over weights": (lambda of: node(of, "Sub").output.append("w"), "each value made once"),
     "made over the input": (lambda of: node(of, "Sub").output.append("images"), "each value made once"),
     "weights over the input": (lambda of: weights(of, "images", np.zeros(1, np.uint8)), "take the input's name"),
-    "weights twice": (lambda of: weights(of, "w", np.zeros(1, np.uint8)), "a name of its own for each initializer"),
+    "weights twice": (lambda of: weights(of, "w", np.zeros(1, np.uint8)), "a unique name for each initializer"),
     "float images": (lambda of: unlike(of, "input", FLOAT, IMAGES, "images"), r"images as UINT8 .*found .FLOAT"),
     "a fixed batch": (
         lambda of: unlike(of, "input", UINT8, [2, *IMAGES[1:]], "images"),
@@ -409,7 +409,7 @@ def field(number: int, content: bytes) -> bytes:
         (graph(0) + field(7, b""), "one field 7"),
         (graph(0) + graph(0), "one field 7"),
         (field(7, field(1, b"") * (MAX_STRUCTURE_BYTES // 2)), "fields of a message"),
-        (field(7, field(1, bytes(MAX_STRUCTURE_BYTES))), "bytes beside the weights"),
+        (field(7, field(1, bytes(MAX_STRUCTURE_BYTES))), "bytes besides the weights"),
         (field(7, field(5, field(9, bytes(2000)) * 2)), "one field 9"),
         (field(7, b"\x28\x01"), "one field 5"),
         (bytes([7 << 3 | 2]) + b"\xff" * 10, "truncated or invalid"),

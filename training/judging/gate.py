@@ -134,7 +134,7 @@ def _variance_loss(before: ModelJudgement, after: ModelJudgement) -> str:
     if after.variance >= VARIANCE_FALL * before.variance:
         return ""
     change = f"variance {before.variance:.2g} to {after.variance:.2g}"
-    return f"its features are far more alike than the active model's: {change}"
+    return f"its features are far less spread than the active model's: {change}"
 
 
 def _by_tracks(changes: Mapping[str, Estimate], health: list[str], gained: bool, lost: bool) -> Verdict:
@@ -171,7 +171,7 @@ def cluster_changes(before: ModelJudgement, after: ModelJudgement) -> tuple[list
     if one.silhouette is not None and other.silhouette is not None:
         words.append(f"silhouette {one.silhouette:.3f} to {other.silhouette:.3f}")
         gained |= other.silhouette > one.silhouette + SILHOUETTE_STEP
-        # Crops of several cameras are less alike than those of one: a fall is no loss if the camera mix rose.
+        # Crops of several cameras are less alike than those of one: a fall is not a loss if the camera mix rose.
         lost |= other.silhouette < one.silhouette - SILHOUETTE_STEP and not grown
     return words, gained and not lost, lost
 

@@ -1,7 +1,7 @@
-"""An epoch's figures as line charts: which figures share one, what it is called and how it is read.
+"""Line charts of the metrics of training epochs: groups of metrics with titles and explanations.
 
-A new figure in the history needs no line here: it joins the group whose pattern it matches, else it gets a chart
-of its own.
+A new metric in the history needs no entry here: it is drawn in the group whose pattern it matches, else in a separate
+chart.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def line_chart(title: str, series: Series, stages: Sequence[str]) -> Markup:
         values = [finite_or_nan(value) for line in series.values() for value in line]
         finite = [value for value in values if math.isfinite(value)]
         for index, (name, line) in enumerate(series.items()):
-            for start, stop in spans:  # the next stage goes on from other weights
+            for start, stop in spans:  # the next stage starts from other weights
                 part = [finite_or_nan(value) for value in line[start:stop]]
                 if any(map(math.isfinite, part)):
                     shown = colour(f"s{index % SERIES_COLOURS}")

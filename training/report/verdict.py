@@ -205,11 +205,11 @@ def _mistakes(
     if site.candidate.judgement.problem:
         return []
     pairs = site.pairs
-    alike = "Two persons it finds most similar", "Certainly two: both were in one camera's image at the same time."
-    apart = "One track it finds least similar", "One person, unless the tracker switched to another."
+    similar = "Two persons it finds most similar", "Certainly two: both were in one camera's image at the same time."
+    dissimilar = "One track it finds least similar", "One person, unless the tracker switched to another."
     kinds = (
-        (*alike, pairs.negatives, np.unique(pairs.negative_tracks, axis=0, return_inverse=True)[1].reshape(-1), -1),
-        (*apart, pairs.positives, pairs.positive_tracks, 1),
+        (*similar, pairs.negatives, np.unique(pairs.negative_tracks, axis=0, return_inverse=True)[1].reshape(-1), -1),
+        (*dissimilar, pairs.positives, pairs.positive_tracks, 1),
     )
     shown = []
     for heading, hint, rows, owners, sign in kinds:

@@ -144,7 +144,7 @@ def write_bundle(
     key: PrivateKey | None = None,
     replace: bool = False,
 ) -> Bundle:
-    """Write a bundle beside ``path``, flush it, rename it into place and open it.
+    """Write a bundle next to ``path``, flush it, rename it into place and open it.
 
     Args:
         path: the folder to create.

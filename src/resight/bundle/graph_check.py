@@ -86,7 +86,7 @@ def _copy_without_weights(data: bytes, start: int, end: int, depth: int, skipped
             kept += data[begin : min(after, begin + MAX_STRUCTURE_BYTES + 1)]  # one byte too many is detected below
         if len(kept) > MAX_STRUCTURE_BYTES or count >= MAX_GRAPH_FIELDS:
             raise BundleError(
-                f"expected at most {MAX_STRUCTURE_BYTES} bytes beside the weights and {MAX_GRAPH_FIELDS} fields of a "
+                f"expected at most {MAX_STRUCTURE_BYTES} bytes besides the weights and {MAX_GRAPH_FIELDS} fields of a "
                 f"message, found more at byte {begin}"
             )
     return bytes(kept)
@@ -261,7 +261,7 @@ def _check_weights(graph: GraphProto, skipped_bytes: list[int]) -> dict[str, Val
         if min(tensor.dims, default=1) < 1 or held not in ({"raw_data": count}, {field: count}):
             _refuse(f"{count} elements of weights {tensor.name!r} {list(tensor.dims)}", held)
         if not tensor.name or tensor.name in found:
-            _refuse("a name of its own for each initializer", tensor.name)
+            _refuse("a unique name for each initializer", tensor.name)
         found[tensor.name] = tensor.data_type, tuple(tensor.dims)
     return found
 

@@ -171,8 +171,8 @@ class AdaptSection(SiteSection):
     @field_validator("base")
     @classmethod
     def _place(cls, text: str, info: ValidationInfo) -> str:
-        beside = _relative_to_file(Path(text), info)
-        return str(beside) if "/" in text or beside.exists() else text
+        local = _relative_to_file(Path(text), info)
+        return str(local) if "/" in text or local.exists() else text
 
 
 class GateSection(SiteSection):

@@ -9,7 +9,7 @@ differences: there k1 counts the crop itself and distances are not divided.
 
 All queries and the whole gallery affect every ranking, so metrics are those of a batch, not of single searches.
 
-Letters: Q queries, G gallery rows, N = Q + G crops, D feature size, k1 neighbours beside the crop itself.
+Letters: Q queries, G gallery rows, N = Q + G crops, D feature size, k1 neighbours besides the crop itself.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def rerank(
         gallery: float32 (G, D), unit rows.
         near: k1 + 1 neighbours of each row of both, queries first (`search_neighbours`).
         farthest: float32 (Q + G,), their `farthest_distances`.
-        k1: neighbours considered beside the crop itself.
+        k1: neighbours considered besides the crop itself.
         k2: rows averaged over, the crop itself included; 1 leaves it out.
         balance: lambda, the share of the original distance; 1 ranks by it alone.
     """

@@ -228,9 +228,9 @@ def _open_gpu(data: bytes, provider: str, options: dict[str, str]) -> Callable[[
         StartupError: the provider did not start.
     """
     # Operators that TensorRT does not support run on CUDA.
-    beside = [("CUDAExecutionProvider", {"device_id": options["device_id"]})] if provider == "ort-tensorrt" else []
+    secondary = [("CUDAExecutionProvider", {"device_id": options["device_id"]})] if provider == "ort-tensorrt" else []
     session = ort.InferenceSession(
-        data, session_options(1), providers=[(PROVIDERS[provider], options), *beside], enable_fallback=0
+        data, session_options(1), providers=[(PROVIDERS[provider], options), *secondary], enable_fallback=0
     )
     session.disable_fallback()  # also for failures of a run
     if session.get_providers()[0] != PROVIDERS[provider]:

@@ -119,7 +119,7 @@ def test_features_with_lost_variance_are_refused_even_if_they_separate(store: Cr
     good, bad = judged(rows, store, clusters=False), judged(pale, store, clusters=False)
     assert bad.separation.figures["auc"].value > 0.95
     verdict = compare(good, bad)
-    assert verdict.decision == "refuse" and "far more alike" in verdict.reasons[0]
+    assert verdict.decision == "refuse" and "far less spread" in verdict.reasons[0]
     assert compare(bad, bad).evidence == "tracks"  # no refusal if the active model has the same variance
 
 
