@@ -30,7 +30,7 @@ from resight.service.inference.priority_queue import Priority
 from resight.service.records import Collection, Enrolled, Enrolment, EntryRecord, Filter, Space, now_us
 from resight.service.search.ranking import RankedResult, SearchParams, run_search
 from resight.service.search.searcher import Searcher
-from resight.service.search.statistics import SearchStatistics
+from resight.service.search.statistics import StatisticsRecorder
 from resight.service.settings import Settings
 from resight.service.storage import audit, reads, writes
 from resight.service.storage.audit import AuditEvent
@@ -175,7 +175,7 @@ class Gallery:
 
     def __init__(self, store: Store, models: ModelHost, settings: Settings) -> None:
         self.searcher = Searcher(store, index_policy(settings, store.folder), max_queue=settings.max_search_queue)
-        self.statistics = SearchStatistics(store)
+        self.statistics = StatisticsRecorder(store)
         self._store, self._models = store, models
         self._extractor = FeatureExtractor(models, settings)
         self._collections: dict[str, Collection] = {}  # as of commit `_read_at`

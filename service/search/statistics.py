@@ -226,7 +226,7 @@ def window_stats(
     space_id: str,
     reference: TimeWindow | None,
 ) -> list[WindowStats]:
-    """Statistics of a window for each space; see `SearchStatistics.window_stats`."""
+    """Statistics of a window for each space; see `StatisticsRecorder.window_stats`."""
     others = {} if reference is None else dict(_window(connection, key, _minutes(*reference), space_id))
     result = []
     for of_space, counts in _window(connection, key, _minutes(*window), space_id):
@@ -270,7 +270,7 @@ FLUSH_S = 60.0
 MAX_WAITING = 10_000  # minutes kept in memory while writes fail: a week of one collection, 10 MB
 
 
-class SearchStatistics:
+class StatisticsRecorder:
     """Search statistics of one gallery. Use, `start` and `stop` it in the event loop's thread."""
 
     def __init__(self, store: Store) -> None:

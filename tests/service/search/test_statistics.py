@@ -22,7 +22,7 @@ from resight.service.search.statistics import (
     RECENT_HITS,
     REFERENCE_HITS,
     SearchCounts,
-    SearchStatistics,
+    StatisticsRecorder,
     bin_of,
     stability_index,
 )
@@ -155,7 +155,7 @@ def test_drift_compares_the_newest_hits_with_the_first_and_survives_restarts(tmp
     async def body(store) -> None:
         lobby = await create_collection(store)
         place = (lobby.key, SPACE.space_id)
-        statistics = SearchStatistics(store)
+        statistics = StatisticsRecorder(store)
         for number, part in enumerate(parts):
             drifts = await store.write_unchecked(
                 statistics_module.write_counts, {(place, now - 10 + number): counted(part, now)}
@@ -194,7 +194,7 @@ def test_minutes_are_summed_kept_for_a_month_and_deleted_with_their_collection(t
         for minute in (now - 31 * 1440, now - 29 * 1440, now, now):
             await store.write_unchecked(statistics_module.write_counts, {(place, minute): counted((0.5, 0.9), minute)})
         assert await store.write_unchecked(statistics_module.purge_counts) == 1
-        statistics = SearchStatistics(store)
+        statistics = StatisticsRecorder(store)
         (stats,) = await statistics.window_stats(lobby)
         assert (stats.counts.searches, stats.reference.hits) == (6, 8)
         assert stats.counts.cosine_sum == pytest.approx(4.2) and stats.counts.bins.sum() == 6
@@ -210,7 +210,7 @@ def test_minutes_are_summed_kept_for_a_month_and_deleted_with_their_collection(t
 
 def test_failed_writes_are_retried_and_cancelled_flushes_lose_nothing(tmp_path):
     async def body(store) -> None:
-        lobby, statistics = await create_collection(store), SearchStatistics(store)
+        lobby, statistics = await create_collection(store), StatisticsRecorder(store)
         statistics.record(lobby, [result_with(0.5)])
         leaving = asyncio.create_task(statistics.flush())
         await asyncio.sleep(0)
