@@ -9,7 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from tiny import draw_site, resight, resight_here, the_error
 
 from resight.bundle.bundle import open_bundle
@@ -68,6 +70,13 @@ def test_results_are_percentages_and_every_step_is_timed(finished: Path) -> None
     positions = [log.index(step) for step in found["seconds"]]
     assert positions[0] < positions[1] < positions[2]
     assert "adaptation without labels:" in log
+
+
+@pytest.mark.slow
+def test_a_picture_shows_queries_with_hits_of_both_models(finished: Path) -> None:
+    with Image.open(finished / "demo" / "ranked-lists.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    assert pixels.shape[1] > 500 and np.ptp(pixels) == 255
 
 
 @pytest.mark.slow

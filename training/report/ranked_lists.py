@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from resight.arrays import Floats
 from resight.encoder.model import Encoder
 from resight.errors import InputError, SiteError
+from resight.files import write_atomic
+from resight.image import decode
 from resight.metrics.ranking import RankingScore, evaluate_ranking
 from resight.training.evaluation.evaluate import evaluation_splits, percentages
 from resight.training.features.extract import extract_features
@@ -40,6 +46,9 @@ class RankedList:
     after: Sequence[RankedHit] = ()
 
 
+PICTURE_DPI = 80
+PICTURE_HITS = 5  # of each model in a row of the picture
+BORDERS = {"right": "#128a45", "wrong": "#d03b3b", "junk": "#8b8f98"}  # as in page.css.j2
 EXAMPLES = 9  # queries shown: the most improved, some in the middle, the most degraded
 HITS = 10
 
@@ -158,3 +167,43 @@ def _rank_with(query: CropStore, gallery: CropStore, encoder: Encoder, device: s
     encoder = encoder.to(device)
     features = [extract_features(encoder, store, device=device, local=False)[0] for store in (query, gallery)]
     return rank_gallery(query, gallery, *features)
+
+
+def draw_ranked_lists(path: Path, lists: Sequence[RankedList]) -> None:
+    """Write a PNG of three queries with their best hits before and after adaptation; green borders are right.
+
+    Args:
+        path: of the picture, replaced in one step.
+        lists: one or more as `ranked_lists` orders them; the most improved, a middle and the most degraded are shown.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    shown = [lists[at] for at in sorted({0, len(lists) // 2, len(lists) - 1})]
+    figure = Figure(figsize=(1.0 * (2 * PICTURE_HITS + 2), 2.0 * len(shown) + 0.5), layout="constrained")
+    grid = figure.subplots(len(shown), 2 * PICTURE_HITS + 2, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for row, one in zip(grid, shown, strict=True):
+        _draw_crop(row[0], one.query.image, "#000000", "query")
+        for first, hits in ((1, one.before), (PICTURE_HITS + 2, one.after)):
+            for axes, hit in zip(row[first:], hits[:PICTURE_HITS], strict=False):
+                _draw_crop(axes, hit.image, BORDERS[hit.verdict], f"{hit.similarity:.2f}")
+    for column, title in (
+        (PICTURE_HITS // 2 + 1, "before adaptation"),
+        (PICTURE_HITS + 2 + PICTURE_HITS // 2, "after"),
+    ):
+        grid[0, column].annotate(title, (0.5, 1.2), xycoords="axes fraction", ha="center", weight="bold")
+    written = io.BytesIO()
+    figure.savefig(written, format="png", dpi=PICTURE_DPI)
+    write_atomic(path, written.getvalue())
+
+
+def _draw_crop(axes: Axes, image: bytes, border: str, words: str) -> None:
+    """One crop with a border, and words above it."""
+    axes.imshow(decode(image))
+    axes.set_title(words, fontsize=8, color=border)
+    axes.set_axis_on()
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set(color=border, linewidth=2.5)

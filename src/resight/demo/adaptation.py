@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 DRAWN_EPOCHS, DRAWN_ITERS = 4, 64  # of each stage on the 2,400 synthetic crops, where a few epochs are enough
 
 
+PICTURE = "ranked-lists.png"
+
+
 @dataclass
 class AdaptationDemo:
     """Options of the demo; ``seconds`` receives the duration of each step."""
@@ -77,6 +80,7 @@ def run_demo(demo: AdaptationDemo) -> dict[str, Any]:
     from resight.training.evaluation.evaluate import percentages
     from resight.training.features.extract import require_device
     from resight.training.report.adaptation import DemoResult, demo_report, write_report
+    from resight.training.report.ranked_lists import draw_ranked_lists
     from resight.training.store.crops import usable_crops
 
     require_device(demo.device)
@@ -97,8 +101,11 @@ def run_demo(demo: AdaptationDemo) -> dict[str, Any]:
         features = _extract_features(demo, store, checkpoint)
         log = demo.out / "log"
         outcome = DemoResult(site, store, checkpoint, features, bundle, before, after, log, figures, demo.seconds)
-        write_report(report, demo_report(outcome))
-    demo.console.print(f"report: {report}")
+        page = demo_report(outcome)
+        write_report(report, page)
+        if page.ranked:
+            draw_ranked_lists(demo.out / PICTURE, page.ranked)
+    demo.console.print(f"report: {report}; picture: {demo.out / PICTURE}")
     return {**figures, "seconds": demo.seconds, "report": str(report)}
 
 
