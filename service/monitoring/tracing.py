@@ -2,6 +2,7 @@
 
 Needs the packages of ``resight[otel]``. A span has the method, the code, the request id and times; no name, crop or
 feature. A caller's ``traceparent`` is used as the parent (W3C Trace Context), so its trace continues here.
+The spans are not made by opentelemetry-instrumentation-grpc: its spans hold the caller's address and have no stages.
 """
 
 from __future__ import annotations
