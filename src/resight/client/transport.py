@@ -2,8 +2,8 @@
 
 A call plan is a generator that yields the calls and pauses of one client method and receives their results. It does no
 I/O itself: `resight.client.client.Client` runs it blocking, `resight.client.async_client.AsyncClient` with ``await``.
-Retries are made here and not by gRPC's ``retryPolicy``, which does not read the server's ``RetryInfo`` and cannot repeat
-only the refused items of a batch.
+Retries are made here and not by gRPC's ``retryPolicy``, which does not read the server's ``RetryInfo`` and cannot
+repeat only the refused items of a batch.
 """
 
 from __future__ import annotations
