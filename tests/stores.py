@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
+from resight.files import files_below
 from resight.service.records import Collection, Enrolment, EntryRecord, Filter, Space
 from resight.service.storage import reads, writes
 from resight.service.storage.store import Store
@@ -46,5 +47,10 @@ async def count_entries(store: Store, name: str = "lobby") -> int:
 
 
 def files_with(folder: Path, secret: bytes) -> list[str]:
-    """Names of the files anywhere below a folder that contain these bytes."""
-    return [file.name for file in folder.rglob("*") if file.is_file() and secret in file.read_bytes()]
+    """Names of the files below a folder that contain the bytes; one that a server removes meanwhile is left out."""
+    found = []
+    for file in files_below(folder):
+        with suppress(FileNotFoundError):
+            if secret in file.read_bytes():
+                found.append(file.name)
+    return found

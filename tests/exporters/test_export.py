@@ -259,7 +259,7 @@ def test_a_checkpoint_of_another_architecture_is_rejected(checkpoint: Path, tmp_
 
 
 def test_a_missing_checkpoint_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         export_checkpoint(tmp_path, tmp_path / "bundle")
 
 

@@ -82,6 +82,7 @@ def test_unknown_names_are_refused_with_the_known_ones(tmp_path: Path) -> None:
 
 def test_without_a_network_the_required_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("urllib.request._opener", None)  # it keeps its proxy settings, also for later tests
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(DetectorError, match=r"copy the file ssdlite320_.*\.pth there"):
