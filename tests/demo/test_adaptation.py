@@ -74,7 +74,7 @@ def test_results_are_percentages_and_every_step_is_timed(finished: Path) -> None
 
 @pytest.mark.slow
 def test_a_picture_shows_queries_with_hits_of_both_models(finished: Path) -> None:
-    with Image.open(finished / "demo" / "ranked-lists.png") as picture:
+    with Image.open(finished / "demo" / "ranked-lists.jpg") as picture:
         pixels = np.asarray(picture.convert("RGB"))
     assert pixels.shape[1] > 500 and np.ptp(pixels) == 255
 

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from resight.arrays import Floats
 from resight.encoder.model import Encoder
@@ -48,7 +49,7 @@ class RankedList:
 
 PICTURE_DPI = 80
 PICTURE_HITS = 5  # of each model in a row of the picture
-BORDERS = {"right": "#128a45", "wrong": "#d03b3b", "junk": "#8b8f98"}  # as in page.css.j2
+BORDERS = {"right": "#128a45", "wrong": "#d03b3b"}  # as in page.css.j2
 EXAMPLES = 9  # queries shown: the most improved, some in the middle, the most degraded
 HITS = 10
 
@@ -170,7 +171,7 @@ def _rank_with(query: CropStore, gallery: CropStore, encoder: Encoder, device: s
 
 
 def draw_ranked_lists(path: Path, lists: Sequence[RankedList]) -> None:
-    """Write a PNG of three queries with their best hits before and after adaptation; green borders are right.
+    """Write a JPEG of three queries with their best hits before and after adaptation; green borders are right.
 
     Args:
         path: of the picture, replaced in one step.
@@ -180,22 +181,25 @@ def draw_ranked_lists(path: Path, lists: Sequence[RankedList]) -> None:
         OSError: it cannot be written.
     """
     shown = [lists[at] for at in sorted({0, len(lists) // 2, len(lists) - 1})]
-    figure = Figure(figsize=(1.0 * (2 * PICTURE_HITS + 2), 2.0 * len(shown) + 0.5), layout="constrained")
+    layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 0.95))  # room for the titles
+    figure = Figure(figsize=(1.0 * (2 * PICTURE_HITS + 2), 2.1 * len(shown) + 0.4), layout=layout)
     grid = figure.subplots(len(shown), 2 * PICTURE_HITS + 2, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
     for row, one in zip(grid, shown, strict=True):
         _draw_crop(row[0], one.query.image, "#000000", "query")
         for first, hits in ((1, one.before), (PICTURE_HITS + 2, one.after)):
-            for axes, hit in zip(row[first:], hits[:PICTURE_HITS], strict=False):
+            counted = [hit for hit in hits if hit.verdict != "junk"]
+            for axes, hit in zip(row[first:], counted[:PICTURE_HITS], strict=False):
                 _draw_crop(axes, hit.image, BORDERS[hit.verdict], f"{hit.similarity:.2f}")
     for column, title in (
         (PICTURE_HITS // 2 + 1, "before adaptation"),
         (PICTURE_HITS + 2 + PICTURE_HITS // 2, "after"),
     ):
-        grid[0, column].annotate(title, (0.5, 1.2), xycoords="axes fraction", ha="center", weight="bold")
+        words = grid[0, column].annotate(title, (0.5, 1.2), xycoords="axes fraction", ha="center", weight="bold")
+        words.set_in_layout(False)  # it is wider than its crop
     written = io.BytesIO()
-    figure.savefig(written, format="png", dpi=PICTURE_DPI)
+    figure.savefig(written, format="jpeg", dpi=PICTURE_DPI, pil_kwargs={"quality": 85})
     write_atomic(path, written.getvalue())
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 DRAWN_EPOCHS, DRAWN_ITERS = 4, 64  # of each stage on the 2,400 synthetic crops, where a few epochs are enough
 
 
-PICTURE = "ranked-lists.png"
+PICTURE = "ranked-lists.jpg"
 
 
 @dataclass
