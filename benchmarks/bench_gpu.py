@@ -95,8 +95,8 @@ def write(gpu: str, rows: Rows, tests: str) -> None:
     kept = "".join(f"{part}\n\n" for part in parts if part and not part.startswith(f"## {gpu}\n"))
     table = "\n".join(f"| {what} | {figure.replace('|', '/')} |" for what, figure in rows)
     day = datetime.now(UTC).date().isoformat()
-    told = f"## {gpu}\n\n{day}, {platform.machine()}, {os.cpu_count()} cores; {versions()}. {tests}\n\n"
-    DOC.write_text(head + LINE + "\n" + kept + told + f"| what | figure |\n| --- | --- |\n{table}\n")
+    found = f"## {gpu}\n\n{day}, {platform.machine()}, {os.cpu_count()} cores; {versions()}. {tests}\n\n"
+    DOC.write_text(head + LINE + "\n" + kept + found + f"| what | figure |\n| --- | --- |\n{table}\n")
 
 
 def main() -> None:
@@ -106,22 +106,22 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--bundle", type=Path, help="measure this one; the built-in encoder by default")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each measurement")
-    told = parser.parse_args()
+    arguments = parser.parse_args()
     gpu = gpu_name()
-    if told.device == "cuda" and not gpu:
+    if arguments.device == "cuda" and not gpu:
         print(
             "no NVIDIA GPU on this machine: nothing was run, docs/gpu.md is as it was (--device cpu tries the program)"
         )
         return
     tests = ""
-    if told.tests:
+    if arguments.tests:
         ran = subprocess.run(
             [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
         print(ran.stdout)
         tests = f"`pytest -m gpu`: {ran.stdout.strip().splitlines()[-1].strip('= ')}."
-    rows = measure(told.device, told.bundle, told.seconds)
-    if told.device == "cuda":
+    rows = measure(arguments.device, arguments.bundle, arguments.seconds)
+    if arguments.device == "cuda":
         write(gpu, rows, tests)
         print(f"written to {DOC.relative_to(ROOT)}")
 

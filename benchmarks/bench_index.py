@@ -99,9 +99,9 @@ async def measured(path: Path, kind: IndexKind, count: int) -> None:
     collection = await store.read(reads.collection, "bench")
     asked = [NearestQuery(row, K, Filter()) for row in rows_of(BATCH, 10**9)]
     await searcher.search(collection, asked[:1], with_features=False)
-    took_s, held, told = time.perf_counter() - started, resident() - before, searcher.stats(collection).index_bytes
+    took_s, held, found = time.perf_counter() - started, resident() - before, searcher.stats(collection).index_bytes
     print(f"{count} {kind}: {took_s:.1f} s from opening to the first answer, {held / 1e6:.0f} MB resident, ", end="")
-    print(f"{told / 1e6:.0f} MB told")
+    print(f"{found / 1e6:.0f} MB found")
     index, queries = bare(kind, count), np.stack([one.feature for one in asked])
     pool = ThreadPoolExecutor(1, initializer=tune_faiss(DIM).apply, initargs=(DIM,))
 

@@ -93,16 +93,16 @@ def figures(features: Floats, store: CropStore, site: Site) -> dict[str, float]:
     score = evaluate_ranking(*parts, query.persons, gallery.persons, query.cameras, gallery.cameras)
     clustering = try_cluster(features, store, load_recipe("purify-camera").cluster)
     judged = judge(features, store, clustering=clustering)
-    told = {"mAP": 100 * score.mAP, "score": np.nan if judged.score is None else judged.score}
-    told |= {name: one.value for name, one in judged.separation.figures.items()}
-    told |= {name: one.value for name, one in judged.searches.figures.items()}
+    found = {"mAP": 100 * score.mAP, "score": np.nan if judged.score is None else judged.score}
+    found |= {name: one.value for name, one in judged.separation.figures.items()}
+    found |= {name: one.value for name, one in judged.searches.figures.items()}
     if isinstance(clustering, Clustering) and judged.clusters and judged.clusters.cameras:
         mix, kept = judged.clusters.cameras, judged.clusters.tracks
-        told["silhouette"] = judged.clusters.silhouette or np.nan
-        told["camera mix"] = mix.cameras_per_cluster / mix.chance_cameras_per_cluster
-        told["tracks whole"] = np.nan if kept.whole_share is None else kept.whole_share
-        told["inliers"] = 1 - judged.clusters.outlier_share
-    return told | {"variance": judged.variance or np.nan}
+        found["silhouette"] = judged.clusters.silhouette or np.nan
+        found["camera mix"] = mix.cameras_per_cluster / mix.chance_cameras_per_cluster
+        found["tracks whole"] = np.nan if kept.whole_share is None else kept.whole_share
+        found["inliers"] = 1 - judged.clusters.outlier_share
+    return found | {"variance": judged.variance or np.nan}
 
 
 def show(found: dict[str, dict[str, float]]) -> None:
@@ -126,18 +126,18 @@ def main() -> None:
     parser.add_argument("--checkpoints", nargs="*", default=[], help="adapted models")
     parser.add_argument("--cache", type=Path, help="folder that keeps features from run to run")
     parser.add_argument("--seconds", type=float, default=3600, help="begin no further model after this time")
-    told = parser.parse_args()
-    if told.site is None:
+    arguments = parser.parse_args()
+    if arguments.site is None:
         print("not run: give --site, a Market-1501 folder with query and gallery")
         return
-    site = open_site(told.site, tracks_from_names=True)
+    site = open_site(arguments.site, tracks_from_names=True)
     assert site.gallery is not None, "evaluation_splits refuses what has no gallery"
     store = join_splits(replace(site, train=site.gallery))
     found, start = {}, time.monotonic()
-    for name, encoder in models(told.weights, told.checkpoints):
-        if time.monotonic() - start > told.seconds:
+    for name, encoder in models(arguments.weights, arguments.checkpoints):
+        if time.monotonic() - start > arguments.seconds:
             break
-        found[name] = figures(features_of(name, encoder, store, told.cache), store, site)
+        found[name] = figures(features_of(name, encoder, store, arguments.cache), store, site)
         print(f"{time.monotonic() - start:.0f} s: {name}", flush=True)
     show(found)
 

@@ -50,7 +50,7 @@ DRAWN = SiteSettings(train_persons=32, test_persons=24, strangers=0)
 CROPS, COMPARED = 256, 64
 BATCH = 32  # the service's default
 REST_S = 0.05  # the plain session's threads spin on after a run and would take the cores of the next
-BATCHES = (1, 7, 64)  # that cosines are told for
+BATCHES = (1, 7, 64)  # for which cosines are printed
 BACKBONES = {"osnet_x0_25": 512, "osnet_x1_0": 512, "resnet18": 0, "resnet50": 0}  # and their embedding's length
 Features = NDArray[np.float32]
 

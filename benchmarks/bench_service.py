@@ -40,11 +40,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of what is compared; the median counts")
     parser.add_argument("--full", action="store_true", help="also a million entries")
     parser.add_argument("--folder", type=Path, help="for bundles, kept, and data; a temporary one by default")
-    told = parser.parse_args()
+    arguments = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])  # and of every process started from here
-    models = tuple(told.models.split(","))
-    with tempfile.TemporaryDirectory(dir=told.folder) as data:
-        bench = Bench(told.folder or Path(data), Path(data), told.seconds, told.rounds, crops())
+    models = tuple(arguments.models.split(","))
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as data:
+        bench = Bench(arguments.folder or Path(data), Path(data), arguments.seconds, arguments.rounds, crops())
         measurements: dict[str, Callable[[], Rows]] = {
             "embed": lambda: embed(bench, models),
             "batching": lambda: batching(bench),
@@ -55,7 +55,11 @@ def main() -> None:
             "migration": lambda: migration(bench),
             "large": lambda: large(bench),
         }
-        names = told.only.split(",") if told.only else [name for name in measurements if name != "large" or told.full]
+        names = (
+            arguments.only.split(",")
+            if arguments.only
+            else [name for name in measurements if name != "large" or arguments.full]
+        )
         if unknown := set(names) - set(measurements):
             parser.error(f"no measurement {', '.join(sorted(unknown))}: there are {', '.join(measurements)}")
         print(

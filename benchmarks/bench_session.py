@@ -119,15 +119,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="for each measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--row", help=argparse.SUPPRESS)
-    told = parser.parse_args()
-    if told.row:
-        print(json.dumps(measure(told.onnx, ROWS[told.row], told.seconds)))
+    arguments = parser.parse_args()
+    if arguments.row:
+        print(json.dumps(measure(arguments.onnx, ROWS[arguments.row], arguments.seconds)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        path = told.onnx or str(export_builtin(Path(folder)))
-        command = [sys.executable, __file__, "--onnx", path, "--seconds", str(told.seconds), "--row"]
+        path = arguments.onnx or str(export_builtin(Path(folder)))
+        command = [sys.executable, __file__, "--onnx", path, "--seconds", str(arguments.seconds), "--row"]
         found: dict[str, list[dict[str, float]]] = {row: [] for row in ROWS}
-        for _ in range(told.rounds):
+        for _ in range(arguments.rounds):
             for row in ROWS:
                 found[row].append(json.loads(subprocess.check_output([*command, row])))
     columns = list(found[next(iter(ROWS))][0])

@@ -91,8 +91,10 @@ def runtimes(bundle: Bundle, providers: tuple[str, ...], seconds: float, cache: 
                 continue
             shape = (runtime.image.height, runtime.image.width, 3)
             crops = np.random.default_rng(0).integers(0, 256, (max(BATCHES), *shape), dtype=np.uint8)
-            told = ", ".join(f"batch {size}: {one:.0f}" for size, one in rates(runtime.embed, crops, seconds).items())
-            found.append((what, f"{told} crops/s; min cosine {parity.min_cosine:.6f}; ready in {loaded:.1f} s"))
+            measured = ", ".join(
+                f"batch {size}: {one:.0f}" for size, one in rates(runtime.embed, crops, seconds).items()
+            )
+            found.append((what, f"{measured} crops/s; min cosine {parity.min_cosine:.6f}; ready in {loaded:.1f} s"))
             if provider == "cuda" and precision == "fp32":
                 found.append(binding(runtime, crops, seconds))
             del runtime

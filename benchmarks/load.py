@@ -67,7 +67,7 @@ class Load:
 
 
 @dataclass
-class Heard:
+class LoadResult:
     """What came back of the time that counts.
 
     Attributes:
@@ -75,7 +75,7 @@ class Heard:
         good_s: seconds each answered call took.
         refused_s: seconds until each refusal (RESOURCE_EXHAUSTED).
         codes: how calls ended.
-        told: what the first call of each other end was told.
+        errors: message of the first call of each other status code.
         client_cpu_s: processor time of this process.
         server_cpu_s: processor time of the server.
         late_s: the latest a call was sent after it was due.
@@ -86,7 +86,7 @@ class Heard:
     good_s: list[float] = field(default_factory=list)
     refused_s: list[float] = field(default_factory=list)
     codes: Counter[str] = field(default_factory=Counter)
-    told: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
     client_cpu_s: float = 0.0
     server_cpu_s: float = 0.0
     late_s: float = 0.0
@@ -115,14 +115,14 @@ class _Sender:
     """Sends one load. Everything before ``counts_from`` is forgotten."""
 
     def __init__(self, load: Load, channels: Sequence[grpc.aio.Channel]) -> None:
-        self._load, self._heard, self._number = load, Heard(), 0
+        self._load, self._heard, self._number = load, LoadResult(), 0
         # No serialisers: bytes go in and come out.
         self._calls: list[Callable[..., Any]] = [
             (one.stream_stream if load.stream else one.unary_unary)(load.method, None, None) for one in channels
         ]
         self._counts_from = 0.0
 
-    async def run(self) -> Heard:
+    async def run(self) -> LoadResult:
         load = self._load
         begun = time.perf_counter()
         self._counts_from, until = begun + load.warm_s, begun + load.warm_s + load.seconds
@@ -141,10 +141,10 @@ class _Sender:
 
     def _stop(self, client_cpu_s: float, server_cpu_s: float) -> None:
         """Freeze the figures: what is answered later does not count."""
-        heard = self._heard
-        heard.wall_s = time.perf_counter() - self._counts_from
-        heard.client_cpu_s = cpu_s(os.getpid()) - client_cpu_s
-        heard.server_cpu_s = cpu_s(self._load.server_pid) - server_cpu_s
+        outcome = self._heard
+        outcome.wall_s = time.perf_counter() - self._counts_from
+        outcome.client_cpu_s = cpu_s(os.getpid()) - client_cpu_s
+        outcome.server_cpu_s = cpu_s(self._load.server_pid) - server_cpu_s
 
     async def _hold(self, until: float) -> None:
         async def caller() -> None:
@@ -188,7 +188,7 @@ class _Sender:
         await asyncio.gather(*flying)
 
     async def _one(self, due: float) -> None:
-        load, heard = self._load, self._heard
+        load, outcome = self._load, self._heard
         request = load.requests[self._number % len(load.requests)]
         call = self._calls[self._number % len(self._calls)]
         self._number += 1
@@ -199,20 +199,20 @@ class _Sender:
         except grpc.aio.AioRpcError as error:
             code, details = error.code().name, error.details() or ""
         ended = time.perf_counter()
-        if ended < self._counts_from or heard.wall_s:  # by its end, or answers that take 2 s would miss the first 2 s
+        if ended < self._counts_from or outcome.wall_s:  # by its end, or answers that take 2 s would miss the first 2 s
             return
-        heard.codes[code] += 1
-        heard.told.setdefault(code, details)
-        heard.late_s = max(heard.late_s, late_s)
+        outcome.codes[code] += 1
+        outcome.errors.setdefault(code, details)
+        outcome.late_s = max(outcome.late_s, late_s)
         if code == "OK":
-            heard.good_s.append(ended - due)
+            outcome.good_s.append(ended - due)
             if load.keep:
-                heard.answers.append(answer)
+                outcome.answers.append(answer)
         elif code == "RESOURCE_EXHAUSTED":
-            heard.refused_s.append(ended - due)
+            outcome.refused_s.append(ended - due)
 
 
-async def _run(load: Load) -> Heard:
+async def _run(load: Load) -> LoadResult:
     options = [
         ("grpc.max_receive_message_length", BYTES),
         ("grpc.max_send_message_length", BYTES),
@@ -227,14 +227,14 @@ async def _run(load: Load) -> Heard:
         return await _Sender(load, channels).run()
 
 
-def put(load: Load) -> Heard:
-    """Run a load in a process of its own, which imports nothing but this, and return what it heard."""
+def put(load: Load) -> LoadResult:
+    """Run a load in a process of its own, which imports nothing but this, and return what it outcome."""
     done = subprocess.run([sys.executable, __file__], input=pickle.dumps(vars(load)), stdout=subprocess.PIPE)
     if done.returncode:
         raise SystemExit("the load's process failed, see above")
-    return Heard(**pickle.loads(done.stdout))
+    return LoadResult(**pickle.loads(done.stdout))
 
 
 if __name__ == "__main__":
-    told = Load(**pickle.load(sys.stdin.buffer))
-    sys.stdout.buffer.write(pickle.dumps(vars(asyncio.run(_run(told)))))
+    load = Load(**pickle.load(sys.stdin.buffer))
+    sys.stdout.buffer.write(pickle.dumps(vars(asyncio.run(_run(load)))))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from load import ENROL_BATCH, Heard, Load, put
+from load import ENROL_BATCH, Load, LoadResult, put
 from PIL import Image
 
 from resight.arrays import Feature
@@ -154,11 +154,11 @@ class Bench:
         ]
 
 
-def sure(heard: Heard) -> Heard:
-    """What was heard, all of it answers."""
-    if set(heard.codes) != {"OK"}:
-        raise SystemExit(f"calls failed that should not: {dict(heard.codes)}, {heard.told}")
-    return heard
+def sure(outcome: LoadResult) -> LoadResult:
+    """What was outcome, all of it answers."""
+    if set(outcome.codes) != {"OK"}:
+        raise SystemExit(f"calls failed that should not: {dict(outcome.codes)}, {outcome.errors}")
+    return outcome
 
 
 def fill(address: str, bundle: Bundle, count: int, *, collection: str = "bench") -> float:

@@ -62,11 +62,11 @@ def migration(bench: Bench) -> Rows:
                 moved += now.succeeded
                 client.wait(client.cancel_operation(begun.operation_id))
             median, late, before = _ratios(alone, beside)
-            told = (
+            found = (
                 f"p50 x {median:.2f}, p95 x {late:.2f} ({before}); {moved / bench.rounds:.0f} entries moved meanwhile"
             )
             what = f"a migration, {part:.0%} of the peak of {peak:.0f}/s"
-            yield Row(what, told, f"p95 x <= {DELAYED}", late <= DELAYED)
+            yield Row(what, found, f"p95 x <= {DELAYED}", late <= DELAYED)
 
 
 def shadow(bench: Bench) -> Rows:
@@ -78,13 +78,13 @@ def shadow(bench: Bench) -> Rows:
         peak = sure(put(Load(address, SEARCH, requests, bench.seconds, WARM_S))).rate
         for part in PARTS:
             load = Load(address, SEARCH, requests, bench.seconds, WARM_S, rate=part * peak)
-            alone, beside, told = [], [], []
+            alone, beside, found = [], [], []
             for _ in range(bench.rounds):
                 alone.append(_times(load))
                 client.start_shadow(COLLECTION, CANDIDATE)
                 beside.append(_times(load))
-                told.append(client.stop_shadow(COLLECTION))
-            yield _row(f"a shadow of all searches, {part:.0%} of the peak of {peak:.0f}/s", alone, beside, told)
+                found.append(client.stop_shadow(COLLECTION))
+            yield _row(f"a shadow of all searches, {part:.0%} of the peak of {peak:.0f}/s", alone, beside, found)
 
 
 def _times(load: Load) -> tuple[float, float]:
@@ -101,8 +101,8 @@ def _ratios(alone: list[tuple[float, float]], beside: list[tuple[float, float]])
     return median, late, f"alone {before[0]:.1f} and {before[1]:.1f} ms"
 
 
-def _row(what: str, alone: list[tuple[float, float]], beside: list[tuple[float, float]], told: list[Shadow]) -> Row:
+def _row(what: str, alone: list[tuple[float, float]], beside: list[tuple[float, float]], found: list[Shadow]) -> Row:
     median, late, before = _ratios(alone, beside)
-    answered, sampled = (sum(getattr(one.figures, name) for one in told) for name in ("answered", "sampled"))
+    answered, sampled = (sum(getattr(one.figures, name) for one in found) for name in ("answered", "sampled"))
     times = f"p50 x {median:.2f}, p95 x {late:.2f} ({before})"
     return Row(what, f"{times}; {answered} of {sampled} answered", f"p50 x <= {NOTICED}", median <= NOTICED)

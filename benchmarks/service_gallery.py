@@ -50,23 +50,23 @@ def index(bench: Bench) -> Rows:
     bare.add(rows_of(ENTRIES, DIM, seed=1))
     with bench.serving(bundle, "data-index") as (address, _):
         rate = fill(address, bundle, ENTRIES)
-        told = f"{rate:.0f} entries/s, each call on disk when answered"
-        yield Row("enrolments with features supplied", told, f">= {ENROLMENTS}", rate >= ENROLMENTS)
+        found = f"{rate:.0f} entries/s, each call on disk when answered"
+        yield Row("enrolments with features supplied", found, f">= {ENROLMENTS}", rate >= ENROLMENTS)
         load = Load(address, SEARCH, _requests(bundle.manifest.space_id), bench.seconds, 0.5, in_flight=1, keep=True)
         more, scans, through = [], [], []
         for _ in range(bench.rounds):
             scans.append(_bare_ms(bare, bench.seconds / 2))
-            heard = sure(put(load))
-            through.append(statistics.median(heard.good_s) * 1e3)
+            outcome = sure(put(load))
+            through.append(statistics.median(outcome.good_s) * 1e3)
             more.append(through[-1] - scans[-1])
         together = sure(put(Load(address, SEARCH, load.requests, bench.seconds, 0.5))).rate
-    assert all(search_pb2.SearchResponse.FromString(answer).exact for answer in heard.answers)
+    assert all(search_pb2.SearchResponse.FromString(answer).exact for answer in outcome.answers)
     extra = statistics.median(more)
-    told = (
+    found = (
         f"{statistics.median(through):.2f} ms through the service, {statistics.median(scans):.2f} ms bare faiss: "
         f"{extra:+.2f} ms"
     )
-    yield Row(f"exact search of {ENTRIES:,} x {DIM}, p50", told, "within 3 ms", extra <= 3)
+    yield Row(f"exact search of {ENTRIES:,} x {DIM}, p50", found, "within 3 ms", extra <= 3)
     lone = statistics.median(scans)
     yield Row("the same with 32 in flight", f"{together:.0f}/s, {together * lone / 1e3:.1f} times lone bare scans")
 
@@ -91,8 +91,8 @@ def large(bench: Bench) -> Rows:
         many = sure(put(Load(address, SEARCH, requests, bench.seconds, 0.5)))
         took = _settled(watch) - empty
     yield Row("memory of the index", f"{took / 1e9:.2f} GB above the empty server", "< 2.5 GB", took < LARGE_BYTES)
-    told = f"{np.median(lone.good_s) * 1e3:.1f} ms lone, {many.rate:.0f}/s with 32 in flight"
-    yield Row(f"search of {LARGE:,} x {DIM}", told)
+    found = f"{np.median(lone.good_s) * 1e3:.1f} ms lone, {many.rate:.0f}/s with 32 in flight"
+    yield Row(f"search of {LARGE:,} x {DIM}", found)
 
 
 def _settled(watch: ServerWatch) -> int:

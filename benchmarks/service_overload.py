@@ -48,17 +48,19 @@ def overload(bench: Bench, backbones: tuple[str, ...]) -> Rows:
                 rate=TIMES * peak, connections=CONNECTIONS, deadline_s=PATIENCE_S, server_pid=watch.pid,
             )  # fmt: skip
             with _memory(watch) as seen:
-                heard = put(load)
+                outcome = put(load)
             again = sure(put(Load(address, EMBED, requests, bench.seconds, warm_s=1.0, in_flight=64))).rate
         half = len(seen) // 2
         growth = max(seen[half:]) / max(seen[:half])
-        refused_ms = float(np.percentile(heard.refused_s, 99)) * 1e3 if heard.refused_s else float("nan")
-        good = heard.rate / peak
+        refused_ms = float(np.percentile(outcome.refused_s, 99)) * 1e3 if outcome.refused_s else float("nan")
+        good = outcome.rate / peak
         name = f"{TIMES}x overload ({load.rate:.0f}/s), {backbone}"
-        told = f"{refused_ms:.1f} ms; {len(heard.refused_s) / heard.wall_s:.0f}/s refused; calls were sent up to "
-        yield Row(f"{name}: refusals p99", told + f"{heard.late_s * 1e3:.0f} ms late", "< 20 ms", refused_ms < 20)
-        told = f"{good:.2f} of the peak of {peak:.1f}/s; afterwards {again / peak:.2f}; ended as {dict(heard.codes)}; "
-        told += heard.cores
-        yield Row(f"{name}: goodput", told, ">= 0.90", good >= 0.9)
-        told = f"{max(seen) / 2**20:.0f} MiB, second half {growth:.2f} of the first"
-        yield Row(f"{name}: memory", told, f"<= {GROWTH}", growth <= GROWTH)
+        found = f"{refused_ms:.1f} ms; {len(outcome.refused_s) / outcome.wall_s:.0f}/s refused; calls were sent up to "
+        yield Row(f"{name}: refusals p99", found + f"{outcome.late_s * 1e3:.0f} ms late", "< 20 ms", refused_ms < 20)
+        found = (
+            f"{good:.2f} of the peak of {peak:.1f}/s; afterwards {again / peak:.2f}; ended as {dict(outcome.codes)}; "
+        )
+        found += outcome.cores
+        yield Row(f"{name}: goodput", found, ">= 0.90", good >= 0.9)
+        found = f"{max(seen) / 2**20:.0f} MiB, second half {growth:.2f} of the first"
+        yield Row(f"{name}: memory", found, f"<= {GROWTH}", growth <= GROWTH)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnxruntime as ort
-from load import EMBED, EMBED_BATCH, EMBED_STREAM, IN_FLIGHT, SEARCH, Heard, Load, put
+from load import EMBED, EMBED_BATCH, EMBED_STREAM, IN_FLIGHT, SEARCH, Load, LoadResult, put
 from pieces import Bench, Row, Rows, fill, sure
 
 from resight.arrays import Pixels
@@ -76,8 +76,8 @@ def embed(bench: Bench, backbones: tuple[str, ...]) -> Rows:
     for backbone in backbones:
         bundle = bench.bundle(backbone)
         bare = Bare(bundle, bench.jpegs, bench.seconds)
-        told = ", ".join(f"batch {batch}: {rate:.1f}" for batch, rate in bare.of_batch.items())
-        yield Row(f"bare onnxruntime, {backbone}", told + " crops/s")
+        measured = ", ".join(f"batch {batch}: {rate:.1f}" for batch, rate in bare.of_batch.items())
+        yield Row(f"bare onnxruntime, {backbone}", measured + " crops/s")
         with bench.serving(bundle, f"data-{backbone}") as (address, watch):
             fill(address, bundle, 1000)
             shared = {"seconds": bare.long_enough(), "warm_s": 1.0, "server_pid": watch.pid}
@@ -97,9 +97,9 @@ def embed(bench: Bench, backbones: tuple[str, ...]) -> Rows:
                 found["bare"].append(bare.rate())
                 found["decoding"].append(bare.rate(decoding=True))
                 for name, load in loads.items():
-                    heard = sure(put(load))
-                    found[name].append(heard.rate * (BATCH if load.method == EMBED_BATCH else 1))
-                    cores[name] = heard.cores
+                    outcome = sure(put(load))
+                    found[name].append(outcome.rate * (BATCH if load.method == EMBED_BATCH else 1))
+                    cores[name] = outcome.cores
         for name, load in loads.items():
             share, decoded = (
                 statistics.median(a / b for a, b in zip(found[name], found[peer], strict=True))
@@ -149,16 +149,16 @@ def overhead(bench: Bench, backbone: str = "osnet_x0_25") -> Rows:
             rest, waited, whole = beside(sure(put(load)))
             p50 = statistics.median(rest)
             goal = ("<= 3 ms", p50 <= 3) if load is lone else ("", None)
-            told = (
+            found = (
                 f"{p50:.2f} ms of {statistics.median(whole):.2f}; {statistics.median(waited):.2f} ms of it in the queue"
             )
-            yield Row(f"Search beside decode, inference and index, p50, {backbone}, {name}", told, *goal)
+            yield Row(f"Search beside decode, inference and index, p50, {backbone}, {name}", found, *goal)
 
 
-def beside(heard: Heard) -> tuple[list[float], list[float], list[float]]:
+def beside(outcome: LoadResult) -> tuple[list[float], list[float], list[float]]:
     """Milliseconds of each search: beside decode, inference and index; of that in the queue; in all."""
     rest, waited, whole = [], [], []
-    for taken_s, answer in zip(heard.good_s, heard.answers, strict=True):
+    for taken_s, answer in zip(outcome.good_s, outcome.answers, strict=True):
         timings = search_pb2.SearchResponse.FromString(answer).timings
         parts_ns = timings.decode_ns + timings.infer_ns + timings.search_ns
         rest.append(taken_s * 1e3 - parts_ns / 1e6)
