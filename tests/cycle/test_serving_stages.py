@@ -179,7 +179,7 @@ def test_a_rollback_ends_a_run_in_its_watch_stage(place: Place) -> None:
     place.write(("minutes = 0.0\n[schedule]", "minutes = 30.0\n[schedule]"))
     run = place.begin(seed=1)
     stop = threading.Event()
-    watcher = threading.Thread(target=place.once, args=(stop,))
+    watcher = threading.Thread(target=place.run_once, args=(stop,))
     watcher.start()
     while not place.layout.run(run).log("watch").exists():
         assert watcher.is_alive()

@@ -123,7 +123,7 @@ def one_person(root: Path, store: CropStore, rng: np.random.Generator) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "spoil, words",
-    [(dead_camera, "camera cam2: "), (noise, "its crops are noise"), (one_person, "repeat one of another passage")],
+    [(dead_camera, "camera cam2: "), (noise, "its crops are noise"), (one_person, "repeat one of another track")],
 )
 def test_a_model_trained_on_corrupted_crops_is_refused(
     nights: tuple[Path, Path], active: Path, tmp_path: Path, spoil: Spoil, words: str
