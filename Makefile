@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,train,export,ingest,cycle,dev]'
 	@touch $@
 
-demo: $(INSTALLED)  ## The whole road: adapt, export, serve, search. SITE= INIT= JSON= as `resight demo`.
+demo: $(INSTALLED)  ## Adapt to a drawn site, export, serve and search. SITE= INIT= JSON= as `resight demo`.
 	@$(BIN)/resight demo $(if $(SITE),--site "$(SITE)") $(if $(INIT),--init "$(INIT)") $(if $(JSON),--json "$(JSON)")
 
 cycle-demo: $(INSTALLED)  ## Four simulated nights: film, the cycle against a service, poison, a rollback. JSON= SEED=
@@ -43,7 +43,7 @@ gpu:  ## With an NVIDIA GPU: the tests and benchmarks that need one, figures to 
 
 check: lint types spell quick  ## Format, lint, types, spelling and the quick tests.
 
-format: $(INSTALLED)  ## Put the code into its form.
+format: $(INSTALLED)  ## Format the code.
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
 
