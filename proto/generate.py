@@ -1,7 +1,9 @@
 """Write the Python stubs beside the .proto files: ``python proto/generate.py [OUT]``.
 
 Four files come from each proto: messages, their types, services, their types. OUT (default: this
-folder) lets a test generate elsewhere and compare, so that committed stubs cannot go stale.
+folder) lets a test generate elsewhere and compare, so that committed stubs cannot go stale. ``google/rpc/status.proto``
+is a copy of Google's (Apache-2.0), so that ``protoc -Iproto`` works for other languages; Python's stub of it comes from
+googleapis-common-protos.
 """
 
 from __future__ import annotations
@@ -10,11 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import google.rpc
 import grpc_tools
 
 HERE = Path(__file__).resolve().parent
-INCLUDES = (HERE, Path(grpc_tools.__path__[0]) / "_proto", Path(google.rpc.__path__[0]).parents[1])
+INCLUDES = (HERE, Path(grpc_tools.__path__[0]) / "_proto")
 PLUGINS = ("python", "grpc_python", "mypy", "mypy_grpc")
 
 

@@ -16,7 +16,7 @@ import loader from "@grpc/proto-loader";
 import health from "grpc-health-check";
 
 const HERE = dirname(fileURLToPath(import.meta.url));
-const PROTO = process.env.RESIGHT_PROTO ?? join(HERE, "../../proto"); // the folder that holds resight/v1/
+const PROTO = process.env.RESIGHT_PROTO ?? join(HERE, "../../proto"); // the folder with resight/v1/ and google/rpc/
 const IMAGES = new Set([".jpg", ".jpeg", ".png", ".webp"]);
 const DEADLINE_MS = 10_000;
 const DAY_S = 86_400;
@@ -34,7 +34,7 @@ const { values: flags } = parseArgs({
 
 const files = ["admin", "gallery", "search"].map((name) => `resight/v1/${name}.proto`);
 const api = grpc.loadPackageDefinition(
-  loader.loadSync(files, { includeDirs: [PROTO, HERE], keepCase: true, longs: Number, enums: String, oneofs: true, defaults: true }),
+  loader.loadSync(files, { includeDirs: [PROTO], keepCase: true, longs: Number, enums: String, oneofs: true, defaults: true }),
 ).resight.v1;
 
 async function credentials() {

@@ -1,6 +1,11 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import grpc_tools
+from google.protobuf import descriptor_pb2
+from google.rpc import status_pb2
 
 from resight.v1 import admin_pb2, common_pb2, embedding_pb2, gallery_pb2, search_pb2
 
@@ -14,6 +19,24 @@ def test_the_committed_stubs_are_what_the_protos_make(tmp_path):
     assert made.keys() == held.keys()
     stale = [name for name in made if made[name] != held[name]]
     assert stale == [], "run `make proto`"
+
+
+def test_the_protos_are_complete_for_other_languages(tmp_path):
+    """As a foreign client compiles them: no include path but proto/, apart from protoc's own google/protobuf."""
+    protoc = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTO}", f"-I{Path(grpc_tools.__path__[0]) / '_proto'}"]
+    protos = [str(path.relative_to(PROTO)) for path in sorted(PROTO.glob("resight/v1/*.proto"))]
+    out = tmp_path / "descriptors"
+    done = subprocess.run([*protoc, f"--descriptor_set_out={out}", *protos], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    files = descriptor_pb2.FileDescriptorSet.FromString(out.read_bytes()).file
+    assert len(files) == len(protos)
+
+
+def test_the_vendored_status_is_googles():
+    ours = (PROTO / "google/rpc/status.proto").read_text()
+    assert status_pb2.Status.DESCRIPTOR.full_name == "google.rpc.Status"
+    for field in status_pb2.Status.DESCRIPTOR.fields:
+        assert re.search(rf" {field.name} = {field.number};", ours), field.name
 
 
 def test_field_numbers_already_in_use_never_change():
