@@ -215,6 +215,7 @@ class AsyncClient:
 
     info = _method(methods.info)
     embed = _method(methods.embed)
+    embed_crop = _method(methods.embed_crop)
     embed_batch = _method(methods.embed_batch)
     create_collection = _method(methods.create_collection)
     collection = _method(methods.collection)

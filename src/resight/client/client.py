@@ -206,6 +206,7 @@ class Client:
 
     info = _method(methods.info)
     embed = _method(methods.embed)
+    embed_crop = _method(methods.embed_crop)
     embed_batch = _method(methods.embed_batch)
     create_collection = _method(methods.create_collection)
     collection = _method(methods.collection)

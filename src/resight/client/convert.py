@@ -17,6 +17,7 @@ from resight.client.responses import (
     CollectionStats,
     Comparison,
     Decision,
+    EmbeddedCrop,
     Entry,
     Erased,
     Feedback,
@@ -35,7 +36,7 @@ from resight.client.responses import (
     ShadowState,
 )
 from resight.status import from_status
-from resight.v1 import admin_pb2, common_pb2, gallery_pb2, model_pb2, operation_pb2, search_pb2
+from resight.v1 import admin_pb2, common_pb2, embedding_pb2, gallery_pb2, model_pb2, operation_pb2, search_pb2
 
 DECISIONS: dict[int, Decision | None] = {
     common_pb2.DECISION_MATCH: "match",
@@ -67,8 +68,13 @@ def _time(message: timestamp_pb2.Timestamp) -> datetime:
     return message.ToDatetime(tzinfo=UTC)
 
 
-def entry(message: gallery_pb2.Entry) -> Entry:
+def embedded_crop(message: embedding_pb2.EmbedResponse) -> EmbeddedCrop:
     """Convert from protobuf."""
+    return EmbeddedCrop(feature(message.embedding), message.space.space_id, message.quality)
+
+
+def entry(message: gallery_pb2.Entry, *, revision: int = 0, replayed: bool = False) -> Entry:
+    """Convert from protobuf; revision and replayed are of the write that returned it."""
     return Entry(
         entry_id=message.entry_id,
         subject_id=message.subject_id,
@@ -81,6 +87,8 @@ def entry(message: gallery_pb2.Entry) -> Entry:
         shot_count=message.shot_count,
         create_time=_time(message.create_time),
         etag=message.etag,
+        revision=revision,
+        replayed=replayed,
     )
 
 

@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar, Unpack
 from uuid import uuid4
 
@@ -30,6 +31,7 @@ from resight.client.requests import (
 from resight.client.responses import (
     CollectionInfo,
     Comparison,
+    EmbeddedCrop,
     Entry,
     Erased,
     Feedback,
@@ -63,6 +65,12 @@ def embed(image: bytes, *, model: str = "") -> CallPlan[Feature]:
     """Embed one crop, a JPEG, PNG or WebP file: float32 (D,) of unit length. ``model`` empty = the active one."""
     request = embedding_pb2.EmbedRequest(image=common_pb2.ImageCrop(data=image), model_id=model)
     return convert.feature((yield UnaryCall("embedding.Embed", request)).embedding)
+
+
+def embed_crop(image: bytes, *, model: str = "") -> CallPlan[EmbeddedCrop]:
+    """As `embed`, with the embedding space and the quality of the crop."""
+    request = embedding_pb2.EmbedRequest(image=common_pb2.ImageCrop(data=image), model_id=model)
+    return convert.embedded_crop((yield UnaryCall("embedding.Embed", request)))
 
 
 def embed_batch(images: Sequence[bytes], *, model: str = "") -> CallPlan[list[Feature | ReIDError]]:
@@ -135,7 +143,8 @@ def delete_collection(name: str, *, force: bool = False, etag: str = "") -> Call
 
 def enrol(collection: str, entry: NewEntry) -> CallPlan[Entry]:
     """Enrol one entry; when this returns, it is on the server's disk."""
-    return convert.entry((yield UnaryCall("gallery.EnrollEntry", entry.message(collection, str(uuid4())))).entry)
+    reply = yield UnaryCall("gallery.EnrollEntry", entry.message(collection, str(uuid4())))
+    return convert.entry(reply.entry, revision=reply.revision, replayed=reply.replayed)
 
 
 def enrol_batch(
@@ -168,7 +177,7 @@ def _enrol_part(
 ) -> CallPlan[list[Entry | ReIDError]]:
     request = gallery_pb2.BatchEnrollEntriesRequest(collection_id=collection, requests=part, atomic=atomic)
     reply = yield UnaryCall("gallery.BatchEnrollEntries", request, batch=True)
-    return [item_result(result, "entry", convert.entry) for result in reply.results]
+    return [item_result(result, "entry", partial(convert.entry, revision=reply.revision)) for result in reply.results]
 
 
 def search(collection: str, source: Source | EntryId, **options: Unpack[SearchOptions]) -> CallPlan[SearchAnswer]:
@@ -246,7 +255,8 @@ def update_entry(
     if expire_time is not None:
         request.entry.expire_time.FromDatetime(expire_time)
         request.update_mask.paths.append("expire_time")
-    return convert.entry((yield UnaryCall("gallery.UpdateEntry", request, retry=not etag)).entry)
+    reply = yield UnaryCall("gallery.UpdateEntry", request, retry=not etag)
+    return convert.entry(reply.entry, revision=reply.revision)
 
 
 def delete_entry(collection: str, entry_id: str, *, allow_missing: bool = False, etag: str = "") -> CallPlan[None]:

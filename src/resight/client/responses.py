@@ -6,7 +6,7 @@ nothing was counted for it, or if it requires a calibration and the space has no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Literal
 
@@ -20,7 +20,12 @@ OperationState = Literal["pending", "running", "succeeded", "failed", "cancelled
 
 @dataclass(frozen=True)
 class Entry:
-    """An enrolled entry, without its feature: see ``Client.get_feature``."""
+    """An enrolled entry, without its feature: see ``Client.get_feature``.
+
+    Attributes:
+        revision: of the write that returned the entry, for ``min_revision`` of a search; 0 if it was only read.
+        replayed: the server had already enrolled it for the same request, which was retried.
+    """
 
     entry_id: str
     subject_id: str
@@ -33,6 +38,17 @@ class Entry:
     shot_count: int
     create_time: datetime
     etag: str = ""
+    revision: int = field(default=0, compare=False)
+    replayed: bool = field(default=False, compare=False)
+
+
+@dataclass(frozen=True)
+class EmbeddedCrop:
+    """The feature of a crop, float32 (D,) of unit length, its embedding space, and the crop's quality, 0..1."""
+
+    vector: Feature
+    space_id: str
+    quality: float
 
 
 @dataclass(frozen=True)

@@ -239,3 +239,16 @@ def test_a_bad_field_is_named(channel, collection, change, field):
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert found["BadRequest"].field_violations[0].field == field
     assert found["ErrorInfo"].domain == "resight.v1"
+
+
+def test_writes_return_their_revision_and_embed_its_space_and_quality(client, collection):
+    first = client.enrol(collection, NewEntry(jpeg(0), entry_id="a"))
+    (second,) = client.enrol_batch(collection, [NewEntry(jpeg(1), entry_id="b")])
+    changed = client.update_entry(collection, "a", subject_id="anna")
+    assert 0 < first.revision < second.revision < changed.revision and not first.replayed
+    assert client.get_entry(collection, "a").revision == 0  # only read
+    hits = client.search(collection, jpeg(1), min_revision=second.revision).hits
+    assert hits[0].entry.entry_id == "b"
+    crop = client.embed_crop(jpeg(0))
+    np.testing.assert_array_equal(crop.vector, client.embed(jpeg(0)))
+    assert crop.space_id == client.collection(collection).space_id and 0 < crop.quality <= 1
