@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent import futures
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone
 from typing import get_type_hints
 
 import grpc
@@ -178,3 +178,32 @@ def test_the_client_loads_no_engine():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("offset_h", [-8, 0, 9])
+def test_a_time_without_a_zone_is_refused_and_one_with_a_zone_is_exact(offset_h):
+    naive = datetime(2026, 3, 1, 12)
+    aware = naive.replace(tzinfo=timezone(timedelta(hours=offset_h)))
+    message = NewEntry(b"x", capture_time=aware).message("lobby", "id")
+    assert message.entry.capture_time.ToDatetime(tzinfo=UTC) == aware
+    for build in (
+        lambda: NewEntry(b"x", capture_time=naive).message("lobby", "id"),
+        lambda: NewEntry(b"x", expire_time=naive).message("lobby", "id"),
+        lambda: Where(start=naive).message(),
+        lambda: Where(end=naive).message(),
+    ):
+        with pytest.raises(InputError, match="without a time zone"):
+            build()
+
+
+def test_no_method_sends_a_time_without_a_zone(flaky):
+    _, client = flaky
+    naive = datetime(2026, 3, 1, 12)
+    for call in (
+        lambda: client.update_entry("lobby", "a", expire_time=naive),
+        lambda: client.search_statistics("lobby", start=naive),
+        lambda: client.search_statistics("lobby", reference=(naive, naive)),
+        lambda: list(client.audit_events(start=naive)),
+    ):
+        with pytest.raises(InputError, match="without a time zone"):
+            call()

@@ -13,6 +13,7 @@ from typing import Literal
 from uuid import uuid4
 
 from resight.client import convert
+from resight.client.requests import set_time
 from resight.client.responses import (
     AuditRow,
     CollectionStats,
@@ -164,12 +165,12 @@ def search_statistics(
     """
     request = admin_pb2.GetSearchStatisticsRequest(collection_id=collection, space_id=space_id)
     if start is not None:
-        request.window.start_time.FromDatetime(start)
+        set_time(request.window.start_time, start, "start")
     if end is not None:
-        request.window.end_time.FromDatetime(end)
+        set_time(request.window.end_time, end, "end")
     if reference is not None:
-        request.reference.start_time.FromDatetime(reference[0])
-        request.reference.end_time.FromDatetime(reference[1])
+        set_time(request.reference.start_time, reference[0], "reference")
+        set_time(request.reference.end_time, reference[1], "reference")
     reply = yield UnaryCall("admin.GetSearchStatistics", request)
     return [convert.search_statistics(one) for one in reply.statistics]
 
@@ -203,9 +204,9 @@ def audit_events(*, start: datetime | None = None, end: datetime | None = None) 
     """List the audit events of searches and changes, newest first. ``start`` is inclusive, ``end`` exclusive."""
     request = admin_pb2.ListAuditEventsRequest()
     if start is not None:
-        request.window.start_time.FromDatetime(start)
+        set_time(request.window.start_time, start, "start")
     if end is not None:
-        request.window.end_time.FromDatetime(end)
+        set_time(request.window.end_time, end, "end")
     return PagedCall(
         UnaryCall("admin.ListAuditEvents", request), lambda page: [convert.audit_event(row) for row in page.events]
     )

@@ -27,6 +27,7 @@ from resight.client.requests import (
     Source,
     Where,
     crop_set,
+    set_time,
 )
 from resight.client.responses import (
     CollectionInfo,
@@ -253,7 +254,7 @@ def update_entry(
         request.entry.labels.update(labels)
         request.update_mask.paths.append("labels")
     if expire_time is not None:
-        request.entry.expire_time.FromDatetime(expire_time)
+        set_time(request.entry.expire_time, expire_time, "expire_time")
         request.update_mask.paths.append("expire_time")
     reply = yield UnaryCall("gallery.UpdateEntry", request, retry=not etag)
     return convert.entry(reply.entry, revision=reply.revision)
@@ -377,5 +378,5 @@ def stream_crops(
         collection_id=collection, filter=(where or Where()).message(), cursor=cursor
     )
     if since is not None:
-        request.enrolled_since.FromDatetime(since)
+        set_time(request.enrolled_since, since, "since")
     return ResumableStream("gallery.StreamCrops", request, convert.kept_crops, timeout_s)

@@ -11,8 +11,10 @@ from datetime import datetime, timedelta
 from typing import Literal, NamedTuple, TypedDict
 
 import numpy as np
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from resight.arrays import Feature
+from resight.errors import InputError
 from resight.v1 import common_pb2, gallery_pb2, search_pb2
 
 GroupBy = Literal["subject", "track", "camera"]
@@ -25,6 +27,21 @@ RERANKING_METHODS = {
     "k_reciprocal": search_pb2.RERANKING_METHOD_K_RECIPROCAL,
     "query_expansion": search_pb2.RERANKING_METHOD_QUERY_EXPANSION,
 }
+
+
+def set_time(field: Timestamp, moment: datetime, name: str) -> None:
+    """Set a field of a message to a moment.
+
+    Raises:
+        InputError: the moment has no time zone, or no protobuf timestamp can hold it.
+    """
+    if moment.utcoffset() is None:
+        raise InputError(
+            f"{name} is {moment!r} without a time zone, expected one with: datetime.now(UTC) or "
+            f"{name}.astimezone() if it is local time",
+            field=name,
+        )
+    field.FromDatetime(moment)
 
 
 class GivenFeature(NamedTuple):
@@ -71,9 +88,9 @@ class Where:
             min_quality=self.min_quality,
         )
         if self.start is not None:
-            message.capture_window.start_time.FromDatetime(self.start)
+            set_time(message.capture_window.start_time, self.start, "start")
         if self.end is not None:
-            message.capture_window.end_time.FromDatetime(self.end)
+            set_time(message.capture_window.end_time, self.end, "end")
         return message
 
 
@@ -101,9 +118,9 @@ class NewEntry:
         entry.track_id, entry.quality = self.track_id, self.quality
         entry.labels.update(self.labels)
         if self.capture_time is not None:
-            entry.capture_time.FromDatetime(self.capture_time)
+            set_time(entry.capture_time, self.capture_time, "capture_time")
         if self.expire_time is not None:
-            entry.expire_time.FromDatetime(self.expire_time)
+            set_time(entry.expire_time, self.expire_time, "expire_time")
         if self.replace:
             message.on_duplicate = gallery_pb2.DUPLICATE_POLICY_REPLACE
         return message
