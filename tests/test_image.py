@@ -296,3 +296,59 @@ def test_invalid_image_sides_are_rejected(sides: tuple[int, int]) -> None:
 def test_unknown_filters_are_rejected() -> None:
     with pytest.raises(ValueError, match="bilinear, bicubic, found 'nearest'"):
         ImageSpec(256, 128, "nearest")  # type: ignore[arg-type]
+
+
+def jpeg_segments(data: bytes) -> list[tuple[int, int, int]]:
+    """Marker, start and end of every segment; a scan's includes its data."""
+    found, at = [], 2
+    while data[at + 1] != 0xD9:
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if data[at + 1] == 0xDA:
+            while data[end] != 0xFF or data[end + 1] == 0 or 0xD0 <= data[end + 1] <= 0xD7:
+                end += 1
+        found.append((data[at + 1], at, end))
+        at = end
+    return found
+
+
+def repeated_scans(height: int, width: int, count: int) -> bytes:
+    """A progressive JPEG whose last scan stands there ``count`` times more."""
+    data = encode(np.full((height, width, 3), 128, np.uint8), "JPEG", progressive=True)
+    _, start, end = jpeg_segments(data)[-1]
+    return data[:end] + data[start:end] * count + b"\xff\xd9"
+
+
+@pytest.mark.parametrize(("side", "count"), [(16, 20_000), (128, 1000), (2000, 1000), (2000, 40_000)])
+def test_a_jpeg_of_thousands_of_scans_is_rejected_before_it_is_decoded(side: int, count: int) -> None:
+    data = repeated_scans(side, side, count)
+    assert len(data) < MAX_BYTES
+    read: list[int] = []
+    with pytest.raises(ImageTooLargeError, match=r"JPEG has \d+ scans of \d+ pixels, at most \d+ are accepted"):
+        decode(data, on_header=read.append)
+    assert read == []  # no pixel was decoded
+
+
+@pytest.mark.parametrize("pixels", [(64, 32), (2000, 2000)])
+def test_what_encoders_write_is_accepted(pixels: tuple[int, int]) -> None:
+    image = Image.fromarray(pattern(*pixels))
+    thumbnail = encode(image.resize((160, 120)), "JPEG")
+    for options in ({}, {"progressive": True}, {"progressive": True, "exif": b"Exif\0\0" + thumbnail}):
+        data = encode(image, "JPEG", quality=30, **options)
+        assert len(data) < MAX_BYTES and decode(data).shape == (*pixels, 3)
+
+
+@pytest.mark.parametrize("oriented", [b"", b"\xff\xe1\x00\x08Exif\0\0"])
+@pytest.mark.parametrize("segment", [b"\xff\xef\x00\x02", b"\xff\xfe\x00\x02", b"\xff\xdb\x00\x02", b"\xff"])
+def test_a_jpeg_of_hundreds_of_thousands_of_segments_is_rejected(oriented: bytes, segment: bytes) -> None:
+    data = encode(pattern(), "JPEG")
+    flood = segment * (1_900_000 // len(segment))
+    with pytest.raises(ImageTooLargeError, match="segments in its header"):
+        decode(data[:2] + oriented + flood + data[2:])
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"abCd", b"IDAT"])
+def test_a_png_of_a_hundred_thousand_chunks_is_rejected(kind: bytes) -> None:
+    data, body = encode(pattern(), "PNG"), b"a\0b" if kind == b"tEXt" else b""
+    chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    with pytest.raises(ImageTooLargeError, match="segments in its header"):
+        decode(data[:33] + chunk * 100_000 + data[33:])

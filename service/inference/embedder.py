@@ -10,6 +10,7 @@ crop waits until its pixels fit into the budget.
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 import time
@@ -35,6 +36,9 @@ from resight.service.inference.batcher import Batcher
 from resight.service.inference.priority_queue import CropJob, Priority
 from resight.service.settings import Settings
 
+log = logging.getLogger(__name__)
+
+STOP_S = 5.0  # many times what the costliest image that is accepted takes
 CALLER_LEFT = UnavailableError("the caller left")  # never delivered
 _QueueEntry = tuple[int, int, CropJob | None]
 """Position, arrival number and job (None = stop). Sorted by the first two, as arrival numbers are unique."""
@@ -98,13 +102,16 @@ class Decoders:
             thread.start()
 
     def stop(self) -> None:
-        """Stop after the crops being decoded; waiting ones fail with DrainingError."""
+        """Stop after the crops being decoded, but wait at most `STOP_S`; waiting ones fail with DrainingError."""
         self._closing = True
         for _ in self._threads:
             self._jobs.put((-1, self._next_number(), None))
+        deadline = time.monotonic() + STOP_S
         for thread in self._threads:
             if thread.is_alive():
-                thread.join()
+                thread.join(max(0.0, deadline - time.monotonic()))
+        if busy := sum(thread.is_alive() for thread in self._threads):
+            log.warning("%d decoder threads are still busy after %g s: stopping without them", busy, STOP_S)
         while not self._jobs.empty():
             job = self._jobs.get()[2]
             if job is not None:

@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,8 +39,13 @@ MAX_BYTES = 2 * 1024 * 1024  # a person crop has 5-50 KB; comparable servers acc
 MAX_PIXELS = 4_000_000  # Pillow decodes even an 81-megapixel JPEG (243 MB of RGB) without a warning
 MAX_SIDE = 4096
 MIN_SIDE = 16  # persons are not distinguishable in smaller crops
+MAX_SCANS = 100  # of a JPEG; encoders write 1 to 10 of a picture, which may hold a thumbnail and a second picture
+SCANS_AT_MAX_PIXELS = 32  # a scan costs 0.6 ns a pixel however few bytes it has, and a damaged file is decoded twice
+MAX_SEGMENTS = 1000  # before the pixels; Pillow takes 1 to 2 us of each with the interpreter lock held
+SEGMENT_BYTES = 4096  # a PNG of many bytes may have more segments: libpng writes 8 KiB in each
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_JPEG = b"\xff\xd8\xff"
+_JPEG, _SCAN = b"\xff\xd8\xff", b"\xff\xda"
+_PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTED = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/")  # marks of EXIF and XMP, which may hold an orientation
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
@@ -86,7 +92,8 @@ def decode(
 
     Raises:
         ImageUndecodableError: not a JPEG, PNG or WebP, or truncated, damaged, animated, over 8 bits.
-        ImageTooLargeError: more than ``max_bytes``, ``max_pixels`` or a side over 4096.
+        ImageTooLargeError: more than ``max_bytes``, ``max_pixels`` or a side over 4096, or more segments or scans than
+            an encoder writes, which would take seconds to decode.
         ImageTooSmallError: a side under 16.
     """
     if len(data) > max_bytes:
@@ -95,9 +102,11 @@ def decode(
             found_bytes=len(data),
             max_bytes=max_bytes,
         )
+    check_structure(data)
     on_size = on_header or _ignore_size
     if (size := _plain_jpeg(data)) is not None:
         _check_size(*size, max_pixels)
+        _check_scans(data, size[0] * size[1], max_pixels)
         on_size(size[0] * size[1])
         with contextlib.suppress(ValueError):  # damaged, or slightly: Pillow decides
             pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
@@ -106,6 +115,7 @@ def decode(
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as header:
             _check_header(header, max_pixels)
+            _check_scans(data, header.width * header.height, max_pixels)
             on_size(header.width * header.height)
             image = ImageOps.exif_transpose(header)
             if "transparency" in image.info:
@@ -122,6 +132,57 @@ def decode(
         raise ImageUndecodableError(
             f"expected a complete JPEG, PNG or WebP image, found {kind} that cannot be decoded: send the file again",
         ) from error
+
+
+def check_structure(data: bytes) -> None:
+    """Reject a JPEG or PNG with so many segments that reading its header alone would take long.
+
+    Raises:
+        ImageTooLargeError: it has more than `MAX_SEGMENTS`, plus one for each `SEGMENT_BYTES`.
+    """
+    limit = MAX_SEGMENTS + len(data) // SEGMENT_BYTES
+    walk = _jpeg_segments if data.startswith(_JPEG) else _png_chunks if data.startswith(_PNG) else None
+    if walk is not None and next(itertools.islice(walk(data), limit, None), None) is not None:
+        raise ImageTooLargeError(
+            f"image has more than {limit} segments in its header, as no encoder writes: save it again",
+            max_segments=limit,
+        )
+
+
+def _jpeg_segments(data: bytes) -> Iterator[int]:
+    """Positions of the segments up to the first scan, and of the fill bytes between them."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        yield at
+        at += 1 if data[at + 1] == 0xFF else 2 + max(2, int.from_bytes(data[at + 2 : at + 4], "big"))
+
+
+def _png_chunks(data: bytes) -> Iterator[int]:
+    """Positions of the chunks."""
+    at = len(_PNG)
+    while at + 8 <= len(data):
+        yield at
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+
+
+def _check_scans(data: bytes, pixels: int, max_pixels: int) -> None:
+    """Reject a JPEG of too many scans: each one visits all pixels, even if it has ten bytes.
+
+    The count includes scans of an embedded thumbnail or a second picture.
+
+    Raises:
+        ImageTooLargeError: more than `MAX_SCANS`, or scans times pixels over `SCANS_AT_MAX_PIXELS` times the limit.
+    """
+    if not data.startswith(_JPEG):
+        return
+    scans, limit = data.count(_SCAN), min(MAX_SCANS, SCANS_AT_MAX_PIXELS * max_pixels // max(1, pixels))
+    if scans > limit:
+        raise ImageTooLargeError(
+            f"JPEG has {scans} scans of {pixels} pixels, at most {limit} are accepted at this size: save it as a "
+            "baseline JPEG",
+            found_scans=scans,
+            max_scans=limit,
+        )
 
 
 def _ignore_size(pixels: int) -> None:

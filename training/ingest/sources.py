@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 from collections.abc import Iterator
 from datetime import datetime
@@ -11,7 +12,7 @@ from pathlib import Path
 from PIL import ExifTags, Image
 
 from resight.errors import FootageError, ImageError
-from resight.image import FORMATS, decode
+from resight.image import FORMATS, check_structure, decode
 from resight.training.ingest.footage import (
     CLOCK_HELP,
     MAX_PIXELS,
@@ -105,7 +106,10 @@ def _exif_time(file: Path) -> float:
         FootageError: it has no capture time, or no time zone.
     """
     try:
-        with Image.open(file, formats=FORMATS) as image:
+        with file.open("rb") as opened:
+            data = opened.read(MAX_IMAGE_BYTES)
+        check_structure(data)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             exif = image.getexif().get_ifd(ExifTags.IFD.Exif)
         written = str(exif.get(ExifTags.Base.DateTimeOriginal, ""))
         zone, fraction = (

@@ -11,7 +11,7 @@ from resight.errors import ImageTooLargeError, ImageUndecodableError, ModelError
 from resight.image import ImageSpec, decode, fit
 from resight.runtime.base import DummyRuntime
 from resight.service.inference import embedder as module
-from resight.service.inference.embedder import Decoders, PixelBudget
+from resight.service.inference.embedder import STOP_S, Decoders, PixelBudget
 from resight.service.inference.priority_queue import CropJob, Priority
 from resight.service.settings import Settings
 
@@ -100,3 +100,26 @@ def test_an_image_larger_than_the_budget_is_decoded_alone(tmp_path):
     crops = [(Priority.INTERACTIVE, jpeg(n, size=(200, 200))) for n in range(4)]
     out = decode_all(tmp_path, crops, decode_threads=4, decode_pixels=256)
     assert all(job.outcome is None for job in out)
+
+
+def test_stopping_does_not_wait_for_a_decoder_that_hangs(tmp_path, caplog):
+    entered, release = threading.Event(), threading.Event()
+
+    def check(crop: bytes) -> None:
+        entered.set()
+        release.wait(60)
+
+    async def body():
+        settings = Settings(bundle=tmp_path, data=tmp_path, decode_threads=1)
+        decoders = Decoders(lambda job: None, lambda job: None, check, settings)
+        decoders.start()
+        answer = asyncio.get_running_loop().create_future()
+        decoders.put(CropJob(b"x", DummyRuntime(SPEC), Priority.INTERACTIVE, time.monotonic() + 60, answer))
+        assert await asyncio.to_thread(entered.wait, 30)
+        await asyncio.wait_for(asyncio.to_thread(decoders.stop), 4 * STOP_S)
+
+    try:
+        asyncio.run(body())
+    finally:
+        release.set()
+    assert "1 decoder threads are still busy" in caplog.text
