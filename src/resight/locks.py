@@ -63,10 +63,12 @@ def lock_holder(path: Path) -> str | None:
     """
     if not path.exists():
         return None
+    lock = FileLock(path, timeout=0, mode=OWNER_ONLY)
     try:
-        FileLock(path, timeout=0, mode=OWNER_ONLY).acquire().lock.release()
+        lock.acquire()
     except Timeout:
         return _read_holder(path)
+    lock.release()
     return None
 
 

@@ -58,11 +58,14 @@ def exclusive_lock(path: Path, does: str) -> Iterator[None]:
     """
     lock = FileLock(path, timeout=0)
     try:
-        with lock:
-            yield
-            path.unlink(missing_ok=True)
+        lock.acquire()
     except Timeout as error:
         raise StoreError(f"another process {does}: wait until it is done") from error
+    try:
+        yield
+        path.unlink(missing_ok=True)
+    finally:
+        lock.release()
 
 
 @contextmanager
